@@ -1,0 +1,277 @@
+"""The surface: load a backbone, give it pictures, save it."""
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from .configs import same_architecture
+from .errors import InputError, PrecisionError
+from .features import Features, Pooling, features_of
+from .files import Checkpoint, TensorsInMemory, open_checkpoint
+from .hub import HubOptions, locate
+from .images import Fit, ImageLike, Preprocess, split_batch
+from .interfaces import DropInTransformer
+from .rope import rope_periods as exact_periods
+from .saving import save_checkpoint
+from .vit import ViTConfig
+from .weights import LayoutName, Periods, fingerprint, load_model
+from .zoo import MODELS, ModelInfo, Style, find, preprocess_of
+
+__all__ = ["Backbone"]
+
+log = logging.getLogger("dinov3_infer")
+
+
+class Backbone(DropInTransformer):
+    """A DINO-family vision transformer with its weights and the transform of its pictures.
+
+    An ordinary module: `.to`, `state_dict`, compile, export, DDP and adapters work.  `extract_features` takes pictures,
+    calling it takes normalised pixels.
+    """
+
+    def __init__(self, config: ViTConfig, info: ModelInfo | None = None) -> None:
+        super().__init__(config)
+        self.info = info
+        self.preprocess = _default_preprocess(config, info)
+        self.autocast_dtype: torch.dtype | None = None  # of the matrix work on CUDA, see from_pretrained
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str = "auto",
+        preprocessing: Style | None = None,
+        rope_periods: Periods | None = None,
+        layout: LayoutName | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Loads a model by name ("vitb16"), hub id, timm id, directory or weights file, in eval mode.
+
+        `weights`: a file or directory that holds the weights of `name`.
+        `device`: "auto" is CUDA where there is one, else the CPU.
+        `dtype`: "auto" keeps float32 parameters and, on CUDA, does the matrix work in bfloat16.  A torch dtype or its name
+        casts the linears and the patch convolution; the residual stream, norms and RoPE stay float32.
+        `preprocessing`: None for our defaults, "meta", "hf" or "timm" for exactly what those do with a picture.
+        `rope_periods`: None for those of the file, "exact", or "bfloat16" for those that Meta's files hold.
+        `layout`: "hf", "meta" or "timm" where the names in a file do not tell.
+
+        Raises: ModelNotFoundError, UnsupportedError, MissingFileError, GatedModelError, OfflineError, CheckpointError.
+        """
+        target_device, (cast, autocast) = _device(device), _dtype(dtype, _device(device))
+        if weights is None:
+            path, info = locate(name, HubOptions(revision, token, cache_dir, local_files_only))
+        else:
+            path, info = Path(weights), find(os.fspath(name))
+        checkpoint = open_checkpoint(path)
+        model, found = load_model(
+            cls, checkpoint, layout=layout, expected=info, dtype=cast, device=target_device, periods=rope_periods
+        )
+        model.info = info or _row_of(model.config, path)
+        model.preprocess = _preprocess(model.config, model.info, preprocessing, checkpoint.config, path)
+        model.set_attention(attn_implementation)
+        model.autocast_dtype = autocast
+        if cast == torch.float16:
+            log.warning(
+                "DINO models are trained in bfloat16 and float16 can overflow; results are checked, and bfloat16 is the safer choice"
+            )
+        log.debug(
+            "%s: layout %s, %s", path, found.label, model.info.name if model.info else "an architecture of its own"
+        )
+        return model
+
+    @classmethod
+    def from_config(cls, config: str | ViTConfig, *, seed: int | None = None) -> Self:
+        """Random weights, for tests and for training from scratch: a name of the zoo or a config of one's own."""
+        if seed is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return cls.from_config(config)
+        if isinstance(config, ViTConfig):
+            return cls(config, _row_of(config, None)).eval()
+        info = find(config)
+        return cls(info.config, info).eval()
+
+    @classmethod
+    def adopt(cls, model: nn.Module) -> Self:
+        """A live transformers, timm or Meta module as a Backbone, in eval mode, on its device and in its dtype.
+
+        Tensors that both keep in the same form are shared: changing one changes the other.  Those that differ, such as
+        transformers' separate q, k and v, are copied.
+
+        Raises: CheckpointError for a module that holds no DINO-family ViT.
+        """
+        if isinstance(model, Backbone):
+            raise InputError("this module is a Backbone already; use it as it is, or copy.deepcopy it")
+        config: Any = getattr(model, "config", None)
+        settings = config.to_dict() if hasattr(config, "to_dict") else _live_settings(model)
+        checkpoint = Checkpoint(
+            f"a live {type(model).__name__}", TensorsInMemory(model.state_dict(keep_vars=True)), settings
+        )
+        adopted, _ = load_model(cls, checkpoint, layout=_live_layout(model), keep=True)
+        adopted.info = _row_of(adopted.config, None)
+        adopted.preprocess = _default_preprocess(adopted.config, adopted.info)
+        return adopted
+
+    def extract_features(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        size: int | tuple[int, int] | None = None,
+        fit: Fit | None = None,
+        layers: int | Sequence[int] | None = None,
+        pooling: Pooling = "cls",
+    ) -> Features:
+        """Features of one picture or a batch of pictures; a single one gives a batch of 1.
+
+        `images`: path, bytes, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8, or float in 0..1, RGB), or a list, or
+        a 4-dimensional batch.
+        `size`: pixels.  The side for fit "squash", the short side for "crop", the long side for "pad" and "native".
+        `fit`: "squash" to a square, "crop" the centre, "pad" to a square (see `valid`), "native" keeps the aspect ratio.
+        `layers`: an int for the last n blocks, a list for these; results are in `.layers`, after the final norm.
+        `pooling`: what `.embedding` is: "cls", "mean" of the patches, or "cls_mean", both in a row.
+
+        Raises: ImageError, MissingFileError, InputError, LayerError; PrecisionError where a lower precision overflowed.
+        """
+        pool_name = pooling
+        transform = self.preprocess.with_options(size, fit)
+        batch = transform.batch(split_batch(images))
+        parameter = self.patch_embed.proj.weight
+        with (
+            torch.no_grad(),
+            torch.autocast(parameter.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None),
+        ):
+            output = self(batch.pixels.to(parameter.device), layers=layers)
+        features = features_of(output, batch, self.patch_size, pool_name)
+        self._check_finite(features)
+        return features
+
+    def _check_finite(self, features: Features) -> None:
+        """Never NaN without a word: only lower precisions are checked, since float32 cannot overflow here."""
+        dtype = self.autocast_dtype or self.patch_embed.proj.weight.dtype
+        if dtype not in (torch.float16, torch.bfloat16):
+            return
+        if not all(
+            bool(t.isfinite().all()) for t in (features.cls_token, features.patch_tokens, features.register_tokens)
+        ):
+            raise PrecisionError(
+                f"the features are not finite in {dtype}: activations left its range; load the model with dtype=torch.float32"
+            )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, the same whichever layout they came from; see `weights.fingerprint`."""
+        return fingerprint(self.state_dict(), self.config)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], layout: LayoutName = "hf") -> Path:
+        """Writes a directory that transformers loads ("hf") or timm ("timm"), or one file under Meta's names ("meta").
+
+        Raises: UnsupportedError for a model that the layout cannot hold, InputError for a target that cannot be written.
+        """
+        extra: dict[str, Any] = {
+            "name": self.info.name if self.info else None,
+            "mean": self.preprocess.mean,
+            "std": self.preprocess.std,
+        }
+        if self.rope_periods is not None:
+            exact = exact_periods(self.config.head_dim, self.config.rope_base)
+            if not torch.equal(self.rope_periods.cpu(), exact):
+                extra["rope_periods"] = self.rope_periods.tolist()
+        return save_checkpoint(self, directory, layout, self.info, extra)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        positions = "RoPE" if c.position_grid is None else f"learned {c.position_grid}x{c.position_grid}"
+        name = self.info.name if self.info else "own architecture"
+        return f"{name}: {c.depth} blocks of width {c.embed_dim}, patch {c.patch_size}, {c.num_registers} registers, {positions}"
+
+
+def _device(device: str | torch.device) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """(dtype of the linears or None for float32, autocast dtype or None)."""
+    if dtype == "auto":
+        return None, torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise InputError(f"dtype is 'auto', float32, bfloat16, float16 or float64; got {dtype!r}")
+    return resolved, None
+
+
+def _row_of(config: ViTConfig, path: Path | None) -> ModelInfo | None:
+    """The row of the zoo that has this architecture; among equals the one whose Meta file has this name, else the first."""
+    rows = [row for row in MODELS.values() if same_architecture(row.config, config)]
+    named = [row for row in rows if path is not None and row.meta_file == path.stem]
+    satellite = [
+        row
+        for row in rows
+        if config.local_cls_norm and row.architecture == "dinov3_vitl16" and row.name.endswith("sat493m")
+    ]
+    return next(iter(named or satellite or rows), None)
+
+
+def _default_preprocess(config: ViTConfig, info: ModelInfo | None) -> Preprocess:
+    if info is not None:
+        return preprocess_of(info)
+    first = next(iter(MODELS.values()))
+    return Preprocess(first.mean, first.std, config.patch_size, size=16 * config.patch_size)
+
+
+def _preprocess(
+    config: ViTConfig, info: ModelInfo | None, style: Style | None, stored: Mapping[str, Any], path: Path
+) -> Preprocess:
+    """The transform of a row, with mean and std of what lies beside the weights where that says so."""
+    if style is not None and info is None:
+        raise InputError(
+            f"preprocessing={style!r} needs a known architecture, and '{path}' has one of its own; leave it out"
+        )
+    transform = _default_preprocess(config, info) if info is None else preprocess_of(info, style)
+    ours = stored.get("dinov3_infer")
+    for source in (
+        ours if isinstance(ours, dict) else {},
+        stored.get("pretrained_cfg") or stored,
+        _processor_config(path),
+    ):
+        mean, std = source.get("mean", source.get("image_mean")), source.get("std", source.get("image_std"))
+        if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) == 3:
+            return replace(transform, mean=tuple(mean), std=tuple(std))
+    return transform
+
+
+def _processor_config(path: Path) -> Mapping[str, Any]:
+    import json
+
+    file = path / "preprocessor_config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        raise InputError(f"'{file}' is not valid JSON; download it again or delete it") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _live_settings(model: nn.Module) -> dict[str, Any]:
+    """What a timm or Meta module knows that its tensors do not show, as a transformers config would say it."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if name.endswith("blocks.0.attn") and isinstance(getattr(module, "num_heads", None), int):
+            found["num_heads"] = module.num_heads
+        if name.endswith("blocks.0.norm1") and isinstance(getattr(module, "eps", None), float):
+            found["norm_eps"] = module.eps
+    return {"settings": found}
+
+
+def _live_layout(model: nn.Module) -> LayoutName | None:
+    origin = type(model).__module__.split(".")[0]
+    return "timm" if origin == "timm" else "hf" if origin == "transformers" else None

@@ -1,0 +1,263 @@
+"""From what a file holds to a `ViTConfig`, and from a `ViTConfig` to the config.json that transformers and timm read.
+
+The tensors say nearly all.  What they cannot say (number of heads, epsilon of the norms, base of the RoPE) comes from
+config.json, else from the row of the zoo that has the same shape, else from what all released models share.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import CheckpointError, UnsupportedError
+from .keys import Layout, Masked, row_of, sources
+from .layers import PositionResize, ViTConfig
+from .zoo import ARCHITECTURES, ModelInfo, find_architecture
+
+__all__ = ["config_from_shapes", "hf_config", "layout_hint", "same_architecture", "settings_from_config", "timm_config"]
+
+_HF_TYPES = {"dinov3_vit": "dinov3", "dinov2": "dinov2", "dinov2_with_registers": "dinov2", "vit": "dino"}
+_HF_EPS = {"dinov3_vit": 1e-5, "dinov2": 1e-6, "dinov2_with_registers": 1e-6, "vit": 1e-12}
+_REFUSED = {"dinov3_convnext": "a ConvNeXt, not a vision transformer; timm has it as convnext_*.dinov3_lvd1689m"}
+
+
+def layout_hint(config: Mapping[str, Any]) -> str | None:
+    """Whose config.json this is: "hf", "timm" or None.  Raises UnsupportedError for models that are not here."""
+    kind = config.get("model_type")
+    if kind in _REFUSED:
+        raise UnsupportedError(f"this checkpoint is {_REFUSED[kind]}")
+    if "architecture" in config or "pretrained_cfg" in config:
+        return "timm"
+    return "hf" if kind in _HF_TYPES else None
+
+
+def settings_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a ViTConfig that a config.json (or a live module, under "settings") states and that no tensor shows."""
+    if "settings" in config:
+        return dict(config["settings"])
+    kind = config.get("model_type")
+    if kind in _HF_TYPES:
+        gated = config.get("use_gated_mlp", config.get("use_swiglu_ffn", False))
+        activation = config.get("hidden_act", "gelu")
+        if not gated and activation != "gelu":
+            raise UnsupportedError(
+                f"config.json asks for the activation {activation!r} in the MLP; DINO models use the exact 'gelu'"
+            )
+        rope = config.get("rope_parameters") or {}
+        found = {
+            "num_heads": config.get("num_attention_heads"),
+            "norm_eps": config.get("layer_norm_eps", _HF_EPS[kind]),
+            "rope_base": config.get("rope_theta", rope.get("rope_theta")) if kind == "dinov3_vit" else None,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+    if "architecture" in config:
+        row = find_architecture(config["architecture"])
+        if row is not None:
+            return {
+                "num_heads": row.config.num_heads,
+                "norm_eps": row.config.norm_eps,
+                "rope_base": row.config.rope_base,
+            }
+    return {}
+
+
+def config_from_shapes(
+    layout: Layout,
+    shapes: Mapping[str, tuple[int, ...]],  # by the layout's names on disk
+    settings: Mapping[str, Any],  # fields that tensors do not show, see `settings_from_config`
+) -> tuple[ViTConfig, str | None]:
+    """The config of the model in a file, and a sentence about what had to be assumed, if anything.
+
+    Raises: CheckpointError where the tensors are no whole ViT.
+    """
+
+    def shape(ours: str) -> tuple[int, ...] | None:
+        """Of the first part of a row, if all its parts are there."""
+        row, number = row_of(layout, ours)
+        if row is None:
+            return None
+        names = sources(row, number)
+        return shapes.get(names[0]) if all(name in shapes for name in names if not name.startswith("?")) else None
+
+    def needed(ours: str, dimensions: int) -> tuple[int, ...]:
+        found = shape(ours)
+        if found is None or len(found) != dimensions:
+            row, number = row_of(layout, ours)
+            name = sources(row, number)[0] if row is not None else ours
+            raise CheckpointError(
+                f"the names look like layout {layout.label}, but '{name}' is {'missing' if found is None else f'of shape {list(found)}'}; "
+                "is the file whole?"
+            )
+        return found
+
+    width = needed("cls_token", 3)[2]
+    conv = needed("patch_embed.proj.weight", 4)
+    if conv[1] != 3 or conv[2] != conv[3]:
+        raise UnsupportedError(f"the patch embedding has shape {list(conv)}; only RGB and square patches are supported")
+    fc2, gate_up = shape("blocks.0.mlp.fc2.weight"), shape("blocks.0.mlp.gate_up.weight")
+    if gate_up is not None and layout.rows["blocks.#.mlp.gate_up.weight"] == layout.rows["blocks.#.mlp.fc1.weight"]:
+        gated = fc2 is not None and len(fc2) == 2 and gate_up[0] == 2 * fc2[1]  # timm's giant: an MLP but for its shape
+    else:
+        gated = gate_up is not None
+    registers = shape("register_tokens")
+    num_registers = registers[1] if registers is not None and len(registers) == 3 else 0
+    positions = shape("pos_embed")
+    qkv_bias = shape("blocks.0.attn.qkv.bias") is not None
+    base: dict[str, Any] = dict(
+        embed_dim=width,
+        depth=_depth(layout, shapes),
+        ffn_dim=needed(f"blocks.0.mlp.{'down' if gated else 'fc2'}.weight", 2)[1],
+        gated=gated,
+        patch_size=conv[2],
+        num_registers=num_registers,
+        position_grid=None if positions is None else _grid_side(layout, positions, num_registers),
+        position_resize=_resize_rule(layout, num_registers),
+        qkv_bias=qkv_bias,
+        key_bias=_key_bias(layout, shapes) if qkv_bias else positions is not None,
+        layerscale=shape("blocks.0.ls1.gamma") is not None,
+        mask_token=shape("mask_token") is not None,
+        prefix_norm=shape("cls_norm.weight") is not None,
+        local_cls_norm=shape("local_cls_norm.weight") is not None,
+    )
+    return _complete(base, layout, shape("rope_periods"), dict(settings))
+
+
+def _complete(
+    base: dict[str, Any], layout: Layout, periods: tuple[int, ...] | None, settings: dict[str, Any]
+) -> tuple[ViTConfig, str | None]:
+    """Fills in what tensors do not show."""
+    assumed = []
+    twin = next((c for c in ARCHITECTURES.values() if same_architecture(c, base)), None)
+    if "num_heads" not in settings:
+        if periods is not None:
+            settings["num_heads"] = base["embed_dim"] // (4 * periods[0])
+        elif twin is not None:
+            settings["num_heads"] = twin.num_heads
+        else:
+            settings["num_heads"] = max(1, base["embed_dim"] // 64)
+            assumed.append(f"{settings['num_heads']} heads of width 64")
+    if "norm_eps" not in settings:
+        eps = 1e-5 if layout.family == "dinov3" else 1e-6
+        if layout.name == "meta" and layout.family == "dinov3" and base["key_bias"]:
+            eps = 1e-6  # an unmasked key bias comes from the training code's default config, and so does its epsilon
+        settings["norm_eps"] = eps
+        if twin is None:
+            assumed.append(f"a norm epsilon of {eps:g}")
+    settings = {k: v for k, v in settings.items() if k in ("num_heads", "norm_eps", "rope_base")}
+    note = f"the file does not state everything; taken: {', '.join(assumed)}" if assumed else None
+    return ViTConfig(**base, **settings), note
+
+
+def same_architecture(config: ViTConfig, other: Mapping[str, Any] | ViTConfig) -> bool:
+    """Whether two configs have tensors of the same shapes, but for parts that some layouts leave out."""
+    fields = ("embed_dim", "depth", "ffn_dim", "gated", "patch_size", "num_registers", "position_grid", "layerscale")
+    values = other if isinstance(other, Mapping) else vars(other)
+    return all(getattr(config, name) == values[name] for name in fields)
+
+
+def _depth(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    row = layout.rows["blocks.#.norm1.weight"]
+    assert isinstance(row, str)
+    pattern = re.escape(row).replace(r"\#", "#").replace("#", r"(\d{1,4})")
+    numbers = [int(match[1]) for name in shapes if (match := re.fullmatch(pattern, name))]
+    if not numbers:
+        raise CheckpointError(f"the names look like layout {layout.label}, but there are no blocks; is the file whole?")
+    return max(numbers) + 1
+
+
+def _grid_side(layout: Layout, positions: tuple[int, ...], num_registers: int) -> int:
+    count = positions[1] if len(positions) == 3 else 0
+    count -= 0 if folds_cls(layout, num_registers) else 1
+    side = math.isqrt(max(count, 0))
+    if side == 0 or side * side != count:
+        raise UnsupportedError(
+            f"the position table has shape {list(positions)}, which is not a square grid; load a model at a square size"
+        )
+    return side
+
+
+def folds_cls(layout: Layout, num_registers: int) -> bool:
+    """timm adds the class token's position to the class token in models with registers, and stores no row for it."""
+    return layout.name == "timm" and layout.family == "dinov2" and num_registers > 0
+
+
+def _resize_rule(layout: Layout, num_registers: int) -> PositionResize:
+    if num_registers or layout.name == "timm" or layout.family == "dinov3":
+        return "antialias"
+    return "offset" if layout.name == "meta" else "size"
+
+
+def _key_bias(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    row, number = row_of(layout, "blocks.0.attn.qkv.bias")
+    if row is None or isinstance(row, str):
+        return True
+    optional = [name[1:] for name in sources(row, number) if name.startswith("?")]
+    present = any(name in shapes for name in optional)
+    return not present if isinstance(row, Masked) else present
+
+
+def hf_config(config: ViTConfig) -> dict[str, Any]:
+    """The config.json of transformers.  Raises UnsupportedError for what its models cannot do."""
+    if config.prefix_norm:
+        raise UnsupportedError(
+            "transformers has no separate norm for class and register tokens; write the 'meta' layout"
+        )
+    common: dict[str, Any] = {
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "patch_size": config.patch_size,
+        "num_channels": 3,
+        "hidden_act": "gelu",
+        "layer_norm_eps": config.norm_eps,
+        "initializer_range": 0.02,
+    }
+    if config.position_grid is None:
+        if not config.layerscale:
+            raise UnsupportedError("transformers' DINOv3 always has layer scale; write the 'meta' layout")
+        return common | {
+            "architectures": ["DINOv3ViTModel"], "model_type": "dinov3_vit",
+            "image_size": 224, "intermediate_size": config.ffn_dim,
+            "use_gated_mlp": config.gated, "hidden_act": "silu" if config.gated else "gelu",
+            "num_register_tokens": config.num_registers, "rope_theta": config.rope_base, "pos_embed_rescale": 2.0,
+            "query_bias": config.qkv_bias, "key_bias": config.qkv_bias and config.key_bias, "value_bias": config.qkv_bias,
+            "proj_bias": True, "mlp_bias": True, "layerscale_value": 1.0,
+        }  # fmt: skip
+    common |= {"image_size": config.position_grid * config.patch_size, "qkv_bias": config.qkv_bias}
+    if not config.layerscale:
+        if config.num_registers or config.gated or config.mask_token:
+            raise UnsupportedError("transformers' ViT has no registers, gate or mask token; write the 'meta' layout")
+        return common | {"architectures": ["ViTModel"], "model_type": "vit", "intermediate_size": config.ffn_dim}
+    ratio = config.ffn_dim / config.embed_dim
+    if config.gated:  # transformers makes 2/3 of mlp_ratio * hidden_size, rounded up to a multiple of 8
+        ratio = 4 if (int(config.embed_dim * 4 * 2 / 3) + 7) // 8 * 8 == config.ffn_dim else 1.5 * ratio
+    common |= {
+        "mlp_ratio": int(ratio) if ratio == int(ratio) else ratio,
+        "use_swiglu_ffn": config.gated,
+        "layerscale_value": 1.0,
+    }
+    if config.num_registers:
+        name = {"architectures": ["Dinov2WithRegistersModel"], "model_type": "dinov2_with_registers"}
+        return common | name | {"num_register_tokens": config.num_registers}
+    return common | {"architectures": ["Dinov2Model"], "model_type": "dinov2", "use_mask_token": config.mask_token}
+
+
+def timm_config(config: ViTConfig, info: ModelInfo | None, with_bias: bool) -> dict[str, Any]:
+    """The config.json of timm, whose architectures are names.  Raises UnsupportedError where none fits."""
+    if info is None or info.timm_id is None or not same_architecture(info.config, config):
+        raise UnsupportedError(
+            "timm reads models of known names only, and this architecture has none; write the 'hf' or 'meta' layout"
+        )
+    architecture, _, tag = info.timm_id.removeprefix("timm/").partition(".")
+    if with_bias and info.family == "dinov3":
+        architecture = architecture.replace("_dinov3", "_dinov3_qkvb")
+    side = config.patch_size * (config.position_grid or 256 // config.patch_size)
+    return {
+        "architecture": architecture, "num_classes": 0, "num_features": config.embed_dim,
+        "global_pool": "avg" if info.family == "dinov3" else "token",
+        "pretrained_cfg": {
+            "tag": tag, "input_size": [3, side, side], "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",
+            "mean": list(info.mean), "std": list(info.std), "num_classes": 0, "pool_size": None,
+            "first_conv": "patch_embed.proj", "classifier": "head", "license": info.licence.lower().replace(" ", "-"),
+        },
+    }  # fmt: skip

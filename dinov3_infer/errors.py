@@ -1,0 +1,72 @@
+"""One base class of errors; each kind is also the builtin that a caller would catch.
+
+A message is one sentence: what is wrong, what was given, how to mend it.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "Dinov3Error",
+    "GatedModelError",
+    "ImageError",
+    "InputError",
+    "InputTypeError",
+    "LayerError",
+    "MissingExtraError",
+    "MissingFileError",
+    "ModelNotFoundError",
+    "OfflineError",
+    "PrecisionError",
+    "UnsupportedError",
+]
+
+
+class Dinov3Error(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class InputError(Dinov3Error, ValueError):
+    """An argument has a wrong value, shape or range."""
+
+
+class InputTypeError(Dinov3Error, TypeError):
+    """An argument is of a kind that is not taken here."""
+
+
+class LayerError(Dinov3Error, IndexError):
+    """A layer was asked for that the model does not have."""
+
+
+class ImageError(Dinov3Error, ValueError):
+    """A picture cannot be read, or its pixels cannot be told apart from a mistake."""
+
+
+class CheckpointError(Dinov3Error, ValueError):
+    """A weights file is damaged, is something else, or does not fit."""
+
+
+class ModelNotFoundError(Dinov3Error, ValueError):
+    """No model of that name, or no weights where the name leads to."""
+
+
+class MissingFileError(Dinov3Error, FileNotFoundError):
+    """A path leads nowhere."""
+
+
+class GatedModelError(Dinov3Error, PermissionError):
+    """The weights exist, but their licence has to be accepted first."""
+
+
+class OfflineError(Dinov3Error, FileNotFoundError):
+    """The weights are not in the cache and the hub cannot be reached."""
+
+
+class PrecisionError(Dinov3Error, FloatingPointError):
+    """A result is not finite because its number format could not hold it."""
+
+
+class MissingExtraError(Dinov3Error, ImportError):
+    """An optional package is not installed."""
+
+
+class UnsupportedError(Dinov3Error, NotImplementedError):
+    """Something that exists elsewhere and not here."""

@@ -1,0 +1,151 @@
+"""What `extract_features` returns: named tokens, the grid they lie on, and the way back to the picture."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .images import PixelBatch, Placement
+from .vit import BackboneOutput
+
+__all__ = ["Features", "LayerFeatures", "Pooling", "features_of", "pool"]
+
+Pooling = Literal["cls", "mean", "cls_mean"]
+
+
+def pool(cls_token: Tensor, patch_tokens: Tensor, pooling: Pooling, valid: Tensor | None = None) -> Tensor:
+    """[B, C], or [B, 2C] for "cls_mean" with the class token first; the mean leaves padding and registers out."""
+    if pooling not in ("cls", "mean", "cls_mean"):
+        raise InputError(f"pooling is 'cls', 'mean' or 'cls_mean', got {pooling!r}")
+    if pooling == "cls":
+        return cls_token
+    if valid is None:
+        mean = patch_tokens.mean(dim=1)
+    else:
+        weights = valid.flatten(1).to(patch_tokens)[..., None]
+        mean = (patch_tokens * weights).sum(dim=1) / weights.sum(dim=1)
+    return mean if pooling == "mean" else torch.cat((cls_token, mean), dim=-1)
+
+
+def as_map(
+    patch_tokens: Tensor,  # [B, P, C]
+    grid: tuple[int, int],  # (h, w) in patches
+) -> Tensor:
+    """[B, C, h, w], a view."""
+    return patch_tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class LayerFeatures:
+    """Tokens of one layer, after the final norm."""
+
+    cls_token: Tensor  # [B, C]
+    register_tokens: Tensor  # [B, R, C]
+    patch_tokens: Tensor  # [B, P, C]
+    grid: tuple[int, int]  # (h, w) in patches
+
+    @property
+    def feature_map(self) -> Tensor:
+        """[B, C, h, w], a view of the patch tokens."""
+        return as_map(self.patch_tokens, self.grid)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a batch of pictures, float32, all after the final norm."""
+
+    embedding: Tensor  # [B, C], or [B, 2C] with pooling "cls_mean": one vector per picture
+    cls_token: Tensor  # [B, C]
+    register_tokens: Tensor  # [B, R, C]
+    patch_tokens: Tensor  # [B, P, C], row-major
+    grid: tuple[int, int]  # (h, w) in patches
+    placements: tuple[Placement, ...]  # where each picture went
+    valid: Tensor | None = None  # [B, h, w] bool: patches that are picture, not padding; None where all are
+    layers: tuple[LayerFeatures, ...] = ()  # as asked for
+
+    @property
+    def feature_map(self) -> Tensor:
+        """[B, C, h, w], a view of the patch tokens."""
+        return as_map(self.patch_tokens, self.grid)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model saw."""
+        return self.placements[0].window[2:]
+
+    @property
+    def original_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of each picture, after EXIF rotation."""
+        return tuple(placement.original for placement in self.placements)
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        """transformers' name for all tokens: class token, registers, patches, [B, N, C]."""
+        return torch.cat((self.cls_token[:, None], self.register_tokens, self.patch_tokens), dim=1)
+
+    @property
+    def pooler_output(self) -> Tensor:
+        """transformers' name for the class token, [B, C]."""
+        return self.cls_token
+
+    def __len__(self) -> int:
+        return len(self.placements)
+
+    def to_patch(self, x: float, y: float, index: int = 0) -> tuple[int, int]:
+        """The patch (row, column) that covers pixel (x, y) of original picture number `index`.
+
+        Raises: InputError for a point outside the picture, or in a part that was cropped away.
+        """
+        placement = self.placements[index]
+        height, width = placement.original
+        if not (0 <= x < width and 0 <= y < height):
+            raise InputError(
+                f"point (x={x:g}, y={y:g}) lies outside the picture, which is {width} wide and {height} high"
+            )
+        across, down = placement.to_input(x, y)
+        row = int(down * self.grid[0] // self.input_size[0])
+        column = int(across * self.grid[1] // self.input_size[1])
+        if not (0 <= row < self.grid[0] and 0 <= column < self.grid[1]):
+            raise InputError(f"point (x={x:g}, y={y:g}) was cropped away; use fit='squash', 'pad' or 'native'")
+        return row, column
+
+    def normalize(self) -> "Features":
+        """The same with an embedding of length 1, for cosine similarity by dot product."""
+        return replace(self, embedding=torch.nn.functional.normalize(self.embedding, dim=-1))
+
+    def similarity(self, other: "Features") -> Tensor:
+        """Cosine of every embedding here with every one there, [B, B of other]."""
+        if other.embedding.shape[-1] != self.embedding.shape[-1]:
+            raise InputError(
+                f"embeddings of {self.embedding.shape[-1]} and {other.embedding.shape[-1]} numbers cannot be compared; use one model and pooling"
+            )
+        return self.normalize().embedding @ other.normalize().embedding.to(self.embedding.device).T
+
+    def numpy(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The tensors as arrays on the CPU: embedding, cls_token, register_tokens, patch_tokens, feature_map."""
+        names = ("embedding", "cls_token", "register_tokens", "patch_tokens", "feature_map")
+        return {name: getattr(self, name).detach().cpu().numpy() for name in names}
+
+
+def features_of(output: BackboneOutput, batch: PixelBatch, patch_size: int, pooling: Pooling) -> Features:
+    """Names the tokens of a batch of pictures, in float32."""
+    height, width = batch.pixels.shape[2:]
+    grid = (height // patch_size, width // patch_size)
+    cls_token, registers, patches = (t.float() for t in output[:3])
+    valid = batch.valid.to(patches.device) if batch.valid is not None else None
+    return Features(
+        embedding=pool(cls_token, patches, pooling, valid),
+        cls_token=cls_token,
+        register_tokens=registers,
+        patch_tokens=patches,
+        grid=grid,
+        placements=batch.placements,
+        valid=valid,
+        layers=tuple(
+            LayerFeatures(cls.float(), registers.float(), patches.float(), grid)
+            for cls, registers, patches in output.layers
+        ),
+    )

@@ -1,0 +1,125 @@
+"""Where weights come from: a path, else the cache, else the hub."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import GatedModelError, MissingFileError, ModelNotFoundError, OfflineError
+from .zoo import ModelInfo, find
+
+__all__ = ["HubOptions", "locate"]
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """What huggingface_hub needs to know; its own environment variables count too."""
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+
+
+def locate(name: str | os.PathLike[str], options: HubOptions) -> tuple[Path, ModelInfo | None]:
+    """The path of a model's weights, and its row of the zoo if it was called by a name.
+
+    Raises: MissingFileError, ModelNotFoundError, GatedModelError, OfflineError.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path, None
+    text = os.fspath(name)
+    if (
+        not isinstance(name, str)
+        or path.is_absolute()
+        or text.startswith((".", "~"))
+        or path.suffix in (".pth", ".pt", ".safetensors", ".bin")
+    ):
+        raise MissingFileError(f"no weights at '{path.absolute()}'; check the path, or give a name of list_models()")
+    try:
+        info = find(text)
+    except ModelNotFoundError:
+        if text.count("/") != 1:
+            raise
+        return _download(text, options, None), None
+    repository = info.hub_id or info.timm_id
+    if "/" in text:  # a hub id or timm id is taken at its word
+        repository = text.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    if repository is None:
+        raise ModelNotFoundError(
+            f"no weights of {info.name!r} have been published yet; Backbone.from_config({info.name!r}) gives random ones"
+        )
+    return _download(repository, options, info), info
+
+
+def _download(repository: str, options: HubOptions, info: ModelInfo | None) -> Path:
+    """config.json and the weights of a repository, as a folder of the cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def fetch(file: str) -> Path | None:
+        try:
+            return Path(
+                hf_hub_download(
+                    repository,
+                    file,
+                    revision=options.revision,
+                    token=options.token,
+                    cache_dir=None if options.cache_dir is None else os.fspath(options.cache_dir),
+                    local_files_only=options.local_files_only,
+                )
+            )
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
+
+    try:
+        fetch("config.json")
+        weights = fetch("model.safetensors")
+        if weights is None and (weights := fetch(_INDEX)) is not None:
+            from .files import shard_names
+
+            for shard in shard_names(weights):
+                fetch(shard)
+        if weights is None:
+            weights = fetch("pytorch_model.bin")
+    except GatedRepoError:
+        raise GatedModelError(_gated_message(repository, info)) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        at = f" at revision {options.revision!r}" if options.revision else ""
+        raise ModelNotFoundError(
+            f"the hub has no model '{repository}'{at} that you can see; check the id, or log in with 'hf auth login'"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise OfflineError(
+            f"'{repository}' is not in the cache and the hub cannot be reached; run 'hf download {repository}' where it can, "
+            "copy the cache, or give weights=PATH"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = f"HTTP {status}" if status else type(error).__name__
+        raise OfflineError(f"download of '{repository}' failed ({reason}); try again, or give weights=PATH") from None
+    if weights is None:
+        raise ModelNotFoundError(f"'{repository}' holds no model.safetensors; give the file itself with weights=PATH")
+    return weights.parent
+
+
+def _gated_message(repository: str, info: ModelInfo | None) -> str:
+    timm = (
+        f", or take timm's copy under the same licence, {info.timm_id!r}" if info is not None and info.timm_id else ""
+    )
+    return (
+        f"access to '{repository}' is gated: accept the licence on its page and log in with 'hf auth login', "
+        f"or pass weights=PATH to a file that you already have{timm}"
+    )

@@ -1,0 +1,288 @@
+"""One table per checkpoint layout: our parameter name -> where it lies in the file; read forwards to load, backwards to save.
+
+`#` stands for the number of a block.  A plain string is copied, its shape may change where the element count agrees.
+`Joined` concatenates along dimension 0.  `Masked` multiplies.  A name that starts with `?` may be absent: zeros then.
+
+Sources: dinov3 at 6876159, dinov2 at b8931f7, dino main; transformers 5.23.0; timm 1.0.31.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+__all__ = ["LAYOUTS", "Joined", "Layout", "Masked", "Row", "Shaped", "normalise", "recognise", "row_of", "sources"]
+
+ZEROS = "?"  # a part that no file holds
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Parts end to end along dimension 0."""
+
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A tensor times a mask that the file may hold beside it."""
+
+    value: str
+    mask: str
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A copy whose shape in the file has one dimension more."""
+
+    name: str
+
+
+Row: TypeAlias = str | Joined | Masked | Shaped
+
+
+def _both(ours: str, theirs: str | Callable[[str], Row] | None = None) -> dict[str, Row]:
+    """Rows for the weight and the bias of a module."""
+    make = (lambda kind: f"{theirs or ours}.{kind}") if not callable(theirs) else theirs
+    return {f"{ours}.{kind}": make(kind) for kind in ("weight", "bias")}
+
+
+def _joined(*names: str) -> Callable[[str], Row]:
+    return lambda kind: Joined(tuple(f"{name}.{kind}" for name in names))
+
+
+def _qkv(query: str, key: str, value: str) -> dict[str, Row]:
+    """Three linears; the bias of the key may be missing while those of query and value are there."""
+    return {
+        "blocks.#.attn.qkv.weight": Joined((f"{query}.weight", f"{key}.weight", f"{value}.weight")),
+        "blocks.#.attn.qkv.bias": Joined((f"{query}.bias", f"?{key}.bias", f"{value}.bias")),
+    }
+
+
+@dataclass(frozen=True)
+class Layout:
+    name: str  # "meta", "hf" or "timm"
+    family: str  # "dinov3", "dinov2" or "dino"
+    has: tuple[str, ...]  # patterns of names that are all there, once wrapper prefixes are gone ...
+    lacks: tuple[str, ...]  # ... and patterns that are not
+    rows: dict[str, Row]
+    unused: Mapping[str, str] = field(default_factory=dict)  # pattern of a name in the file -> why we leave it
+    spellings: tuple[tuple[str, str], ...] = ()  # other ways to write the names on the left: pattern, replacement
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.family})"
+
+
+_PLAIN: dict[str, Row] = {  # names that Meta and timm share; ours are Meta's
+    "cls_token": "cls_token",
+    "patch_embed.proj.weight": "patch_embed.proj.weight",
+    "patch_embed.proj.bias": "patch_embed.proj.bias",
+    **_both("blocks.#.norm1"),
+    **_both("blocks.#.attn.qkv"),
+    **_both("blocks.#.attn.proj"),
+    **_both("blocks.#.norm2"),
+    **_both("blocks.#.mlp.fc1"),
+    **_both("blocks.#.mlp.fc2"),
+    **_both("norm"),
+}
+_LS: dict[str, Row] = {f"blocks.#.ls{i}.gamma": f"blocks.#.ls{i}.gamma" for i in (1, 2)}
+_HF_LS: dict[str, str] = {f"blocks.#.ls{i}.gamma": f"layer.#.layer_scale{i}.lambda1" for i in (1, 2)}
+_CHUNKS = ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),)  # a training run with block_chunks > 0
+_HEADS = {r"(dino_|ibot_)?head\..*": "a head, not the backbone"}
+
+META_V3 = Layout(
+    "meta", "dinov3",
+    has=(r"patch_embed\.proj\.weight", r"(rope_embed\.periods|storage_tokens)"), lacks=(),
+    rows=_PLAIN | _LS | {
+        "register_tokens": "storage_tokens",
+        "mask_token": "mask_token",
+        "rope_periods": "rope_embed.periods",
+        "blocks.#.attn.qkv.bias": Masked("blocks.#.attn.qkv.bias", "?blocks.#.attn.qkv.bias_mask"),
+        **_both("blocks.#.mlp.gate_up", _joined("blocks.#.mlp.w1", "blocks.#.mlp.w2")),
+        **_both("blocks.#.mlp.down", "blocks.#.mlp.w3"),
+        **_both("cls_norm"),
+        **_both("local_cls_norm"),
+    },
+    unused=_HEADS, spellings=_CHUNKS,
+)  # fmt: skip
+
+META_V2 = Layout(
+    "meta", "dinov2",
+    has=(r"patch_embed\.proj\.weight", r"pos_embed", r"mask_token"), lacks=(r"reg_token",),
+    rows=_PLAIN | _LS | {
+        "pos_embed": "pos_embed",
+        "register_tokens": "register_tokens",
+        "mask_token": "mask_token",
+        **_both("blocks.#.mlp.gate_up", "blocks.#.mlp.w12"),
+        **_both("blocks.#.mlp.down", "blocks.#.mlp.w3"),
+    },
+    unused=_HEADS, spellings=_CHUNKS,
+)  # fmt: skip
+
+META_V1 = Layout(
+    "meta", "dino",
+    has=(r"patch_embed\.proj\.weight", r"pos_embed"), lacks=(r"mask_token", r"reg_token", r"blocks\.0\.ls1\.gamma"),
+    rows=_PLAIN | {"pos_embed": "pos_embed"},
+    unused=_HEADS,
+)  # fmt: skip
+
+HF_V3 = Layout(
+    "hf", "dinov3",
+    has=(r"embeddings\.patch_embeddings\.weight",), lacks=(),
+    rows={
+        "cls_token": "embeddings.cls_token",
+        "register_tokens": "embeddings.register_tokens",
+        "mask_token": Shaped("embeddings.mask_token"),
+        **_both("patch_embed.proj", "embeddings.patch_embeddings"),
+        **_both("blocks.#.norm1", "layer.#.norm1"),
+        **_qkv(*(f"layer.#.attention.{part}_proj" for part in "qkv")),
+        **_both("blocks.#.attn.proj", "layer.#.attention.o_proj"),
+        **_HF_LS,
+        **_both("blocks.#.norm2", "layer.#.norm2"),
+        **_both("blocks.#.mlp.gate_up", _joined("layer.#.mlp.gate_proj", "layer.#.mlp.up_proj")),
+        **_both("blocks.#.mlp.down", "layer.#.mlp.down_proj"),
+        **_both("blocks.#.mlp.fc1", "layer.#.mlp.up_proj"),
+        **_both("blocks.#.mlp.fc2", "layer.#.mlp.down_proj"),
+        **_both("norm"),
+    },
+    spellings=((r"^model\.layer\.", "layer."),),
+)  # fmt: skip
+
+HF_V2 = Layout(
+    "hf", "dinov2",
+    has=(r"embeddings\.patch_embeddings\.projection\.weight", r"encoder\.layer\.0\.norm1\.weight"), lacks=(),
+    rows={
+        "cls_token": "embeddings.cls_token",
+        "register_tokens": "embeddings.register_tokens",
+        "mask_token": "embeddings.mask_token",
+        "pos_embed": "embeddings.position_embeddings",
+        **_both("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+        **_both("blocks.#.norm1", "encoder.layer.#.norm1"),
+        **_qkv(*(f"encoder.layer.#.attention.attention.{part}" for part in ("query", "key", "value"))),
+        **_both("blocks.#.attn.proj", "encoder.layer.#.attention.output.dense"),
+        **{ours: f"encoder.{theirs}" for ours, theirs in _HF_LS.items()},
+        **_both("blocks.#.norm2", "encoder.layer.#.norm2"),
+        **_both("blocks.#.mlp.gate_up", "encoder.layer.#.mlp.weights_in"),
+        **_both("blocks.#.mlp.down", "encoder.layer.#.mlp.weights_out"),
+        **_both("blocks.#.mlp.fc1", "encoder.layer.#.mlp.fc1"),
+        **_both("blocks.#.mlp.fc2", "encoder.layer.#.mlp.fc2"),
+        **_both("norm", "layernorm"),
+    },
+    spellings=(
+        (r"\.attention\.q_proj\.", ".attention.attention.query."),
+        (r"\.attention\.k_proj\.", ".attention.attention.key."),
+        (r"\.attention\.v_proj\.", ".attention.attention.value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
+    ),
+)  # fmt: skip
+
+HF_V2_GATED_LIVE = replace(  # the giant as transformers 5 holds it in memory: its files join gate and up
+    HF_V2,
+    has=(*HF_V2.has, r"encoder\.layer\.0\.mlp\.gate_proj\.weight"),
+    rows=HF_V2.rows
+    | _both("blocks.#.mlp.gate_up", _joined("encoder.layer.#.mlp.gate_proj", "encoder.layer.#.mlp.up_proj")),
+)
+
+HF_V1 = Layout(
+    "hf", "dino",
+    has=(r"embeddings\.patch_embeddings\.projection\.weight", r"(encoder\.layer|layers)\.0\.layernorm_before\.weight"), lacks=(),
+    rows={
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        **_both("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+        **_both("blocks.#.norm1", "encoder.layer.#.layernorm_before"),
+        **_qkv(*(f"encoder.layer.#.attention.attention.{part}" for part in ("query", "key", "value"))),
+        **_both("blocks.#.attn.proj", "encoder.layer.#.attention.output.dense"),
+        **_both("blocks.#.norm2", "encoder.layer.#.layernorm_after"),
+        **_both("blocks.#.mlp.fc1", "encoder.layer.#.intermediate.dense"),
+        **_both("blocks.#.mlp.fc2", "encoder.layer.#.output.dense"),
+        **_both("norm", "layernorm"),
+    },
+    unused={r"pooler\..*": "transformers' pooler, which no DINO was trained with"},
+    spellings=(
+        (r"^layers\.", "encoder.layer."),
+        *HF_V2.spellings[:4],
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+    ),
+)  # fmt: skip
+
+TIMM_V3 = Layout(
+    "timm", "dinov3",
+    has=(r"patch_embed\.proj\.weight", r"blocks\.0\.gamma_1"), lacks=(r"pos_embed",),
+    rows=_PLAIN | {
+        "register_tokens": "reg_token",
+        "blocks.#.attn.qkv.bias": Joined(("blocks.#.attn.q_bias", ZEROS, "blocks.#.attn.v_bias")),
+        **{f"blocks.#.ls{i}.gamma": f"blocks.#.gamma_{i}" for i in (1, 2)},
+        **_both("blocks.#.mlp.gate_up", _joined("blocks.#.mlp.fc1_g", "blocks.#.mlp.fc1_x")),
+        **_both("blocks.#.mlp.down", "blocks.#.mlp.fc2"),
+    },
+    unused={r"blocks\.\d+\.attn\.k_bias": "timm's zero key bias"},
+)  # fmt: skip
+
+TIMM_V2 = Layout(
+    "timm", "dinov2",
+    has=(r"patch_embed\.proj\.weight", r"pos_embed", r"blocks\.0\.ls1\.gamma"), lacks=(r"mask_token",),
+    rows=_PLAIN | _LS | {
+        "pos_embed": "pos_embed",
+        "register_tokens": "reg_token",
+        **_both("blocks.#.mlp.gate_up", "blocks.#.mlp.fc1"),
+        **_both("blocks.#.mlp.down", "blocks.#.mlp.fc2"),
+    },
+)  # fmt: skip
+
+TIMM_V1 = Layout(
+    "timm", "dino", has=META_V1.has, lacks=META_V1.lacks, rows=META_V1.rows, unused={r"head\..*": "a classifier"}
+)
+
+# In order: the first that fits counts.  Meta's and timm's DINO v1 have the same names, so that only `layout` tells them apart.
+LAYOUTS = (META_V3, META_V2, META_V1, HF_V3, HF_V2_GATED_LIVE, HF_V2, HF_V1, TIMM_V3, TIMM_V2, TIMM_V1)
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_ANCHORS = re.compile(r"^(.*?)(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?)\.weight$")
+
+
+def normalise(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Groups the names of a file by what precedes its backbones: prefix -> {name without wrappers and prefix: name in the file}.
+
+    Where a backbone begins is told by its patch embedding.  Names under no such prefix are in no group.
+    """
+    clean = {_WRAPPERS.sub("", name): name for name in names}
+    prefixes = {match[1] for name in clean if (match := _ANCHORS.match(name))}
+    return {
+        p: {name[len(p) :]: original for name, original in clean.items() if name.startswith(p)}
+        for p in sorted(prefixes)
+    }
+
+
+def recognise(names: Iterable[str], layout: str | None = None) -> list[Layout]:
+    """The layouts that these names (without prefix) can be, of the kind `layout` if given."""
+    names = set(names)
+
+    def any_matches(pattern: str) -> bool:
+        return any(re.fullmatch(pattern, name) for name in names)
+
+    return [
+        candidate
+        for candidate in LAYOUTS
+        if layout in (None, candidate.name)
+        and all(any_matches(p) for p in candidate.has)
+        and not any(any_matches(p) for p in candidate.lacks)
+    ]
+
+
+def row_of(layout: Layout, ours: str) -> tuple[Row | None, str]:
+    """The row of one of our names, and the number of its block ("" outside the blocks)."""
+    match = re.match(r"blocks\.(\d+)\.", ours)
+    number = match[1] if match else ""
+    return layout.rows.get(re.sub(r"^blocks\.\d+\.", "blocks.#.", ours)), number
+
+
+def sources(row: Row, number: str = "") -> tuple[str, ...]:
+    """The names in the file that a row draws on, optional ones with their `?`."""
+    names = row.parts if isinstance(row, Joined) else (row.value, row.mask) if isinstance(row, Masked) else (
+        row.name if isinstance(row, Shaped) else row,
+    )  # fmt: skip
+    return tuple(name.replace("#", number) for name in names)

@@ -1,0 +1,64 @@
+"""Pictures of several sizes laid end to end as one row of tokens.
+
+Norms, linears and activations treat every token alike, so that only attention has to know where a picture ends.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .rope import RopeTable
+
+__all__ = ["Packing"]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Groups of `count` pictures with `length` tokens each, in order."""
+
+    groups: tuple[tuple[int, int], ...]  # (count, length)
+    device: torch.device
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest picture."""
+        return max(length for _, length in self.groups)
+
+    def cu_seqlens(self) -> Tensor:
+        """The first token of each picture, and the number of tokens, [S + 1] int32."""
+        lengths = [length for count, length in self.groups for _ in range(count)]
+        return torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
+
+    def table(self, tables: Sequence[RopeTable]) -> RopeTable:
+        """One rope table per group -> one row per token, cos and sin [T, D/2]."""
+        cos, sin = (
+            torch.cat([table[part].repeat(count, 1) for table, (count, _) in zip(tables, self.groups, strict=True)])
+            for part in (0, 1)
+        )
+        return cos, sin
+
+    def split(self, tokens: Tensor) -> list[Tensor]:  # [T, C]
+        """Back to one [count, length, C] view per group."""
+        sizes = [count * length for count, length in self.groups]
+        return [part.unflatten(0, group) for part, group in zip(tokens.split(sizes), self.groups, strict=True)]
+
+    def draw(self, drop_path: float, generator: torch.Generator | None) -> tuple[Tensor, "Packing", Tensor]:
+        """Stochastic depth by batch subset: the token rows that are kept, their packing, and the factor of each row.
+
+        Each group keeps max(1, floor(count (1 - drop_path))) pictures, and weighs them by count / kept, so that the
+        branch has the same mean as without dropping.
+
+        Source: DINOv2 paper (arXiv 2304.07193), section 5; dinov3/layers/block.py at 6876159.
+        """
+        rows, factors, groups, start = [], [], [], 0
+        for count, length in self.groups:
+            kept = max(1, int(count * (1.0 - drop_path)))
+            chosen = torch.randperm(count, generator=generator, device=generator.device if generator else None)[:kept]
+            first = start + chosen.to(self.device) * length
+            rows.append((first[:, None] + torch.arange(length, device=self.device)).flatten())
+            factors.append(torch.full((kept * length, 1), count / kept, device=self.device))
+            groups.append((kept, length))
+            start += count * length
+        return torch.cat(rows), Packing(tuple(groups), self.device), torch.cat(factors)

@@ -1,0 +1,167 @@
+"""Writing checkpoints: the key tables read backwards."""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import keys
+from .configs import folds_cls, hf_config, timm_config
+from .errors import InputError, UnsupportedError
+from .keys import Joined, Layout, Masked, Shaped, row_of, sources
+from .rope import rope_periods
+from .vit import VisionTransformer, ViTConfig
+from .weights import LayoutName
+from .zoo import ModelInfo
+
+__all__ = ["restore", "save_checkpoint"]
+
+log = logging.getLogger("dinov3_infer")
+
+
+def restore(state: Mapping[str, Tensor], config: ViTConfig, layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
+    """Our tensors under a layout's names, and what the layout has no place for, in words.
+
+    Raises: UnsupportedError where leaving something out would change the features.
+    """
+    tensors: dict[str, Tensor] = {}
+    notes: list[str] = []
+    with_bias = any(name.endswith("attn.qkv.bias") and bool(tensor.any()) for name, tensor in state.items())
+    for ours, tensor in state.items():
+        row, number = row_of(layout, ours)
+        if row is None:
+            notes.append(_note_of_loss(ours, layout, tensor, config))
+        elif layout is keys.TIMM_V3 and ours.endswith("attn.qkv.bias") and not with_bias:
+            continue  # timm's plain variant has no biases, and these are zero
+        elif layout is keys.META_V3 and ours == "rope_periods":
+            rounded = tensor.bfloat16()
+            tensors["rope_embed.periods"] = rounded if torch.equal(rounded.float(), tensor) else tensor
+        elif folds_cls(layout, config.num_registers) and ours in ("cls_token", "pos_embed"):
+            folded = {
+                "cls_token": state["cls_token"] + state["pos_embed"][:, :1],
+                "pos_embed": state["pos_embed"][:, 1:],
+            }
+            tensors[ours] = folded[ours]
+            if ours == "pos_embed" and bool(tensor[:, 0].any()):
+                notes.append(
+                    "timm adds the class token's position to the class token; the two can no longer be told apart"
+                )
+        else:
+            tensors.update(_write(row, number, ours, tensor, config))
+    if layout is keys.HF_V3 and not config.num_registers:
+        tensors["embeddings.register_tokens"] = torch.zeros(1, 0, config.embed_dim)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, [
+        note for note in dict.fromkeys(notes) if note
+    ]
+
+
+def _write(row: keys.Row, number: str, ours: str, tensor: Tensor, config: ViTConfig) -> dict[str, Tensor]:
+    names = sources(row, number)
+    masked_key = ours.endswith("attn.qkv.bias") and not config.key_bias
+    if isinstance(row, Masked):
+        written = {names[0]: tensor}
+        if masked_key:
+            written[names[1].removeprefix("?")] = (
+                torch.ones_like(tensor).view(3, -1).mul_(torch.tensor([[1.0], [0.0], [1.0]])).flatten()
+            )
+        return written
+    if isinstance(row, Joined):
+        parts = zip(names, tensor.chunk(len(names)), strict=True)
+        if not masked_key and any(name == keys.ZEROS for name in names):
+            raise UnsupportedError(
+                "timm's DINOv3 has no bias for the keys and this model has one; write the 'hf' or 'meta' layout"
+            )
+        return {name.removeprefix("?"): part for name, part in parts if not (masked_key and name.startswith("?"))}
+    return {names[0]: tensor[None] if isinstance(row, Shaped) else tensor}
+
+
+def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: ViTConfig) -> str:
+    """What it means that a layout has no place for a tensor; "" for nothing."""
+    if ours == "rope_periods":
+        exact = rope_periods(config.head_dim, config.rope_base)
+        if torch.equal(tensor.cpu(), exact):
+            return ""
+        return f"the {layout.name} layout holds no RoPE periods, so {'transformers' if layout.name == 'hf' else 'timm'} will use exact ones"
+    if ours == "mask_token" or ours.startswith("local_cls_norm"):
+        return f"the {layout.name} layout has no place for {ours.split('.')[0]}, which only training uses"
+    raise UnsupportedError(f"the {layout.name} layout has no place for {ours}; write the 'meta' layout")
+
+
+def layout_for(config: ViTConfig, name: LayoutName) -> Layout:
+    """The table that writes this architecture in layout `name`."""
+    family = "dinov3" if config.position_grid is None else "dinov2" if config.layerscale else "dino"
+    found = next(
+        (c for c in keys.LAYOUTS if (c.name, c.family) == (name, family) and c is not keys.HF_V2_GATED_LIVE), None
+    )
+    if found is None:
+        raise InputError(f"layout is one of 'hf', 'meta', 'timm'; got {name!r}")
+    return found
+
+
+def save_checkpoint(
+    model: VisionTransformer,
+    target: str | os.PathLike[str],
+    layout: LayoutName = "hf",
+    info: ModelInfo | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a layout: a directory for "hf" and "timm", a `.pth` or `.safetensors` file for "meta".
+
+    What the layout cannot hold is said in one line each.  A file appears whole or not at all, also over the file that the
+    model was loaded from.
+    """
+    target = Path(target).expanduser()
+    table = layout_for(model.config, layout)
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if layout == "meta" and target.suffix not in (".pth", ".safetensors"):
+        raise InputError(f"Meta's layout is one file; '{target}' should end in .pth or .safetensors")
+    config: dict[str, Any] = {}
+    if layout == "hf":
+        config = hf_config(model.config) | {"dtype": "float32", "dinov3_infer": dict(extra or {})}
+    elif layout == "timm":
+        with_bias = any(name.endswith("qkv.bias") and bool(t.any()) for name, t in state.items())
+        config = timm_config(model.config, info, with_bias)
+    tensors, notes = restore(state, model.config, table)
+    for note in notes:
+        log.warning("%s: %s", target, note)
+    if layout == "meta":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _replace(
+            target,
+            lambda path: torch.save(tensors, path) if target.suffix == ".pth" else save_file(_unshared(tensors), path),
+        )
+        return target
+    if target.is_file():
+        raise InputError(f"the {layout} layout is a directory, and '{target}' is a file; give another path")
+    target.mkdir(parents=True, exist_ok=True)
+    _replace(target / "model.safetensors", lambda path: save_file(_unshared(tensors), path, metadata={"format": "pt"}))
+    _replace(target / "config.json", lambda path: path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"))
+    return target
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses tensors that share memory, as the parts of a split do."""
+    return {
+        name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _replace(target: Path, write: Callable[[Path], Any]) -> None:
+    """Writes beside the target, then takes its place."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

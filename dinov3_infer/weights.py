@@ -1,0 +1,313 @@
+"""Checkpoint in, model out: strict both ways, whatever the layout.
+
+Reading is driven by the tensors that the model needs, so that a missing one is found by construction; whatever is left
+over in the file and not listed as unused is an error too.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import keys
+from .configs import config_from_shapes, folds_cls, layout_hint, same_architecture, settings_from_config
+from .errors import CheckpointError, InputError
+from .files import Checkpoint, TensorSource
+from .keys import Joined, Layout, Masked, row_of, sources
+from .rope import rope_periods
+from .vit import VisionTransformer, ViTConfig
+from .zoo import ARCHITECTURES, ModelInfo
+
+__all__ = ["LayoutName", "Periods", "fingerprint", "load_model"]
+
+log = logging.getLogger("dinov3_infer")
+
+LayoutName = Literal["hf", "meta", "timm"]
+Periods = Literal["exact", "bfloat16"]
+M = TypeVar("M", bound=VisionTransformer)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One backbone inside a file: its layout, and where its names lie."""
+
+    layout: Layout
+    names: Mapping[str, str]  # name on disk in this layout -> name in the file
+
+
+def load_model(
+    make: Callable[[ViTConfig], M],
+    checkpoint: Checkpoint,
+    *,
+    layout: LayoutName | None = None,
+    expected: ModelInfo | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    periods: Periods | None = None,
+    keep: bool = False,
+) -> tuple[M, Layout]:
+    """The model that a checkpoint holds, in eval mode.
+
+    `dtype` is that of the linears and the convolution, everything else is float32; `None` leaves all float32.
+    `keep` takes tensors as they are, dtype and device too.  `expected` names what the caller asked for, so that a file of another size is refused with both names.
+
+    Raises: CheckpointError for tensors that are missing, left over, misshapen or not finite where that matters.
+    """
+    group = _find_group(checkpoint, layout)
+    shapes = {name: checkpoint.tensors.shapes[original] for name, original in group.names.items()}
+    settings = settings_from_config(checkpoint.config)
+    if not settings and expected is not None:
+        settings = {"num_heads": expected.config.num_heads, "norm_eps": expected.config.norm_eps}
+    config, note = config_from_shapes(group.layout, shapes, settings)
+    if expected is not None and not same_architecture(expected.config, config):
+        raise CheckpointError(
+            f"'{checkpoint.path}' {_looks_like(config)}; you asked for {expected.name} {_shape_of(expected.config)}"
+        )
+    if note:
+        log.warning("%s: %s", checkpoint.path, note)
+    with torch.device("meta"):
+        model = make(config)
+    if keep:
+        device = checkpoint.tensors.read(next(iter(group.names.values()))).device
+    _fill(model, checkpoint, group, None if keep else (dtype or torch.float32), torch.device(device))
+    _settle_periods(model, checkpoint.config, periods, torch.device(device))
+    return model.eval(), group.layout
+
+
+def _find_group(checkpoint: Checkpoint, layout: LayoutName | None) -> _Group:
+    """The backbone in a file: by its names, else by its config, else Meta's, said in one line."""
+    groups = keys.normalise(checkpoint.tensors.shapes)
+    if not groups:
+        raise CheckpointError(f"'{checkpoint.path}' holds no vision transformer: {_what_is_there(checkpoint.tensors)}")
+    prefix = _choose_prefix(checkpoint, list(groups))
+    spelled: dict[str, str]
+    candidates = keys.recognise(groups[prefix], layout)
+    if not candidates:
+        kinds = "layout" if layout is None else f"layout {layout!r}"
+        raise CheckpointError(
+            f"the names in '{checkpoint.path}' are those of no known {kinds}: {_some(groups[prefix])}"
+        )
+    chosen = candidates[0]
+    if len({c.name for c in candidates}) > 1:
+        hint = layout_hint(checkpoint.config)
+        named = [c for c in candidates if c.name == hint]
+        if named:
+            chosen = named[0]
+        else:
+            others = " or ".join(sorted({repr(c.name) for c in candidates} - {repr(chosen.name)}))
+            log.warning(
+                "%s: these names are used by %s and %s alike; taken as %r, pass layout=%s if positions should be resized by its rule",
+                checkpoint.path, chosen.name, others, chosen.name, others,
+            )  # fmt: skip
+    if prefix:
+        aside = len(checkpoint.tensors.shapes) - len(groups[prefix])
+        log.info(
+            "%s: took the %d tensors under '%s', left %d others aside",
+            checkpoint.path,
+            len(groups[prefix]),
+            prefix,
+            aside,
+        )
+    spelled = {}
+    for name, original in groups[prefix].items():
+        for pattern, replacement in chosen.spellings:
+            name = re.sub(pattern, replacement, name)
+        spelled[name] = original
+    return _Group(chosen, spelled)
+
+
+def _choose_prefix(checkpoint: Checkpoint, prefixes: list[str]) -> str:
+    if len(prefixes) == 1:
+        return prefixes[0]
+    teachers = [p for p in prefixes if re.search(r"(^|\.|_)(teacher|ema)", p) and "gram" not in p]
+    if len(teachers) == 1:
+        return teachers[0]
+    listed = ", ".join(repr(p) for p in prefixes)
+    raise CheckpointError(
+        f"'{checkpoint.path}' holds {len(prefixes)} backbones, under {listed}; save the one you want on its own"
+    )
+
+
+@torch.no_grad()
+def _fill(
+    model: VisionTransformer, checkpoint: Checkpoint, group: _Group, dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """Reads every tensor that the model needs, and accounts for every tensor of the file."""
+    matrices = _matrix_names(model)
+    missing: list[str] = []
+    misshapen: list[str] = []
+    used: set[str] = set()
+    state: dict[str, Tensor] = {}
+    for ours, target in model.state_dict().items():
+        row, number = row_of(group.layout, ours)
+        if row is None:
+            if ours != "rope_periods":
+                missing.append(ours)
+            continue
+        names = sources(row, number)
+        absent = [name for name in names if not name.startswith("?") and name not in group.names]
+        used.update(name.removeprefix("?") for name in names)
+        if absent:
+            missing.extend(absent)
+            continue
+        stored = checkpoint.tensors.dtypes[group.names[names[0]]]
+        want = stored if dtype is None else dtype if ours in matrices else _vector_dtype(dtype)
+        want = torch.float32 if ours == "rope_periods" else want
+        tensor = _read(row, names, checkpoint.tensors, group, want, device)
+        if ours == "pos_embed" and folds_cls(group.layout, model.config.num_registers):
+            tensor = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
+        if tensor.shape != target.shape and (tensor.numel() != target.numel() or tensor.ndim == target.ndim):
+            misshapen.append(f"{names[0]} {list(tensor.shape)} instead of {list(target.shape)}")
+            continue
+        state[ours] = tensor if tensor.shape == target.shape else tensor.reshape(target.shape)
+    unused = "|".join(group.layout.unused) or r"(?!)"
+    left_over = [
+        name
+        for name, original in group.names.items()
+        if name not in used and 0 not in checkpoint.tensors.shapes[original] and not re.fullmatch(unused, name)
+    ]
+    if missing or left_over or misshapen:
+        found = [("missing", missing), ("left over", left_over), ("of another shape", misshapen)]
+        counts = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in found if names)
+        raise CheckpointError(
+            f"'{checkpoint.path}' does not fit (layout {group.layout.label}, {_looks_like(model.config)}): {counts}"
+        )
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    result = model.load_state_dict(
+        {k: _as_parameter(v) if k in requires_grad else v for k, v in state.items()}, strict=False, assign=True
+    )
+    assert not result.unexpected_keys and set(result.missing_keys) <= {"rope_periods"}
+
+
+def _vector_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Tokens, norms and layer scales are never held in less than float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _as_parameter(tensor: Tensor) -> nn.Parameter:
+    """The tensor itself where it is a live module's parameter, so that both modules share it."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def _matrix_names(model: VisionTransformer) -> set[str]:
+    """Parameters that matrix products use: these alone take a lower precision."""
+    return {
+        f"{name}.{kind}"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+        for kind in ("weight", "bias")
+    }
+
+
+def _read(
+    row: keys.Row,
+    names: tuple[str, ...],
+    tensors: TensorSource,
+    group: _Group,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """One tensor of ours."""
+
+    def get(name: str, copying: bool = False) -> Tensor:
+        return tensors.read(group.names[name], copying=copying)
+
+    if isinstance(row, Masked):
+        value, mask = names[0], names[1].removeprefix("?")
+        tensor = get(value)
+        if mask in group.names:
+            factor = get(mask)
+            if not factor.isfinite().all():
+                raise CheckpointError(
+                    f"'{mask}' holds NaN: the model was saved before its weights were initialised; save it again"
+                )
+            tensor = tensor * factor.to(tensor.dtype)
+        return tensor.to(device, dtype)
+    if not isinstance(row, Joined):
+        return get(names[0]).to(device, dtype)
+    first = tensors.shapes[group.names[names[0]]]
+    present = {name.removeprefix("?") for name in names} & set(group.names)
+    rows = [
+        tensors.shapes[group.names[n]][0] if (n := name.removeprefix("?")) in present else first[0] for name in names
+    ]
+    joined = torch.zeros(sum(rows), *first[1:], dtype=dtype, device=device)
+    for part, name in zip(joined.split(rows), names, strict=True):
+        if name.removeprefix("?") in present:
+            part.copy_(get(name.removeprefix("?"), copying=True))
+    return joined
+
+
+def _settle_periods(
+    model: VisionTransformer, config: Mapping[str, Any], periods: Periods | None, device: torch.device
+) -> None:
+    """RoPE periods: as asked, else as stored in the file or in our block of config.json, else exact."""
+    if model.rope_periods is None:
+        return
+    stored = (
+        config.get("dinov3_infer", {}).get("rope_periods") if isinstance(config.get("dinov3_infer"), dict) else None
+    )
+    exact = rope_periods(model.config.head_dim, model.config.rope_base)
+    if periods is not None:
+        if periods not in ("exact", "bfloat16"):
+            raise InputError(
+                f"rope_periods is 'exact', 'bfloat16' (as Meta's files hold them) or None for what is stored; got {periods!r}"
+            )
+        model.rope_periods = (exact.bfloat16().float() if periods == "bfloat16" else exact).to(device)
+    elif isinstance(stored, list) and len(stored) == len(exact):
+        model.rope_periods = torch.tensor(stored, dtype=torch.float32, device=device)
+    elif model.rope_periods.is_meta:
+        model.rope_periods = exact.to(device)
+
+
+def _looks_like(config: ViTConfig) -> str:
+    names = [name for name, known in ARCHITECTURES.items() if same_architecture(known, config)]
+    return f"looks like {' or '.join(names[:2])}" if names else f"looks like a ViT {_shape_of(config)}"
+
+
+def _shape_of(config: ViTConfig) -> str:
+    return f"(embed_dim {config.embed_dim}, {config.depth} blocks, patch {config.patch_size}, {config.num_registers} registers)"
+
+
+def _some(names: Any, most: int = 8) -> str:
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f", ... ({len(listed) - most} more)" if len(listed) > most else "")
+
+
+def _what_is_there(tensors: TensorSource) -> str:
+    names = list(tensors.shapes)
+    if not names:
+        return "it has no tensors"
+    if any(re.search(r"dwconv|conv_dw|depthwise_conv", name) for name in names):
+        return "it is a ConvNeXt, which is not here; timm has DINOv3's as convnext_*.dinov3_lvd1689m"
+    if any("head" in name or "decoder" in name or "classifier" in name for name in names):
+        return f"it looks like a head without its backbone ({_some(names, 3)})"
+    return f"no patch embedding among its {len(names)} tensors ({_some(names, 3)})"
+
+
+def fingerprint(state: Mapping[str, Tensor], config: ViTConfig) -> str:
+    """SHA-256 over the tensors that features depend on, the same for the same weights in every layout.
+
+    Left out are what some layouts do not store: mask token, norm for local crops, RoPE periods.  Biases that are zero
+    count as absent, and the class token includes its position, as in timm's files.
+    """
+    digest = hashlib.sha256()
+    canonical = {
+        name: tensor for name, tensor in state.items() if not re.match(r"mask_token|local_cls_norm|rope_periods", name)
+    }
+    if config.position_grid is not None:
+        canonical["cls_token"] = state["cls_token"].float() + state["pos_embed"][:, :1].float()
+        canonical["pos_embed"] = state["pos_embed"][:, 1:]
+    for name in sorted(canonical):
+        tensor = canonical[name].detach().to("cpu", torch.float32)
+        if name.endswith("attn.qkv.bias") and not config.key_bias:
+            tensor = torch.cat([part * keep for part, keep in zip(tensor.chunk(3), (1.0, 0.0, 1.0), strict=True)])
+        if name.endswith("attn.qkv.bias") and not tensor.any():
+            continue
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update((tensor + 0.0).contiguous().numpy().data)  # + 0.0: minus zero counts as zero
+    return digest.hexdigest()

@@ -1,0 +1,213 @@
+"""Every model that can be named: architecture, where its weights are, how its pictures are prepared, under which licence.
+
+Numbers of parameters, hub ids and file hashes are those of the model cards of facebookresearch/dinov3 at 6876159 and
+dinov2 at b8931f7, of facebookresearch/dino, and of timm 1.0.31.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import InputError, ModelNotFoundError, UnsupportedError
+from .images import Preprocess
+from .vit import ViTConfig
+
+__all__ = ["ARCHITECTURES", "MODELS", "ModelInfo", "find", "find_architecture", "list_models", "preprocess_of"]
+
+Family = Literal["dinov3", "dinov2", "dino", "lingbot"]
+Style = Literal["meta", "hf", "timm"]
+
+_V2: dict[str, Any] = dict(
+    patch_size=14, num_registers=0, position_grid=37, position_resize="offset", key_bias=True, norm_eps=1e-6
+)
+_V2_REG: dict[str, Any] = _V2 | dict(num_registers=4, position_resize="antialias")
+_V1: dict[str, Any] = dict(
+    num_registers=0, position_resize="offset", key_bias=True, norm_eps=1e-6, layerscale=False, mask_token=False
+)
+_V1_16: dict[str, Any] = _V1 | dict(patch_size=16, position_grid=14)
+_V1_8: dict[str, Any] = _V1 | dict(patch_size=8, position_grid=28)
+
+# fmt: off
+#                                 width depth heads  ffn
+ARCHITECTURES: dict[str, ViTConfig] = {
+    "dinov3_vits16":      ViTConfig( 384, 12,  6, 1536),
+    "dinov3_vits16plus":  ViTConfig( 384, 12,  6, 1536, gated=True),
+    "dinov3_vitb16":      ViTConfig( 768, 12, 12, 3072),
+    "dinov3_vitl16":      ViTConfig(1024, 24, 16, 4096),
+    "dinov3_vith16plus":  ViTConfig(1280, 32, 20, 5120, gated=True),
+    "dinov3_vit7b16":     ViTConfig(4096, 40, 32, 8192, gated=True, qkv_bias=False),
+    "dinov2_vits14":      ViTConfig( 384, 12,  6, 1536, **_V2),
+    "dinov2_vitb14":      ViTConfig( 768, 12, 12, 3072, **_V2),
+    "dinov2_vitl14":      ViTConfig(1024, 24, 16, 4096, **_V2),
+    "dinov2_vitg14":      ViTConfig(1536, 40, 24, 4096, gated=True, **_V2),
+    "dinov2_vits14_reg":  ViTConfig( 384, 12,  6, 1536, **_V2_REG),
+    "dinov2_vitb14_reg":  ViTConfig( 768, 12, 12, 3072, **_V2_REG),
+    "dinov2_vitl14_reg":  ViTConfig(1024, 24, 16, 4096, **_V2_REG),
+    "dinov2_vitg14_reg":  ViTConfig(1536, 40, 24, 4096, gated=True, **_V2_REG),
+    "dino_vits16":        ViTConfig( 384, 12,  6, 1536, **_V1_16),
+    "dino_vits8":         ViTConfig( 384, 12,  6, 1536, **_V1_8),
+    "dino_vitb16":        ViTConfig( 768, 12, 12, 3072, **_V1_16),
+    "dino_vitb8":         ViTConfig( 768, 12, 12, 3072, **_V1_8),
+    "lingbot_vits16":     ViTConfig( 384, 12,  6, 1536),
+    "lingbot_vitb16":     ViTConfig( 768, 12, 12, 3072),
+    "lingbot_vitl16":     ViTConfig(1024, 24, 16, 4096),
+    "lingbot_vitg16":     ViTConfig(1536, 40, 24, 4096, gated=True, qkv_bias=False),
+    "nano":               ViTConfig( 192,  4,  3,  768),
+}
+# fmt: on
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_SAT493M = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
+_APACHE, _DINOV3 = "Apache-2.0", "DINOv3 License"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One released model: an architecture with weights."""
+
+    name: str
+    architecture: str  # a key of ARCHITECTURES
+    family: Family
+    licence: str  # of the weights
+    hub_id: str | None = None  # the owner's repository
+    timm_id: str | None = None  # timm's repository, the same weights under the same licence
+    meta_file: str | None = None  # stem of Meta's file; what follows the last dash begins its sha256
+    mean: tuple[float, float, float] = _IMAGENET[0]
+    std: tuple[float, float, float] = _IMAGENET[1]
+    gated: bool = False  # the owner's repository asks for the licence to be accepted
+
+    @property
+    def config(self) -> ViTConfig:
+        return ARCHITECTURES[self.architecture]
+
+
+def _dinov3(name: str, timm: str, file_hash: str, dataset: str = "lvd1689m") -> ModelInfo:
+    mean, std = _SAT493M if dataset == "sat493m" else _IMAGENET
+    return ModelInfo(
+        name if dataset == "lvd1689m" else f"{name}_{dataset}", name, "dinov3", _DINOV3,
+        hub_id=f"facebook/{name.replace('_', '-')}-pretrain-{dataset}", timm_id=f"timm/{timm}_patch16_dinov3.{dataset}",
+        meta_file=f"{name}_pretrain_{dataset}-{file_hash}", mean=mean, std=std, gated=True,
+    )  # fmt: skip
+
+
+def _dinov2(name: str, size: str) -> ModelInfo:
+    registers = name.endswith("_reg")
+    return ModelInfo(
+        name, name, "dinov2", _APACHE,
+        hub_id=f"facebook/dinov2-{'with-registers-' if registers else ''}{size}",
+        timm_id=f"timm/vit_{size}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m",
+        meta_file=f"{name}4_pretrain" if registers else f"{name}_pretrain",
+    )  # fmt: skip
+
+
+def _dino(name: str, size: str, meta_name: str) -> ModelInfo:
+    patch = name.rpartition("vit")[2][1:]
+    return ModelInfo(
+        name, name, "dino", _APACHE,
+        hub_id=f"facebook/{name.replace('_', '-')}", timm_id=f"timm/vit_{size}_patch{patch}_224.dino",
+        meta_file=f"dino_{meta_name}{patch}_pretrain",
+    )  # fmt: skip
+
+
+def _lingbot(name: str, size: str) -> ModelInfo:
+    return ModelInfo(name, name, "lingbot", _APACHE, timm_id=f"timm/vit_{size}_patch16_lingbot.robbyant")
+
+
+_ROWS = (
+    _dinov3("dinov3_vits16", "vit_small", "08c60483"),
+    _dinov3("dinov3_vits16plus", "vit_small_plus", "4057cbaa"),
+    _dinov3("dinov3_vitb16", "vit_base", "73cec8be"),
+    _dinov3("dinov3_vitl16", "vit_large", "8aa4cbdd"),
+    _dinov3("dinov3_vith16plus", "vit_huge_plus", "7c1da9a5"),
+    _dinov3("dinov3_vit7b16", "vit_7b", "a955f4ea"),
+    _dinov3("dinov3_vitl16", "vit_large", "eadcf0ff", "sat493m"),
+    _dinov3("dinov3_vit7b16", "vit_7b", "a6675841", "sat493m"),
+    *(_dinov2(f"dinov2_vit{s[0]}14{reg}", s) for reg in ("", "_reg") for s in ("small", "base", "large", "giant")),
+    _dino("dino_vits16", "small", "deitsmall"),
+    _dino("dino_vits8", "small", "deitsmall"),
+    _dino("dino_vitb16", "base", "vitbase"),
+    _dino("dino_vitb8", "base", "vitbase"),
+    *(_lingbot(f"lingbot_vit{s[0]}16", s) for s in ("small", "base", "large", "giant")),
+    ModelInfo("nano", "nano", "dinov3", _APACHE),
+)
+MODELS: dict[str, ModelInfo] = {row.name: row for row in _ROWS}
+
+# What each source's own documentation does with a picture before its model sees it; `None` is ours.
+_PREPROCESSING: dict[tuple[Family, Style | None], dict[str, Any]] = {
+    ("dinov3", None): dict(size=256),
+    ("dinov3", "meta"): dict(size=256),
+    ("dinov3", "hf"): dict(size=224, engine="float"),
+    ("dinov3", "timm"): dict(size=256, fit="crop", filter="bicubic", engine="pil"),
+    ("dinov2", None): dict(size=224),
+    ("dinov2", "meta"): dict(size=224, fit="crop", resize_to=256, filter="bicubic", engine="pil"),
+    ("dinov2", "hf"): dict(size=224, fit="crop", resize_to=256, filter="bicubic", engine="pil", crop_rounds="down"),
+    ("dinov2", "timm"): dict(size=518, fit="crop", filter="bicubic", engine="pil"),
+    ("dino", None): dict(size=224),
+    ("dino", "meta"): dict(size=224, fit="crop", resize_to=256, filter="bicubic", engine="pil"),
+    ("dino", "hf"): dict(size=224, engine="pil"),
+    ("dino", "timm"): dict(size=224, fit="crop", resize_to=248, filter="bicubic", engine="pil"),
+    ("lingbot", None): dict(size=512),
+    ("lingbot", "timm"): dict(size=512, engine="pil"),
+}
+
+_ELSEWHERE = (  # (pattern, what to say)
+    (r"convnext", "DINOv3's ConvNeXts are not vision transformers and not here; timm has them as convnext_*.dinov3_lvd1689m"),
+    (r"_lc$|linear|classifier", "classifiers are not here; load the backbone and fit a probe on its features"),
+    (r"vitl16plus", "dinov3_vitl16plus is in the reference code, but its weights were never released"),
+    (r"resnet50|xcit", "DINO's convolutional and XCiT models are not here; its vision transformers are dino_vit{s,b}{16,8}"),
+    (r"eupe|sapiens", "these are other models of the same shape and are not here"),
+)  # fmt: skip
+
+
+def list_models() -> list[str]:
+    """All names, in the order of the table."""
+    return list(MODELS)
+
+
+def find(name: str) -> ModelInfo:
+    """The row of a name, a bare DINOv3 name (`vitb16`), a hub id or a timm id.
+
+    Raises: ModelNotFoundError with the closest names; UnsupportedError for models that exist and are not here.
+    """
+    info = MODELS.get(name) or MODELS.get(f"dinov3_{name}")
+    bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    for row in MODELS.values():
+        timm = (row.timm_id or "").removeprefix("timm/")
+        if info is None and bare in {row.hub_id, row.timm_id, timm, _qkvb(row.timm_id or ""), _qkvb(timm)} - {"", None}:
+            info = row
+    if info is not None:
+        return info
+    for pattern, reason in _ELSEWHERE:
+        if re.search(pattern, name, re.IGNORECASE):
+            raise UnsupportedError(f"{name!r} is not a model of this package: {reason}")
+    known = [*MODELS, *(n.removeprefix("dinov3_") for n in MODELS)]
+    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
+    raise ModelNotFoundError(
+        f"unknown model {name!r}: {hint}See list_models(), or give a hub id 'org/name', a directory or a weights file"
+    )
+
+
+def _qkvb(timm: str) -> str:
+    """timm's other spelling of a DINOv3 model, with its zero biases."""
+    return timm.replace("_dinov3.", "_dinov3_qkvb.")
+
+
+def find_architecture(timm_architecture: str) -> ModelInfo | None:
+    """The row whose timm model has this architecture name (no tag), with or without biases."""
+    plain = timm_architecture.replace("_dinov3_qkvb", "_dinov3")
+    return next(
+        (row for row in MODELS.values() if (row.timm_id or "").removeprefix("timm/").split(".")[0] == plain), None
+    )
+
+
+def preprocess_of(info: ModelInfo, style: Style | None = None) -> Preprocess:
+    """The transform of a row: our default, or exactly that of Meta's code, of transformers or of timm."""
+    options = _PREPROCESSING.get((info.family, style))
+    if options is None:
+        known = [repr(s) for family, s in _PREPROCESSING if family == info.family and s]
+        raise InputError(
+            f"preprocessing={style!r} does not exist for {info.name}; it has {', '.join(known)} and None, our own"
+        )
+    return Preprocess(info.mean, info.std, info.config.patch_size, **options)
