@@ -69,7 +69,10 @@ def resize_positions(
     grid: tuple[int, int],  # h, w in patches
     rule: PositionResize,
 ) -> Tensor:
-    """Learned positions for another grid, [1, h*w, C], bicubic in float32; three rules are in use and differ by about 1 %.
+    """Learned positions for another grid, [1, h*w, C], bicubic in float32 at least.
+
+    Three rules are in use, whose features differ by about 1 %.
+
 
     offset: Meta's DINO and DINOv2 without registers.  The factor is (h + 0.1)/G, and sampling follows that factor.
     size: transformers' DINO and DINOv2 without registers.  Exactly from G to h.
@@ -78,7 +81,8 @@ def resize_positions(
     side = int(positions.shape[1] ** 0.5)
     if grid == (side, side):
         return positions
-    table = positions.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    table = positions.to(torch.promote_types(positions.dtype, torch.float32))
+    table = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     if rule == "offset":
         factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
         table = F.interpolate(table, scale_factor=factors, mode="bicubic")

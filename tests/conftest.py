@@ -1,0 +1,32 @@
+"""Settings of the whole suite."""
+
+import importlib.util
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+if importlib.util.find_spec("torchvision") is not None and not torch.cuda.is_available():
+    # torchvision's CUDA wheel beside a CPU build of torch: its own library does not load, so it misses two schemas.
+    _schemas = torch.library.Library("torchvision", "FRAGMENT")
+    _schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skips = {
+        "gpu": None if torch.cuda.is_available() else "needs CUDA",
+        "peers": None if importlib.util.find_spec("timm") else "needs timm (see the README's section on tests)",
+    }
+    for item in items:
+        for marker, reason in skips.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
