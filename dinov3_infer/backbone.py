@@ -62,8 +62,8 @@ class Backbone(DropInTransformer):
 
         `weights`: a file or directory that holds the weights of `name`.
         `device`: "auto" is CUDA where there is one, else the CPU.
-        `dtype`: "auto" keeps float32 parameters and, on CUDA, does the matrix work in bfloat16.  A torch dtype or its name
-        casts the linears and the patch convolution; the residual stream, norms and RoPE stay float32.
+        `dtype`: "auto" keeps float32 parameters and, on CUDA, does the matrix work in bfloat16.  A torch dtype or its
+        name casts the linears and the patch convolution; the residual stream, norms and RoPE stay float32.
         `preprocessing`: None for our defaults, "meta", "hf" or "timm" for exactly what those do with a picture.
         `rope_periods`: None for those of the file, "exact", or "bfloat16" for those that Meta's files hold.
         `layout`: "hf", "meta" or "timm" where the names in a file do not tell.
@@ -85,7 +85,8 @@ class Backbone(DropInTransformer):
         model.autocast_dtype = autocast
         if cast == torch.float16:
             log.warning(
-                "DINO models are trained in bfloat16 and float16 can overflow; results are checked, and bfloat16 is the safer choice"
+                "DINO models are trained in bfloat16 and float16 can overflow; results are checked, "
+                "and bfloat16 is the safer choice"
             )
         log.debug(
             "%s: layout %s, %s", path, found.label, model.info.name if model.info else "an architecture of its own"
@@ -135,10 +136,10 @@ class Backbone(DropInTransformer):
     ) -> Features:
         """Features of one picture or a batch of pictures; a single one gives a batch of 1.
 
-        `images`: path, bytes, PIL image, array [H, W, 3] or tensor [3, H, W] (uint8, or float in 0..1, RGB), or a list, or
-        a 4-dimensional batch.
+        `images`: path, bytes, PIL image, array [H_px, W_px, 3], tensor [3, H_px, W_px] (RGB, uint8 or float in 0..1), a
+        list of these, or a 4-dimensional batch.
         `size`: pixels.  The side for fit "squash", the short side for "crop", the long side for "pad" and "native".
-        `fit`: "squash" to a square, "crop" the centre, "pad" to a square (see `valid`), "native" keeps the aspect ratio.
+        `fit`: "squash" to a square, "crop" the centre, "pad" to a square (see `valid`), "native" keeps the aspect.
         `layers`: an int for the last n blocks, a list for these; results are in `.layers`, after the final norm.
         `pooling`: what `.embedding` is: "cls", "mean" of the patches, or "cls_mean", both in a row.
 
@@ -166,7 +167,8 @@ class Backbone(DropInTransformer):
             bool(t.isfinite().all()) for t in (features.cls_token, features.patch_tokens, features.register_tokens)
         ):
             raise PrecisionError(
-                f"the features are not finite in {dtype}: activations left its range; load the model with dtype=torch.float32"
+                f"the features are not finite in {dtype}: activations left its range; "
+                "load the model with dtype=torch.float32"
             )
 
     def fingerprint(self) -> str:
@@ -176,7 +178,7 @@ class Backbone(DropInTransformer):
     def save_pretrained(self, directory: str | os.PathLike[str], layout: LayoutName = "hf") -> Path:
         """Writes a directory that transformers loads ("hf") or timm ("timm"), or one file under Meta's names ("meta").
 
-        Raises: UnsupportedError for a model that the layout cannot hold, InputError for a target that cannot be written.
+        Raises: UnsupportedError for a model that the layout cannot hold, InputError for a target of the wrong kind.
         """
         extra: dict[str, Any] = {
             "name": self.info.name if self.info else None,
@@ -193,7 +195,8 @@ class Backbone(DropInTransformer):
         c = self.config
         positions = "RoPE" if c.position_grid is None else f"learned {c.position_grid}x{c.position_grid}"
         name = self.info.name if self.info else "own architecture"
-        return f"{name}: {c.depth} blocks of width {c.embed_dim}, patch {c.patch_size}, {c.num_registers} registers, {positions}"
+        shape = f"{c.depth} blocks of width {c.embed_dim}, patch {c.patch_size}, {c.num_registers} registers"
+        return f"{name}: {shape}, {positions}"
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -211,7 +214,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype 
 
 
 def _row_of(config: ViTConfig, path: Path | None) -> ModelInfo | None:
-    """The row of the zoo that has this architecture; among equals the one whose Meta file has this name, else the first."""
+    """The row of the zoo with this architecture; among equals the one whose Meta file has this name, else the first."""
     rows = [row for row in MODELS.values() if same_architecture(row.config, config)]
     named = [row for row in rows if path is not None and row.meta_file == path.stem]
     satellite = [

@@ -84,9 +84,9 @@ def config_from_shapes(
         if found is None or len(found) != dimensions:
             row, number = row_of(layout, ours)
             name = sources(row, number)[0] if row is not None else ours
+            fault = "missing" if found is None else f"of shape {list(found)}"
             raise CheckpointError(
-                f"the names look like layout {layout.label}, but '{name}' is {'missing' if found is None else f'of shape {list(found)}'}; "
-                "is the file whole?"
+                f"the names are those of layout {layout.label}, but '{name}' is {fault}; is the file whole?"
             )
         return found
 
@@ -220,8 +220,9 @@ def hf_config(config: ViTConfig) -> dict[str, Any]:
             "image_size": 224, "intermediate_size": config.ffn_dim,
             "use_gated_mlp": config.gated, "hidden_act": "silu" if config.gated else "gelu",
             "num_register_tokens": config.num_registers, "rope_theta": config.rope_base, "pos_embed_rescale": 2.0,
-            "query_bias": config.qkv_bias, "key_bias": config.qkv_bias and config.key_bias, "value_bias": config.qkv_bias,
-            "proj_bias": True, "mlp_bias": True, "layerscale_value": 1.0,
+            "query_bias": config.qkv_bias, "value_bias": config.qkv_bias,
+            "key_bias": config.qkv_bias and config.key_bias, "proj_bias": True, "mlp_bias": True,
+            "layerscale_value": 1.0,
         }  # fmt: skip
     common |= {"image_size": config.position_grid * config.patch_size, "qkv_bias": config.qkv_bias}
     if not config.layerscale:
@@ -256,7 +257,8 @@ def timm_config(config: ViTConfig, info: ModelInfo | None, with_bias: bool) -> d
         "architecture": architecture, "num_classes": 0, "num_features": config.embed_dim,
         "global_pool": "avg" if info.family == "dinov3" else "token",
         "pretrained_cfg": {
-            "tag": tag, "input_size": [3, side, side], "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",
+            "tag": tag, "input_size": [3, side, side],
+            "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",
             "mean": list(info.mean), "std": list(info.std), "num_classes": 0, "pool_size": None,
             "first_conv": "patch_embed.proj", "classifier": "head", "license": info.licence.lower().replace(" ", "-"),
         },

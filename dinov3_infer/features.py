@@ -119,9 +119,8 @@ class Features:
     def similarity(self, other: "Features") -> Tensor:
         """Cosine of every embedding here with every one there, [B, B of other]."""
         if other.embedding.shape[-1] != self.embedding.shape[-1]:
-            raise InputError(
-                f"embeddings of {self.embedding.shape[-1]} and {other.embedding.shape[-1]} numbers cannot be compared; use one model and pooling"
-            )
+            widths = f"{self.embedding.shape[-1]} and {other.embedding.shape[-1]}"
+            raise InputError(f"embeddings of {widths} numbers cannot be compared; use one model and one pooling")
         return self.normalize().embedding @ other.normalize().embedding.to(self.embedding.device).T
 
     def numpy(self) -> dict[str, np.ndarray[Any, Any]]:

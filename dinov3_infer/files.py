@@ -1,4 +1,4 @@
-"""Opening weights files: what is inside, by content, and tensors one at a time without copying what need not be copied."""
+"""Opening weights files: what they are, told by content, and their tensors one at a time, mapped where that works."""
 
 import json
 import os
@@ -36,7 +36,7 @@ class TensorSource(Protocol):
     dtypes: dict[str, torch.dtype]
 
     def read(self, name: str, *, copying: bool = False) -> Tensor:
-        """A tensor, mapped where the file allows it.  `copying`: the caller copies it at once, so keep no pages of it."""
+        """A tensor, mapped where the file allows it.  `copying`: the caller copies it at once, so no page is kept."""
         ...
 
 
@@ -66,7 +66,7 @@ class SafetensorsFiles:
                 for name in handle.keys():  # noqa: SIM118  (a handle is no mapping)
                     if name in self.shapes:
                         raise CheckpointError(
-                            f"'{path}' and '{self._path_of[name]}' both hold '{name}'; the shards do not belong together"
+                            f"'{path}' and '{self._path_of[name]}' hold '{name}'; these shards do not belong together"
                         )
                     self._path_of[name] = path
                     view = handle.get_slice(name)
@@ -122,7 +122,8 @@ def _file_in(folder: Path) -> Path:
             return folder / name
     if (folder / ".metadata").is_file():
         raise CheckpointError(
-            f"'{folder}' is a sharded training checkpoint; make one file of it with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+            f"'{folder}' is a sharded training checkpoint; make one file of it with dcp_to_torch_save of "
+            "torch.distributed.checkpoint.format_utils"
         )
     found = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES and p.is_file())
     if len(found) != 1:
@@ -200,8 +201,8 @@ def _read_torch(file: Path, mapped: bool) -> TensorsInMemory:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"'{file}' holds Python objects besides tensors, which could run code when loaded; save its state dict alone, "
-            "with torch.save(model.state_dict(), ...)"
+            f"'{file}' holds Python objects besides tensors, which could run code when loaded; "
+            "save its state dict alone, with torch.save(model.state_dict(), ...)"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise CheckpointError(

@@ -49,7 +49,7 @@ def locate(name: str | os.PathLike[str], options: HubOptions) -> tuple[Path, Mod
         repository = text.removeprefix("hf-hub:").removeprefix("hf_hub:")
     if repository is None:
         raise ModelNotFoundError(
-            f"no weights of {info.name!r} have been published yet; Backbone.from_config({info.name!r}) gives random ones"
+            f"no weights of {info.name!r} are published yet; Backbone.from_config({info.name!r}) gives random ones"
         )
     return _download(repository, options, info), info
 
@@ -103,8 +103,8 @@ def _download(repository: str, options: HubOptions, info: ModelInfo | None) -> P
         ) from None
     except LocalEntryNotFoundError:
         raise OfflineError(
-            f"'{repository}' is not in the cache and the hub cannot be reached; run 'hf download {repository}' where it can, "
-            "copy the cache, or give weights=PATH"
+            f"'{repository}' is not in the cache and the hub cannot be reached; "
+            f"run 'hf download {repository}' where it can, copy the cache, or give weights=PATH"
         ) from None
     except (HfHubHTTPError, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)

@@ -1,8 +1,8 @@
 """From anything that is a picture to normalised pixels, and where each pixel went.
 
-Resizing is done by torch or Pillow alone.  `engine="uint8"` gives the bytes that torchvision's v2 transforms give on a
-uint8 tensor (the reference code), `"float"` those of the same on a float tensor (transformers' DINOv3), `"pil"` those of
-the transforms that work on PIL pictures (Meta's and transformers' DINOv2, timm).
+Resizing is done by torch or Pillow alone.  `engine="uint8"` gives what torchvision's v2 transforms give on a uint8
+tensor (the reference code), `"float"` what they give on a float tensor (transformers' DINOv3), `"pil"` what transforms
+of PIL pictures give (Meta's and transformers' DINOv2, timm).
 """
 
 import io
@@ -63,8 +63,8 @@ class Preprocess:
     """Picture -> normalised float32 pixels [3, H_px, W_px]; picklable, so a Dataset's transform as it stands.
 
     fit: "squash" resizes to size x size, "crop" the short side to `resize_to` or `size` and takes the centre, "pad" the
-    long side to size and fills up with the mean colour, "native" keeps the aspect ratio with the long side at `size` (or
-    its own), each side rounded to whole patches.
+    long side to size and fills up with the mean colour, "native" keeps the aspect ratio with the long side at `size`
+    (or its own), each side rounded to whole patches.
     """
 
     mean: tuple[float, float, float]
@@ -107,7 +107,7 @@ class Preprocess:
             )
 
     def with_options(self, size: int | tuple[int, int] | None = None, fit: Fit | None = None) -> "Preprocess":
-        """The same with another size or fit; `None` keeps, but for `fit="native"`, whose default is the picture's own size."""
+        """The same with another size or fit; `None` keeps, but "native" alone takes the picture's own size."""
         if size is None and fit in (None, self.fit):
             return self
         if size is None and fit == "native":
@@ -126,7 +126,7 @@ class Preprocess:
         if len(grids) > 1:
             shown = ", ".join(f"{h}x{w}" for h, w in list(grids)[:3])
             raise InputError(
-                f"the pictures give different grids ({shown} patches); use iter_features(), or fit='squash'"
+                f"the pictures give different grids ({shown} patches); give them one by one, or with fit='squash'"
             )
         placements = tuple(placement for _, placement in placed)
         pixels = torch.stack([pixels for pixels, _ in placed])

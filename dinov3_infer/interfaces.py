@@ -1,4 +1,4 @@
-"""Methods that carry Meta's or timm's name give Meta's or timm's output, so that code written for those runs unchanged."""
+"""Methods that carry Meta's or timm's names give Meta's or timm's output: code written for those runs unchanged."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +22,8 @@ class DropInTransformer(VisionTransformer):
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """Meta's dictionary of tokens (a list of them for a list of crops).
 
-        `x_norm_clstoken` [B, C], `x_norm_patchtokens` [B, P, C] and the registers [B, R, C], all after the final norm, the
-        registers under DINOv3's name `x_storage_tokens` and DINOv2's `x_norm_regtokens`; `x_prenorm` [B, N, C] before it.
+        After the final norm `x_norm_clstoken` [B, C], `x_norm_patchtokens` [B, P, C] and the registers [B, R, C], under
+        DINOv3's name `x_storage_tokens` and DINOv2's `x_norm_regtokens`; before it `x_prenorm` [B, N, C].
 
         Source: dinov3/models/vision_transformer.py:203-259 at 6876159.
         """
@@ -58,8 +58,8 @@ class DropInTransformer(VisionTransformer):
     ) -> tuple[Any, ...]:
         """Meta's: patches of the last n blocks, or of the blocks in n, always from shallow to deep.
 
-        Each element is the patches [B, P, C] ([B, C, h, w] with `reshape`), or a tuple of them with the class token [B, C]
-        and the registers [B, R, C] as asked for.  With `norm` every layer passes through the final norm.
+        Each element is the patches [B, P, C] ([B, C, h, w] with `reshape`), or a tuple of them with the class token
+        [B, C] and the registers [B, R, C] as asked for.  With `norm` every layer passes through the final norm.
 
         Raises: LayerError for a layer that does not exist, InputError for one asked for twice.
         Source: dinov3/models/vision_transformer.py:261-319 at 6876159.
@@ -90,9 +90,9 @@ class DropInTransformer(VisionTransformer):
     ) -> Any:
         """timm's: all tokens after the final norm [B, N, C], and the patches of some blocks, shallow to deep.
 
-        `indices`: None for every block, an int for the last n, a list for these.  The intermediates are [B, C, h, w], or
-        [B, P, C] with `output_fmt="NLC"`; with `return_prefix_tokens` pairs of them and the prefix tokens [B, 1 + R, C].
-        They do not pass through the final norm unless `norm` says so.
+        `indices`: None for every block, an int for the last n, a list for these.  The intermediates are [B, C, h, w],
+        or [B, P, C] with `output_fmt="NLC"`; with `return_prefix_tokens` pairs of them and the prefix tokens
+        [B, 1 + R, C].  They do not pass through the final norm unless `norm` says so.
 
         Source: timm/models/eva.py, `Eva.forward_intermediates`, release 1.0.31.
         """

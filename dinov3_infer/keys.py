@@ -1,4 +1,6 @@
-"""One table per checkpoint layout: our parameter name -> where it lies in the file; read forwards to load, backwards to save.
+"""One table per checkpoint layout: our parameter name -> where it lies in the file.
+
+Read forwards to load, backwards to save.
 
 `#` stands for the number of a block.  A plain string is copied, its shape may change where the element count agrees.
 `Joined` concatenates along dimension 0.  `Masked` multiplies.  A name that starts with `?` may be absent: zeros then.
@@ -187,7 +189,8 @@ HF_V2_GATED_LIVE = replace(  # the giant as transformers 5 holds it in memory: i
 
 HF_V1 = Layout(
     "hf", "dino",
-    has=(r"embeddings\.patch_embeddings\.projection\.weight", r"(encoder\.layer|layers)\.0\.layernorm_before\.weight"), lacks=(),
+    has=(r"embeddings\.patch_embeddings\.projection\.weight", r"(encoder\.layer|layers)\.0\.layernorm_before\.weight"),
+    lacks=(),
     rows={
         "cls_token": "embeddings.cls_token",
         "pos_embed": "embeddings.position_embeddings",
@@ -237,7 +240,7 @@ TIMM_V1 = Layout(
     "timm", "dino", has=META_V1.has, lacks=META_V1.lacks, rows=META_V1.rows, unused={r"head\..*": "a classifier"}
 )
 
-# In order: the first that fits counts.  Meta's and timm's DINO v1 have the same names, so that only `layout` tells them apart.
+# The first that fits counts.  Meta's and timm's DINO v1 have the same names: only a config or `layout=` can tell.
 LAYOUTS = (META_V3, META_V2, META_V1, HF_V3, HF_V2_GATED_LIVE, HF_V2, HF_V1, TIMM_V3, TIMM_V2, TIMM_V1)
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
@@ -245,7 +248,7 @@ _ANCHORS = re.compile(r"^(.*?)(?:patch_embed\.proj|embeddings\.patch_embeddings(
 
 
 def normalise(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Groups the names of a file by what precedes its backbones: prefix -> {name without wrappers and prefix: name in the file}.
+    """Groups the names of a file by backbone: prefix -> {name without wrappers and prefix: name in the file}.
 
     Where a backbone begins is told by its patch embedding.  Names under no such prefix are in no group.
     """

@@ -115,7 +115,7 @@ class PatchEmbed(nn.Module):
 
 
 class MaskedKeyLinear(nn.Linear):
-    """The qkv projection of DINOv3: its bias has a key third like any other, which counts as zero and gets no gradient."""
+    """The qkv projection of DINOv3: the key third of its bias counts as zero and gets no gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.bias.chunk(3)

@@ -93,7 +93,7 @@ def rope_table(
 ) -> RopeTable:
     """cos and sin of the angle of every channel pair, [N, D/2] float32 each.
 
-    Pairs 0 .. D/4-1 turn by 2 pi row / period, the others by 2 pi column / period.  Pair k joins channels k and k + D/2.
+    Pairs 0 .. D/4-1 turn by 2 pi row / period, the others by 2 pi column / period; pair k is channels k and k + D/2.
     """
     coordinates = rope_coordinates(grid, periods.device)
     if augmentation is not None:

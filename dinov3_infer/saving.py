@@ -88,7 +88,8 @@ def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: ViTConfig) 
         exact = rope_periods(config.head_dim, config.rope_base)
         if torch.equal(tensor.cpu(), exact):
             return ""
-        return f"the {layout.name} layout holds no RoPE periods, so {'transformers' if layout.name == 'hf' else 'timm'} will use exact ones"
+        reader = "transformers" if layout.name == "hf" else "timm"
+        return f"the {layout.name} layout holds no RoPE periods, so {reader} will use exact ones"
     if ours == "mask_token" or ours.startswith("local_cls_norm"):
         return f"the {layout.name} layout has no place for {ours.split('.')[0]}, which only training uses"
     raise UnsupportedError(f"the {layout.name} layout has no place for {ours}; write the 'meta' layout")
@@ -114,8 +115,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes a layout: a directory for "hf" and "timm", a `.pth` or `.safetensors` file for "meta".
 
-    What the layout cannot hold is said in one line each.  A file appears whole or not at all, also over the file that the
-    model was loaded from.
+    What the layout cannot hold is said in one line each.  A file appears whole or not at all, also over the file that
+    the model was loaded from.
     """
     target = Path(target).expanduser()
     table = layout_for(model.config, layout)

@@ -42,7 +42,7 @@ def resolve_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
     if isinstance(layers, int):
         if not 1 <= layers <= depth:
             raise LayerError(
-                f"layers={layers} asks for the last {layers} blocks; this model has {depth}, give 1 to {depth} or a list"
+                f"layers={layers} asks for the last {layers} blocks of {depth}; give 1 to {depth}, or a list of blocks"
             )
         return list(range(depth - layers, depth))
     for layer in layers:
@@ -148,7 +148,7 @@ class VisionTransformer(nn.Module):
         `layers` asks for intermediate layers too: an int for the last n, a list for these (in that order, negative from
         the end); they pass through the final norm like the last one.
 
-        Raises: InputError for sizes that are not whole patches or a wrong mask, LayerError for a layer that is not there.
+        Raises: InputError for sizes that are not whole patches or a wrong mask, LayerError for a missing layer.
         """
         indices = resolve_layers(layers, self.config.depth)
         last, taken = self.run_blocks(pixels, masks, indices)
@@ -181,7 +181,7 @@ class VisionTransformer(nn.Module):
         drop_path: float = 0.0,  # share of pictures that skip a branch
         generator: torch.Generator | None = None,  # of the two draws above
     ) -> list[BackboneOutput]:
-        """Pictures of several sizes in one pass: every linear sees all tokens at once, attention stays within a picture.
+        """Pictures of several sizes in one pass: linears see all tokens at once, attention stays within a picture.
 
         Without `rope` and `drop_path` the result is that of `forward` on each tensor.  In training mode the class and
         register tokens of all groups but the first (the local crops) take `local_cls_norm` where the model has one.
@@ -189,7 +189,7 @@ class VisionTransformer(nn.Module):
         masks = masks if masks is not None else [None] * len(crops)
         if len(masks) != len(crops):
             raise InputError(
-                f"forward_packed got {len(crops)} tensors of crops and {len(masks)} masks; give one mask or None for each"
+                f"forward_packed got {len(crops)} tensors and {len(masks)} masks; give one mask or None for each tensor"
             )
         if not crops:
             raise InputError("forward_packed got no crops; give at least one tensor")
@@ -255,8 +255,8 @@ class VisionTransformer(nn.Module):
         if height % size or width % size or not height or not width:
             nearest = [max(1, round(side / size)) * size for side in (height, width)]
             raise InputError(
-                f"input {height}x{width} is not a multiple of the patch size {size}; the nearest is {nearest[0]}x{nearest[1]}, "
-                "and extract_features(fit='native') goes there by itself"
+                f"input {height}x{width} is not a multiple of the patch size {size}; the nearest is "
+                f"{nearest[0]}x{nearest[1]}, and extract_features(fit='native') goes there by itself"
             )
         return height // size, width // size
 

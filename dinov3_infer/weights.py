@@ -54,7 +54,8 @@ def load_model(
     """The model that a checkpoint holds, in eval mode.
 
     `dtype` is that of the linears and the convolution, everything else is float32; `None` leaves all float32.
-    `keep` takes tensors as they are, dtype and device too.  `expected` names what the caller asked for, so that a file of another size is refused with both names.
+    `keep` takes tensors as they are, dtype and device too.
+    `expected` is what the caller asked for: a file of another size is refused with both names.
 
     Raises: CheckpointError for tensors that are missing, left over, misshapen or not finite where that matters.
     """
@@ -101,7 +102,7 @@ def _find_group(checkpoint: Checkpoint, layout: LayoutName | None) -> _Group:
         else:
             others = " or ".join(sorted({repr(c.name) for c in candidates} - {repr(chosen.name)}))
             log.warning(
-                "%s: these names are used by %s and %s alike; taken as %r, pass layout=%s if positions should be resized by its rule",
+                "%s: %s and %s use the same names here; taken as %r, pass layout=%s to resize positions by its rule",
                 checkpoint.path, chosen.name, others, chosen.name, others,
             )  # fmt: skip
     if prefix:
@@ -255,7 +256,7 @@ def _settle_periods(
     if periods is not None:
         if periods not in ("exact", "bfloat16"):
             raise InputError(
-                f"rope_periods is 'exact', 'bfloat16' (as Meta's files hold them) or None for what is stored; got {periods!r}"
+                f"rope_periods is 'exact', 'bfloat16' (as in Meta's files) or None for what is stored; got {periods!r}"
             )
         model.rope_periods = (exact.bfloat16().float() if periods == "bfloat16" else exact).to(device)
     elif isinstance(stored, list) and len(stored) == len(exact):
@@ -270,7 +271,10 @@ def _looks_like(config: ViTConfig) -> str:
 
 
 def _shape_of(config: ViTConfig) -> str:
-    return f"(embed_dim {config.embed_dim}, {config.depth} blocks, patch {config.patch_size}, {config.num_registers} registers)"
+    return (
+        f"(embed_dim {config.embed_dim}, {config.depth} blocks, patch {config.patch_size}, "
+        f"{config.num_registers} registers)"
+    )
 
 
 def _some(names: Any, most: int = 8) -> str:

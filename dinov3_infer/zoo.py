@@ -1,4 +1,4 @@
-"""Every model that can be named: architecture, where its weights are, how its pictures are prepared, under which licence.
+"""Every model that can be named: architecture, where its weights are, how its pictures are prepared, its licence.
 
 Numbers of parameters, hub ids and file hashes are those of the model cards of facebookresearch/dinov3 at 6876159 and
 dinov2 at b8931f7, of facebookresearch/dino, and of timm 1.0.31.
@@ -152,10 +152,10 @@ _PREPROCESSING: dict[tuple[Family, Style | None], dict[str, Any]] = {
 }
 
 _ELSEWHERE = (  # (pattern, what to say)
-    (r"convnext", "DINOv3's ConvNeXts are not vision transformers and not here; timm has them as convnext_*.dinov3_lvd1689m"),
+    (r"convnext", "a ConvNeXt is not a vision transformer; timm has DINOv3's as convnext_*.dinov3_lvd1689m"),
     (r"_lc$|linear|classifier", "classifiers are not here; load the backbone and fit a probe on its features"),
     (r"vitl16plus", "dinov3_vitl16plus is in the reference code, but its weights were never released"),
-    (r"resnet50|xcit", "DINO's convolutional and XCiT models are not here; its vision transformers are dino_vit{s,b}{16,8}"),
+    (r"resnet50|xcit", "of DINO only the vision transformers are here, dino_vit{s,b}{16,8}"),
     (r"eupe|sapiens", "these are other models of the same shape and are not here"),
 )  # fmt: skip
 
