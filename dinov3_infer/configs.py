@@ -6,7 +6,7 @@ config.json, else from the row of the zoo that has the same shape, else from wha
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import CheckpointError, UnsupportedError
@@ -14,7 +14,15 @@ from .keys import Layout, Masked, row_of, sources
 from .layers import PositionResize, ViTConfig
 from .zoo import ARCHITECTURES, ModelInfo, find_architecture
 
-__all__ = ["config_from_shapes", "hf_config", "layout_hint", "same_architecture", "settings_from_config", "timm_config"]
+__all__ = [
+    "config_from_shapes",
+    "hf_config",
+    "hf_processor_config",
+    "layout_hint",
+    "same_architecture",
+    "settings_from_config",
+    "timm_config",
+]
 
 _HF_TYPES = {"dinov3_vit": "dinov3", "dinov2": "dinov2", "dinov2_with_registers": "dinov2", "vit": "dino"}
 _HF_EPS = {"dinov3_vit": 1e-5, "dinov2": 1e-6, "dinov2_with_registers": 1e-6, "vit": 1e-12}
@@ -241,6 +249,27 @@ def hf_config(config: ViTConfig) -> dict[str, Any]:
         name = {"architectures": ["Dinov2WithRegistersModel"], "model_type": "dinov2_with_registers"}
         return common | name | {"num_register_tokens": config.num_registers}
     return common | {"architectures": ["Dinov2Model"], "model_type": "dinov2", "use_mask_token": config.mask_token}
+
+
+def hf_processor_config(config: ViTConfig, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """The preprocessor_config.json of transformers: what its processor of this family does by default."""
+    side = 224
+    common: dict[str, Any] = {"image_mean": list(mean), "image_std": list(std), "rescale_factor": 1 / 255}
+    common |= {"do_resize": True, "do_rescale": True, "do_normalize": True}
+    if config.position_grid is None:
+        side = 14 * config.patch_size
+        name = {"image_processor_type": "DINOv3ViTImageProcessorFast", "resample": 2}
+        return common | name | {"size": {"height": side, "width": side}}
+    if not config.layerscale:
+        return common | {
+            "image_processor_type": "ViTImageProcessor",
+            "resample": 2,
+            "size": {"height": side, "width": side},
+        }
+    return common | {
+        "image_processor_type": "BitImageProcessor", "resample": 3, "do_convert_rgb": True, "do_center_crop": True,
+        "size": {"shortest_edge": 256}, "crop_size": {"height": side, "width": side},
+    }  # fmt: skip
 
 
 def timm_config(config: ViTConfig, info: ModelInfo | None, with_bias: bool) -> dict[str, Any]:

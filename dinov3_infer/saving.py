@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import keys
-from .configs import folds_cls, hf_config, timm_config
+from .configs import folds_cls, hf_config, hf_processor_config, timm_config
 from .errors import InputError, UnsupportedError
 from .keys import Joined, Layout, Masked, Shaped, row_of, sources
 from .rope import rope_periods
@@ -111,7 +111,7 @@ def save_checkpoint(
     target: str | os.PathLike[str],
     layout: LayoutName = "hf",
     info: ModelInfo | None = None,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,  # our own block in config.json; its mean and std go to the processor too
 ) -> Path:
     """Writes a layout: a directory for "hf" and "timm", a `.pth` or `.safetensors` file for "meta".
 
@@ -125,7 +125,8 @@ def save_checkpoint(
         raise InputError(f"Meta's layout is one file; '{target}' should end in .pth or .safetensors")
     config: dict[str, Any] = {}
     if layout == "hf":
-        config = hf_config(model.config) | {"dtype": "float32", "dinov3_infer": dict(extra or {})}
+        dtype = str(model.patch_embed.proj.weight.dtype).removeprefix("torch.")
+        config = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": dict(extra or {})}
     elif layout == "timm":
         with_bias = any(name.endswith("qkv.bias") and bool(t.any()) for name, t in state.items())
         config = timm_config(model.config, info, with_bias)
@@ -143,7 +144,9 @@ def save_checkpoint(
         raise InputError(f"the {layout} layout is a directory, and '{target}' is a file; give another path")
     target.mkdir(parents=True, exist_ok=True)
     _replace(target / "model.safetensors", lambda path: save_file(_unshared(tensors), path, metadata={"format": "pt"}))
-    _replace(target / "config.json", lambda path: path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"))
+    _write_json(target / "config.json", config)
+    if layout == "hf" and extra is not None:
+        _write_json(target / "preprocessor_config.json", hf_processor_config(model.config, extra["mean"], extra["std"]))
     return target
 
 
@@ -153,6 +156,10 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
         for name, tensor in tensors.items()
     }
+
+
+def _write_json(target: Path, content: Mapping[str, Any]) -> None:
+    _replace(target, lambda path: path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n"))
 
 
 def _replace(target: Path, write: Callable[[Path], Any]) -> None:

@@ -271,9 +271,10 @@ def _looks_like(config: ViTConfig) -> str:
 
 
 def _shape_of(config: ViTConfig) -> str:
+    grid = "RoPE" if config.position_grid is None else f"positions {config.position_grid}x{config.position_grid}"
     return (
         f"(embed_dim {config.embed_dim}, {config.depth} blocks, patch {config.patch_size}, "
-        f"{config.num_registers} registers)"
+        f"{config.num_registers} registers, {grid})"
     )
 
 

@@ -50,7 +50,8 @@ def _project(tokens: Tensor) -> Tensor:  # [P, C]
     _, vectors = torch.linalg.eigh((centred.T @ centred).double())  # ascending
     components = vectors[:, -3:].flip(1).float()
     largest = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
-    return centred @ (components * largest.sign())
+    projected: Tensor = centred @ (components * largest.sign())
+    return projected
 
 
 def pca_picture(image: Image.Image, colours: np.ndarray) -> Image.Image:  # colours: [h, w, 3] uint8
