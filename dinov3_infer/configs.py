@@ -84,14 +84,14 @@ def config_from_shapes(
         row, number = row_of(layout, ours)
         if row is None:
             return None
-        names = sources(row, number)
-        return shapes.get(names[0]) if all(name in shapes for name in names if not name.startswith("?")) else None
+        parts = sources(row, number)
+        return shapes.get(parts[0][0]) if all(name in shapes for name, needed in parts if needed) else None
 
     def needed(ours: str, dimensions: int) -> tuple[int, ...]:
         found = shape(ours)
         if found is None or len(found) != dimensions:
             row, number = row_of(layout, ours)
-            name = sources(row, number)[0] if row is not None else ours
+            name = sources(row, number)[0][0] if row is not None else ours
             fault = "missing" if found is None else f"of shape {list(found)}"
             raise CheckpointError(
                 f"the names are those of layout {layout.label}, but '{name}' is {fault}; is the file whole?"
@@ -199,8 +199,7 @@ def _key_bias(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     row, number = row_of(layout, "blocks.0.attn.qkv.bias")
     if row is None or isinstance(row, str):
         return True
-    optional = [name[1:] for name in sources(row, number) if name.startswith("?")]
-    present = any(name in shapes for name in optional)
+    present = any(name in shapes for name, needed in sources(row, number) if not needed)
     return not present if isinstance(row, Masked) else present
 
 
@@ -278,7 +277,7 @@ def timm_config(config: ViTConfig, info: ModelInfo | None, with_bias: bool) -> d
         raise UnsupportedError(
             "timm reads models of known names only, and this architecture has none; write the 'hf' or 'meta' layout"
         )
-    architecture, _, tag = info.timm_id.removeprefix("timm/").partition(".")
+    architecture, _, tag = info.timm_id.rpartition("/")[2].partition(".")
     if with_bias and info.family == "dinov3":
         architecture = architecture.replace("_dinov3", "_dinov3_qkvb")
     side = config.patch_size * (config.position_grid or 256 // config.patch_size)

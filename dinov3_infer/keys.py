@@ -2,8 +2,8 @@
 
 Read forwards to load, backwards to save.
 
-`#` stands for the number of a block.  A plain string is copied, its shape may change where the element count agrees.
-`Joined` concatenates along dimension 0.  `Masked` multiplies.  A name that starts with `?` may be absent: zeros then.
+`#` stands for the number of a block.  A plain string is copied, `Nested` has one dimension more in the file, `Joined`
+is cut along dimension 0 there, `Masked` is to be multiplied.  A name that starts with `?` may be absent.
 
 Sources: dinov3 at 6876159, dinov2 at b8931f7, dino main; transformers 5.23.0; timm 1.0.31.
 """
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-__all__ = ["LAYOUTS", "Joined", "Layout", "Masked", "Row", "Shaped", "normalise", "recognise", "row_of", "sources"]
+__all__ = ["LAYOUTS", "Joined", "Layout", "Masked", "Nested", "Row", "normalise", "recognise", "row_of", "sources"]
 
-ZEROS = "?"  # a part that no file holds
+ZEROS = "?"  # a part that no file holds; its name is ""
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Parts end to end along dimension 0."""
+    """Parts end to end along dimension 0; absent ones are zeros."""
 
     parts: tuple[str, ...]
 
@@ -34,13 +34,13 @@ class Masked:
 
 
 @dataclass(frozen=True)
-class Shaped:
-    """A copy whose shape in the file has one dimension more."""
+class Nested:
+    """A copy that has one leading dimension more in the file."""
 
     name: str
 
 
-Row: TypeAlias = str | Joined | Masked | Shaped
+Row: TypeAlias = str | Joined | Masked | Nested
 
 
 def _both(ours: str, theirs: str | Callable[[str], Row] | None = None) -> dict[str, Row]:
@@ -135,7 +135,7 @@ HF_V3 = Layout(
     rows={
         "cls_token": "embeddings.cls_token",
         "register_tokens": "embeddings.register_tokens",
-        "mask_token": Shaped("embeddings.mask_token"),
+        "mask_token": Nested("embeddings.mask_token"),
         **_both("patch_embed.proj", "embeddings.patch_embeddings"),
         **_both("blocks.#.norm1", "layer.#.norm1"),
         **_qkv(*(f"layer.#.attention.{part}_proj" for part in "qkv")),
@@ -283,9 +283,12 @@ def row_of(layout: Layout, ours: str) -> tuple[Row | None, str]:
     return layout.rows.get(re.sub(r"^blocks\.\d+\.", "blocks.#.", ours)), number
 
 
-def sources(row: Row, number: str = "") -> tuple[str, ...]:
-    """The names in the file that a row draws on, optional ones with their `?`."""
-    names = row.parts if isinstance(row, Joined) else (row.value, row.mask) if isinstance(row, Masked) else (
-        row.name if isinstance(row, Shaped) else row,
-    )  # fmt: skip
-    return tuple(name.replace("#", number) for name in names)
+def sources(row: Row, number: str = "") -> tuple[tuple[str, bool], ...]:
+    """What a row draws on: each name in the file, and whether it has to be there."""
+    if isinstance(row, Joined):
+        names = row.parts
+    elif isinstance(row, Masked):
+        names = (row.value, row.mask)
+    else:
+        names = (row.name if isinstance(row, Nested) else row,)
+    return tuple((name.removeprefix("?").replace("#", number), not name.startswith("?")) for name in names)

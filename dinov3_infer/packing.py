@@ -58,7 +58,7 @@ class Packing:
             chosen = torch.randperm(count, generator=generator, device=generator.device if generator else None)[:kept]
             first = start + chosen.to(self.device) * length
             rows.append((first[:, None] + torch.arange(length, device=self.device)).flatten())
-            factors.append(torch.full((kept * length, 1), count / kept, device=self.device))
+            factors.append(torch.full((kept * length, 1), count / kept, dtype=torch.float64, device=self.device))
             groups.append((kept, length))
             start += count * length
         return torch.cat(rows), Packing(tuple(groups), self.device), torch.cat(factors)

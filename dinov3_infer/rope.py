@@ -37,7 +37,7 @@ class RopeAugmentation:
     def __post_init__(self) -> None:
         for name in ("jitter", "rescale"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not value >= 1:
                 raise InputError(
                     f"rope {name} is the upper end of a range [1/x, x], got {value}; give a value of at least 1"
                 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import keys
 from .configs import folds_cls, hf_config, hf_processor_config, timm_config
 from .errors import InputError, UnsupportedError
-from .keys import Joined, Layout, Masked, Shaped, row_of, sources
+from .keys import Joined, Layout, Masked, Nested, row_of, sources
 from .rope import rope_periods
 from .vit import VisionTransformer, ViTConfig
 from .weights import LayoutName
@@ -63,23 +63,22 @@ def restore(state: Mapping[str, Tensor], config: ViTConfig, layout: Layout) -> t
 
 
 def _write(row: keys.Row, number: str, ours: str, tensor: Tensor, config: ViTConfig) -> dict[str, Tensor]:
-    names = sources(row, number)
+    """One tensor of ours under the layout's names."""
+    parts = sources(row, number)
+    first = parts[0][0]
     masked_key = ours.endswith("attn.qkv.bias") and not config.key_bias
     if isinstance(row, Masked):
-        written = {names[0]: tensor}
-        if masked_key:
-            written[names[1].removeprefix("?")] = (
-                torch.ones_like(tensor).view(3, -1).mul_(torch.tensor([[1.0], [0.0], [1.0]])).flatten()
-            )
-        return written
+        mask = torch.ones_like(tensor)
+        mask.chunk(3)[1].zero_()
+        return {first: tensor} | ({parts[1][0]: mask} if masked_key else {})
     if isinstance(row, Joined):
-        parts = zip(names, tensor.chunk(len(names)), strict=True)
-        if not masked_key and any(name == keys.ZEROS for name in names):
+        if not masked_key and keys.ZEROS in row.parts:
             raise UnsupportedError(
                 "timm's DINOv3 has no bias for the keys and this model has one; write the 'hf' or 'meta' layout"
             )
-        return {name.removeprefix("?"): part for name, part in parts if not (masked_key and name.startswith("?"))}
-    return {names[0]: tensor[None] if isinstance(row, Shaped) else tensor}
+        chunks = zip(parts, tensor.chunk(len(parts)), strict=True)
+        return {name: chunk for (name, needed), chunk in chunks if needed or not masked_key}
+    return {first: tensor[None] if isinstance(row, Nested) else tensor}
 
 
 def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: ViTConfig) -> str:

@@ -193,6 +193,10 @@ class VisionTransformer(nn.Module):
             )
         if not crops:
             raise InputError("forward_packed got no crops; give at least one tensor")
+        if not 0.0 <= drop_path < 1.0:
+            raise InputError(f"drop_path is a share of pictures, got {drop_path}; give 0 to below 1")
+        if rope is not None and self.rope_periods is None:
+            raise InputError("this model has learned positions, so there is no RoPE to augment; leave rope out")
         streams = [self.embed_tokens(pixels, mask) for pixels, mask in zip(crops, masks, strict=True)]
         grids = [self.grid_of(pixels) for pixels in crops]
         packing = Packing(tuple((s.shape[0], s.shape[1]) for s in streams), streams[0].device)

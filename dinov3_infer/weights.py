@@ -18,7 +18,7 @@ from . import keys
 from .configs import config_from_shapes, folds_cls, layout_hint, same_architecture, settings_from_config
 from .errors import CheckpointError, InputError
 from .files import Checkpoint, TensorSource
-from .keys import Joined, Layout, Masked, row_of, sources
+from .keys import Joined, Layout, Masked, Nested, row_of, sources
 from .rope import rope_periods
 from .vit import VisionTransformer, ViTConfig
 from .zoo import ARCHITECTURES, ModelInfo
@@ -138,34 +138,36 @@ def _choose_prefix(checkpoint: Checkpoint, prefixes: list[str]) -> str:
 def _fill(
     model: VisionTransformer, checkpoint: Checkpoint, group: _Group, dtype: torch.dtype | None, device: torch.device
 ) -> None:
-    """Reads every tensor that the model needs, and accounts for every tensor of the file."""
+    """Accounts for every tensor of the model and of the file, then reads them."""
     matrices = _matrix_names(model)
     missing: list[str] = []
     misshapen: list[str] = []
     used: set[str] = set()
-    state: dict[str, Tensor] = {}
+    plan: list[tuple[str, keys.Row, list[str], torch.dtype, bool]] = []
     for ours, target in model.state_dict().items():
         row, number = row_of(group.layout, ours)
         if row is None:
             if ours != "rope_periods":
                 missing.append(ours)
             continue
-        names = sources(row, number)
-        absent = [name for name in names if not name.startswith("?") and name not in group.names]
-        used.update(name.removeprefix("?") for name in names)
+        parts = sources(row, number)
+        used.update(name for name, _ in parts)
+        absent = [name for name, needed in parts if needed and name not in group.names]
         if absent:
             missing.extend(absent)
             continue
-        stored = checkpoint.tensors.dtypes[group.names[names[0]]]
+        folded = ours == "pos_embed" and folds_cls(group.layout, model.config.num_registers)
+        present = {name: checkpoint.tensors.shapes[group.names[name]] for name, _ in parts if name in group.names}
+        found, expected = _shape_in_file(row, parts, present), tuple(target.shape)
+        if folded:
+            expected = (1, expected[1] - 1, expected[2])
+        if found != expected:
+            misshapen.append(f"{parts[0][0]} {list(present[parts[0][0]])} where {list(expected)} was expected")
+            continue
+        stored = checkpoint.tensors.dtypes[group.names[parts[0][0]]]
         want = stored if dtype is None else dtype if ours in matrices else _vector_dtype(dtype)
         want = torch.float32 if ours == "rope_periods" else want
-        tensor = _read(row, names, checkpoint.tensors, group, want, device)
-        if ours == "pos_embed" and folds_cls(group.layout, model.config.num_registers):
-            tensor = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
-        if tensor.shape != target.shape and (tensor.numel() != target.numel() or tensor.ndim == target.ndim):
-            misshapen.append(f"{names[0]} {list(tensor.shape)} instead of {list(target.shape)}")
-            continue
-        state[ours] = tensor if tensor.shape == target.shape else tensor.reshape(target.shape)
+        plan.append((ours, row, [name for name, _ in parts], want, folded))
     unused = "|".join(group.layout.unused) or r"(?!)"
     left_over = [
         name
@@ -173,16 +175,34 @@ def _fill(
         if name not in used and 0 not in checkpoint.tensors.shapes[original] and not re.fullmatch(unused, name)
     ]
     if missing or left_over or misshapen:
-        found = [("missing", missing), ("left over", left_over), ("of another shape", misshapen)]
-        counts = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in found if names)
+        faults = [("missing", missing), ("left over", left_over), ("of another shape", misshapen)]
+        counts = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in faults if names)
         raise CheckpointError(
             f"'{checkpoint.path}' does not fit (layout {group.layout.label}, {_looks_like(model.config)}): {counts}"
         )
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    result = model.load_state_dict(
-        {k: _as_parameter(v) if k in requires_grad else v for k, v in state.items()}, strict=False, assign=True
-    )
+    parameters = {name for name, _ in model.named_parameters()}
+    state: dict[str, Tensor] = {}
+    for ours, row, names, want, folded in plan:
+        tensor = _read(row, names, checkpoint.tensors, group.names, want, device)
+        if folded:
+            tensor = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
+        state[ours] = _as_parameter(tensor) if ours in parameters else tensor
+    result = model.load_state_dict(state, strict=False, assign=True)
     assert not result.unexpected_keys and set(result.missing_keys) <= {"rope_periods"}
+
+
+def _shape_in_file(
+    row: keys.Row, parts: tuple[tuple[str, bool], ...], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int, ...]:
+    """The shape that our tensor gets from the parts in the file; () where they do not go together."""
+    first = shapes[parts[0][0]]
+    if isinstance(row, Joined):
+        if not first or any(not shape or shape[1:] != first[1:] for shape in shapes.values()):
+            return ()
+        return (sum(shapes.get(name, first)[0] for name, _ in parts), *first[1:])
+    if isinstance(row, Masked) and shapes.get(parts[1][0], first) != first:
+        return ()
+    return first[1:] if isinstance(row, Nested) and first[:1] == (1,) else first
 
 
 def _vector_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -207,40 +227,31 @@ def _matrix_names(model: VisionTransformer) -> set[str]:
 
 def _read(
     row: keys.Row,
-    names: tuple[str, ...],
+    parts: list[str],  # names on disk
     tensors: TensorSource,
-    group: _Group,
+    names: Mapping[str, str],  # on disk -> in the file
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
     """One tensor of ours."""
-
-    def get(name: str, copying: bool = False) -> Tensor:
-        return tensors.read(group.names[name], copying=copying)
-
-    if isinstance(row, Masked):
-        value, mask = names[0], names[1].removeprefix("?")
-        tensor = get(value)
-        if mask in group.names:
-            factor = get(mask)
-            if not factor.isfinite().all():
-                raise CheckpointError(
-                    f"'{mask}' holds NaN: the model was saved before its weights were initialised; save it again"
-                )
-            tensor = tensor * factor.to(tensor.dtype)
-        return tensor.to(device, dtype)
-    if not isinstance(row, Joined):
-        return get(names[0]).to(device, dtype)
-    first = tensors.shapes[group.names[names[0]]]
-    present = {name.removeprefix("?") for name in names} & set(group.names)
-    rows = [
-        tensors.shapes[group.names[n]][0] if (n := name.removeprefix("?")) in present else first[0] for name in names
-    ]
-    joined = torch.zeros(sum(rows), *first[1:], dtype=dtype, device=device)
-    for part, name in zip(joined.split(rows), names, strict=True):
-        if name.removeprefix("?") in present:
-            part.copy_(get(name.removeprefix("?"), copying=True))
-    return joined
+    first = parts[0]
+    if isinstance(row, Joined):
+        shape = tensors.shapes[names[first]]
+        rows = [tensors.shapes[names[part]][0] if part in names else shape[0] for part in parts]
+        joined = torch.zeros(sum(rows), *shape[1:], dtype=dtype, device=device)
+        for target, part in zip(joined.split(rows), parts, strict=True):
+            if part in names:
+                target.copy_(tensors.read(names[part], copying=True))
+        return joined
+    tensor = tensors.read(names[first])
+    if isinstance(row, Masked) and parts[1] in names:
+        mask = tensors.read(names[parts[1]])
+        if not mask.isfinite().all():
+            raise CheckpointError(f"'{parts[1]}' holds NaN: the model was saved before init_weights ran; save it again")
+        tensor = tensor * mask.to(tensor.dtype)
+    if isinstance(row, Nested):
+        tensor = tensor[0]
+    return tensor.to(device, dtype)
 
 
 def _settle_periods(
@@ -249,9 +260,8 @@ def _settle_periods(
     """RoPE periods: as asked, else as stored in the file or in our block of config.json, else exact."""
     if model.rope_periods is None:
         return
-    stored = (
-        config.get("dinov3_infer", {}).get("rope_periods") if isinstance(config.get("dinov3_infer"), dict) else None
-    )
+    ours = config.get("dinov3_infer")
+    stored = ours.get("rope_periods") if isinstance(ours, dict) else None
     exact = rope_periods(model.config.head_dim, model.config.rope_base)
     if periods is not None:
         if periods not in ("exact", "bfloat16"):

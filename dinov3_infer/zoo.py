@@ -111,7 +111,8 @@ def _dino(name: str, size: str, meta_name: str) -> ModelInfo:
 
 
 def _lingbot(name: str, size: str) -> ModelInfo:
-    return ModelInfo(name, name, "lingbot", _APACHE, timm_id=f"timm/vit_{size}_patch16_lingbot.robbyant")
+    # The owner's repositories, robbyant/lingbot-vision-vit-*, are what timm 1.0.31 converted these from.
+    return ModelInfo(name, name, "lingbot", _APACHE, timm_id=f"belfner/vit_{size}_patch16_lingbot.robbyant")
 
 
 _ROWS = (
@@ -170,12 +171,10 @@ def find(name: str) -> ModelInfo:
 
     Raises: ModelNotFoundError with the closest names; UnsupportedError for models that exist and are not here.
     """
-    info = MODELS.get(name) or MODELS.get(f"dinov3_{name}")
-    bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    for row in MODELS.values():
-        timm = (row.timm_id or "").removeprefix("timm/")
-        if info is None and bare in {row.hub_id, row.timm_id, timm, _qkvb(row.timm_id or ""), _qkvb(timm)} - {"", None}:
-            info = row
+    bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:").replace("_dinov3_qkvb", "_dinov3")
+    info = (
+        MODELS.get(name) or MODELS.get(f"dinov3_{name}") or _BY_ID.get(bare) or _BY_ID.get(bare.removeprefix("timm/"))
+    )
     if info is not None:
         return info
     for pattern, reason in _ELSEWHERE:
@@ -189,17 +188,24 @@ def find(name: str) -> ModelInfo:
     )
 
 
-def _qkvb(timm: str) -> str:
-    """timm's other spelling of a DINOv3 model, with its zero biases."""
-    return timm.replace("_dinov3.", "_dinov3_qkvb.")
+def _timm_model(row: ModelInfo) -> str:
+    """timm's name of a model, "architecture.tag"."""
+    return (row.timm_id or "").rpartition("/")[2]
+
+
+def _ids(row: ModelInfo) -> list[str]:
+    """Every other name of a row; timm's without a tag too, but for DINO v1, where it means a supervised model."""
+    untagged = "" if row.family == "dino" else _timm_model(row).split(".")[0]
+    return [name for name in (row.hub_id, row.timm_id, _timm_model(row), untagged) if name]
+
+
+_BY_ID = {name: row for row in reversed(_ROWS) for name in _ids(row)}  # of two rows with one name the first counts
 
 
 def find_architecture(timm_architecture: str) -> ModelInfo | None:
     """The row whose timm model has this architecture name (no tag), with or without biases."""
     plain = timm_architecture.replace("_dinov3_qkvb", "_dinov3")
-    return next(
-        (row for row in MODELS.values() if (row.timm_id or "").removeprefix("timm/").split(".")[0] == plain), None
-    )
+    return next((row for row in _ROWS if _timm_model(row).split(".")[0] == plain), None)
 
 
 def preprocess_of(info: ModelInfo, style: Style | None = None) -> Preprocess:

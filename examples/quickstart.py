@@ -27,9 +27,8 @@ def main() -> None:
 
     features = backbone.extract_features(picture, fit="native", size=768)
     height, width = features.original_sizes[0]
-    print(
-        f"picture      {picture}, {width} x {height} pixels, seen as {features.input_size[1]} x {features.input_size[0]}"
-    )
+    seen = f"{features.input_size[1]} x {features.input_size[0]}"
+    print(f"picture      {picture}, {width} x {height} pixels, seen as {seen}")
     print(f"embedding    {list(features.embedding.shape)}  one vector for the picture")
     print(f"feature_map  {list(features.feature_map.shape)}  one vector per patch of {backbone.patch_size} pixels")
     pca_picture(ImageOps.exif_transpose(Image.open(picture)), pca_rgb(features)[0]).save(out)

@@ -1,0 +1,97 @@
+"""Imports run one way.  Read from the source alone: nothing is imported here."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dinov3_infer"
+
+# A module imports from lines above its own only.  A package counts as one module.
+ORDER = (
+    "errors keys",
+    "rope images files",
+    "packing attention",
+    "layers",
+    "vit",
+    "interfaces features zoo",
+    "configs hub",
+    "weights",
+    "saving",
+    "backbone",
+    "tasks",
+)
+LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}
+FOREIGN = {"transformers", "timm", "torchvision", "peft", "dinov3_infer_kernels"}
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """`dinov3_infer/vit.py` -> vit, `dinov3_infer/tasks/pca.py` -> tasks."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(dots, dotted name) of every import statement, those inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found += [(node.level, name) for name in names]
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    """Top-level modules of the package that a file imports."""
+    depth = len(path.relative_to(PACKAGE).parts)  # that many dots lead to the package itself
+    return {name.split(".")[0] for dots, name in imports(path) if dots == depth}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_import_lower_ones_only(path: Path) -> None:
+    """Every module has its place in the table above, and imports only what stands before it."""
+    module = module_of(path)
+    if module == "__init__":
+        return
+    assert module in LEVEL, f"give {module} its place in ORDER"
+    upwards = {name for name in ours(path) - {module} if LEVEL.get(name, -1) >= LEVEL[module]}
+    assert not upwards, f"{module} imports {upwards}, which do not stand below it"
+
+
+def test_the_table_has_no_dead_names() -> None:
+    """A name in the table is a module."""
+    assert set(LEVEL) <= {module_of(path) for path in sources()}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_foreign_and_absolute_imports(path: Path) -> None:
+    """No module needs another implementation, and inside the package imports are relative and stay inside."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    for dots, name in imports(path):
+        assert dots <= depth, f"{'.' * dots}{name} leaves the package"
+        assert dots or name.split(".")[0] not in FOREIGN | {"dinov3_infer"}, name
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_pickles_are_never_trusted(path: Path) -> None:
+    """Every torch.load says weights_only=True, and nothing unpickles by other means."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        assert called not in ("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load", "eval", "exec"), called
+        if called in ("torch.load", "load"):
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert options.get("weights_only") == "True", ast.unparse(node)
+
+
+def test_the_folder_of_kernels_is_no_package() -> None:
+    """A `kernels` package at the root would shadow the one that transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "__init__.py").exists()
