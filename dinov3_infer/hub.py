@@ -45,8 +45,10 @@ def locate(name: str | os.PathLike[str], options: HubOptions) -> tuple[Path, Mod
             raise
         return _download(text, options, None), None
     repository = info.hub_id or info.timm_id
-    if "/" in text:  # a hub id or timm id is taken at its word
-        repository = text.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    organisation, _, model = text.removeprefix("hf-hub:").removeprefix("hf_hub:").rpartition("/")
+    if model.startswith("vit_") and info.timm_id is not None:  # timm was named, so timm's copy it is
+        home = organisation if organisation not in ("", "timm") else info.timm_id.rpartition("/")[0]
+        repository = f"{home}/{model}" if "." in model else info.timm_id
     if repository is None:
         raise ModelNotFoundError(
             f"no weights of {info.name!r} are published yet; Backbone.from_config({info.name!r}) gives random ones"

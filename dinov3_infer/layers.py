@@ -59,6 +59,11 @@ class ViTConfig:
         return self.embed_dim // self.num_heads
 
     @property
+    def resizes_in_float32(self) -> bool:
+        """Meta's DINO and transformers' ViT resize positions in the dtype of their weights, all others in float32."""
+        return self.layerscale or self.position_resize == "antialias"
+
+    @property
     def num_prefix(self) -> int:
         """Tokens before the patches: 1 + R."""
         return 1 + self.num_registers
@@ -68,11 +73,9 @@ def resize_positions(
     positions: Tensor,  # [1, G*G, C] learned for a square grid of G patches a side
     grid: tuple[int, int],  # h, w in patches
     rule: PositionResize,
+    dtype: torch.dtype = torch.float32,  # of the arithmetic
 ) -> Tensor:
-    """Learned positions for another grid, [1, h*w, C], bicubic in float32 at least.
-
-    Three rules are in use, whose features differ by about 1 %.
-
+    """Learned positions for another grid, [1, h*w, C], bicubic; three rules are in use, whose features differ by 1 %.
 
     offset: Meta's DINO and DINOv2 without registers.  The factor is (h + 0.1)/G, and sampling follows that factor.
     size: transformers' DINO and DINOv2 without registers.  Exactly from G to h.
@@ -81,8 +84,7 @@ def resize_positions(
     side = int(positions.shape[1] ** 0.5)
     if grid == (side, side):
         return positions
-    table = positions.to(torch.promote_types(positions.dtype, torch.float32))
-    table = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    table = positions.to(dtype).unflatten(1, (side, side)).permute(0, 3, 1, 2)
     if rule == "offset":
         factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
         table = F.interpolate(table, scale_factor=factors, mode="bicubic")

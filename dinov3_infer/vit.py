@@ -235,8 +235,9 @@ class VisionTransformer(nn.Module):
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
         prefix = self.cls_token.to(x.dtype)
         if self.pos_embed is not None:
-            positions = self.pos_embed[:, 1:]
-            x = x + resize_positions(positions, grid, self.config.position_resize).to(x.dtype)
+            working = torch.float32 if self.config.resizes_in_float32 else x.dtype
+            positions = resize_positions(self.pos_embed[:, 1:], grid, self.config.position_resize, working)
+            x = x + positions.to(x.dtype)
             prefix = prefix + self.pos_embed[:, :1].to(x.dtype)
         if self.register_tokens is not None:
             prefix = torch.cat((prefix, self.register_tokens.to(x.dtype)), dim=1)

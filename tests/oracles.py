@@ -1,28 +1,27 @@
 """Models of transformers and timm with every parameter random, and how far ours is from them."""
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from dinov3_infer.vit import BackboneOutput, ViTConfig
+from dinov3_infer.vit import BackboneOutput, LayerOutput, ViTConfig
 
-# A small config of each family: what a test takes when width and depth do not matter.
+_V2: dict[str, Any] = dict(patch_size=14, position_grid=5, key_bias=True, norm_eps=1e-6)
+_NO_REGISTERS: dict[str, Any] = dict(num_registers=0, position_resize="size")
+
+# A small config of each family as transformers has it: what a test takes when width and depth do not matter.
 SMALL: dict[str, ViTConfig] = {
     "dinov3": ViTConfig(64, 2, 4, 128),
     "dinov3_gated": ViTConfig(64, 2, 4, 96, gated=True),
     "dinov3_no_bias": ViTConfig(64, 2, 2, 96, gated=True, qkv_bias=False),
-    "dinov2": ViTConfig(
-        64, 2, 4, 256, patch_size=14, num_registers=0, position_grid=5, position_resize="size", key_bias=True, norm_eps=1e-6
-    ),
-    "dinov2_reg": ViTConfig(64, 2, 4, 256, patch_size=14, position_grid=5, key_bias=True, norm_eps=1e-6),
-    "dinov2_gated": ViTConfig(
-        64, 2, 4, 176, gated=True, patch_size=14, num_registers=0, position_grid=5, position_resize="size", key_bias=True,
-        norm_eps=1e-6,
-    ),
+    "dinov2": ViTConfig(64, 2, 4, 256, **_V2, **_NO_REGISTERS),
+    "dinov2_reg": ViTConfig(64, 2, 4, 256, **_V2),
+    "dinov2_gated": ViTConfig(64, 2, 4, 176, gated=True, **_V2, **_NO_REGISTERS),
     "dino": ViTConfig(
-        64, 2, 4, 256, patch_size=8, num_registers=0, position_grid=5, position_resize="size", key_bias=True, norm_eps=1e-12,
-        layerscale=False, mask_token=False,
+        64, 2, 4, 256, patch_size=8, position_grid=5, key_bias=True, norm_eps=1e-12, layerscale=False, mask_token=False,
+        **_NO_REGISTERS,
     ),
 }  # fmt: skip
 
@@ -64,10 +63,14 @@ def hf_model(config: ViTConfig, seed: int = 0) -> nn.Module:
         return randomise(made, seed)
     common["image_size"] = config.position_grid * config.patch_size
     if not config.layerscale:
-        return randomise(t.ViTModel(t.ViTConfig(**common, intermediate_size=config.ffn_dim), add_pooling_layer=False), seed)
+        return randomise(
+            t.ViTModel(t.ViTConfig(**common, intermediate_size=config.ffn_dim), add_pooling_layer=False), seed
+        )
     common |= dict(mlp_ratio=4, use_swiglu_ffn=config.gated)
     if config.num_registers:
-        made = t.Dinov2WithRegistersModel(t.Dinov2WithRegistersConfig(**common, num_register_tokens=config.num_registers))
+        made = t.Dinov2WithRegistersModel(
+            t.Dinov2WithRegistersConfig(**common, num_register_tokens=config.num_registers)
+        )
     else:
         made = t.Dinov2Model(t.Dinov2Config(**common))
     return randomise(made, seed)
@@ -94,3 +97,51 @@ def worst_token(a: Tensor, b: Tensor) -> float:
     """The largest relative L2 distance of any single token, [..., C] each."""
     a, b = a.detach().double(), b.detach().double()
     return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
+
+
+def hf_shapes(config: ViTConfig) -> nn.Module:
+    """`hf_model` on the meta device: names and shapes at any size, no numbers."""
+    with torch.device("meta"), mock.patch.dict(globals(), randomise=lambda module, seed: module.eval()):
+        return hf_model(config)
+
+
+def hf_layers(model: nn.Module, pixels: Tensor, **options: Any) -> tuple[Tensor, list[Tensor]]:
+    """All tokens after the final norm, and before it: those of the embedding, then of each block, [B, N, C] each."""
+    if type(model).__name__ == "ViTModel":
+        options["interpolate_pos_encoding"] = True
+    output = model(pixels, output_hidden_states=True, **options)
+    return output.last_hidden_state, list(output.hidden_states)
+
+
+def hf_norm(model: nn.Module) -> nn.Module:
+    """The final norm."""
+    return model.norm if hasattr(model, "norm") else model.layernorm  # type: ignore[return-value]
+
+
+# (relative L2, the same of the worst token) by dtype.  float64: what is left is the RoPE table, which all build in
+# float32 (1e-8 seen).  float32: rounding in another order of operations (5e-7 seen at depth 12, 1.3e-6 at most).
+BOUNDS = {torch.float64: (1e-7, 1e-6), torch.float32: (5e-6, 5e-5)}
+
+
+def assert_same(ours: Tensor, theirs: Tensor, what: str = "tokens") -> None:
+    """Same shape and dtype, and numbers within `BOUNDS`; [..., C] each."""
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), what
+    if theirs.numel():
+        found = relative(ours, theirs), worst_token(ours, theirs)
+        limits = BOUNDS[theirs.dtype]
+        assert found[0] <= limits[0], f"{what}: {found[0]:.1e} in all, {limits[0]:.1e} allowed"
+        assert found[1] <= limits[1], f"{what}: {found[1]:.1e} in one token, {limits[1]:.1e} allowed"
+
+
+def assert_same_tokens(ours: BackboneOutput | LayerOutput, theirs: Tensor, what: str = "output") -> None:
+    """Class token, registers and patches each within `BOUNDS` of all tokens of theirs, [B, N, C]."""
+    prefix = 1 + ours.register_tokens.shape[1]
+    assert_same(ours.cls_token, theirs[:, 0], f"{what}, class token")
+    assert_same(ours.register_tokens, theirs[:, 1:prefix], f"{what}, registers")
+    assert_same(ours.patch_tokens, theirs[:, prefix:], f"{what}, patches")
+
+
+def pixels_of(config: ViTConfig, grid: tuple[int, int], batch: int = 1, seed: int = 1) -> Tensor:
+    """Noise of h x w patches, [B, 3, H_px, W_px] float32."""
+    size = (batch, 3, *(side * config.patch_size for side in grid))
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))

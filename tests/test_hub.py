@@ -105,3 +105,29 @@ def test_a_path_wins_over_a_name(tmp_path: Path, small_model: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     loaded = Backbone.from_pretrained("vits16")
     assert loaded.embed_dim == 192 and torch.equal(loaded.cls_token, Backbone.from_pretrained(small_model).cls_token)
+
+
+@pytest.mark.parametrize(
+    "name, repository",
+    [
+        ("vitb16", "facebook/dinov3-vitb16-pretrain-lvd1689m"),
+        ("facebook/dinov2-small", "facebook/dinov2-small"),
+        ("timm/vit_base_patch16_dinov3.lvd1689m", "timm/vit_base_patch16_dinov3.lvd1689m"),
+        ("hf-hub:timm/vit_base_patch16_dinov3_qkvb.lvd1689m", "timm/vit_base_patch16_dinov3_qkvb.lvd1689m"),
+        ("vit_base_patch16_dinov3.lvd1689m", "timm/vit_base_patch16_dinov3.lvd1689m"),
+        ("vit_small_patch14_reg4_dinov2", "timm/vit_small_patch14_reg4_dinov2.lvd142m"),
+        ("timm/vit_small_patch16_lingbot.robbyant", "belfner/vit_small_patch16_lingbot.robbyant"),
+        ("lingbot_vits16", "belfner/vit_small_patch16_lingbot.robbyant"),
+        ("someone/dinov3-linear-finetune", "someone/dinov3-linear-finetune"),
+    ],
+)
+def test_which_repository_a_name_leads_to(monkeypatch: pytest.MonkeyPatch, name: str, repository: str) -> None:
+    asked = []
+
+    def download(repo_id: str, file: str, **_: object) -> str:
+        asked.append(repo_id)
+        return f"/cache/{file}"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    locate(name, HubOptions())
+    assert set(asked) == {repository}
