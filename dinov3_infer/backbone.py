@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from .configs import same_architecture
+from .configs import layout_hint, same_architecture
 from .errors import InputError, PrecisionError
 from .features import Features, Pooling, features_of
 from .files import Checkpoint, TensorsInMemory, open_checkpoint
@@ -116,8 +116,9 @@ class Backbone(DropInTransformer):
         """
         if isinstance(model, Backbone):
             raise InputError("this module is a Backbone already; use it as it is, or copy.deepcopy it")
-        config: Any = getattr(model, "config", None)
-        settings = config.to_dict() if hasattr(config, "to_dict") else _live_settings(model)
+        configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+        stated = [c.to_dict() for c in configs if hasattr(c, "to_dict") and layout_hint(c.to_dict()) == "hf"]
+        settings = stated[0] if stated else _live_settings(model)
         checkpoint = Checkpoint(
             f"a live {type(model).__name__}", TensorsInMemory(model.state_dict(keep_vars=True)), settings
         )
@@ -276,5 +277,5 @@ def _live_settings(model: nn.Module) -> dict[str, Any]:
 
 
 def _live_layout(model: nn.Module) -> LayoutName | None:
-    origin = type(model).__module__.split(".")[0]
-    return "timm" if origin == "timm" else "hf" if origin == "transformers" else None
+    origins = {type(module).__module__.split(".")[0] for module in model.modules()}
+    return "timm" if "timm" in origins else "hf" if "transformers" in origins else None

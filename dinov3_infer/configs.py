@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import CheckpointError, UnsupportedError
-from .keys import Layout, Masked, row_of, sources
+from .keys import Folded, Layout, Masked, row_of, sources
 from .layers import PositionResize, ViTConfig
 from .zoo import ARCHITECTURES, ModelInfo, find_architecture
 
@@ -53,7 +53,7 @@ def settings_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
             )
         rope = config.get("rope_parameters") or {}
         found = {
-            "num_heads": config.get("num_attention_heads"),
+            "num_heads": _whole("num_attention_heads", config.get("num_attention_heads")),
             "norm_eps": config.get("layer_norm_eps", _HF_EPS[kind]),
             "rope_base": config.get("rope_theta", rope.get("rope_theta")) if kind == "dinov3_vit" else None,
         }
@@ -69,6 +69,26 @@ def settings_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _whole(name: str, value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise CheckpointError(f"config.json gives {name} as {value!r}, which is no number of heads")
+    return value
+
+
+def contradiction(config: ViTConfig, stated: Mapping[str, Any]) -> str | None:
+    """What a config.json of transformers says and the tensors show otherwise."""
+    if stated.get("model_type") not in _HF_TYPES:
+        return None
+    shown = {
+        "num_hidden_layers": config.depth, "hidden_size": config.embed_dim, "patch_size": config.patch_size,
+        "num_register_tokens": config.num_registers,
+    }  # fmt: skip
+    for name, value in shown.items():
+        if stated.get(name, value) != value:
+            return f"config.json says {name} {stated[name]} and the tensors {value}"
+    return None
+
+
 def config_from_shapes(
     layout: Layout,
     shapes: Mapping[str, tuple[int, ...]],  # by the layout's names on disk
@@ -79,13 +99,18 @@ def config_from_shapes(
     Raises: CheckpointError where the tensors are no whole ViT.
     """
 
+    depth = _depth(layout, shapes)
+
     def shape(ours: str) -> tuple[int, ...] | None:
-        """Of the first part of a row, if all its parts are there."""
+        """Of the first part of a row, in the first block that has all its parts: a gap is for the reader to find."""
         row, number = row_of(layout, ours)
         if row is None:
             return None
-        parts = sources(row, number)
-        return shapes.get(parts[0][0]) if all(name in shapes for name, needed in parts if needed) else None
+        for block in range(depth) if number else (0,):
+            parts = sources(row, str(block))
+            if all(name in shapes for name, needed in parts if needed):
+                return shapes[parts[0][0]]
+        return None
 
     def needed(ours: str, dimensions: int) -> tuple[int, ...]:
         found = shape(ours)
@@ -109,16 +134,16 @@ def config_from_shapes(
         gated = gate_up is not None
     registers = shape("register_tokens")
     num_registers = registers[1] if registers is not None and len(registers) == 3 else 0
-    positions = shape("pos_embed")
+    positions = shape("pos_embed") if layout.family == "dinov3" else needed("pos_embed", 3)
     qkv_bias = shape("blocks.0.attn.qkv.bias") is not None
     base: dict[str, Any] = dict(
         embed_dim=width,
-        depth=_depth(layout, shapes),
+        depth=depth,
         ffn_dim=needed(f"blocks.0.mlp.{'down' if gated else 'fc2'}.weight", 2)[1],
         gated=gated,
         patch_size=conv[2],
         num_registers=num_registers,
-        position_grid=None if positions is None else _grid_side(layout, positions, num_registers),
+        position_grid=None if positions is None else _grid_side(layout, positions),
         position_resize=_resize_rule(layout, num_registers),
         qkv_bias=qkv_bias,
         key_bias=_key_bias(layout, shapes) if qkv_bias else positions is not None,
@@ -138,7 +163,7 @@ def _complete(
     twin = next((c for c in ARCHITECTURES.values() if same_architecture(c, base)), None)
     if "num_heads" not in settings:
         if periods is not None:
-            settings["num_heads"] = base["embed_dim"] // (4 * periods[0])
+            settings["num_heads"] = max(1, base["embed_dim"] // (4 * periods[0]))
         elif twin is not None:
             settings["num_heads"] = twin.num_heads
         else:
@@ -166,27 +191,21 @@ def same_architecture(config: ViTConfig, other: Mapping[str, Any] | ViTConfig) -
 def _depth(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> int:
     row = layout.rows["blocks.#.norm1.weight"]
     assert isinstance(row, str)
-    pattern = re.escape(row).replace(r"\#", "#").replace("#", r"(\d{1,4})")
-    numbers = [int(match[1]) for name in shapes if (match := re.fullmatch(pattern, name))]
+    pattern = re.escape(row.partition("#")[0]) + r"(\d{1,4})\."
+    numbers = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
     if not numbers:
         raise CheckpointError(f"the names look like layout {layout.label}, but there are no blocks; is the file whole?")
     return max(numbers) + 1
 
 
-def _grid_side(layout: Layout, positions: tuple[int, ...], num_registers: int) -> int:
-    count = positions[1] if len(positions) == 3 else 0
-    count -= 0 if folds_cls(layout, num_registers) else 1
+def _grid_side(layout: Layout, positions: tuple[int, ...]) -> int:
+    count = positions[1] - (0 if isinstance(layout.rows["pos_embed"], Folded) else 1)
     side = math.isqrt(max(count, 0))
     if side == 0 or side * side != count:
         raise UnsupportedError(
             f"the position table has shape {list(positions)}, which is not a square grid; load a model at a square size"
         )
     return side
-
-
-def folds_cls(layout: Layout, num_registers: int) -> bool:
-    """timm adds the class token's position to the class token in models with registers, and stores no row for it."""
-    return layout.name == "timm" and layout.family == "dinov2" and num_registers > 0
 
 
 def _resize_rule(layout: Layout, num_registers: int) -> PositionResize:
@@ -199,8 +218,9 @@ def _key_bias(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     row, number = row_of(layout, "blocks.0.attn.qkv.bias")
     if row is None or isinstance(row, str):
         return True
-    present = any(name in shapes for name, needed in sources(row, number) if not needed)
-    return not present if isinstance(row, Masked) else present
+    optional = [name.replace(".0.", r"\.\d+\.") for name, needed in sources(row, number) if not needed]
+    present = any(re.fullmatch(pattern, name) for pattern in optional for name in shapes)
+    return not present if isinstance(row, Masked) or not optional else present
 
 
 def hf_config(config: ViTConfig) -> dict[str, Any]:

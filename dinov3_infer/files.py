@@ -1,5 +1,6 @@
 """Opening weights files: what they are, told by content, and their tensors one at a time, mapped where that works."""
 
+import argparse
 import json
 import os
 import pickle
@@ -108,7 +109,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if beside.is_file() and (path.is_dir() or file.name in (*_NAMES, _INDEX)):
         config = _read_json(beside)
     if file.name.endswith(".index.json"):
-        return Checkpoint(str(path), SafetensorsFiles(_shards(file)), config)
+        shards = SafetensorsFiles(_shards(file))
+        absent = [name for name in _read_json(file)["weight_map"] if name not in shards.shapes]
+        if absent:
+            raise CheckpointError(f"'{file}' lists '{absent[0]}', which no shard holds; download the shards again")
+        return Checkpoint(str(path), shards, config)
     kind = _kind_of(file)
     tensors: TensorSource = (
         SafetensorsFiles([file]) if kind == "safetensors" else _read_torch(file, mapped=kind == "zip")
@@ -198,7 +203,8 @@ def _kind_of(file: Path) -> str:
 def _read_torch(file: Path, mapped: bool) -> TensorsInMemory:
     """Every tensor of a file of torch.save under its dotted name, so that nested checkpoints look like flat ones."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # main_dino.py keeps its arguments, plain values
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"'{file}' holds Python objects besides tensors, which could run code when loaded; "

@@ -3,7 +3,7 @@
 Read forwards to load, backwards to save.
 
 `#` stands for the number of a block.  A plain string is copied, `Nested` has one dimension more in the file, `Joined`
-is cut along dimension 0 there, `Masked` is to be multiplied.  A name that starts with `?` may be absent.
+is cut along dimension 0 there, `Masked` is to be multiplied, `Folded` lacks a row.  A name with a `?` may be absent.
 
 Sources: dinov3 at 6876159, dinov2 at b8931f7, dino main; transformers 5.23.0; timm 1.0.31.
 """
@@ -13,7 +13,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-__all__ = ["LAYOUTS", "Joined", "Layout", "Masked", "Nested", "Row", "normalise", "recognise", "row_of", "sources"]
+__all__ = [
+    "LAYOUTS",
+    "Folded",
+    "Joined",
+    "Layout",
+    "Masked",
+    "Nested",
+    "Row",
+    "normalise",
+    "recognise",
+    "row_of",
+    "sources",
+]
 
 ZEROS = "?"  # a part that no file holds; its name is ""
 
@@ -40,7 +52,14 @@ class Nested:
     name: str
 
 
-Row: TypeAlias = str | Joined | Masked | Nested
+@dataclass(frozen=True)
+class Folded:
+    """A position table without a row for the class token, whose position the file has added to the class token."""
+
+    name: str
+
+
+Row: TypeAlias = str | Joined | Masked | Nested | Folded
 
 
 def _both(ours: str, theirs: str | Callable[[str], Row] | None = None) -> dict[str, Row]:
@@ -53,11 +72,11 @@ def _joined(*names: str) -> Callable[[str], Row]:
     return lambda kind: Joined(tuple(f"{name}.{kind}" for name in names))
 
 
-def _qkv(query: str, key: str, value: str) -> dict[str, Row]:
-    """Three linears; the bias of the key may be missing while those of query and value are there."""
+def _qkv(query: str, key: str, value: str, *, key_bias: str = "") -> dict[str, Row]:
+    """Three linears; with `key_bias` "?" that bias may be missing while those of query and value are there."""
     return {
         "blocks.#.attn.qkv.weight": Joined((f"{query}.weight", f"{key}.weight", f"{value}.weight")),
-        "blocks.#.attn.qkv.bias": Joined((f"{query}.bias", f"?{key}.bias", f"{value}.bias")),
+        "blocks.#.attn.qkv.bias": Joined((f"{query}.bias", f"{key_bias}{key}.bias", f"{value}.bias")),
     }
 
 
@@ -138,7 +157,7 @@ HF_V3 = Layout(
         "mask_token": Nested("embeddings.mask_token"),
         **_both("patch_embed.proj", "embeddings.patch_embeddings"),
         **_both("blocks.#.norm1", "layer.#.norm1"),
-        **_qkv(*(f"layer.#.attention.{part}_proj" for part in "qkv")),
+        **_qkv(*(f"layer.#.attention.{part}_proj" for part in "qkv"), key_bias="?"),
         **_both("blocks.#.attn.proj", "layer.#.attention.o_proj"),
         **_HF_LS,
         **_both("blocks.#.norm2", "layer.#.norm2"),
@@ -230,18 +249,23 @@ TIMM_V2 = Layout(
     has=(r"patch_embed\.proj\.weight", r"pos_embed", r"blocks\.0\.ls1\.gamma"), lacks=(r"mask_token",),
     rows=_PLAIN | _LS | {
         "pos_embed": "pos_embed",
-        "register_tokens": "reg_token",
         **_both("blocks.#.mlp.gate_up", "blocks.#.mlp.fc1"),
         **_both("blocks.#.mlp.down", "blocks.#.mlp.fc2"),
     },
 )  # fmt: skip
+
+TIMM_V2_REG = replace(
+    TIMM_V2,
+    has=(*TIMM_V2.has, r"reg_token"),
+    rows=TIMM_V2.rows | {"register_tokens": "reg_token", "pos_embed": Folded("pos_embed")},
+)
 
 TIMM_V1 = Layout(
     "timm", "dino", has=META_V1.has, lacks=META_V1.lacks, rows=META_V1.rows, unused={r"head\..*": "a classifier"}
 )
 
 # The first that fits counts.  Meta's and timm's DINO v1 have the same names: only a config or `layout=` can tell.
-LAYOUTS = (META_V3, META_V2, META_V1, HF_V3, HF_V2_GATED_LIVE, HF_V2, HF_V1, TIMM_V3, TIMM_V2, TIMM_V1)
+LAYOUTS = (META_V3, META_V2, META_V1, HF_V3, HF_V2_GATED_LIVE, HF_V2, HF_V1, TIMM_V3, TIMM_V2_REG, TIMM_V2, TIMM_V1)
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _ANCHORS = re.compile(r"^(.*?)(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?)\.weight$")
@@ -290,5 +314,5 @@ def sources(row: Row, number: str = "") -> tuple[tuple[str, bool], ...]:
     elif isinstance(row, Masked):
         names = (row.value, row.mask)
     else:
-        names = (row.name if isinstance(row, Nested) else row,)
+        names = (row if isinstance(row, str) else row.name,)
     return tuple((name.removeprefix("?").replace("#", number), not name.startswith("?")) for name in names)

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import keys
-from .configs import folds_cls, hf_config, hf_processor_config, timm_config
+from .configs import hf_config, hf_processor_config, timm_config
 from .errors import InputError, UnsupportedError
-from .keys import Joined, Layout, Masked, Nested, row_of, sources
+from .keys import Folded, Joined, Layout, Masked, Nested, row_of, sources
 from .rope import rope_periods
 from .vit import VisionTransformer, ViTConfig
 from .weights import LayoutName
@@ -26,14 +26,15 @@ __all__ = ["restore", "save_checkpoint"]
 log = logging.getLogger("dinov3_infer")
 
 
-def restore(state: Mapping[str, Tensor], config: ViTConfig, layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
+def restore(
+    state: Mapping[str, Tensor], config: ViTConfig, layout: Layout, with_bias: bool = True
+) -> tuple[dict[str, Tensor], list[str]]:
     """Our tensors under a layout's names, and what the layout has no place for, in words.
 
     Raises: UnsupportedError where leaving something out would change the features.
     """
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
-    with_bias = any(name.endswith("attn.qkv.bias") and bool(tensor.any()) for name, tensor in state.items())
     for ours, tensor in state.items():
         row, number = row_of(layout, ours)
         if row is None:
@@ -43,15 +44,12 @@ def restore(state: Mapping[str, Tensor], config: ViTConfig, layout: Layout) -> t
         elif layout is keys.META_V3 and ours == "rope_periods":
             rounded = tensor.bfloat16()
             tensors["rope_embed.periods"] = rounded if torch.equal(rounded.float(), tensor) else tensor
-        elif folds_cls(layout, config.num_registers) and ours in ("cls_token", "pos_embed"):
-            folded = {
-                "cls_token": state["cls_token"] + state["pos_embed"][:, :1],
-                "pos_embed": state["pos_embed"][:, 1:],
-            }
-            tensors[ours] = folded[ours]
-            if ours == "pos_embed" and bool(tensor[:, 0].any()):
+        elif isinstance(row, Folded):
+            tensors["cls_token"] = state["cls_token"] + tensor[:, :1]
+            tensors[row.name] = tensor[:, 1:]
+            if tensor[:, 0].any():
                 notes.append(
-                    "timm adds the class token's position to the class token; the two can no longer be told apart"
+                    "timm adds the position of the class token to the class token, and the two stay one"
                 )
         else:
             tensors.update(_write(row, number, ours, tensor, config))
@@ -97,12 +95,11 @@ def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: ViTConfig) 
 def layout_for(config: ViTConfig, name: LayoutName) -> Layout:
     """The table that writes this architecture in layout `name`."""
     family = "dinov3" if config.position_grid is None else "dinov2" if config.layerscale else "dino"
-    found = next(
-        (c for c in keys.LAYOUTS if (c.name, c.family) == (name, family) and c is not keys.HF_V2_GATED_LIVE), None
-    )
-    if found is None:
-        raise InputError(f"layout is one of 'hf', 'meta', 'timm'; got {name!r}")
-    return found
+    for_others = (keys.HF_V2_GATED_LIVE, keys.TIMM_V2 if config.num_registers else keys.TIMM_V2_REG)
+    for candidate in keys.LAYOUTS:
+        if (candidate.name, candidate.family) == (name, family) and candidate not in for_others:
+            return candidate
+    raise InputError(f"layout is one of 'hf', 'meta', 'timm'; got {name!r}")
 
 
 def save_checkpoint(
@@ -123,13 +120,17 @@ def save_checkpoint(
     if layout == "meta" and target.suffix not in (".pth", ".safetensors"):
         raise InputError(f"Meta's layout is one file; '{target}' should end in .pth or .safetensors")
     config: dict[str, Any] = {}
+    with_bias = True
     if layout == "hf":
         dtype = str(model.patch_embed.proj.weight.dtype).removeprefix("torch.")
         config = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": dict(extra or {})}
     elif layout == "timm":
-        with_bias = any(name.endswith("qkv.bias") and bool(t.any()) for name, t in state.items())
+        # timm has DINOv3 without biases too, but not LingBot
+        with_bias = (info is not None and info.family != "dinov3") or any(
+            name.endswith("qkv.bias") and bool(t.any()) for name, t in state.items()
+        )
         config = timm_config(model.config, info, with_bias)
-    tensors, notes = restore(state, model.config, table)
+    tensors, notes = restore(state, model.config, table, with_bias)
     for note in notes:
         log.warning("%s: %s", target, note)
     if layout == "meta":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attention import resolve_attention
 from .errors import InputError, InputTypeError, LayerError
-from .layers import Attention, Block, LayerNorm, PatchEmbed, ViTConfig, resize_positions
+from .layers import Attention, Block, LayerNorm, PatchEmbed, Residual, ViTConfig, resize_positions
 from .packing import Packing
 from .rope import RopeAugmentation, RopeTable, rope_periods, rope_table
 
@@ -68,7 +68,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config)
         if config.position_grid is None:
             self.pos_embed = None
-            self.register_buffer("rope_periods", rope_periods(config.head_dim, config.rope_base))
+            self.register_buffer("rope_periods", torch.empty(config.head_dim // 4))
         else:
             self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.position_grid**2, width))
             self.register_buffer("rope_periods", None)
@@ -76,19 +76,33 @@ class VisionTransformer(nn.Module):
         self.norm = LayerNorm(width, config.norm_eps)
         self.cls_norm = LayerNorm(width, config.norm_eps) if config.prefix_norm else None
         self.local_cls_norm = LayerNorm(width, config.norm_eps) if config.local_cls_norm else None
-        self.init_weights()
+        if not self.cls_token.is_meta:  # where there is nothing to fill, and trying imports 75 MB of meta kernels
+            self.init_weights()
 
+    @torch.no_grad()
     def init_weights(self, layerscale: float = 1e-5) -> None:
-        """Random weights as in the papers' training code; the patch convolution and the norms keep torch's own."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("gamma"):
-                nn.init.constant_(parameter, layerscale)
-            elif name == "mask_token" or (name.endswith("bias") and "norm" not in name and "patch_embed" not in name):
-                nn.init.zeros_(parameter)
-            elif name in ("cls_token", "register_tokens"):
-                nn.init.normal_(parameter, std=0.02)
-            elif name == "pos_embed" or (name.endswith("weight") and parameter.ndim == 2):
-                nn.init.trunc_normal_(parameter, std=0.02)
+        """Random weights as in the papers' training code.
+
+        Every tensor is written, so that a model built on the meta device is whole after `to_empty` and this.
+        """
+        for module in self.modules():
+            if isinstance(module, (LayerNorm, nn.Conv2d)):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, Residual) and module.gamma is not None:
+                nn.init.constant_(module.gamma, layerscale)
+        nn.init.normal_(self.cls_token, std=0.02)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=0.02)
+        if self.mask_token is not None:
+            nn.init.zeros_(self.mask_token)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.rope_periods is not None:
+            self.rope_periods.copy_(rope_periods(self.config.head_dim, self.config.rope_base))
 
     def set_attention(self, implementation: str) -> None:
         """Which attention runs: "auto", "sdpa" or "eager"."""

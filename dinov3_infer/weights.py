@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from . import keys
-from .configs import config_from_shapes, folds_cls, layout_hint, same_architecture, settings_from_config
-from .errors import CheckpointError, InputError
+from .configs import config_from_shapes, contradiction, layout_hint, same_architecture, settings_from_config
+from .errors import CheckpointError, InputError, UnsupportedError
 from .files import Checkpoint, TensorSource
-from .keys import Joined, Layout, Masked, Nested, row_of, sources
+from .keys import Folded, Joined, Layout, Masked, Nested, row_of, sources
 from .rope import rope_periods
 from .vit import VisionTransformer, ViTConfig
 from .zoo import ARCHITECTURES, ModelInfo
@@ -34,10 +34,20 @@ M = TypeVar("M", bound=VisionTransformer)
 
 @dataclass(frozen=True)
 class _Group:
-    """One backbone inside a file: its layout, and where its names lie."""
+    """One backbone inside a file: its layout, and its tensors by the layout's names."""
 
     layout: Layout
-    names: Mapping[str, str]  # name on disk in this layout -> name in the file
+    tensors: TensorSource
+    names: Mapping[str, str]  # in the layout -> in the file
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors.shapes[self.names[name]]
+
+    def read(self, name: str, *, copying: bool = False) -> Tensor:
+        return self.tensors.read(self.names[name], copying=copying)
 
 
 def load_model(
@@ -60,11 +70,21 @@ def load_model(
     Raises: CheckpointError for tensors that are missing, left over, misshapen or not finite where that matters.
     """
     group = _find_group(checkpoint, layout)
-    shapes = {name: checkpoint.tensors.shapes[original] for name, original in group.names.items()}
-    settings = settings_from_config(checkpoint.config)
+    shapes = {name: group.shape(name) for name in group.names}
+    try:
+        settings = settings_from_config(checkpoint.config)
+    except CheckpointError as error:
+        raise CheckpointError(f"'{checkpoint.path}' does not fit: {error}") from None
     if not settings and expected is not None:
         settings = {"num_heads": expected.config.num_heads, "norm_eps": expected.config.norm_eps}
-    config, note = config_from_shapes(group.layout, shapes, settings)
+    try:
+        config, note = config_from_shapes(group.layout, shapes, settings)
+    except (CheckpointError, InputError) as error:
+        raise CheckpointError(f"'{checkpoint.path}' does not fit: {error}") from None
+    except UnsupportedError as error:
+        raise UnsupportedError(f"'{checkpoint.path}': {error}") from None
+    if group.layout.name == "hf" and (fault := contradiction(config, checkpoint.config)):
+        raise CheckpointError(f"'{checkpoint.path}' does not fit: {fault}; is the file whole?")
     if expected is not None and not same_architecture(expected.config, config):
         raise CheckpointError(
             f"'{checkpoint.path}' {_looks_like(config)}; you asked for {expected.name} {_shape_of(expected.config)}"
@@ -73,9 +93,10 @@ def load_model(
         log.warning("%s: %s", checkpoint.path, note)
     with torch.device("meta"):
         model = make(config)
+    rows = _account(model, group, checkpoint.path)
     if keep:
-        device = checkpoint.tensors.read(next(iter(group.names.values()))).device
-    _fill(model, checkpoint, group, None if keep else (dtype or torch.float32), torch.device(device))
+        device = group.read(next(iter(group.names))).device
+    _fill(model, group, rows, None if keep else (dtype or torch.float32), torch.device(device))
     _settle_periods(model, checkpoint.config, periods, torch.device(device))
     return model.eval(), group.layout
 
@@ -119,7 +140,7 @@ def _find_group(checkpoint: Checkpoint, layout: LayoutName | None) -> _Group:
         for pattern, replacement in chosen.spellings:
             name = re.sub(pattern, replacement, name)
         spelled[name] = original
-    return _Group(chosen, spelled)
+    return _Group(chosen, checkpoint.tensors, spelled)
 
 
 def _choose_prefix(checkpoint: Checkpoint, prefixes: list[str]) -> str:
@@ -134,85 +155,88 @@ def _choose_prefix(checkpoint: Checkpoint, prefixes: list[str]) -> str:
     )
 
 
-@torch.no_grad()
-def _fill(
-    model: VisionTransformer, checkpoint: Checkpoint, group: _Group, dtype: torch.dtype | None, device: torch.device
-) -> None:
-    """Accounts for every tensor of the model and of the file, then reads them."""
-    matrices = _matrix_names(model)
+def _account(model: VisionTransformer, group: _Group, path: str) -> dict[str, tuple[keys.Row, list[str]]]:
+    """Where each tensor of the model lies in the file; raises for whatever is missing, left over or misshapen."""
+    in_any_block = {_any_block(name) for name in group.names}
+    rows: dict[str, tuple[keys.Row, list[str]]] = {}
     missing: list[str] = []
     misshapen: list[str] = []
     used: set[str] = set()
-    plan: list[tuple[str, keys.Row, list[str], torch.dtype, bool]] = []
     for ours, target in model.state_dict().items():
         row, number = row_of(group.layout, ours)
         if row is None:
-            if ours != "rope_periods":
-                missing.append(ours)
+            missing.extend([ours] if ours != "rope_periods" else [])  # those can be computed
             continue
         parts = sources(row, number)
-        used.update(name for name, _ in parts)
-        absent = [name for name, needed in parts if needed and name not in group.names]
+        names = [name for name, _ in parts]
+        used.update(names)
+        absent = [n for n, needed in parts if n not in group and (needed or _any_block(n) in in_any_block)]
+        missing.extend(absent)
         if absent:
-            missing.extend(absent)
             continue
-        folded = ours == "pos_embed" and folds_cls(group.layout, model.config.num_registers)
-        present = {name: checkpoint.tensors.shapes[group.names[name]] for name, _ in parts if name in group.names}
-        found, expected = _shape_in_file(row, parts, present), tuple(target.shape)
-        if folded:
-            expected = (1, expected[1] - 1, expected[2])
-        if found != expected:
-            misshapen.append(f"{parts[0][0]} {list(present[parts[0][0]])} where {list(expected)} was expected")
-            continue
-        stored = checkpoint.tensors.dtypes[group.names[parts[0][0]]]
-        want = stored if dtype is None else dtype if ours in matrices else _vector_dtype(dtype)
-        want = torch.float32 if ours == "rope_periods" else want
-        plan.append((ours, row, [name for name, _ in parts], want, folded))
+        if _shape_of_row(row, names, group) != tuple(target.shape):
+            misshapen.append(f"{names[0]} {list(group.shape(names[0]))} for our {ours} {list(target.shape)}")
+        rows[ours] = row, names
     unused = "|".join(group.layout.unused) or r"(?!)"
     left_over = [
         name
-        for name, original in group.names.items()
-        if name not in used and 0 not in checkpoint.tensors.shapes[original] and not re.fullmatch(unused, name)
+        for name in group.names
+        if name not in used and 0 not in group.shape(name) and not re.fullmatch(unused, name)
     ]
     if missing or left_over or misshapen:
         faults = [("missing", missing), ("left over", left_over), ("of another shape", misshapen)]
         counts = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in faults if names)
         raise CheckpointError(
-            f"'{checkpoint.path}' does not fit (layout {group.layout.label}, {_looks_like(model.config)}): {counts}"
+            f"'{path}' does not fit (layout {group.layout.label}, {_looks_like(model.config)}): {counts}"
         )
-    parameters = {name for name, _ in model.named_parameters()}
-    state: dict[str, Tensor] = {}
-    for ours, row, names, want, folded in plan:
-        tensor = _read(row, names, checkpoint.tensors, group.names, want, device)
-        if folded:
-            tensor = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
-        state[ours] = _as_parameter(tensor) if ours in parameters else tensor
-    result = model.load_state_dict(state, strict=False, assign=True)
-    assert not result.unexpected_keys and set(result.missing_keys) <= {"rope_periods"}
+    return rows
 
 
-def _shape_in_file(
-    row: keys.Row, parts: tuple[tuple[str, bool], ...], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[int, ...]:
-    """The shape that our tensor gets from the parts in the file; () where they do not go together."""
-    first = shapes[parts[0][0]]
+def _any_block(name: str) -> str:
+    """The name with its block number taken out: what one block has, all have."""
+    return re.sub(r"\.\d+\.", ".#.", name, count=1)
+
+
+def _shape_of_row(row: keys.Row, names: list[str], group: _Group) -> tuple[int, ...]:
+    """The shape that our tensor gets from its parts in the file; () where they do not go together."""
+    shapes = [group.shape(name) if name in group else None for name in names]
+    first = shapes[0]
+    assert first is not None
     if isinstance(row, Joined):
-        if not first or any(not shape or shape[1:] != first[1:] for shape in shapes.values()):
+        if not first or any(shape is not None and shape[1:] != first[1:] for shape in shapes):
             return ()
-        return (sum(shapes.get(name, first)[0] for name, _ in parts), *first[1:])
-    if isinstance(row, Masked) and shapes.get(parts[1][0], first) != first:
+        return (sum((shape or first)[0] for shape in shapes), *first[1:])
+    if isinstance(row, Masked) and shapes[1] not in (None, first):
         return ()
+    if isinstance(row, Folded):
+        return (first[0], first[1] + 1, *first[2:]) if len(first) > 1 else ()
     return first[1:] if isinstance(row, Nested) and first[:1] == (1,) else first
 
 
-def _vector_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Tokens, norms and layer scales are never held in less than float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _as_parameter(tensor: Tensor) -> nn.Parameter:
-    """The tensor itself where it is a live module's parameter, so that both modules share it."""
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+@torch.no_grad()
+def _fill(
+    model: VisionTransformer,
+    group: _Group,
+    rows: Mapping[str, tuple[keys.Row, list[str]]],
+    dtype: torch.dtype | None,  # None: as stored
+    device: torch.device,
+) -> None:
+    """Reads what `_account` found."""
+    matrices = _matrix_names(model)
+    parameters = dict(model.named_parameters())
+    state: dict[str, Tensor] = {}
+    for ours, (row, names) in rows.items():
+        stored = group.tensors.dtypes[group.names[names[0]]]
+        want = stored if dtype is None else dtype if ours in matrices else torch.promote_types(dtype, torch.float32)
+        tensor = _read(row, names, group, torch.float32 if ours == "rope_periods" else want, device)
+        if ours in parameters:
+            if dtype is None:  # taken as it is, so what is frozen stays frozen; assigning would unfreeze it
+                parameters[ours].requires_grad_(any(group.read(name).requires_grad for name in names if name in group))
+            if not isinstance(tensor, nn.Parameter):  # a live module's own parameter is shared
+                tensor = nn.Parameter(tensor, requires_grad=parameters[ours].requires_grad)
+        state[ours] = tensor
+    result = model.load_state_dict(state, strict=False, assign=True)
+    assert not result.unexpected_keys and set(result.missing_keys) <= {"rope_periods"}
 
 
 def _matrix_names(model: VisionTransformer) -> set[str]:
@@ -225,32 +249,26 @@ def _matrix_names(model: VisionTransformer) -> set[str]:
     }
 
 
-def _read(
-    row: keys.Row,
-    parts: list[str],  # names on disk
-    tensors: TensorSource,
-    names: Mapping[str, str],  # on disk -> in the file
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
+def _read(row: keys.Row, names: list[str], group: _Group, dtype: torch.dtype, device: torch.device) -> Tensor:
     """One tensor of ours."""
-    first = parts[0]
     if isinstance(row, Joined):
-        shape = tensors.shapes[names[first]]
-        rows = [tensors.shapes[names[part]][0] if part in names else shape[0] for part in parts]
-        joined = torch.zeros(sum(rows), *shape[1:], dtype=dtype, device=device)
-        for target, part in zip(joined.split(rows), parts, strict=True):
-            if part in names:
-                target.copy_(tensors.read(names[part], copying=True))
+        first = group.shape(names[0])
+        lengths = [group.shape(name)[0] if name in group else first[0] for name in names]
+        joined = torch.zeros(sum(lengths), *first[1:], dtype=dtype, device=device)
+        for target, name in zip(joined.split(lengths), names, strict=True):
+            if name in group:
+                target.copy_(group.read(name, copying=True))
         return joined
-    tensor = tensors.read(names[first])
-    if isinstance(row, Masked) and parts[1] in names:
-        mask = tensors.read(names[parts[1]])
+    tensor = group.read(names[0])
+    if isinstance(row, Masked) and names[1] in group:
+        mask = group.read(names[1])
         if not mask.isfinite().all():
-            raise CheckpointError(f"'{parts[1]}' holds NaN: the model was saved before init_weights ran; save it again")
+            raise CheckpointError(f"'{names[1]}' holds NaN: the model was saved before init_weights ran; save it again")
         tensor = tensor * mask.to(tensor.dtype)
-    if isinstance(row, Nested):
-        tensor = tensor[0]
+    elif isinstance(row, Nested):
+        tensor = tensor.squeeze(0)
+    elif isinstance(row, Folded):
+        tensor = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
     return tensor.to(device, dtype)
 
 

@@ -206,7 +206,7 @@ _BY_ID = {name: row for row in reversed(_ROWS) for name in _ids(row)}  # of two 
 def find_architecture(timm_architecture: str) -> ModelInfo | None:
     """The row whose timm model has this architecture name (no tag), with or without biases."""
     plain = timm_architecture.replace("_dinov3_qkvb", "_dinov3")
-    return next((row for row in _ROWS if _timm_model(row).split(".")[0] == plain), None)
+    return next((row for row in MODELS.values() if _timm_model(row).split(".")[0] == plain), None)
 
 
 def preprocess_of(info: ModelInfo, style: Style | None = None) -> Preprocess:

@@ -310,3 +310,18 @@ def test_heads_must_divide_the_width() -> None:
         with pytest.raises(InputError, match=f"embed_dim {width} .* {heads} heads"):
             ViTConfig(width, 2, heads, 128, position_grid=grid)
     ViTConfig(60, 2, 10, 128, position_grid=5)  # a head of 6 channels cannot turn, but learned positions need no turn
+
+
+@pytest.mark.parametrize("name", ["dinov3", "dinov2_reg", "dino"])
+def test_a_model_from_the_meta_device_is_whole_after_init(name: str) -> None:
+    """`to_empty` leaves garbage everywhere; `init_weights` writes every tensor of the model."""
+    with torch.device("meta"):
+        model = VisionTransformer(SMALL[name])
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.fill_(float("nan"))
+    model.init_weights()
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    if name == "dinov3":
+        assert torch.equal(model.rope_periods, VisionTransformer(SMALL[name]).rope_periods)

@@ -1,0 +1,333 @@
+"""What is written can be read again, by us and by the others, and a file is never half written."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layouts import SAME, SOURCES, load, meta_named, pixels_for, same_features, timm_name
+from layouts import small_models_are_known as small_models_are_known
+from oracles import SMALL, hf_model, hf_tokens, randomise, tokens
+from safetensors.torch import load_file
+
+from dinov3_infer import Backbone, Dinov3Error, ViTConfig, saving
+from dinov3_infer.errors import InputError, UnsupportedError
+from dinov3_infer.rope import rope_periods
+
+LAYOUTS = ("hf", "meta.pth", "meta.safetensors", "timm")
+
+
+def model_of(config: ViTConfig, seed: int = 0) -> Backbone:
+    """Ours, with every parameter random; what the mask of the key bias hides is zero, as no file keeps it."""
+    model = Backbone.from_config(config)
+    randomise(model, seed)
+    if config.qkv_bias and not config.key_bias:
+        with torch.no_grad():
+            for block in model.blocks:
+                block.attn.qkv.bias.chunk(3)[1].zero_()
+    return model
+
+
+def save(model: Backbone, folder: Path, layout: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    name, _, kind = layout.partition(".")
+    return model.save_pretrained(folder / f"m.{kind}" if kind else folder / name, layout=name)
+
+
+def assert_equal_states(got: Backbone, expected: Backbone, but: tuple[str, ...] = ()) -> None:
+    """Bit for bit the same tensors, except those named."""
+    a, b = got.state_dict(), expected.state_dict()
+    assert set(a) - set(but) == set(b) - set(but)
+    assert [n for n in a if n not in but and not torch.equal(a[n], b[n])] == []
+
+
+def lost_in(layout: str, config: ViTConfig) -> tuple[str, ...]:
+    """What a layout does not hold, or not as it was."""
+    if layout != "timm":
+        return ()
+    return ("mask_token", *(("cls_token", "pos_embed") if config.position_grid and config.num_registers else ()))
+
+
+@pytest.mark.parametrize("key", SOURCES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_round_trip(layout: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Written and loaded again: the same bits, config and fingerprint; what is lost is said, each in one line."""
+    model = model_of(SOURCES[key])
+    again = load(save(model, tmp_path, layout), layout=layout.partition(".")[0])
+    lost = lost_in(layout, model.config)
+    assert_equal_states(again, model, but=lost)
+    assert again.fingerprint() == model.fingerprint()
+    changed = {"mask_token": False} if layout == "timm" else {}
+    style = {"hf": "size", "meta": "offset", "timm": "antialias"}[layout.partition(".")[0]]
+    if model.config.position_grid and not model.config.num_registers:
+        changed["position_resize"] = style
+    assert again.config == replace(model.config, **changed)
+    said = [r.getMessage() for r in caplog.records]
+    expected = ["mask_token"] if "mask_token" in lost and model.config.mask_token else []
+    expected += ["position"] if "pos_embed" in lost else []
+    assert len(said) == len(expected) and all(word in line for word, line in zip(expected, said, strict=True)), said
+    pixels = pixels_for(model.config)
+    with torch.no_grad():
+        assert torch.equal(tokens(again(pixels)), tokens(model(pixels)))
+
+
+@pytest.mark.parametrize("key", SOURCES)
+def test_chains(key: str, tmp_path: Path) -> None:
+    """hf -> meta -> hf and meta -> hf -> meta end at the bytes that they began with."""
+    model = model_of(SOURCES[key])
+    for chain in (("hf", "meta.safetensors", "hf"), ("meta.safetensors", "hf", "meta.safetensors")):
+        step, files = model, []
+        for i, layout in enumerate(chain):
+            path = save(step, tmp_path / f"{chain[0]}{i}", layout)
+            files.append(load_file(path / "model.safetensors" if path.is_dir() else path))
+            step = load(path, layout=layout.partition(".")[0])
+        assert files[0].keys() == files[2].keys()
+        assert all(torch.equal(files[0][n], files[2][n]) and files[0][n].dtype == files[2][n].dtype for n in files[0])
+
+
+@pytest.mark.parametrize("key", SOURCES)
+def test_meta_files_have_the_names_of_meta(key: str, tmp_path: Path) -> None:
+    """The tensors of our file are those of an independent translation of the same model, name by name."""
+    source = hf_model(SOURCES[key])
+    expected = meta_named(source.state_dict(), SOURCES[key])
+    for name in [n for n in expected if n.endswith("bias_mask")]:
+        expected[name.removesuffix("_mask")] *= expected[name]
+    written = torch.load(save(Backbone.adopt(source), tmp_path, "meta.pth"), weights_only=True)
+    assert written.keys() == expected.keys()
+    for name, tensor in written.items():
+        assert tensor.shape == expected[name].shape and torch.equal(tensor.float(), expected[name]), name
+
+
+@pytest.mark.parametrize("key", SMALL)
+def test_transformers_loads_ours(key: str, tmp_path: Path) -> None:
+    """transformers' own from_pretrained: no tensor missing or left over, and the same features."""
+    import transformers
+
+    model = model_of(SMALL[key])
+    folder = save(model, tmp_path, "hf")
+    options: dict[str, Any] = {"add_pooling_layer": False} if key == "dino" else {}
+    theirs, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(theirs).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
+    same_features(model, theirs.eval())
+
+
+TIMM_NAMES = {  # with biases; timm makes all of them from their name alone
+    "dinov3_vits16": "vit_small_patch16_dinov3_qkvb",
+    "dinov3_vits16plus": "vit_small_plus_patch16_dinov3_qkvb",
+    "dinov2_vits14": "vit_small_patch14_dinov2",
+    "dinov2_vits14_reg": "vit_small_patch14_reg4_dinov2",
+    "dino_vits8": "vit_small_patch8_224",
+    "lingbot_vits16": "vit_small_patch16_lingbot",
+}
+
+
+def timm_reads(folder: Path, architecture: str) -> Any:
+    """timm's model of the name in config.json, with our file in it, strictly."""
+    import timm
+
+    assert json.loads((folder / "config.json").read_text())["architecture"] == architecture
+    theirs = timm.create_model(architecture, pretrained=False, num_classes=0)
+    theirs.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return theirs.eval()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", TIMM_NAMES)
+def test_timm_loads_ours(name: str, tmp_path: Path) -> None:
+    """timm's own class takes our file strictly, under the architecture that config.json names, and gives the same."""
+    model = randomise(Backbone.from_config(name))
+    theirs = timm_reads(save(model, tmp_path, "timm"), TIMM_NAMES[name])
+    side = model.config.patch_size * (model.config.position_grid or 4)
+    pixels = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        ours = tokens(model(pixels))
+        # 12 blocks of random weights in float32: 1e-6 measured
+        assert (theirs.forward_features(pixels) - ours).norm() / ours.norm() < SAME
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("dinov3_vits16", "vit_small_patch16_dinov3"), ("lingbot_vits16", "vit_small_patch16_lingbot")],
+)
+def test_timm_with_zero_biases(name: str, architecture: str, tmp_path: Path) -> None:
+    """Zero biases are left out where timm has a variant without them, which config.json names, else written."""
+    model = randomise(Backbone.from_config(name))
+    for block in model.blocks:
+        block.attn.qkv.bias.data.zero_()
+    folder = save(model, tmp_path, "timm")
+    timm_reads(folder, architecture)
+    assert load(folder).fingerprint() == model.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "says"),
+    [(dict(prefix_norm=True), "hf", "no separate norm"), (dict(prefix_norm=True), "timm", "cls_norm"),
+     (dict(key_bias=True), "timm", "no bias for the keys"),
+     (dict(layerscale=False), "hf", "always has layer scale"),
+     (dict(ffn_dim=72), "timm", "known names only")],
+    ids=lambda v: "_".join(v) if isinstance(v, dict) else str(v).replace(" ", "_"),
+)  # fmt: skip
+def test_what_a_layout_cannot_hold_is_refused(changes: dict[str, Any], layout: str, says: str, tmp_path: Path) -> None:
+    """Leaving it out would change the features: refused before anything is written."""
+    model = model_of(replace(SOURCES["dinov3"], **changes))
+    with pytest.raises(UnsupportedError, match=says):
+        save(model, tmp_path, layout)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    with pytest.raises(NotImplementedError):
+        save(model, tmp_path, layout)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(prefix_norm=True), dict(local_cls_norm=True), dict(key_bias=True, norm_eps=1e-6), dict(num_registers=0)],
+    ids="_".join,
+)
+def test_meta_holds_everything(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Training's other architectures go through Meta's layout whole."""
+    model = model_of(replace(SOURCES["dinov3"], **changes))
+    again = load(save(model, tmp_path, "meta.pth"))
+    assert_equal_states(again, model)
+    assert again.config == model.config
+
+
+def test_hf_holds_key_bias_and_no_registers(tmp_path: Path) -> None:
+    """transformers' switches for them are set."""
+    for i, changes in enumerate((dict(key_bias=True), dict(num_registers=0))):
+        model = model_of(replace(SOURCES["dinov3"], **changes))  # type: ignore[arg-type]
+        again = load(save(model, tmp_path / str(i), "hf"))
+        assert_equal_states(again, model)
+        assert again.config == model.config
+
+
+@pytest.mark.parametrize("layout", ["hf", "timm"])
+def test_norm_for_local_crops_is_left_out_with_a_word(
+    layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`local_cls_norm` has no place outside Meta's layout: said once, not once per tensor."""
+    model = model_of(replace(SOURCES["dinov3"], local_cls_norm=True))
+    assert load(save(model, tmp_path, layout)).fingerprint() == model.fingerprint()
+    assert caplog.text.count("local_cls_norm") == 1
+
+
+def test_rounded_periods_survive(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Periods that are not the exact ones: in our block of config.json, in bfloat16 in Meta's file, lost with timm."""
+    model = model_of(SOURCES["dinov3"])
+    exact = rope_periods(16)
+    rounded = exact.bfloat16().float()
+    assert not torch.equal(rounded, exact)
+    model.rope_periods.copy_(rounded)
+    for layout in ("hf", "meta.pth", "meta.safetensors"):
+        assert torch.equal(load(save(model, tmp_path, layout)).rope_periods, rounded)
+    assert torch.load(tmp_path / "m.pth", weights_only=True)["rope_embed.periods"].dtype == torch.bfloat16
+    caplog.clear()
+    assert torch.equal(load(save(model, tmp_path, "timm")).rope_periods, exact)
+    assert sum("RoPE periods" in r.getMessage() for r in caplog.records) == 1
+    model.rope_periods.copy_(exact)
+    save(model, tmp_path / "exact", "meta.pth")
+    assert torch.load(tmp_path / "exact" / "m.pth", weights_only=True)["rope_embed.periods"].dtype == torch.float32
+    folder = save(model, tmp_path / "exact", "hf")
+    assert "rope_periods" not in json.loads((folder / "config.json").read_text())["dinov3_infer"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saving_over_the_source(layout: str, tmp_path: Path) -> None:
+    """Over the file that the model was loaded from: the file is the new model, and the loaded one keeps its values."""
+    path = save(model_of(SOURCES["dinov3"]), tmp_path, layout)
+    loaded, kept = load(path), load(path)
+    before = kept.fingerprint()
+    with torch.no_grad():
+        loaded.blocks[0].norm1.weight.add_(1.0)
+        loaded.blocks[1].attn.proj.weight.mul_(2.0)
+    after = loaded.fingerprint()
+    assert save(loaded, tmp_path, layout) == path
+    assert load(path).fingerprint() == loaded.fingerprint() == after != before
+    assert kept.fingerprint() == before  # mapped from a file whose place another one has taken
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_loaded_parameter_is_not_the_file(layout: str, tmp_path: Path) -> None:
+    """Training a model that was mapped from a file does not write into the file."""
+    path = save(model_of(SOURCES["dinov3"]), tmp_path, layout)
+    file = path / "model.safetensors" if path.is_dir() else path
+    content, first = file.read_bytes(), load(path)
+    before = load(path).fingerprint()
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(1.0)
+    assert file.read_bytes() == content
+    assert load(path).fingerprint() == before
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_failed_write_leaves_the_old_file(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up half way: the old file stays whole, and no remains lie beside it."""
+    path = save(model_of(SOURCES["dinov3"]), tmp_path, layout)
+    before, names = load(path).fingerprint(), sorted(os.listdir(path if path.is_dir() else tmp_path))
+
+    def full(tensors: Any, target: Any, *args: Any, **kwargs: Any) -> None:
+        Path(target).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "save_file", full)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(model_of(SOURCES["dinov3"], seed=1), tmp_path, layout)
+    monkeypatch.undo()
+    assert load(path).config.depth == 2
+    assert load(path).fingerprint() == before
+    assert sorted(os.listdir(path if path.is_dir() else tmp_path)) == names
+
+
+def test_bfloat16_model_round_trip(tmp_path: Path) -> None:
+    """A model cast to bfloat16 keeps its values through each layout; its periods stay exact."""
+    model = model_of(SOURCES["dinov3"]).bfloat16()
+    for layout in ("hf", "meta.safetensors"):
+        again = load(save(model, tmp_path, layout))
+        assert again.fingerprint() == model.fingerprint()
+        assert torch.equal(again.rope_periods, rope_periods(16))
+
+
+def test_wrong_targets(tmp_path: Path) -> None:
+    """A folder for Meta's file, a file for a directory, a layout that does not exist."""
+    model = model_of(SOURCES["dinov3"])
+    with pytest.raises(InputError, match=r"should end in \.pth or \.safetensors"):
+        model.save_pretrained(tmp_path / "folder", layout="meta")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file; give another path"):
+        model.save_pretrained(tmp_path / "file")
+    with pytest.raises(Dinov3Error, match="layout is one of"):
+        model.save_pretrained(tmp_path / "x", layout="onnx")  # type: ignore[arg-type]
+    assert sorted(os.listdir(tmp_path)) == ["file"]
+
+
+def test_trained_biases_reach_timm_and_the_hidden_key_bias_nobody(tmp_path: Path) -> None:
+    """A key bias under the mask counts as zero, so that no layout needs a place for it."""
+    model = model_of(SOURCES["dinov3"])
+    for block in model.blocks:
+        block.attn.qkv.bias.data.chunk(3)[1].fill_(3.0)
+    pixels = pixels_for(model.config)
+    with torch.no_grad():
+        expected = tokens(model(pixels))
+        for layout in LAYOUTS:
+            again = load(save(model, tmp_path, layout))
+            assert torch.equal(tokens(again(pixels)), expected), layout
+            assert again.fingerprint() == model.fingerprint()
+    assert json.loads((tmp_path / "timm" / "config.json").read_text())["architecture"] == timm_name("dinov3").replace(
+        "_dinov3", "_dinov3_qkvb"
+    )
+
+
+def test_from_transformers_to_every_layout(tmp_path: Path) -> None:
+    """The way that people go: a live transformers model, adopted, written as anything, read again."""
+    source = hf_model(SOURCES["dinov3_gated"])
+    for layout in LAYOUTS:
+        again = load(save(Backbone.adopt(source), tmp_path, layout))
+        pixels = pixels_for(again.config)
+        with torch.no_grad():
+            difference = tokens(again(pixels)) - hf_tokens(source, pixels)
+        assert difference.norm() / hf_tokens(source, pixels).norm() < SAME
