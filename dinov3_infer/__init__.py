@@ -25,7 +25,8 @@ if TYPE_CHECKING:
         PrecisionError,
     )
     from .features import Features, LayerFeatures
-    from .images import Preprocess, load_image
+    from .images import load_image
+    from .preprocess import Preprocess
     from .rope import RopeAugmentation
     from .vit import BackboneOutput, LayerOutput, VisionTransformer, ViTConfig
     from .zoo import MODELS, ModelInfo, list_models
@@ -68,7 +69,8 @@ _HOMES = {
         "PrecisionError",
     ),
     "features": ("Features", "LayerFeatures"),
-    "images": ("Preprocess", "load_image"),
+    "images": ("load_image",),
+    "preprocess": ("Preprocess",),
     "rope": ("RopeAugmentation",),
     "vit": ("BackboneOutput", "LayerOutput", "VisionTransformer", "ViTConfig"),
     "zoo": ("MODELS", "ModelInfo", "list_models"),

@@ -15,8 +15,9 @@ from .errors import InputError, PrecisionError
 from .features import Features, Pooling, features_of
 from .files import Checkpoint, TensorsInMemory, open_checkpoint
 from .hub import HubOptions, locate
-from .images import Fit, ImageLike, Preprocess, split_batch
+from .images import ImageLike, split_batch
 from .interfaces import DropInTransformer
+from .preprocess import Fit, Preprocess
 from .rope import rope_periods as exact_periods
 from .saving import save_checkpoint
 from .vit import ViTConfig

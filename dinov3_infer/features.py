@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .images import PixelBatch, Placement
+from .preprocess import PixelBatch, Placement
 from .vit import BackboneOutput
 
 __all__ = ["Features", "LayerFeatures", "Pooling", "features_of", "pool"]

@@ -1,200 +1,24 @@
-"""From anything that is a picture to normalised pixels, and where each pixel went.
-
-Resizing is done by torch or Pillow alone.  `engine="uint8"` gives what torchvision's v2 transforms give on a uint8
-tensor (the reference code), `"float"` what they give on a float tensor (transformers' DINOv3), `"pil"` what transforms
-of PIL pictures give (Meta's and transformers' DINOv2, timm).
-"""
+"""From anything that is a picture to RGB pixels."""
 
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import ImageError, InputError, InputTypeError, MissingFileError
+from .errors import ImageError, InputTypeError, MissingFileError
 
-__all__ = ["Fit", "ImageLike", "PixelBatch", "Placement", "Preprocess", "load_image", "split_batch"]
+__all__ = ["ImageLike", "from_hwc", "load_image", "split_batch"]
 
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
-Fit = Literal["squash", "crop", "pad", "native"]
-Engine = Literal["uint8", "float", "pil"]
 
-MAX_SIDE = 4096  # pixels that a picture may have without an explicit size: 65,536 patches of 16
-_FITS = ("squash", "crop", "pad", "native")
-_DIRECT = ("RGB", "L", "1", "CMYK", "YCbCr", "LAB", "HSV")
-_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a picture went: resized to `resized`, of which the window (top, left, height, width) is what the model saw.
-
-    All in pixels.  A window larger than the resized picture is padding, at the bottom and on the right.
-    """
-
-    original: tuple[int, int]  # height, width, after EXIF rotation
-    resized: tuple[int, int]
-    window: tuple[int, int, int, int]
-
-    def to_input(self, x: float, y: float) -> tuple[float, float]:
-        """(x, y) of the original picture -> (x, y) of the model's input."""
-        (height, width), (top, left, _, _) = self.original, self.window
-        return x * self.resized[1] / width - left, y * self.resized[0] / height - top
-
-
-@dataclass(frozen=True)
-class PixelBatch:
-    """What goes into the model."""
-
-    pixels: Tensor  # [B, 3, H_px, W_px] float32, normalised
-    placements: tuple[Placement, ...]
-    valid: Tensor | None  # [B, h, w] bool: patches that are picture, not padding; None where all are
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """Picture -> normalised float32 pixels [3, H_px, W_px]; picklable, so a Dataset's transform as it stands.
-
-    fit: "squash" resizes to size x size, "crop" the short side to `resize_to` or `size` and takes the centre, "pad" the
-    long side to size and fills up with the mean colour, "native" keeps the aspect ratio with the long side at `size`
-    (or its own), each side rounded to whole patches.
-    """
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    patch_size: int  # pixels
-    size: int | tuple[int, int] | None = 224  # pixels: one side, or (height, width)
-    fit: Fit = "squash"
-    filter: Literal["bilinear", "bicubic"] = "bilinear"
-    engine: Engine = "uint8"
-    resize_to: int | None = None  # short side before a centre crop
-    crop_rounds: Literal["down", "even"] = (
-        "even"  # half a pixel of crop offset: transformers rounds down, torchvision to even
-    )
-
-    def __post_init__(self) -> None:
-        if self.fit not in _FITS:
-            raise InputError(f"fit is one of {', '.join(_FITS)}; got {self.fit!r}")
-        sides = self.size if isinstance(self.size, tuple) else (self.size,)
-        if self.size is None:
-            if self.fit != "native":
-                raise InputError(
-                    f"fit={self.fit!r} needs a size in pixels; give size=, or fit='native' for the picture's own"
-                )
-            return
-        if len(sides) not in (1, 2) or not all(isinstance(s, int) and s > 0 for s in sides):
-            raise InputError(
-                f"size is a number of pixels or (height, width), got {self.size!r}; give whole numbers above 0"
-            )
-        if self.fit == "native":
-            if len(sides) == 2:
-                raise InputError(
-                    f"fit='native' takes one size, the long side; got {self.size!r}, which fit='squash' takes"
-                )
-            return
-        if any(s % self.patch_size for s in sides if s is not None):
-            nearest = tuple(max(1, round(s / self.patch_size)) * self.patch_size for s in sides if s is not None)
-            raise InputError(
-                f"size {self.size} is not a multiple of the patch size {self.patch_size}; "
-                f"the nearest is {nearest[0] if len(nearest) == 1 else nearest}"
-            )
-
-    def with_options(self, size: int | tuple[int, int] | None = None, fit: Fit | None = None) -> "Preprocess":
-        """The same with another size or fit; `None` keeps, but "native" alone takes the picture's own size."""
-        if size is None and fit in (None, self.fit):
-            return self
-        if size is None and fit == "native":
-            return replace(self, fit="native", size=None, resize_to=None)
-        return replace(self, size=self.size if size is None else size, fit=fit or self.fit, resize_to=None)
-
-    def __call__(self, image: ImageLike) -> Tensor:
-        return self.place(load_image(image))[0]
-
-    def batch(self, images: Iterable[ImageLike]) -> PixelBatch:
-        """Pictures that come out at one size, as a batch.  Raises InputError where they do not."""
-        placed = [self.place(load_image(image, f"item {i}"), f"item {i}") for i, image in enumerate(images)]
-        if not placed:
-            raise InputError("got no pictures; give at least one")
-        grids = {tuple(side // self.patch_size for side in pixels.shape[1:]): None for pixels, _ in placed}
-        if len(grids) > 1:
-            shown = ", ".join(f"{h}x{w}" for h, w in list(grids)[:3])
-            raise InputError(
-                f"the pictures give different grids ({shown} patches); give them one by one, or with fit='squash'"
-            )
-        placements = tuple(placement for _, placement in placed)
-        pixels = torch.stack([pixels for pixels, _ in placed])
-        return PixelBatch(pixels, placements, self._valid(placements))
-
-    def place(self, image: Tensor, label: str = "the picture") -> tuple[Tensor, Placement]:  # image: [3, H, W]
-        """Resize, crop or pad, normalise."""
-        placement = self.plan(image.shape[1], image.shape[2], label)
-        resized = self._resize(image, placement.resized)
-        top, left, height, width = placement.window
-        resized = resized[:, top : top + height, left : left + width]
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
-        pixels = ((resized / 255.0 if resized.dtype == torch.uint8 else resized) - mean) / std
-        return F.pad(pixels, (0, width - pixels.shape[2], 0, height - pixels.shape[1])), placement
-
-    def plan(self, height: int, width: int, label: str = "the picture") -> Placement:
-        """Where a picture of this size goes."""
-        original = (height, width)
-        if isinstance(self.size, int):
-            target = (self.size, self.size)
-        else:
-            target = self.size or (height, width)
-        if self.fit == "squash":
-            return Placement(original, target, (0, 0, *target))
-        if self.fit == "crop":
-            if target[0] == target[1]:
-                short = self.resize_to or target[0]
-                resized = (
-                    (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
-                )
-            else:
-                cover = max(want / have for have, want in zip(original, target, strict=True))
-                resized = (max(target[0], round(height * cover)), max(target[1], round(width * cover)))
-            spare = [have - want for have, want in zip(resized, target, strict=True)]
-            top, left = (s // 2 if self.crop_rounds == "down" else round(s / 2) for s in spare)
-            return Placement(original, resized, (top, left, *target))
-        if self.size is None and max(original) > MAX_SIDE:
-            patches = math.prod(round(side / self.patch_size) for side in original)
-            raise InputError(
-                f"{label} is {height}x{width} pixels, which is {patches:,} patches; pass size= for its long side"
-            )
-        factor = min(t / o for t, o in zip(target, original, strict=True))
-        rounded = [max(1, round(side * factor / self.patch_size)) * self.patch_size for side in original]
-        if self.fit == "native":
-            return Placement(original, (rounded[0], rounded[1]), (0, 0, rounded[0], rounded[1]))
-        fitted = (min(rounded[0], target[0]), min(rounded[1], target[1]))
-        return Placement(original, fitted, (0, 0, *target))
-
-    def _resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """uint8 stays uint8 unless the engine is float; float pictures are resized in float by torch."""
-        if self.engine == "float" and image.dtype == torch.uint8:
-            image = image / 255.0
-        if tuple(image.shape[1:]) == size:
-            return image
-        if self.engine == "pil" and image.dtype == torch.uint8:
-            resample = Image.Resampling[self.filter.upper()]
-            picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((size[1], size[0]), resample)
-            return _from_hwc(np.asarray(picture))
-        return F.interpolate(image[None], size=size, mode=self.filter, antialias=True)[0]
-
-    def _valid(self, placements: Sequence[Placement]) -> Tensor | None:
-        if self.fit != "pad":
-            return None
-        height, width = (side // self.patch_size for side in placements[0].window[2:])
-        valid = torch.zeros(len(placements), height, width, dtype=torch.bool)
-        for mask, placement in zip(valid, placements, strict=True):
-            mask[: placement.resized[0] // self.patch_size, : placement.resized[1] // self.patch_size] = True
-        return valid
+_DIRECT = ("RGB", "RGBX", "L", "1", "P", "CMYK", "YCbCr", "LAB", "HSV")
+_ALPHA = ("RGBA", "LA", "PA", "RGBa")
 
 
 def split_batch(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
@@ -211,10 +35,10 @@ def split_batch(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
 
 
 def load_image(source: ImageLike, label: str = "the picture") -> Tensor:
-    """Any picture as RGB, [3, H, W]: uint8 in 0..255, or float32 in 0..1 if it came as float.
+    """Any picture as RGB, [3, H_px, W_px]: uint8 in 0..255, or float32 in 0..1 if it came as float.
 
     Files are turned upright by their EXIF tag, transparency is laid over white, of an animation the first frame counts.
-    Arrays are [H, W, 3], tensors [3, H, W], RGB, uint8 or float in 0..1.
+    Arrays are [H_px, W_px, 3], tensors [3, H_px, W_px], RGB, uint8 or float in 0..1.
 
     Raises: MissingFileError, ImageError (damaged, 16-bit or float modes, wrong shape or range), InputTypeError.
     """
@@ -223,7 +47,7 @@ def load_image(source: ImageLike, label: str = "the picture") -> Tensor:
     if isinstance(source, np.ndarray):
         return _from_array(source, label)
     if isinstance(source, Image.Image):
-        return _from_pil(source, label)
+        return _decoded(lambda: _from_pil(source, label), label)
     if isinstance(source, bytes):
         return _from_file(io.BytesIO(source), f"{label} ({len(source)} bytes)")
     if isinstance(source, (str, os.PathLike)):
@@ -235,9 +59,19 @@ def load_image(source: ImageLike, label: str = "the picture") -> Tensor:
 
 
 def _from_file(file: str | io.BytesIO, label: str) -> Tensor:
-    try:
+    def read() -> Tensor:
         with Image.open(file) as picture:
             return _from_pil(picture, label)
+
+    return _decoded(read, label)
+
+
+def _decoded(read: Callable[[], Tensor], label: str) -> Tensor:
+    """What Pillow says of a bad picture, in our words."""
+    try:
+        return read()
+    except ImageError:
+        raise
     except Image.DecompressionBombError:
         raise ImageError(
             f"{label} has more pixels than Pillow trusts; raise PIL.Image.MAX_IMAGE_PIXELS if you do"
@@ -245,70 +79,60 @@ def _from_file(file: str | io.BytesIO, label: str) -> Tensor:
     except UnidentifiedImageError:
         raise ImageError(f"{label} is not a picture that Pillow can read; convert it to PNG or JPEG") from None
     except (OSError, SyntaxError, EOFError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
         reason = str(error).split("<")[0].strip() or type(error).__name__  # Pillow prints addresses of objects in <>
         raise ImageError(f"cannot decode {label}: {reason}; the file is damaged or cut short") from None
 
 
 def _from_pil(picture: Image.Image, label: str) -> Tensor:
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode in _ALPHA or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    elif picture.mode in _DIRECT or picture.mode == "P":
-        picture = picture.convert("RGB")
-    else:
+    if 0 in picture.size:
+        raise ImageError(f"{label} has no pixels, it is {picture.width} wide and {picture.height} high")
+    if picture.mode not in (*_DIRECT, *_ALPHA):
         raise ImageError(
             f"{label} has mode {picture.mode}, whose range is not 0 to 255; convert it yourself, e.g. scale to 8 bit"
         )
-    return _from_hwc(np.asarray(picture))
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in _ALPHA or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return from_hwc(np.asarray(picture.convert("RGB")))
 
 
-def _from_hwc(array: np.ndarray) -> Tensor:
-    """[H, W, 3] -> [3, H, W], contiguous and its own."""
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)).copy() if array.size else array)
+def from_hwc(array: np.ndarray) -> Tensor:
+    """[H_px, W_px, 3] -> [3, H_px, W_px], contiguous and its own."""
+    return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
 
 def _from_array(array: np.ndarray, label: str) -> Tensor:
+    shape = f"{label} has shape {list(array.shape)} {array.dtype}"
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        hint = (
-            "; channels first? use a tensor, or arr.transpose(1, 2, 0)"
-            if array.ndim == 3 and array.shape[0] == 3
-            else ""
-        )
-        raise ImageError(
-            f"an array is [height, width, 3] RGB; {label} has shape {list(array.shape)} {array.dtype}{hint}"
-        )
-    return _in_range(_from_hwc(array), label)
+        swapped = array.ndim == 3 and array.shape[0] == 3
+        hint = "; channels first? use a tensor, or arr.transpose(1, 2, 0)" if swapped else ""
+        raise ImageError(f"an array is [height, width, 3] RGB; {shape}{hint}")
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise ImageError(f"pixels are uint8, or float in 0 to 1; {shape}; scale it to 0 to 255 and convert it to uint8")
+    return _in_range(from_hwc(array if array.dtype == np.uint8 else array.astype(np.float32)), label)
 
 
 def _from_tensor(tensor: Tensor, label: str) -> Tensor:
+    shape = f"{label} has shape {list(tensor.shape)} {tensor.dtype}"
     if tensor.ndim != 3 or tensor.shape[0] != 3 or not tensor.numel():
-        hint = (
-            "; channels last? use an array, or t.permute(2, 0, 1)" if tensor.ndim == 3 and tensor.shape[2] == 3 else ""
-        )
-        raise ImageError(
-            f"a tensor is [3, height, width] RGB; {label} has shape {list(tensor.shape)} {tensor.dtype}{hint}"
-        )
+        swapped = tensor.ndim == 3 and tensor.shape[2] == 3
+        hint = "; channels last? use an array, or t.permute(2, 0, 1)" if swapped else ""
+        raise ImageError(f"a tensor is [3, height, width] RGB; {shape}{hint}")
+    if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+        raise ImageError(f"pixels are uint8, or float in 0 to 1; {shape}; scale it to 0 to 255 and convert it to uint8")
     return _in_range(tensor.detach().cpu(), label)
 
 
 def _in_range(image: Tensor, label: str) -> Tensor:
+    """uint8 as it is, float as float32 if it lies in 0..1."""
     if image.dtype == torch.uint8:
         return image
-    if not image.is_floating_point():
-        raise ImageError(
-            f"pixels are uint8, or float in 0 to 1; {label} is {image.dtype}; convert it with .to(torch.uint8)"
-        )
-    low, high = (float(v) for v in image.float().aminmax())
+    image = image.float()
+    low, high = (float(v) for v in image.aminmax())
     if low >= 0.0 and high <= 1.0:
-        return image.float()
-    if math.isnan(low) or math.isinf(low) or math.isinf(high):
+        return image
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ImageError(f"{label} holds values that are not finite; float pixels lie in 0 to 1")
-    guess = (
-        "it looks already normalised, so call the model itself"
-        if low < 0.0
-        else "it looks like 0 to 255, so divide by 255 or give uint8"
-    )
+    guess = "is it normalised already? then call the model itself" if low < 0.0 else "is it 0 to 255? then give uint8"
     raise ImageError(f"float pixels lie in 0 to 1; {label} reaches from {low:.3g} to {high:.3g}: {guess}")

@@ -21,6 +21,7 @@ from .rope import RopeTable
 __all__ = ["Block", "LayerNorm", "PatchEmbed", "PositionResize", "ViTConfig", "resize_positions"]
 
 PositionResize = Literal["offset", "size", "antialias"]
+_FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,27 @@ def resize_positions(
 
 
 def _project(linear: nn.Module, x: Tensor) -> Tensor:
-    """Calls a linear in the dtype of its weights; always as a module, so that adapters and quantisers take part."""
-    return linear(x.to(linear.weight.dtype))  # type: ignore[no-any-return, arg-type]
+    """Calls a linear in the dtype of its weights; always as a module, so that adapters and quantisers take part.
+
+    On a CPU fewer than 12 rows go to another kernel, which rounds differently, and a picture of a few patches would get
+    another vector alone than in a batch: they are filled up.
+    """
+    x = x.to(linear.weight.dtype)  # type: ignore[arg-type]
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or (rows := x.shape[:-1].numel()) >= _FEW_ROWS:
+        return linear(x)  # type: ignore[no-any-return]
+    filled = F.pad(x.flatten(0, -2), (0, 0, 0, _FEW_ROWS - rows))
+    return linear(filled)[:rows].unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+
+
+def _silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x).
+
+    torch's own CPU kernel rounds differently where the share of a thread ends inside a vector, so that a picture's
+    vector would depend on its batch.  The form here does not, but has no gradient below -88.
+    """
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.silu(x)
+    return x / (1.0 + torch.exp(-x))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -166,7 +186,7 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = _project(self.gate_up, x).chunk(2, dim=-1)
-        return _project(self.down, F.silu(gate) * up)
+        return _project(self.down, _silu(gate) * up)
 
 
 class Residual(nn.Module):

@@ -48,9 +48,7 @@ def restore(
             tensors["cls_token"] = state["cls_token"] + tensor[:, :1]
             tensors[row.name] = tensor[:, 1:]
             if tensor[:, 0].any():
-                notes.append(
-                    "timm adds the position of the class token to the class token, and the two stay one"
-                )
+                notes.append("timm adds the position of the class token to the class token, and the two stay one")
         else:
             tensors.update(_write(row, number, ours, tensor, config))
     if layout is keys.HF_V3 and not config.num_registers:

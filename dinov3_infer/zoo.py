@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import InputError, ModelNotFoundError, UnsupportedError
-from .images import Preprocess
+from .preprocess import Preprocess
 from .vit import ViTConfig
 
 __all__ = ["ARCHITECTURES", "MODELS", "ModelInfo", "find", "find_architecture", "list_models", "preprocess_of"]

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "dinov3_infer"
 ORDER = (
     "errors keys",
     "rope images files",
-    "packing attention",
+    "packing attention preprocess",
     "layers",
     "vit",
     "interfaces features zoo",

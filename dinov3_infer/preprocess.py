@@ -1,0 +1,203 @@
+"""From a picture to normalised pixels, and where each pixel went.
+
+Resizing is done by torch or Pillow alone.  `engine="uint8"` gives what torchvision's v2 transforms give on a uint8
+tensor (the reference code), `"float"` what they give on a float tensor (transformers' DINOv3), `"pil"` what transforms
+of PIL pictures give (Meta's and transformers' DINOv2, timm).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .errors import InputError
+from .images import ImageLike, from_hwc, load_image
+
+__all__ = ["Fit", "PixelBatch", "Placement", "Preprocess"]
+
+Fit = Literal["squash", "crop", "pad", "native"]
+Engine = Literal["uint8", "float", "pil"]
+
+MAX_PIXELS = 2**27  # of a picture after resizing: 1.5 GiB in float32
+MAX_SIDE = 4096  # pixels that a picture may have without an explicit size: 65,536 patches of 16
+_FITS = ("squash", "crop", "pad", "native")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture went: resized to `resized`, of which the window (top, left, height, width) is what the model saw.
+
+    All in pixels.  A window larger than the resized picture is padding, at the bottom and on the right.
+    """
+
+    original: tuple[int, int]  # height, width, after EXIF rotation
+    resized: tuple[int, int]
+    window: tuple[int, int, int, int]
+
+    def to_input(self, x: float, y: float) -> tuple[float, float]:
+        """(x, y) of the original picture -> (x, y) of the model's input."""
+        (height, width), (top, left, _, _) = self.original, self.window
+        return x * self.resized[1] / width - left, y * self.resized[0] / height - top
+
+
+@dataclass(frozen=True)
+class PixelBatch:
+    """What goes into the model."""
+
+    pixels: Tensor  # [B, 3, H_px, W_px] float32, normalised
+    placements: tuple[Placement, ...]
+    valid: Tensor | None  # [B, h, w] bool: patches that are picture, not padding; None where all are
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Picture -> normalised float32 pixels [3, H_px, W_px]; picklable, so a Dataset's transform as it stands.
+
+    fit: "squash" resizes to size x size, "crop" the short side to `resize_to` or `size` and takes the centre, "pad" the
+    long side to size and fills up with the mean colour, "native" keeps the aspect ratio with the long side at `size`
+    (or its own), each side rounded to whole patches.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    patch_size: int  # pixels
+    size: int | tuple[int, int] | None = 224  # pixels: one side, or (height, width)
+    fit: Fit = "squash"
+    filter: Literal["bilinear", "bicubic"] = "bilinear"
+    engine: Engine = "uint8"
+    resize_to: int | None = None  # short side before a centre crop
+    crop_rounds: Literal["down", "even"] = (
+        "even"  # half a pixel of crop offset: transformers rounds down, torchvision to even
+    )
+
+    def __post_init__(self) -> None:
+        if self.fit not in _FITS:
+            raise InputError(f"fit is one of {', '.join(_FITS)}; got {self.fit!r}")
+        if self.size is None:
+            if self.fit != "native":
+                raise InputError(
+                    f"fit={self.fit!r} needs a size in pixels; give size=, or fit='native' for the picture's own"
+                )
+            return
+        sides: tuple[int, ...] = tuple(self.size) if isinstance(self.size, (tuple, list)) else (self.size,)
+        if len(sides) not in (1, 2) or not all(isinstance(s, (int, np.integer)) and s > 0 for s in sides):
+            raise InputError(
+                f"size is a number of pixels or (height, width), got {self.size!r}; give whole numbers above 0"
+            )
+        sides = tuple(int(s) for s in sides)
+        object.__setattr__(self, "size", sides if len(sides) == 2 else sides[0])
+        if self.fit == "native":
+            if len(sides) == 2:
+                raise InputError(
+                    f"fit='native' takes one size, the long side; got {self.size!r}, which fit='squash' takes"
+                )
+            return
+        if any(s % self.patch_size for s in sides):
+            nearest = tuple(max(1, round(s / self.patch_size)) * self.patch_size for s in sides)
+            raise InputError(
+                f"size {self.size} is not a multiple of the patch size {self.patch_size}; "
+                f"the nearest is {nearest[0] if len(nearest) == 1 else nearest}"
+            )
+
+    def with_options(self, size: int | tuple[int, int] | None = None, fit: Fit | None = None) -> "Preprocess":
+        """The same with another size or fit; `None` keeps, but "native" alone takes the picture's own size."""
+        if size is None and fit in (None, self.fit):
+            return self
+        if size is None and fit == "native":
+            return replace(self, fit="native", size=None, resize_to=None)
+        return replace(self, size=self.size if size is None else size, fit=fit or self.fit, resize_to=None)
+
+    def __call__(self, image: ImageLike) -> Tensor:
+        return self.place(load_image(image))[0]
+
+    def batch(self, images: Iterable[ImageLike]) -> PixelBatch:
+        """Pictures that come out at one size, as a batch.  Raises InputError where they do not."""
+        placed = [self.place(load_image(image, f"item {i}"), f"item {i}") for i, image in enumerate(images)]
+        if not placed:
+            raise InputError("got no pictures; give at least one")
+        grids = {tuple(side // self.patch_size for side in pixels.shape[1:]): None for pixels, _ in placed}
+        if len(grids) > 1:
+            shown = ", ".join(f"{h}x{w}" for h, w in list(grids)[:3])
+            raise InputError(
+                f"the pictures give different grids ({shown} patches); give them one by one, or with fit='squash'"
+            )
+        placements = tuple(placement for _, placement in placed)
+        pixels = torch.stack([pixels for pixels, _ in placed])
+        return PixelBatch(pixels, placements, self._valid(placements))
+
+    def place(self, image: Tensor, label: str = "the picture") -> tuple[Tensor, Placement]:  # image: [3, H, W]
+        """Resize, crop or pad, normalise."""
+        placement = self.plan(image.shape[1], image.shape[2], label)
+        resized = self._resize(image, placement.resized)
+        top, left, height, width = placement.window
+        resized = resized[:, top : top + height, left : left + width]
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        pixels = ((resized / 255.0 if resized.dtype == torch.uint8 else resized) - mean) / std
+        return F.pad(pixels, (0, width - pixels.shape[2], 0, height - pixels.shape[1])), placement
+
+    def plan(self, height: int, width: int, label: str = "the picture") -> Placement:
+        """Where a picture of this size goes."""
+        placement = self._plan((height, width), label)
+        if math.prod(placement.resized) > MAX_PIXELS:
+            shown = "x".join(str(side) for side in placement.resized)
+            raise InputError(f"{label} is {height}x{width} pixels and would become {shown}; use fit='squash' or 'pad'")
+        return placement
+
+    def _plan(self, original: tuple[int, int], label: str) -> Placement:
+        height, width = original
+        if isinstance(self.size, int):
+            target = (self.size, self.size)
+        else:
+            target = self.size or (height, width)
+        if self.fit == "squash":
+            return Placement(original, target, (0, 0, *target))
+        if self.fit == "crop":
+            if target[0] == target[1]:
+                short = self.resize_to or target[0]
+                resized = (
+                    (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+                )
+            else:
+                cover = max(want / have for have, want in zip(original, target, strict=True))
+                resized = (max(target[0], round(height * cover)), max(target[1], round(width * cover)))
+            spare = [have - want for have, want in zip(resized, target, strict=True)]
+            top, left = (s // 2 if self.crop_rounds == "down" else round(s / 2) for s in spare)
+            return Placement(original, resized, (top, left, *target))
+        if self.size is None and max(original) > MAX_SIDE:
+            patches = math.prod(max(1, round(side / self.patch_size)) for side in original)
+            raise InputError(
+                f"{label} is {height}x{width} pixels, which is {patches:,} patches; pass size= for its long side"
+            )
+        factor = min(t / o for t, o in zip(target, original, strict=True))
+        rounded = [max(1, round(side * factor / self.patch_size)) * self.patch_size for side in original]
+        if self.fit == "native":
+            return Placement(original, (rounded[0], rounded[1]), (0, 0, rounded[0], rounded[1]))
+        fitted = (min(rounded[0], target[0]), min(rounded[1], target[1]))
+        return Placement(original, fitted, (0, 0, *target))
+
+    def _resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """uint8 stays uint8 unless the engine is float; float pictures are resized in float by torch."""
+        if self.engine == "float" and image.dtype == torch.uint8:
+            image = image / 255.0
+        if tuple(image.shape[1:]) == size:
+            return image
+        if self.engine == "pil" and image.dtype == torch.uint8:
+            resample = Image.Resampling[self.filter.upper()]
+            picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((size[1], size[0]), resample)
+            return from_hwc(np.asarray(picture))
+        return F.interpolate(image[None], size=size, mode=self.filter, antialias=True)[0]
+
+    def _valid(self, placements: Sequence[Placement]) -> Tensor | None:
+        if self.fit != "pad":
+            return None
+        height, width = (side // self.patch_size for side in placements[0].window[2:])
+        valid = torch.zeros(len(placements), height, width, dtype=torch.bool)
+        for mask, placement in zip(valid, placements, strict=True):
+            mask[: placement.resized[0] // self.patch_size, : placement.resized[1] // self.patch_size] = True
+        return valid

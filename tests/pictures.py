@@ -1,0 +1,34 @@
+"""Pictures to test with, and what an error has to look like."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dinov3_infer.errors import Dinov3Error
+from dinov3_infer.preprocess import Preprocess
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """[H, W, 3] uint8: smooth shades under strong noise, so that both kinds of content show a wrong filter."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    shades = 128 + 100 * np.sin(np.stack((x / 17, y / 23, (x + y) / 31), axis=-1))
+    return np.clip(shades + rng.normal(0, 40, shades.shape), 0, 255).astype(np.uint8)
+
+
+def plain(size: int | tuple[int, int] | None, patch_size: int = 1, **options: Any) -> Preprocess:
+    """A transform that does not normalise: its pixels are grey levels / 255."""
+    return Preprocess((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), patch_size, size, **options)
+
+
+def complaint(error: type[Exception], call: Callable[[], object]) -> str:
+    """The one sentence of an error that we raise on purpose, without addresses of objects in it."""
+    with pytest.raises(error) as caught:
+        call()
+    text = str(caught.value)
+    assert isinstance(caught.value, Dinov3Error)
+    assert "\n" not in text and not re.search(r"0x[0-9a-f]{4}", text)
+    return text
