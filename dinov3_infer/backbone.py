@@ -1,5 +1,6 @@
 """The surface: load a backbone, give it pictures, save it."""
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -119,11 +120,10 @@ class Backbone(DropInTransformer):
             raise InputError("this module is a Backbone already; use it as it is, or copy.deepcopy it")
         configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
         stated = [c.to_dict() for c in configs if hasattr(c, "to_dict") and layout_hint(c.to_dict()) == "hf"]
-        settings = stated[0] if stated else _live_settings(model)
-        checkpoint = Checkpoint(
-            f"a live {type(model).__name__}", TensorsInMemory(model.state_dict(keep_vars=True)), settings
-        )
-        adopted, _ = load_model(cls, checkpoint, layout=_live_layout(model), keep=True)
+        tensors = TensorsInMemory(model.state_dict(keep_vars=True))
+        checkpoint = Checkpoint(f"a live {type(model).__name__}", tensors, stated[0] if stated else {})
+        settings = None if stated else _live_settings(model)
+        adopted, _ = load_model(cls, checkpoint, layout=_live_layout(model), keep=True, settings=settings)
         adopted.info = _row_of(adopted.config, None)
         adopted.preprocess = _default_preprocess(adopted.config, adopted.info)
         return adopted
@@ -256,8 +256,6 @@ def _preprocess(
 
 
 def _processor_config(path: Path) -> Mapping[str, Any]:
-    import json
-
     file = path / "preprocessor_config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -267,14 +265,14 @@ def _processor_config(path: Path) -> Mapping[str, Any]:
 
 
 def _live_settings(model: nn.Module) -> dict[str, Any]:
-    """What a timm or Meta module knows that its tensors do not show, as a transformers config would say it."""
+    """What a timm or Meta module knows and its tensors do not show."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if name.endswith("blocks.0.attn") and isinstance(getattr(module, "num_heads", None), int):
             found["num_heads"] = module.num_heads
         if name.endswith("blocks.0.norm1") and isinstance(getattr(module, "eps", None), float):
             found["norm_eps"] = module.eps
-    return {"settings": found}
+    return found
 
 
 def _live_layout(model: nn.Module) -> LayoutName | None:

@@ -40,9 +40,7 @@ def layout_hint(config: Mapping[str, Any]) -> str | None:
 
 
 def settings_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a ViTConfig that a config.json (or a live module, under "settings") states and that no tensor shows."""
-    if "settings" in config:
-        return dict(config["settings"])
+    """Fields of a ViTConfig that a config.json states and that no tensor shows."""
     kind = config.get("model_type")
     if kind in _HF_TYPES:
         gated = config.get("use_gated_mlp", config.get("use_swiglu_ffn", False))
@@ -51,15 +49,16 @@ def settings_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
             raise UnsupportedError(
                 f"config.json asks for the activation {activation!r} in the MLP; DINO models use the exact 'gelu'"
             )
-        rope = config.get("rope_parameters") or {}
+        rope = config.get("rope_parameters")
+        theta = config.get("rope_theta", rope.get("rope_theta") if isinstance(rope, dict) else None)
         found = {
-            "num_heads": _whole("num_attention_heads", config.get("num_attention_heads")),
-            "norm_eps": config.get("layer_norm_eps", _HF_EPS[kind]),
-            "rope_base": config.get("rope_theta", rope.get("rope_theta")) if kind == "dinov3_vit" else None,
+            "num_heads": _positive("num_attention_heads", config.get("num_attention_heads"), int),
+            "norm_eps": _positive("layer_norm_eps", config.get("layer_norm_eps", _HF_EPS[kind]), (int, float)),
+            "rope_base": _positive("rope_theta", theta, (int, float)) if kind == "dinov3_vit" else None,
         }
         return {name: value for name, value in found.items() if value is not None}
     if "architecture" in config:
-        row = find_architecture(config["architecture"])
+        row = find_architecture(str(config["architecture"]))
         if row is not None:
             return {
                 "num_heads": row.config.num_heads,
@@ -69,9 +68,10 @@ def settings_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _whole(name: str, value: Any) -> int | None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise CheckpointError(f"config.json gives {name} as {value!r}, which is no number of heads")
+def _positive(name: str, value: Any, kind: Any) -> Any:
+    """The value, if it is none or a number of this kind above 0."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or not value > 0):
+        raise CheckpointError(f"config.json gives {name} as {value!r}, which should be a number above 0")
     return value
 
 

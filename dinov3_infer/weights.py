@@ -60,35 +60,24 @@ def load_model(
     device: torch.device | str = "cpu",
     periods: Periods | None = None,
     keep: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[M, Layout]:
     """The model that a checkpoint holds, in eval mode.
 
     `dtype` is that of the linears and the convolution, everything else is float32; `None` leaves all float32.
     `keep` takes tensors as they are, dtype and device too.
     `expected` is what the caller asked for: a file of another size is refused with both names.
+    `settings` are fields of the config that the caller knows better than config.json.
 
     Raises: CheckpointError for tensors that are missing, left over, misshapen or not finite where that matters.
     """
     group = _find_group(checkpoint, layout)
-    shapes = {name: group.shape(name) for name in group.names}
     try:
-        settings = settings_from_config(checkpoint.config)
-    except CheckpointError as error:
-        raise CheckpointError(f"'{checkpoint.path}' does not fit: {error}") from None
-    if not settings and expected is not None:
-        settings = {"num_heads": expected.config.num_heads, "norm_eps": expected.config.norm_eps}
-    try:
-        config, note = config_from_shapes(group.layout, shapes, settings)
+        config, note = _config_of(group, checkpoint.config, expected, settings)
     except (CheckpointError, InputError) as error:
         raise CheckpointError(f"'{checkpoint.path}' does not fit: {error}") from None
     except UnsupportedError as error:
         raise UnsupportedError(f"'{checkpoint.path}': {error}") from None
-    if group.layout.name == "hf" and (fault := contradiction(config, checkpoint.config)):
-        raise CheckpointError(f"'{checkpoint.path}' does not fit: {fault}; is the file whole?")
-    if expected is not None and not same_architecture(expected.config, config):
-        raise CheckpointError(
-            f"'{checkpoint.path}' {_looks_like(config)}; you asked for {expected.name} {_shape_of(expected.config)}"
-        )
     if note:
         log.warning("%s: %s", checkpoint.path, note)
     with torch.device("meta"):
@@ -107,7 +96,6 @@ def _find_group(checkpoint: Checkpoint, layout: LayoutName | None) -> _Group:
     if not groups:
         raise CheckpointError(f"'{checkpoint.path}' holds no vision transformer: {_what_is_there(checkpoint.tensors)}")
     prefix = _choose_prefix(checkpoint, list(groups))
-    spelled: dict[str, str]
     candidates = keys.recognise(groups[prefix], layout)
     if not candidates:
         kinds = "layout" if layout is None else f"layout {layout!r}"
@@ -128,19 +116,29 @@ def _find_group(checkpoint: Checkpoint, layout: LayoutName | None) -> _Group:
             )  # fmt: skip
     if prefix:
         aside = len(checkpoint.tensors.shapes) - len(groups[prefix])
-        log.info(
-            "%s: took the %d tensors under '%s', left %d others aside",
-            checkpoint.path,
-            len(groups[prefix]),
-            prefix,
-            aside,
-        )
-    spelled = {}
+        taken = len(groups[prefix])
+        log.info("%s: took %d tensors under '%s', left %d others aside", checkpoint.path, taken, prefix, aside)
+    spelled: dict[str, str] = {}
     for name, original in groups[prefix].items():
         for pattern, replacement in chosen.spellings:
             name = re.sub(pattern, replacement, name)
         spelled[name] = original
     return _Group(chosen, checkpoint.tensors, spelled)
+
+
+def _config_of(
+    group: _Group, stated: Mapping[str, Any], expected: ModelInfo | None, settings: Mapping[str, Any] | None
+) -> tuple[ViTConfig, str | None]:
+    """The config of a backbone, checked against what config.json and the caller say; and what had to be assumed."""
+    known = dict(settings or settings_from_config(stated))
+    if not known and expected is not None:
+        known = {"num_heads": expected.config.num_heads, "norm_eps": expected.config.norm_eps}
+    config, note = config_from_shapes(group.layout, {name: group.shape(name) for name in group.names}, known)
+    if group.layout.name == "hf" and (fault := contradiction(config, stated)):
+        raise CheckpointError(f"{fault}; is the file whole?")
+    if expected is not None and not same_architecture(expected.config, config):
+        raise CheckpointError(f"it {_looks_like(config)}; you asked for {expected.name} {_shape_of(expected.config)}")
+    return config, note
 
 
 def _choose_prefix(checkpoint: Checkpoint, prefixes: list[str]) -> str:
