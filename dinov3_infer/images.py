@@ -1,5 +1,6 @@
 """From anything that is a picture to RGB pixels."""
 
+import contextlib
 import io
 import math
 import os
@@ -60,8 +61,9 @@ def load_image(source: ImageLike, label: str = "the picture") -> Tensor:
 
 def _from_file(file: str | io.BytesIO, label: str) -> Tensor:
     def read() -> Tensor:
-        with Image.open(file) as picture:
-            return _from_pil(picture, label)
+        with contextlib.ExitStack() as opened:  # Pillow leaves a file of its own open where it fails
+            stream = opened.enter_context(open(file, "rb")) if isinstance(file, str) else file
+            return _from_pil(opened.enter_context(Image.open(stream)), label)
 
     return _decoded(read, label)
 

@@ -75,9 +75,11 @@ def test_packed_gradients_equal_one_by_one(name: str) -> None:
         torch.autograd.grad(sum((t * w).sum() for t, w in zip(outputs, weights, strict=True)), leaves)
         for outputs in (packed, separately(model, crops, masks))
     ]
-    for ours, theirs in zip(*gradients, strict=True):
+    # float64 sums in another order; learned positions are resized in float32, and so their gradients are summed in it
+    limit = 1e-11 if model.pos_embed is None or not model.config.resizes_in_float32 else 1e-6
+    for ours, theirs, leaf in zip(*gradients, leaves, strict=True):
         assert theirs.norm() > 0
-        assert relative(ours, theirs) < 1e-11  # float64 sums in another order
+        assert relative(ours, theirs) < (limit if leaf is model.pos_embed else 1e-11)
 
 
 def test_one_group_equals_forward() -> None:
