@@ -11,9 +11,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from .attention import resolve_attention
 from .configs import layout_hint, same_architecture
 from .errors import InputError, PrecisionError
-from .features import Features, Pooling, features_of
+from .features import Features, Pooling, check_pooling, features_of
 from .files import Checkpoint, TensorsInMemory, open_checkpoint
 from .hub import HubOptions, locate
 from .images import ImageLike, split_batch
@@ -72,7 +73,9 @@ class Backbone(DropInTransformer):
 
         Raises: ModelNotFoundError, UnsupportedError, MissingFileError, GatedModelError, OfflineError, CheckpointError.
         """
-        target_device, (cast, autocast) = _device(device), _dtype(dtype, _device(device))
+        target_device = _device(device)
+        cast, autocast = _dtype(dtype, target_device)
+        attend = resolve_attention(attn_implementation)  # a typo is found before gigabytes are read
         if weights is None:
             path, info = locate(name, HubOptions(revision, token, cache_dir, local_files_only))
         else:
@@ -81,9 +84,9 @@ class Backbone(DropInTransformer):
         model, found = load_model(
             cls, checkpoint, layout=layout, expected=info, dtype=cast, device=target_device, periods=rope_periods
         )
-        model.info = info or _row_of(model.config, path)
+        model.info = info or _row_of(model.config, path, checkpoint.config)
         model.preprocess = _preprocess(model.config, model.info, preprocessing, checkpoint.config, path)
-        model.set_attention(attn_implementation)
+        model.set_attention(attend)
         model.autocast_dtype = autocast
         if cast == torch.float16:
             log.warning(
@@ -103,7 +106,7 @@ class Backbone(DropInTransformer):
                 torch.manual_seed(seed)
                 return cls.from_config(config)
         if isinstance(config, ViTConfig):
-            return cls(config, _row_of(config, None)).eval()
+            return cls(config, _row_of(config)).eval()
         info = find(config)
         return cls(info.config, info).eval()
 
@@ -124,7 +127,7 @@ class Backbone(DropInTransformer):
         checkpoint = Checkpoint(f"a live {type(model).__name__}", tensors, stated[0] if stated else {})
         settings = None if stated else _live_settings(model)
         adopted, _ = load_model(cls, checkpoint, layout=_live_layout(model), keep=True, settings=settings)
-        adopted.info = _row_of(adopted.config, None)
+        adopted.info = _row_of(adopted.config)
         adopted.preprocess = _default_preprocess(adopted.config, adopted.info)
         return adopted
 
@@ -147,7 +150,7 @@ class Backbone(DropInTransformer):
 
         Raises: ImageError, MissingFileError, InputError, LayerError; PrecisionError where a lower precision overflowed.
         """
-        pool_name = pooling
+        check_pooling(pooling)
         transform = self.preprocess.with_options(size, fit)
         batch = transform.batch(split_batch(images))
         parameter = self.patch_embed.proj.weight
@@ -156,7 +159,7 @@ class Backbone(DropInTransformer):
             torch.autocast(parameter.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None),
         ):
             output = self(batch.pixels.to(parameter.device), layers=layers)
-        features = features_of(output, batch, self.patch_size, pool_name)
+        features = features_of(output, batch, self.patch_size, pooling)
         self._check_finite(features)
         return features
 
@@ -202,7 +205,15 @@ class Backbone(DropInTransformer):
 
 
 def _device(device: str | torch.device) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device is 'auto', 'cpu', 'cuda', 'cuda:1' and the like; got {device!r}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} was asked for, and this torch sees no CUDA; use 'auto' or 'cpu'")
+    return found
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype | None, torch.dtype | None]:
@@ -215,16 +226,22 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype 
     return resolved, None
 
 
-def _row_of(config: ViTConfig, path: Path | None) -> ModelInfo | None:
-    """The row of the zoo with this architecture; among equals the one whose Meta file has this name, else the first."""
+def _row_of(config: ViTConfig, path: Path | None = None, stored: Mapping[str, Any] | None = None) -> ModelInfo | None:
+    """The row of the zoo with this architecture; among equals the one that config.json or the file's name speaks of."""
     rows = [row for row in MODELS.values() if same_architecture(row.config, config)]
-    named = [row for row in rows if path is not None and row.meta_file == path.stem]
-    satellite = [
-        row
-        for row in rows
-        if config.local_cls_norm and row.architecture == "dinov3_vitl16" and row.name.endswith("sat493m")
-    ]
-    return next(iter(named or satellite or rows), None)
+    if len(rows) < 2:
+        return rows[0] if rows else None
+    stored = stored or {}
+    ours, timm = stored.get("dinov3_infer"), stored.get("pretrained_cfg")
+    name = ours.get("name") if isinstance(ours, dict) else None
+    tag = f".{timm.get('tag')}" if isinstance(timm, dict) else "."
+    for row in rows:
+        satellite = (
+            config.local_cls_norm and row.name == "dinov3_vitl16_sat493m"
+        )  # of the ViT-Ls it alone has this norm
+        if row.name == name or (row.timm_id or "").endswith(tag) or (path and row.meta_file == path.stem) or satellite:
+            return row
+    return rows[0]
 
 
 def _default_preprocess(config: ViTConfig, info: ModelInfo | None) -> Preprocess:

@@ -11,15 +11,19 @@ from .errors import InputError
 from .preprocess import PixelBatch, Placement
 from .vit import BackboneOutput
 
-__all__ = ["Features", "LayerFeatures", "Pooling", "features_of", "pool"]
+__all__ = ["Features", "LayerFeatures", "Pooling", "check_pooling", "features_of", "pool"]
 
 Pooling = Literal["cls", "mean", "cls_mean"]
 
 
-def pool(cls_token: Tensor, patch_tokens: Tensor, pooling: Pooling, valid: Tensor | None = None) -> Tensor:
-    """[B, C], or [B, 2C] for "cls_mean" with the class token first; the mean leaves padding and registers out."""
+def check_pooling(pooling: str) -> None:
+    """Raises InputError for a pooling that does not exist."""
     if pooling not in ("cls", "mean", "cls_mean"):
         raise InputError(f"pooling is 'cls', 'mean' or 'cls_mean', got {pooling!r}")
+
+
+def pool(cls_token: Tensor, patch_tokens: Tensor, pooling: Pooling, valid: Tensor | None = None) -> Tensor:
+    """[B, C], or [B, 2C] for "cls_mean" with the class token first; the mean leaves padding and registers out."""
     if pooling == "cls":
         return cls_token
     if valid is None:

@@ -3,7 +3,7 @@
 Source: DINOv3 paper (arXiv 2508.10104), DINOv2 (2304.07193), registers (2309.16588), DINO (2104.14294).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,9 +104,9 @@ class VisionTransformer(nn.Module):
         if self.rope_periods is not None:
             self.rope_periods.copy_(rope_periods(self.config.head_dim, self.config.rope_base))
 
-    def set_attention(self, implementation: str) -> None:
-        """Which attention runs: "auto", "sdpa" or "eager"."""
-        attend = resolve_attention(implementation)
+    def set_attention(self, implementation: str | Callable[..., Tensor]) -> None:
+        """Which attention runs: "auto", "sdpa", "eager", or a function with the signature of `rope_attention`."""
+        attend = resolve_attention(implementation) if isinstance(implementation, str) else implementation
         for module in self.modules():
             if isinstance(module, Attention):
                 module.attend = attend

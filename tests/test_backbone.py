@@ -1,0 +1,104 @@
+"""What a Backbone knows of itself, and what it says of wrong options before it reads gigabytes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles import SMALL
+
+from dinov3_infer import Backbone, InputError, ViTConfig
+from dinov3_infer.backbone import _row_of
+from dinov3_infer.errors import UnsupportedError
+from dinov3_infer.zoo import ARCHITECTURES, MODELS
+
+
+@pytest.mark.parametrize(
+    "architecture, path, stored, name",
+    [
+        ("dinov3_vits16", None, {}, "dinov3_vits16"),
+        ("dinov3_vits16", None, {"dinov3_infer": {"name": "lingbot_vits16"}}, "lingbot_vits16"),
+        ("dinov3_vits16", None, {"pretrained_cfg": {"tag": "robbyant"}}, "lingbot_vits16"),
+        ("dinov3_vits16", None, {"pretrained_cfg": {"tag": "lvd1689m"}}, "dinov3_vits16"),
+        ("dinov3_vitl16", None, {"pretrained_cfg": {"tag": "sat493m"}}, "dinov3_vitl16_sat493m"),
+        ("dinov3_vitl16", "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth", {}, "dinov3_vitl16_sat493m"),
+        ("dinov3_vitl16", "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", {}, "dinov3_vitl16"),
+        ("dinov2_vitb14_reg", None, {"dinov3_infer": {"name": 3}, "pretrained_cfg": []}, "dinov2_vitb14_reg"),
+    ],
+)  # fmt: skip
+def test_models_of_one_shape_are_told_apart(architecture: str, path: str | None, stored: Any, name: str) -> None:
+    """By our own config.json, by timm's tag, or by the name of Meta's file."""
+    row = _row_of(ARCHITECTURES[architecture], Path(path) if path else None, stored)
+    assert row is not None and row.name == name
+
+
+def test_the_norm_for_local_crops_tells_the_satellite_model() -> None:
+    row = _row_of(replace(ARCHITECTURES["dinov3_vitl16"], local_cls_norm=True))
+    assert row is not None and row.name == "dinov3_vitl16_sat493m"
+
+
+def test_a_saved_model_keeps_its_name_and_its_mean(tmp_path: Path) -> None:
+    bb = Backbone.from_config("nano", seed=0)
+    bb.preprocess = replace(bb.preprocess, mean=MODELS["dinov3_vitl16_sat493m"].mean)
+    loaded = Backbone.from_pretrained(bb.save_pretrained(tmp_path))
+    assert loaded.info is MODELS["nano"] and loaded.preprocess == bb.preprocess
+
+
+def test_an_architecture_of_ones_own_has_a_transform_too() -> None:
+    bb = Backbone.from_config(SMALL["dinov3"])
+    assert bb.info is None
+    assert bb.extract_features(torch.rand(3, 50, 70)).grid == (16, 16)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(device="gpu"), "device is 'auto', 'cpu'"),
+        (dict(dtype="float8"), "dtype is 'auto', float32"),
+        (dict(attn_implementation="flash"), "attn_implementation is one of"),
+        (dict(rope_periods="rounded"), "rope_periods is 'exact'"),
+        (dict(layout="tensorflow"), "layout"),
+        (dict(preprocessing="torchvision"), "preprocessing='torchvision' does not exist"),
+    ],
+    ids=lambda v: str(v),
+)
+def test_wrong_options_are_said(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    saved = Backbone.from_config("nano", seed=0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        Backbone.from_pretrained(saved, **options)
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    saved = Backbone.from_config("nano", seed=0).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="sees no CUDA"):
+        Backbone.from_pretrained(saved, device="cuda")
+
+
+def test_triton_is_not_here_yet(tmp_path: Path) -> None:
+    saved = Backbone.from_config("nano", seed=0).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="use 'auto'"):
+        Backbone.from_pretrained(saved, attn_implementation="triton")
+
+
+def test_eager_attention_gives_the_same(tmp_path: Path) -> None:
+    saved = Backbone.from_config("nano", seed=0).save_pretrained(tmp_path)
+    picture = torch.rand(3, 64, 64)
+    fast, eager = (
+        Backbone.from_pretrained(saved, attn_implementation=name).extract_features(picture).embedding
+        for name in ("auto", "eager")
+    )
+    assert torch.allclose(fast, eager, atol=1e-5)
+
+
+def test_random_weights_are_repeatable_and_leave_the_generator_alone() -> None:
+    config = ViTConfig(64, 1, 4, 64)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first = Backbone.from_config(config, seed=1)
+    assert torch.equal(torch.rand(1), expected)
+    assert first.fingerprint() == Backbone.from_config(config, seed=1).fingerprint()
+    assert first.fingerprint() != Backbone.from_config(config, seed=2).fingerprint()
