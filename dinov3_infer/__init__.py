@@ -5,7 +5,7 @@ D head width, C embed_dim = H * D, T tokens of a packed batch, S sequences in it
 h and w patches, H_px and W_px pixels.  Every coordinate that a user gives or gets is (x, y) in pixels of the original
 picture; every size is (height, width).
 
-Reading order: rope, packing, attention, vit, zoo, keys, weights, backbone.
+Reading order: rope, packing, attention, layers, vit, zoo, keys, weights, backbone.
 """
 
 from typing import TYPE_CHECKING
@@ -20,9 +20,13 @@ if TYPE_CHECKING:
         GatedModelError,
         ImageError,
         InputError,
+        InputTypeError,
+        LayerError,
+        MissingFileError,
         ModelNotFoundError,
         OfflineError,
         PrecisionError,
+        UnsupportedError,
     )
     from .features import Features, LayerFeatures
     from .images import load_image
@@ -41,14 +45,18 @@ __all__ = [
     "GatedModelError",
     "ImageError",
     "InputError",
+    "InputTypeError",
+    "LayerError",
     "LayerFeatures",
     "LayerOutput",
+    "MissingFileError",
     "ModelInfo",
     "ModelNotFoundError",
     "OfflineError",
     "PrecisionError",
     "Preprocess",
     "RopeAugmentation",
+    "UnsupportedError",
     "ViTConfig",
     "VisionTransformer",
     "list_models",
@@ -64,9 +72,13 @@ _HOMES = {
         "GatedModelError",
         "ImageError",
         "InputError",
+        "InputTypeError",
+        "LayerError",
+        "MissingFileError",
         "ModelNotFoundError",
         "OfflineError",
         "PrecisionError",
+        "UnsupportedError",
     ),
     "features": ("Features", "LayerFeatures"),
     "images": ("load_image",),

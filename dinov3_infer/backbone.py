@@ -1,26 +1,24 @@
 """The surface: load a backbone, give it pictures, save it."""
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import nn
 
 from .attention import resolve_attention
 from .configs import layout_hint, same_architecture
-from .errors import InputError, PrecisionError
+from .errors import CheckpointError, InputError, InputTypeError, PrecisionError
 from .features import Features, Pooling, check_pooling, features_of
 from .files import Checkpoint, TensorsInMemory, open_checkpoint
 from .hub import HubOptions, locate
 from .images import ImageLike, split_batch
 from .interfaces import DropInTransformer
 from .preprocess import Fit, Preprocess
-from .rope import rope_periods as exact_periods
 from .saving import save_checkpoint
 from .vit import ViTConfig
 from .weights import LayoutName, Periods, fingerprint, load_model
@@ -42,7 +40,7 @@ class Backbone(DropInTransformer):
         super().__init__(config)
         self.info = info
         self.preprocess = _default_preprocess(config, info)
-        self.autocast_dtype: torch.dtype | None = None  # of the matrix work on CUDA, see from_pretrained
+        self.mixed_precision = True  # on CUDA extract_features does the matrix work of float32 weights in bfloat16
 
     @classmethod
     def from_pretrained(
@@ -65,8 +63,8 @@ class Backbone(DropInTransformer):
 
         `weights`: a file or directory that holds the weights of `name`.
         `device`: "auto" is CUDA where there is one, else the CPU.
-        `dtype`: "auto" keeps float32 parameters and, on CUDA, does the matrix work in bfloat16.  A torch dtype or its
-        name casts the linears and the patch convolution; the residual stream, norms and RoPE stay float32.
+        `dtype`: "auto" keeps float32 parameters, and on CUDA `extract_features` does the matrix work in bfloat16.  A
+        torch dtype or its name casts the linears and the patch convolution; the stream, norms and RoPE stay float32.
         `preprocessing`: None for our defaults, "meta", "hf" or "timm" for exactly what those do with a picture.
         `rope_periods`: None for those of the file, "exact", or "bfloat16" for those that Meta's files hold.
         `layout`: "hf", "meta" or "timm" where the names in a file do not tell.
@@ -74,20 +72,22 @@ class Backbone(DropInTransformer):
         Raises: ModelNotFoundError, UnsupportedError, MissingFileError, GatedModelError, OfflineError, CheckpointError.
         """
         target_device = _device(device)
-        cast, autocast = _dtype(dtype, target_device)
-        attend = resolve_attention(attn_implementation)  # a typo is found before gigabytes are read
+        cast = _dtype(dtype)
+        attend = resolve_attention(attn_implementation)  # typos are found before gigabytes are read
+        if rope_periods not in (None, *get_args(Periods)):
+            raise InputError(f"rope_periods is 'exact', 'bfloat16' (as in Meta's files) or None; got {rope_periods!r}")
         if weights is None:
             path, info = locate(name, HubOptions(revision, token, cache_dir, local_files_only))
         else:
-            path, info = Path(weights), find(os.fspath(name))
+            path, info = Path(weights), _asked(name, Path(weights))
         checkpoint = open_checkpoint(path)
         model, found = load_model(
             cls, checkpoint, layout=layout, expected=info, dtype=cast, device=target_device, periods=rope_periods
         )
         model.info = info or _row_of(model.config, path, checkpoint.config)
-        model.preprocess = _preprocess(model.config, model.info, preprocessing, checkpoint.config, path)
+        model.preprocess = _preprocess(model.config, model.info, preprocessing, checkpoint)
         model.set_attention(attend)
-        model.autocast_dtype = autocast
+        model.mixed_precision = cast is None  # an explicit dtype is meant
         if cast == torch.float16:
             log.warning(
                 "DINO models are trained in bfloat16 and float16 can overflow; results are checked, "
@@ -107,6 +107,8 @@ class Backbone(DropInTransformer):
                 return cls.from_config(config)
         if isinstance(config, ViTConfig):
             return cls(config, _row_of(config)).eval()
+        if not isinstance(config, str):
+            raise InputTypeError(f"from_config takes a name or a ViTConfig, got {type(config).__name__}")
         info = find(config)
         return cls(info.config, info).eval()
 
@@ -117,18 +119,27 @@ class Backbone(DropInTransformer):
         Tensors that both keep in the same form are shared: changing one changes the other.  Those that differ, such as
         transformers' separate q, k and v, are copied.
 
-        Raises: CheckpointError for a module that holds no DINO-family ViT.
+        A supervised ViT of the same shape cannot be told from DINO v1 and is taken too.
+
+        Raises: CheckpointError for a module that holds no ViT of this architecture.
         """
+        if not isinstance(model, nn.Module):
+            raise InputTypeError(
+                f"adopt takes a live module, got {type(model).__name__}; from_pretrained takes names and paths"
+            )
         if isinstance(model, Backbone):
             raise InputError("this module is a Backbone already; use it as it is, or copy.deepcopy it")
         configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
         stated = [c.to_dict() for c in configs if hasattr(c, "to_dict") and layout_hint(c.to_dict()) == "hf"]
         tensors = TensorsInMemory(model.state_dict(keep_vars=True))
-        checkpoint = Checkpoint(f"a live {type(model).__name__}", tensors, stated[0] if stated else {})
+        checkpoint = Checkpoint(
+            f"a live {type(model).__name__}", tensors, stated[0] if stated else _timm_settings(model)
+        )
         settings = None if stated else _live_settings(model)
         adopted, _ = load_model(cls, checkpoint, layout=_live_layout(model), keep=True, settings=settings)
-        adopted.info = _row_of(adopted.config)
-        adopted.preprocess = _default_preprocess(adopted.config, adopted.info)
+        adopted.mixed_precision = False
+        adopted.info = _row_of(adopted.config, None, checkpoint.config)
+        adopted.preprocess = _preprocess(adopted.config, adopted.info, None, checkpoint)
         return adopted
 
     def extract_features(
@@ -154,27 +165,27 @@ class Backbone(DropInTransformer):
         transform = self.preprocess.with_options(size, fit)
         batch = transform.batch(split_batch(images))
         parameter = self.patch_embed.proj.weight
-        with (
-            torch.no_grad(),
-            torch.autocast(parameter.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None),
-        ):
+        with torch.no_grad(), torch.autocast(parameter.device.type, torch.bfloat16, enabled=self._autocasts()):
             output = self(batch.pixels.to(parameter.device), layers=layers)
         features = features_of(output, batch, self.patch_size, pooling)
         self._check_finite(features)
         return features
 
+    def _autocasts(self) -> bool:
+        weight = self.patch_embed.proj.weight
+        mixed = self.mixed_precision and weight.is_cuda and weight.dtype == torch.float32
+        return bool(mixed) and torch.cuda.is_bf16_supported()
+
     def _check_finite(self, features: Features) -> None:
-        """Never NaN without a word: only lower precisions are checked, since float32 cannot overflow here."""
-        dtype = self.autocast_dtype or self.patch_embed.proj.weight.dtype
-        if dtype not in (torch.float16, torch.bfloat16):
+        """Never NaN without a word."""
+        if all(bool(t.isfinite().all()) for t in (features.cls_token, features.patch_tokens, features.register_tokens)):
             return
-        if not all(
-            bool(t.isfinite().all()) for t in (features.cls_token, features.patch_tokens, features.register_tokens)
-        ):
+        dtype = torch.bfloat16 if self._autocasts() else self.patch_embed.proj.weight.dtype
+        if dtype in (torch.float16, torch.bfloat16):
             raise PrecisionError(
-                f"the features are not finite in {dtype}: activations left its range; "
-                "load the model with dtype=torch.float32"
+                f"the features are not finite in {dtype}: activations left its range; load with dtype=torch.float32"
             )
+        raise PrecisionError("the features are not finite: the weights hold NaN or infinity; load another checkpoint")
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights, the same whichever layout they came from; see `weights.fingerprint`."""
@@ -185,16 +196,7 @@ class Backbone(DropInTransformer):
 
         Raises: UnsupportedError for a model that the layout cannot hold, InputError for a target of the wrong kind.
         """
-        extra: dict[str, Any] = {
-            "name": self.info.name if self.info else None,
-            "mean": self.preprocess.mean,
-            "std": self.preprocess.std,
-        }
-        if self.rope_periods is not None:
-            exact = exact_periods(self.config.head_dim, self.config.rope_base)
-            if not torch.equal(self.rope_periods.cpu(), exact):
-                extra["rope_periods"] = self.rope_periods.tolist()
-        return save_checkpoint(self, directory, layout, self.info, extra)
+        return save_checkpoint(self, directory, layout, self.info, self.preprocess)
 
     def extra_repr(self) -> str:
         c = self.config
@@ -202,6 +204,15 @@ class Backbone(DropInTransformer):
         name = self.info.name if self.info else "own architecture"
         shape = f"{c.depth} blocks of width {c.embed_dim}, patch {c.patch_size}, {c.num_registers} registers"
         return f"{name}: {shape}, {positions}"
+
+
+def _asked(name: str | os.PathLike[str], weights: Path) -> ModelInfo:
+    """The row that was asked for by name, unless the file is named as that of another one."""
+    info = find(os.fspath(name))
+    named = next((row for row in MODELS.values() if row.meta_file == weights.stem), info)
+    if named is not info:
+        raise CheckpointError(f"'{weights}' has the name of {named.name}'s file; ask for that, or rename the file")
+    return info
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -216,14 +227,14 @@ def _device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """(dtype of the linears or None for float32, autocast dtype or None)."""
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """Of the linears; None for "auto"."""
     if dtype == "auto":
-        return None, torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        return None
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if resolved not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise InputError(f"dtype is 'auto', float32, bfloat16, float16 or float64; got {dtype!r}")
-    return resolved, None
+    return resolved
 
 
 def _row_of(config: ViTConfig, path: Path | None = None, stored: Mapping[str, Any] | None = None) -> ModelInfo | None:
@@ -251,34 +262,19 @@ def _default_preprocess(config: ViTConfig, info: ModelInfo | None) -> Preprocess
     return Preprocess(first.mean, first.std, config.patch_size, size=16 * config.patch_size)
 
 
-def _preprocess(
-    config: ViTConfig, info: ModelInfo | None, style: Style | None, stored: Mapping[str, Any], path: Path
-) -> Preprocess:
+def _preprocess(config: ViTConfig, info: ModelInfo | None, style: Style | None, checkpoint: Checkpoint) -> Preprocess:
     """The transform of a row, with mean and std of what lies beside the weights where that says so."""
     if style is not None and info is None:
         raise InputError(
-            f"preprocessing={style!r} needs a known architecture, and '{path}' has one of its own; leave it out"
+            f"preprocessing={style!r} needs a known architecture, and '{checkpoint.path}' has its own; leave it out"
         )
     transform = _default_preprocess(config, info) if info is None else preprocess_of(info, style)
-    ours = stored.get("dinov3_infer")
-    for source in (
-        ours if isinstance(ours, dict) else {},
-        stored.get("pretrained_cfg") or stored,
-        _processor_config(path),
-    ):
-        mean, std = source.get("mean", source.get("image_mean")), source.get("std", source.get("image_std"))
+    timm = checkpoint.config.get("pretrained_cfg")
+    for source in (checkpoint.processor, timm if isinstance(timm, Mapping) else {}, checkpoint.config):
+        mean, std = source.get("image_mean", source.get("mean")), source.get("image_std", source.get("std"))
         if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) == 3:
             return replace(transform, mean=tuple(mean), std=tuple(std))
     return transform
-
-
-def _processor_config(path: Path) -> Mapping[str, Any]:
-    file = path / "preprocessor_config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
-        raise InputError(f"'{file}' is not valid JSON; download it again or delete it") from None
-    return content if isinstance(content, dict) else {}
 
 
 def _live_settings(model: nn.Module) -> dict[str, Any]:
@@ -290,6 +286,13 @@ def _live_settings(model: nn.Module) -> dict[str, Any]:
         if name.endswith("blocks.0.norm1") and isinstance(getattr(module, "eps", None), float):
             found["norm_eps"] = module.eps
     return found
+
+
+def _timm_settings(model: nn.Module) -> dict[str, Any]:
+    """timm's config.json of a live module, as far as it knows which weights it holds."""
+    found = (getattr(module, "pretrained_cfg", None) for module in model.modules())
+    cfg: Any = next((c for c in found if c), {})
+    return {"pretrained_cfg": dict(cfg.to_dict() if hasattr(cfg, "to_dict") else cfg)} if cfg else {}
 
 
 def _live_layout(model: nn.Module) -> LayoutName | None:

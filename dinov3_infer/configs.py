@@ -12,13 +12,16 @@ from typing import Any
 from .errors import CheckpointError, UnsupportedError
 from .keys import Folded, Layout, Masked, row_of, sources
 from .layers import PositionResize, ViTConfig
-from .zoo import ARCHITECTURES, ModelInfo, find_architecture
+from .preprocess import Preprocess
+from .zoo import ARCHITECTURES, ModelInfo, find_architecture, preprocess_of, timm_model
 
 __all__ = [
     "config_from_shapes",
+    "contradiction",
     "hf_config",
     "hf_processor_config",
     "layout_hint",
+    "reading_differs",
     "same_architecture",
     "settings_from_config",
     "timm_config",
@@ -170,15 +173,19 @@ def _complete(
             settings["num_heads"] = max(1, base["embed_dim"] // 64)
             assumed.append(f"{settings['num_heads']} heads of width 64")
     if "norm_eps" not in settings:
-        eps = 1e-5 if layout.family == "dinov3" else 1e-6
-        if layout.name == "meta" and layout.family == "dinov3" and base["key_bias"]:
-            eps = 1e-6  # an unmasked key bias comes from the training code's default config, and so does its epsilon
-        settings["norm_eps"] = eps
+        settings["norm_eps"] = _usual_eps(layout, base["key_bias"])
         if twin is None:
-            assumed.append(f"a norm epsilon of {eps:g}")
+            assumed.append(f"a norm epsilon of {settings['norm_eps']:g}")
     settings = {k: v for k, v in settings.items() if k in ("num_heads", "norm_eps", "rope_base")}
     note = f"the file does not state everything; taken: {', '.join(assumed)}" if assumed else None
     return ViTConfig(**base, **settings), note
+
+
+def _usual_eps(layout: Layout, key_bias: bool) -> float:
+    """The epsilon of a file that does not state it."""
+    if layout.name == "meta" and layout.family == "dinov3" and key_bias:
+        return 1e-6  # an unmasked key bias comes from the training code's default config, and so does its epsilon
+    return 1e-5 if layout.family == "dinov3" else 1e-6
 
 
 def same_architecture(config: ViTConfig, other: Mapping[str, Any] | ViTConfig) -> bool:
@@ -291,23 +298,42 @@ def hf_processor_config(config: ViTConfig, mean: Sequence[float], std: Sequence[
     }  # fmt: skip
 
 
-def timm_config(config: ViTConfig, info: ModelInfo | None, with_bias: bool) -> dict[str, Any]:
+def timm_config(config: ViTConfig, info: ModelInfo | None, preprocess: Preprocess, with_bias: bool) -> dict[str, Any]:
     """The config.json of timm, whose architectures are names.  Raises UnsupportedError where none fits."""
     if info is None or info.timm_id is None or not same_architecture(info.config, config):
         raise UnsupportedError(
             "timm reads models of known names only, and this architecture has none; write the 'hf' or 'meta' layout"
         )
-    architecture, _, tag = info.timm_id.rpartition("/")[2].partition(".")
+    architecture, _, tag = timm_model(info).partition(".")
     if with_bias and info.family == "dinov3":
         architecture = architecture.replace("_dinov3", "_dinov3_qkvb")
-    side = config.patch_size * (config.position_grid or 256 // config.patch_size)
+    theirs = preprocess_of(info, "timm")
+    side = theirs.size
+    assert isinstance(side, int)
     return {
         "architecture": architecture, "num_classes": 0, "num_features": config.embed_dim,
         "global_pool": "avg" if info.family == "dinov3" else "token",
         "pretrained_cfg": {
-            "tag": tag, "input_size": [3, side, side],
-            "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",
-            "mean": list(info.mean), "std": list(info.std), "num_classes": 0, "pool_size": None,
+            "tag": tag, "input_size": [3, side, side], "fixed_input_size": True, "interpolation": theirs.filter,
+            "crop_pct": round(side / (theirs.resize_to or side), 3),
+            "crop_mode": "center" if theirs.fit == "crop" else theirs.fit,
+            "mean": list(preprocess.mean), "std": list(preprocess.std), "num_classes": 0, "pool_size": None,
             "first_conv": "patch_embed.proj", "classifier": "head", "license": info.licence.lower().replace(" ", "-"),
         },
     }  # fmt: skip
+
+
+def reading_differs(config: ViTConfig, layout: Layout) -> list[str]:
+    """What readers of a layout will do differently from this model, in words."""
+    notes = []
+    if config.position_grid is not None and _resize_rule(layout, config.num_registers) != config.position_resize:
+        notes.append(
+            f"readers of the {layout.name} layout resize positions by another rule, "
+            f"so features off the {config.position_grid}x{config.position_grid} grid will differ by about 1 %"
+        )
+    usual = _usual_eps(layout, config.key_bias)
+    if layout.name != "hf" and config.norm_eps != usual:
+        notes.append(
+            f"the {layout.name} layout does not say the norm epsilon {config.norm_eps:g}; readers take {usual:g}"
+        )
+    return notes

@@ -11,7 +11,6 @@ __all__ = [
     "InputError",
     "InputTypeError",
     "LayerError",
-    "MissingExtraError",
     "MissingFileError",
     "ModelNotFoundError",
     "OfflineError",
@@ -62,10 +61,6 @@ class OfflineError(Dinov3Error, FileNotFoundError):
 
 class PrecisionError(Dinov3Error, FloatingPointError):
     """A result is not finite because its number format could not hold it."""
-
-
-class MissingExtraError(Dinov3Error, ImportError):
-    """An optional package is not installed."""
 
 
 class UnsupportedError(Dinov3Error, NotImplementedError):

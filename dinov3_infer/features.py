@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, InputTypeError
 from .preprocess import PixelBatch, Placement
 from .vit import BackboneOutput
 
@@ -57,7 +57,7 @@ class LayerFeatures:
         return as_map(self.patch_tokens, self.grid)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Features:
     """Features of a batch of pictures, float32, all after the final norm."""
 
@@ -95,6 +95,11 @@ class Features:
         """transformers' name for the class token, [B, C]."""
         return self.cls_token
 
+    def __repr__(self) -> str:
+        names = ("embedding", "cls_token", "register_tokens", "patch_tokens", "feature_map")
+        shapes = ", ".join(f"{name} {list(getattr(self, name).shape)}" for name in names)
+        return f"Features({shapes}, grid {self.grid}, {len(self.layers)} layers)"
+
     def __len__(self) -> int:
         return len(self.placements)
 
@@ -103,6 +108,8 @@ class Features:
 
         Raises: InputError for a point outside the picture, or in a part that was cropped away.
         """
+        if not -len(self) <= index < len(self):
+            raise InputError(f"picture number {index} does not exist; these are features of {len(self)}")
         placement = self.placements[index]
         height, width = placement.original
         if not (0 <= x < width and 0 <= y < height):
@@ -122,6 +129,10 @@ class Features:
 
     def similarity(self, other: "Features") -> Tensor:
         """Cosine of every embedding here with every one there, [B, B of other]."""
+        if not isinstance(other, Features):
+            raise InputTypeError(
+                f"similarity is with other Features, got {type(other).__name__}; use extract_features()"
+            )
         if other.embedding.shape[-1] != self.embedding.shape[-1]:
             widths = f"{self.embedding.shape[-1]} and {other.embedding.shape[-1]}"
             raise InputError(f"embeddings of {widths} numbers cannot be compared; use one model and one pooling")

@@ -18,9 +18,10 @@ from .errors import CheckpointError, MissingFileError
 
 __all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "open_checkpoint", "shard_names"]
 
-_INDEX, _CONFIG = "model.safetensors.index.json", "config.json"
-_NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_NAMES = (WEIGHTS, PICKLED, "open_clip_model.safetensors")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -88,11 +89,12 @@ class SafetensorsFiles:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors, the path that they came from, and the config.json beside them."""
+    """Tensors, the path that they came from, and what lies beside them."""
 
     path: str
     tensors: TensorSource
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)  # config.json
+    processor: Mapping[str, Any] = field(default_factory=dict)  # preprocessor_config.json
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -104,25 +106,25 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not path.exists():
         raise MissingFileError(f"no weights at '{path.absolute()}'; check the path, or give a name of list_models()")
     file = _file_in(path) if path.is_dir() else path
-    config: dict[str, Any] = {}
-    beside = file.parent / _CONFIG
-    if beside.is_file() and (path.is_dir() or file.name in (*_NAMES, _INDEX)):
-        config = _read_json(beside)
+    beside: list[dict[str, Any]] = [{}, {}]
+    if path.is_dir() or file.name in (*_NAMES, INDEX):  # a file of any other name may lie in any company
+        paths = (file.parent / CONFIG, file.parent / PROCESSOR)
+        beside = [_read_json(p) if p.is_file() else {} for p in paths]
     if file.name.endswith(".index.json"):
         shards = SafetensorsFiles(_shards(file))
         absent = [name for name in _read_json(file)["weight_map"] if name not in shards.shapes]
         if absent:
             raise CheckpointError(f"'{file}' lists '{absent[0]}', which no shard holds; download the shards again")
-        return Checkpoint(str(path), shards, config)
+        return Checkpoint(str(path), shards, *beside)
     kind = _kind_of(file)
     tensors: TensorSource = (
         SafetensorsFiles([file]) if kind == "safetensors" else _read_torch(file, mapped=kind == "zip")
     )
-    return Checkpoint(str(path), tensors, config)
+    return Checkpoint(str(path), tensors, *beside)
 
 
 def _file_in(folder: Path) -> Path:
-    for name in (_INDEX, *_NAMES):
+    for name in (INDEX, *_NAMES):
         if (folder / name).is_file():
             return folder / name
     if (folder / ".metadata").is_file():
@@ -130,11 +132,11 @@ def _file_in(folder: Path) -> Path:
             f"'{folder}' is a sharded training checkpoint; make one file of it with dcp_to_torch_save of "
             "torch.distributed.checkpoint.format_utils"
         )
-    found = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+    found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if len(found) != 1:
         listed = ", ".join(p.name for p in found[:4]) or "none"
         raise CheckpointError(
-            f"'{folder}' should hold one weights file ({', '.join(_SUFFIXES)}), found {listed}; give the file itself"
+            f"'{folder}' should hold one weights file ({', '.join(SUFFIXES)}), found {listed}; give the file itself"
         )
     return found[0]
 

@@ -4,12 +4,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import GatedModelError, MissingFileError, ModelNotFoundError, OfflineError
+from .errors import GatedModelError, InputTypeError, MissingFileError, ModelNotFoundError, OfflineError
+from .files import CONFIG, INDEX, PICKLED, PROCESSOR, SUFFIXES, WEIGHTS, shard_names
 from .zoo import ModelInfo, find
 
 __all__ = ["HubOptions", "locate"]
-
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -27,16 +26,14 @@ def locate(name: str | os.PathLike[str], options: HubOptions) -> tuple[Path, Mod
 
     Raises: MissingFileError, ModelNotFoundError, GatedModelError, OfflineError.
     """
-    path = Path(name).expanduser()
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise InputTypeError(f"a model is a name of list_models(), a hub id or a path; got {name!r}")
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise InputTypeError(f"a model is a name of list_models(), a hub id or a path; got {name!r}")
+    path, text = Path(name).expanduser(), os.fspath(name)
     if path.exists():
         return path, None
-    text = os.fspath(name)
-    if (
-        not isinstance(name, str)
-        or path.is_absolute()
-        or text.startswith((".", "~"))
-        or path.suffix in (".pth", ".pt", ".safetensors", ".bin")
-    ):
+    if not isinstance(name, str) or path.is_absolute() or text.startswith((".", "~")) or path.suffix in SUFFIXES:
         raise MissingFileError(f"no weights at '{path.absolute()}'; check the path, or give a name of list_models()")
     try:
         info = find(text)
@@ -87,15 +84,14 @@ def _download(repository: str, options: HubOptions, info: ModelInfo | None) -> P
             return None
 
     try:
-        fetch("config.json")
-        weights = fetch("model.safetensors")
-        if weights is None and (weights := fetch(_INDEX)) is not None:
-            from .files import shard_names
-
+        fetch(CONFIG)
+        fetch(PROCESSOR)
+        weights = fetch(WEIGHTS)
+        if weights is None and (weights := fetch(INDEX)) is not None:
             for shard in shard_names(weights):
                 fetch(shard)
         if weights is None:
-            weights = fetch("pytorch_model.bin")
+            weights = fetch(PICKLED)
     except GatedRepoError:
         raise GatedModelError(_gated_message(repository, info)) from None
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
@@ -105,7 +101,7 @@ def _download(repository: str, options: HubOptions, info: ModelInfo | None) -> P
         ) from None
     except LocalEntryNotFoundError:
         raise OfflineError(
-            f"'{repository}' is not in the cache and the hub cannot be reached; "
+            f"'{repository}' is no path here and not in the cache, and the hub cannot be reached; "
             f"run 'hf download {repository}' where it can, copy the cache, or give weights=PATH"
         ) from None
     except (HfHubHTTPError, OSError) as error:

@@ -4,8 +4,8 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -16,19 +16,20 @@ from .errors import ImageError, InputTypeError, MissingFileError
 
 __all__ = ["ImageLike", "from_hwc", "load_image", "split_batch"]
 
-ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
+ImageLike: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 
 _DIRECT = ("RGB", "RGBX", "L", "1", "P", "CMYK", "YCbCr", "LAB", "HSV")
 _ALPHA = ("RGBA", "LA", "PA", "RGBa")
+_REMEDY = "repeat a grey channel three times, drop an alpha channel, or give a PIL image, which is converted"
 
 
 def split_batch(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
     """One picture, a 4-dimensional batch, or any iterable of pictures -> a list."""
     if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:
         return list(images)
-    if isinstance(images, (str, os.PathLike, bytes, Image.Image, Tensor, np.ndarray)):
-        return [images]
-    if not isinstance(images, Iterable):
+    if isinstance(images, (str, os.PathLike, bytes, Image.Image, Tensor, np.ndarray)) or hasattr(images, "read"):
+        return [images]  # type: ignore[list-item]
+    if not isinstance(images, Iterable) or isinstance(images, Mapping):
         raise InputTypeError(
             f"a picture is a path, PIL image, array, tensor or a list of these; got {type(images).__name__}"
         )
@@ -53,9 +54,15 @@ def load_image(source: ImageLike, label: str = "the picture") -> Tensor:
         return _from_file(io.BytesIO(source), f"{label} ({len(source)} bytes)")
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
+        if "://" in path:
+            raise ImageError(f"'{path.split('?')[0]}' is an address; download the picture and give its path or bytes")
+        if os.path.isdir(path) or not path:
+            raise ImageError(f"'{path}' is a folder; give the pictures in it as a list of paths")
         if not os.path.isfile(path):
             raise MissingFileError(f"no picture at '{os.path.abspath(path)}'; check the path")
         return _from_file(path, f"'{path}'")
+    if hasattr(source, "read"):
+        return _from_file(io.BytesIO(source.read()), label)
     raise InputTypeError(f"a picture is a path, bytes, PIL image, array or tensor; {label} is {type(source).__name__}")
 
 
@@ -108,8 +115,8 @@ def _from_array(array: np.ndarray, label: str) -> Tensor:
     shape = f"{label} has shape {list(array.shape)} {array.dtype}"
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
         swapped = array.ndim == 3 and array.shape[0] == 3
-        hint = "; channels first? use a tensor, or arr.transpose(1, 2, 0)" if swapped else ""
-        raise ImageError(f"an array is [height, width, 3] RGB; {shape}{hint}")
+        hint = "channels first? use a tensor, or arr.transpose(1, 2, 0)" if swapped else _REMEDY
+        raise ImageError(f"an array is [height, width, 3] RGB; {shape}; {hint}")
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise ImageError(f"pixels are uint8, or float in 0 to 1; {shape}; scale it to 0 to 255 and convert it to uint8")
     return _in_range(from_hwc(array if array.dtype == np.uint8 else array.astype(np.float32)), label)
@@ -119,8 +126,8 @@ def _from_tensor(tensor: Tensor, label: str) -> Tensor:
     shape = f"{label} has shape {list(tensor.shape)} {tensor.dtype}"
     if tensor.ndim != 3 or tensor.shape[0] != 3 or not tensor.numel():
         swapped = tensor.ndim == 3 and tensor.shape[2] == 3
-        hint = "; channels last? use an array, or t.permute(2, 0, 1)" if swapped else ""
-        raise ImageError(f"a tensor is [3, height, width] RGB; {shape}{hint}")
+        hint = "channels last? use an array, or t.permute(2, 0, 1)" if swapped else _REMEDY
+        raise ImageError(f"a tensor is [3, height, width] RGB; {shape}; {hint}")
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
         raise ImageError(f"pixels are uint8, or float in 0 to 1; {shape}; scale it to 0 to 255 and convert it to uint8")
     return _in_range(tensor.detach().cpu(), label)

@@ -7,7 +7,7 @@ it is given to the dtype of its weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,13 @@ class ViTConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        for name in ("embed_dim", "depth", "num_heads", "ffn_dim", "patch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give a whole number above 0")
+        if self.num_registers < 0:
+            raise InputError(f"num_registers is {self.num_registers}; give 0 or more")
+        if self.position_resize not in get_args(PositionResize):
+            raise InputError(f"position_resize is one of {get_args(PositionResize)}, got {self.position_resize!r}")
         width = self.embed_dim // self.num_heads
         if width * self.num_heads != self.embed_dim or (self.position_grid is None and width % 4):
             raise InputError(

@@ -8,7 +8,7 @@ of PIL pictures give (Meta's and transformers' DINOv2, timm).
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -23,10 +23,11 @@ __all__ = ["Fit", "PixelBatch", "Placement", "Preprocess"]
 
 Fit = Literal["squash", "crop", "pad", "native"]
 Engine = Literal["uint8", "float", "pil"]
+Filter = Literal["bilinear", "bicubic"]
+Rounding = Literal["down", "even"]  # of half a pixel of crop offset: transformers rounds down, torchvision to even
 
 MAX_PIXELS = 2**27  # of a picture after resizing: 1.5 GiB in float32
 MAX_SIDE = 4096  # pixels that a picture may have without an explicit size: 65,536 patches of 16
-_FITS = ("squash", "crop", "pad", "native")
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,15 @@ class Preprocess:
     patch_size: int  # pixels
     size: int | tuple[int, int] | None = 224  # pixels: one side, or (height, width)
     fit: Fit = "squash"
-    filter: Literal["bilinear", "bicubic"] = "bilinear"
+    filter: Filter = "bilinear"
     engine: Engine = "uint8"
     resize_to: int | None = None  # short side before a centre crop
-    crop_rounds: Literal["down", "even"] = (
-        "even"  # half a pixel of crop offset: transformers rounds down, torchvision to even
-    )
+    crop_rounds: Rounding = "even"
 
     def __post_init__(self) -> None:
-        if self.fit not in _FITS:
-            raise InputError(f"fit is one of {', '.join(_FITS)}; got {self.fit!r}")
+        for name, known in (("fit", Fit), ("filter", Filter), ("engine", Engine), ("crop_rounds", Rounding)):
+            if getattr(self, name) not in get_args(known):
+                raise InputError(f"{name} is one of {', '.join(get_args(known))}; got {getattr(self, name)!r}")
         if self.size is None:
             if self.fit != "native":
                 raise InputError(
@@ -104,21 +104,26 @@ class Preprocess:
                 f"size {self.size} is not a multiple of the patch size {self.patch_size}; "
                 f"the nearest is {nearest[0] if len(nearest) == 1 else nearest}"
             )
+        if self.resize_to is not None and self.resize_to < max(sides):
+            raise InputError(f"resize_to {self.resize_to} is below the size {self.size} that is cut out; give more")
 
     def with_options(self, size: int | tuple[int, int] | None = None, fit: Fit | None = None) -> "Preprocess":
         """The same with another size or fit; `None` keeps, but "native" alone takes the picture's own size."""
-        if size is None and fit in (None, self.fit):
+        fit = self.fit if fit is None else fit
+        if fit == self.fit and (size is None or size == self.size):
             return self
-        if size is None and fit == "native":
-            return replace(self, fit="native", size=None, resize_to=None)
-        return replace(self, size=self.size if size is None else size, fit=fit or self.fit, resize_to=None)
+        if size is None:
+            size = None if fit == "native" else self.size
+        return replace(self, size=size, fit=fit, resize_to=None)
 
     def __call__(self, image: ImageLike) -> Tensor:
         return self.place(load_image(image))[0]
 
     def batch(self, images: Iterable[ImageLike]) -> PixelBatch:
         """Pictures that come out at one size, as a batch.  Raises InputError where they do not."""
-        placed = [self.place(load_image(image, f"item {i}"), f"item {i}") for i, image in enumerate(images)]
+        images = list(images)
+        labels = [f"item {i}" for i in range(len(images))] if len(images) > 1 else ["the picture"]
+        placed = [self.place(load_image(image, label), label) for image, label in zip(images, labels, strict=False)]
         if not placed:
             raise InputError("got no pictures; give at least one")
         grids = {tuple(side // self.patch_size for side in pixels.shape[1:]): None for pixels, _ in placed}

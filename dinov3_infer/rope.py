@@ -35,6 +35,8 @@ class RopeAugmentation:
     rescale: float | None = None
 
     def __post_init__(self) -> None:
+        if self.shift is not None and not self.shift >= 0:
+            raise InputError(f"rope shift is the end of a range [-s, s], got {self.shift}; give a value of at least 0")
         for name in ("jitter", "rescale"):
             value = getattr(self, name)
             if value is not None and not value >= 1:

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import keys
-from .configs import hf_config, hf_processor_config, timm_config
+from .configs import hf_config, hf_processor_config, reading_differs, timm_config
 from .errors import InputError, UnsupportedError
+from .files import INDEX, WEIGHTS, shard_names
 from .keys import Folded, Joined, Layout, Masked, Nested, row_of, sources
+from .preprocess import Preprocess
 from .rope import rope_periods
 from .vit import VisionTransformer, ViTConfig
 from .weights import LayoutName
@@ -85,9 +87,12 @@ def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: ViTConfig) 
             return ""
         reader = "transformers" if layout.name == "hf" else "timm"
         return f"the {layout.name} layout holds no RoPE periods, so {reader} will use exact ones"
+    if "lora_" in ours or "base_layer" in ours:
+        raise UnsupportedError(f"an adapter is injected and not merged ({ours}); merge it into the weights first")
     if ours == "mask_token" or ours.startswith("local_cls_norm"):
         return f"the {layout.name} layout has no place for {ours.split('.')[0]}, which only training uses"
-    raise UnsupportedError(f"the {layout.name} layout has no place for {ours}; write the 'meta' layout")
+    other = "another layout" if layout.name == "meta" else "the 'meta' layout"
+    raise UnsupportedError(f"the {layout.name} layout has no place for {ours}; write {other}")
 
 
 def layout_for(config: ViTConfig, name: LayoutName) -> Layout:
@@ -103,9 +108,9 @@ def layout_for(config: ViTConfig, name: LayoutName) -> Layout:
 def save_checkpoint(
     model: VisionTransformer,
     target: str | os.PathLike[str],
-    layout: LayoutName = "hf",
-    info: ModelInfo | None = None,
-    extra: Mapping[str, Any] | None = None,  # our own block in config.json; its mean and std go to the processor too
+    layout: LayoutName,
+    info: ModelInfo | None,
+    preprocess: Preprocess,
 ) -> Path:
     """Writes a layout: a directory for "hf" and "timm", a `.pth` or `.safetensors` file for "meta".
 
@@ -114,60 +119,75 @@ def save_checkpoint(
     """
     target = Path(target).expanduser()
     table = layout_for(model.config, layout)
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if layout == "meta" and target.suffix not in (".pth", ".safetensors"):
         raise InputError(f"Meta's layout is one file; '{target}' should end in .pth or .safetensors")
-    config: dict[str, Any] = {}
-    with_bias = True
+    if target.is_dir() if layout == "meta" else target.is_file():
+        kinds = ("one file", "a folder") if layout == "meta" else ("a folder", "a file")
+        raise InputError(f"the {layout} layout is {kinds[0]}, and '{target}' is {kinds[1]}; give another path")
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    # timm has DINOv3 without biases too, but not LingBot
+    with_bias = (info is not None and info.family != "dinov3") or any(
+        name.endswith("qkv.bias") and bool(tensor.any()) for name, tensor in state.items()
+    )
+    files: dict[str, Mapping[str, Any]] = {}
     if layout == "hf":
         dtype = str(model.patch_embed.proj.weight.dtype).removeprefix("torch.")
-        config = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": dict(extra or {})}
+        files["config.json"] = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": _our_block(model, info)}
+        files["preprocessor_config.json"] = hf_processor_config(model.config, preprocess.mean, preprocess.std)
     elif layout == "timm":
-        # timm has DINOv3 without biases too, but not LingBot
-        with_bias = (info is not None and info.family != "dinov3") or any(
-            name.endswith("qkv.bias") and bool(t.any()) for name, t in state.items()
-        )
-        config = timm_config(model.config, info, with_bias)
+        files["config.json"] = timm_config(model.config, info, preprocess, with_bias)
     tensors, notes = restore(state, model.config, table, with_bias)
-    for note in notes:
+    if layout == "meta" and info is not None and (preprocess.mean, preprocess.std) != (info.mean, info.std):
+        notes.append("the meta layout holds no mean and std, and those of this model are its own")
+    for note in notes + reading_differs(model.config, table):
         log.warning("%s: %s", target, note)
     if layout == "meta":
         target.parent.mkdir(parents=True, exist_ok=True)
-        _replace(
-            target,
-            lambda path: torch.save(tensors, path) if target.suffix == ".pth" else save_file(_unshared(tensors), path),
-        )
+        _replace(target, lambda path: _write_file(tensors, path, pickled=target.suffix == ".pth"))
         return target
-    if target.is_file():
-        raise InputError(f"the {layout} layout is a directory, and '{target}' is a file; give another path")
     target.mkdir(parents=True, exist_ok=True)
-    _replace(target / "model.safetensors", lambda path: save_file(_unshared(tensors), path, metadata={"format": "pt"}))
-    _write_json(target / "config.json", config)
-    if layout == "hf" and extra is not None:
-        _write_json(target / "preprocessor_config.json", hf_processor_config(model.config, extra["mean"], extra["std"]))
+    _replace(target / WEIGHTS, lambda path: _write_file(tensors, path))
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        _replace(target / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+    _remove_shards(target)
     return target
 
 
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share memory, as the parts of a split do."""
-    return {
-        name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
-        for name, tensor in tensors.items()
-    }
+def _our_block(model: VisionTransformer, info: ModelInfo | None) -> dict[str, Any]:
+    """What transformers' config has no field for."""
+    block: dict[str, Any] = {"name": info.name if info else None}
+    if model.rope_periods is not None:
+        periods = model.rope_periods.cpu()
+        if not torch.equal(periods, rope_periods(model.config.head_dim, model.config.rope_base)):
+            block["rope_periods"] = periods.tolist()
+    return block
 
 
-def _write_json(target: Path, content: Mapping[str, Any]) -> None:
-    _replace(target, lambda path: path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n"))
+def _remove_shards(folder: Path) -> None:
+    """Shards of what lay here before would be read instead of the new file."""
+    index = folder / INDEX
+    if index.is_file():
+        shards = shard_names(index)
+        index.unlink()
+        for shard in shards:
+            (folder / shard).unlink(missing_ok=True)
+
+
+def _write_file(tensors: Mapping[str, Tensor], path: Path, pickled: bool = False) -> None:
+    if pickled:
+        torch.save(tensors, path)
+    else:  # which refuses tensors that share memory, as the parts of a split do
+        whole = {n: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for n, t in tensors.items()}
+        save_file(whole, path, metadata={"format": "pt"})
 
 
 def _replace(target: Path, write: Callable[[Path], Any]) -> None:
     """Writes beside the target, then takes its place."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
-        write(Path(name))
-        os.chmod(name, 0o644)
-        os.replace(name, target)
+        write(beside)
+        os.replace(beside, target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise

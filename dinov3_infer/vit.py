@@ -4,6 +4,7 @@ Source: DINOv3 paper (arXiv 2508.10104), DINOv2 (2304.07193), registers (2309.16
 """
 
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -39,16 +40,22 @@ def resolve_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
     """Block indices from 0: an int asks for the last n, a sequence for these, negative ones from the end."""
     if layers is None:
         return []
-    if isinstance(layers, int):
-        if not 1 <= layers <= depth:
+    try:
+        single = isinstance(layers, int) or getattr(layers, "ndim", 1) == 0  # numpy's and torch's numbers too
+        last = index(layers) if single else None  # type: ignore[arg-type]
+        asked = [] if last is not None else [index(layer) for layer in layers]  # type: ignore[union-attr]
+    except TypeError:
+        raise InputTypeError(f"layers is a number of blocks or a list of block numbers, got {layers!r}") from None
+    if last is not None:
+        if not 1 <= last <= depth:
             raise LayerError(
-                f"layers={layers} asks for the last {layers} blocks of {depth}; give 1 to {depth}, or a list of blocks"
+                f"layers={last} asks for the last {last} blocks of {depth}; give 1 to {depth}, or a list of blocks"
             )
-        return list(range(depth - layers, depth))
-    for layer in layers:
+        return list(range(depth - last, depth))
+    for layer in asked:
         if not -depth <= layer < depth:
             raise LayerError(f"layer {layer} does not exist; this model has {depth} (0..{depth - 1} or -{depth}..-1)")
-    return [layer % depth for layer in layers]
+    return [layer % depth for layer in asked]
 
 
 class VisionTransformer(nn.Module):
@@ -200,6 +207,10 @@ class VisionTransformer(nn.Module):
         Without `rope` and `drop_path` the result is that of `forward` on each tensor.  In training mode the class and
         register tokens of all groups but the first (the local crops) take `local_cls_norm` where the model has one.
         """
+        if isinstance(crops, Tensor):
+            raise InputTypeError(
+                "forward_packed takes a list, one tensor for each size; call the model itself for one tensor"
+            )
         masks = masks if masks is not None else [None] * len(crops)
         if len(masks) != len(crops):
             raise InputError(
@@ -263,6 +274,10 @@ class VisionTransformer(nn.Module):
 
     def grid_of(self, pixels: Tensor) -> tuple[int, int]:
         """(h, w) in patches.  Raises InputError for anything that is not a batch of whole patches."""
+        if not isinstance(pixels, Tensor):
+            raise InputTypeError(
+                f"the model takes a tensor, got {type(pixels).__name__}; use extract_features() for pictures"
+            )
         if not pixels.is_floating_point():
             raise InputTypeError(
                 f"the model takes normalised float pixels, got {pixels.dtype}; use extract_features() or preprocess()"

@@ -98,6 +98,11 @@ def _find_group(checkpoint: Checkpoint, layout: LayoutName | None) -> _Group:
     prefix = _choose_prefix(checkpoint, list(groups))
     candidates = keys.recognise(groups[prefix], layout)
     if not candidates:
+        if "rope_periods" in groups[prefix]:
+            raise CheckpointError(
+                f"'{checkpoint.path}' is the state_dict of a Backbone, without its config; "
+                "save it with save_pretrained, or give it to load_state_dict"
+            )
         kinds = "layout" if layout is None else f"layout {layout!r}"
         raise CheckpointError(
             f"the names in '{checkpoint.path}' are those of no known {kinds}: {_some(groups[prefix])}"
@@ -280,10 +285,6 @@ def _settle_periods(
     stored = ours.get("rope_periods") if isinstance(ours, dict) else None
     exact = rope_periods(model.config.head_dim, model.config.rope_base)
     if periods is not None:
-        if periods not in ("exact", "bfloat16"):
-            raise InputError(
-                f"rope_periods is 'exact', 'bfloat16' (as in Meta's files) or None for what is stored; got {periods!r}"
-            )
         model.rope_periods = (exact.bfloat16().float() if periods == "bfloat16" else exact).to(device)
     elif isinstance(stored, list) and len(stored) == len(exact):
         model.rope_periods = torch.tensor(stored, dtype=torch.float32, device=device)

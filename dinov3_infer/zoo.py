@@ -13,7 +13,16 @@ from .errors import InputError, ModelNotFoundError, UnsupportedError
 from .preprocess import Preprocess
 from .vit import ViTConfig
 
-__all__ = ["ARCHITECTURES", "MODELS", "ModelInfo", "find", "find_architecture", "list_models", "preprocess_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "MODELS",
+    "ModelInfo",
+    "find",
+    "find_architecture",
+    "list_models",
+    "preprocess_of",
+    "timm_model",
+]
 
 Family = Literal["dinov3", "dinov2", "dino", "lingbot"]
 Style = Literal["meta", "hf", "timm"]
@@ -181,7 +190,7 @@ def find(name: str) -> ModelInfo:
     for pattern, reason in _ELSEWHERE if well_known else ():
         if re.search(pattern, name, re.IGNORECASE):
             raise UnsupportedError(f"{name!r} is not a model of this package: {reason}")
-    known = [*MODELS, *(n.removeprefix("dinov3_") for n in MODELS)]
+    known = list(dict.fromkeys(short for n in MODELS for short in (n, n.removeprefix("dinov3_"))))
     close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
     raise ModelNotFoundError(
@@ -189,15 +198,15 @@ def find(name: str) -> ModelInfo:
     )
 
 
-def _timm_model(row: ModelInfo) -> str:
+def timm_model(row: ModelInfo) -> str:
     """timm's name of a model, "architecture.tag"."""
     return (row.timm_id or "").rpartition("/")[2]
 
 
 def _ids(row: ModelInfo) -> list[str]:
     """Every other name of a row; timm's without a tag too, but for DINO v1, where it means a supervised model."""
-    untagged = "" if row.family == "dino" else _timm_model(row).split(".")[0]
-    return [name for name in (row.hub_id, row.timm_id, _timm_model(row), untagged) if name]
+    untagged = "" if row.family == "dino" else timm_model(row).split(".")[0]
+    return [name for name in (row.hub_id, row.timm_id, timm_model(row), untagged) if name]
 
 
 _BY_ID = {name: row for row in reversed(_ROWS) for name in _ids(row)}  # of two rows with one name the first counts
@@ -206,7 +215,7 @@ _BY_ID = {name: row for row in reversed(_ROWS) for name in _ids(row)}  # of two 
 def find_architecture(timm_architecture: str) -> ModelInfo | None:
     """The row whose timm model has this architecture name (no tag), with or without biases."""
     plain = timm_architecture.replace("_dinov3_qkvb", "_dinov3")
-    return next((row for row in MODELS.values() if _timm_model(row).split(".")[0] == plain), None)
+    return next((row for row in MODELS.values() if timm_model(row).split(".")[0] == plain), None)
 
 
 def preprocess_of(info: ModelInfo, style: Style | None = None) -> Preprocess:

@@ -4,13 +4,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracles import SMALL
 
-from dinov3_infer import Backbone, InputError, ViTConfig
+from dinov3_infer import (
+    Backbone,
+    CheckpointError,
+    InputError,
+    InputTypeError,
+    PrecisionError,
+    UnsupportedError,
+    ViTConfig,
+)
 from dinov3_infer.backbone import _row_of
-from dinov3_infer.errors import UnsupportedError
+from dinov3_infer.vit import resolve_layers
 from dinov3_infer.zoo import ARCHITECTURES, MODELS
 
 
@@ -102,3 +111,74 @@ def test_random_weights_are_repeatable_and_leave_the_generator_alone() -> None:
     assert torch.equal(torch.rand(1), expected)
     assert first.fingerprint() == Backbone.from_config(config, seed=1).fingerprint()
     assert first.fingerprint() != Backbone.from_config(config, seed=2).fingerprint()
+
+
+def test_a_file_with_the_name_of_another_model(tmp_path: Path) -> None:
+    file = tmp_path / "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth"
+    with pytest.raises(CheckpointError, match="has the name of dinov3_vitl16_sat493m's file"):
+        Backbone.from_pretrained("vitl16", weights=file)
+
+
+def test_a_bare_state_dict_of_ours(tmp_path: Path) -> None:
+    torch.save(Backbone.from_config("nano", seed=0).state_dict(), tmp_path / "own.pth")
+    with pytest.raises(CheckpointError, match="state_dict of a Backbone.*save_pretrained"):
+        Backbone.from_pretrained(tmp_path / "own.pth")
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "", ["vits16"]], ids=repr)
+def test_what_is_no_name(wrong: Any) -> None:
+    with pytest.raises(InputTypeError, match="a model is a name"):
+        Backbone.from_pretrained(wrong)
+
+
+def test_what_is_no_config_or_module() -> None:
+    for call in (lambda: Backbone.from_config(None), lambda: Backbone.adopt(None)):  # type: ignore[arg-type]
+        with pytest.raises(InputTypeError, match="takes a"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(num_heads=0), dict(depth=-2), dict(num_registers=-1), dict(position_resize="ofset"), dict(num_heads=5)],
+    ids=str,
+)
+def test_impossible_configs(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(options))):
+        ViTConfig(**{"embed_dim": 96, "depth": 2, "num_heads": 2, "ffn_dim": 100} | options)
+
+
+def test_features_show_their_shapes_and_not_their_numbers() -> None:
+    features = Backbone.from_config(SMALL["dinov3"], seed=0).extract_features(torch.rand(3, 64, 64))
+    assert repr(features).startswith("Features(embedding [1, 64], cls_token [1, 64]") and len(repr(features)) < 250
+    with pytest.raises(InputError, match="picture number 3 does not exist"):
+        features.to_patch(1, 1, index=3)
+    with pytest.raises(InputTypeError, match="similarity is with other Features"):
+        features.similarity(features.embedding)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", ["pixels.jpg", [[1.0]], None], ids=repr)
+def test_the_model_itself_takes_tensors(wrong: Any) -> None:
+    bb = Backbone.from_config(SMALL["dinov3"], seed=0)
+    with pytest.raises(InputTypeError, match="takes a tensor.*extract_features"):
+        bb(wrong)
+    with pytest.raises(InputTypeError, match="takes a list"):
+        bb.forward_packed(torch.rand(1, 3, 32, 32))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layers", ["3", 1.0, [1.0], [None], torch.tensor([0, 1.5])], ids=repr)
+def test_layers_that_are_no_numbers(layers: Any) -> None:
+    with pytest.raises(InputTypeError, match="layers is a number of blocks or a list"):
+        resolve_layers(layers, 2)
+
+
+def test_layers_in_every_form() -> None:
+    forms = ([0, -1], (0, 1), iter([0, 1]), np.array([0, 1]), torch.tensor([0, 1]), 2, np.int64(2), torch.tensor(2))
+    assert all(resolve_layers(layers, 2) == [0, 1] for layers in forms)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_not_finite_are_said() -> None:
+    bb = Backbone.from_config(SMALL["dinov3"], seed=0)
+    with torch.no_grad():
+        bb.norm.weight[0] = float("nan")
+    with pytest.raises(PrecisionError, match="the weights hold NaN"):
+        bb.extract_features(torch.rand(3, 64, 64))

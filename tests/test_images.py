@@ -213,3 +213,31 @@ def test_other_kinds_are_type_errors(source) -> None:
 def test_arrays_of_the_other_byte_order_are_read() -> None:
     """Big-endian floats, as FITS and old TIFF readers give them."""
     assert torch.equal(load_image((photo(6, 5) / 255).astype(">f4")), load_image((photo(6, 5) / 255).astype("f4")))
+
+
+def test_open_files_are_read(tmp_path) -> None:
+    """A stream is one picture, not an iterable of its lines."""
+    content = encoded(Image.fromarray(photo(20, 30)))
+    (tmp_path / "a.png").write_bytes(content)
+    with open(tmp_path / "a.png", "rb") as stream:
+        for source in (stream, io.BytesIO(content)):
+            (only,) = split_batch(source)
+            assert np.array_equal(hwc(load_image(only)), photo(20, 30))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("https://example.org/a.jpg?token=secret", "is an address; download"),
+        (".", "is a folder; give the pictures in it"),
+        (np.zeros((4, 5), np.uint8), "repeat a grey channel three times"),
+        (np.zeros((4, 5, 4), np.uint8), "drop an alpha channel"),
+    ],
+)
+def test_remedies(source, said) -> None:
+    text = complaint(ImageError, lambda: load_image(source))
+    assert said in text and "secret" not in text
+
+
+def test_a_dictionary_is_no_list_of_pictures() -> None:
+    assert "dict" in complaint(InputTypeError, lambda: split_batch({"a.jpg": 1}))

@@ -300,3 +300,21 @@ def test_the_input_is_never_changed(kind, fit, size) -> None:
     plain(size, patch_size=8, fit=fit).batch([array, tensor]).pixels.add_(1)
     pixels.add_(1)
     assert np.array_equal(array, before) and np.array_equal(tensor.permute(1, 2, 0).numpy(), before)
+
+
+def test_naming_the_published_size_keeps_the_published_crop() -> None:
+    """`size=224` is what Meta's DINOv2 transform has anyway: 256 pixels, of which the middle 224."""
+    published = preprocess_of(MODELS["dinov2_vits14"], "meta")
+    assert published.with_options(size=224) is published
+    assert published.with_options(size=448).resize_to is None
+
+
+@pytest.mark.parametrize(
+    "options", [dict(engine="pill"), dict(filter="box"), dict(fit=""), dict(crop_rounds="up")], ids=str
+)
+def test_typos_in_options_are_said(options) -> None:
+    assert next(iter(options)) in complaint(InputError, lambda: plain(64, **options))
+
+
+def test_a_crop_larger_than_the_picture_is_said() -> None:
+    assert "resize_to 32" in complaint(InputError, lambda: plain(64, fit="crop", resize_to=32))

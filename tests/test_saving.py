@@ -68,6 +68,7 @@ def test_round_trip(layout: str, key: str, tmp_path: Path, caplog: pytest.LogCap
     said = [r.getMessage() for r in caplog.records]
     expected = ["mask_token"] if "mask_token" in lost and model.config.mask_token else []
     expected += ["position"] if "pos_embed" in lost else []
+    expected += ["another rule"] if again.config.position_resize != model.config.position_resize else []
     assert len(said) == len(expected) and all(word in line for word, line in zip(expected, said, strict=True)), said
     pixels = pixels_for(model.config)
     with torch.no_grad():
@@ -331,3 +332,67 @@ def test_from_transformers_to_every_layout(tmp_path: Path) -> None:
         with torch.no_grad():
             difference = tokens(again(pixels)) - hf_tokens(source, pixels)
         assert difference.norm() / hf_tokens(source, pixels).norm() < SAME
+
+
+def test_saving_over_shards_replaces_them(tmp_path: Path) -> None:
+    """The index of what lay there before would lead back to the old weights."""
+    source = hf_model(SOURCES["dinov3"])
+    source.save_pretrained(tmp_path, max_shard_size="60KB")
+    model = load(tmp_path)
+    with torch.no_grad():
+        model.norm.weight.add_(1.0)
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).fingerprint() == model.fingerprint()
+    assert [p.name for p in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_an_unmerged_adapter_is_said(tmp_path: Path) -> None:
+    """Its factors have no place in any layout."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = model_of(SOURCES["dinov3"])
+    inject_adapter_in_model(LoraConfig(target_modules=["qkv"], r=2), model)
+    for layout, target in (("hf", tmp_path / "hf"), ("meta", tmp_path / "m.pth")):
+        with pytest.raises(UnsupportedError, match="adapter is injected and not merged.*merge it"):
+            model.save_pretrained(target, layout=layout)
+
+
+def test_mean_and_std_go_where_there_is_a_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers' and timm's configs hold them; Meta's file does not, and that is said."""
+    model = Backbone.from_config("lingbot_vits16", seed=0)
+    model.preprocess = replace(model.preprocess, mean=(0.1, 0.2, 0.3))
+    for layout in ("hf", "timm"):
+        again = load(model.save_pretrained(tmp_path / layout, layout=layout))
+        assert again.preprocess.mean == (0.1, 0.2, 0.3)
+        assert again.info is not None and again.info.name == "lingbot_vits16" and again.preprocess.size == 512
+    again = load(tmp_path / "hf" / "model.safetensors")
+    assert again.preprocess.mean == (0.1, 0.2, 0.3)
+    caplog.clear()
+    model.save_pretrained(tmp_path / "m.safetensors", layout="meta")
+    assert "no mean and std" in caplog.text
+
+
+def test_a_folder_in_the_way_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "d.pth").mkdir()
+    with pytest.raises(InputError, match="the meta layout is one file, and .* is a folder"):
+        model_of(SOURCES["dino"]).save_pretrained(tmp_path / "d.pth", layout="meta")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["dinov3_vits16", "dinov2_vits14_reg", "dino_vits16", "lingbot_vits16"])
+def test_timm_config_is_that_of_timm(name: str, tmp_path: Path) -> None:
+    """What timm reads for a picture is what timm's own table says."""
+    import timm
+
+    model = Backbone.from_config(name, seed=0)
+    config = json.loads((model.save_pretrained(tmp_path, layout="timm") / "config.json").read_text())
+    theirs = timm.get_pretrained_cfg(f"{config['architecture']}.{config['pretrained_cfg']['tag']}").to_dict()
+    fields = ("input_size", "fixed_input_size", "interpolation", "crop_mode", "mean", "std")
+    for field in fields:
+        assert theirs[field] in (
+            config["pretrained_cfg"][field],
+            tuple(config["pretrained_cfg"][field] if field in ("input_size", "mean", "std") else ()),
+        ), field
+    assert config["pretrained_cfg"]["crop_pct"] == pytest.approx(
+        theirs["crop_pct"], abs=0.004
+    )  # 224 of 248 pixels is 0.903
