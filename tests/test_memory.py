@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from dinov3_infer.configs import hf_config, timm_config
 from dinov3_infer.saving import layout_for, restore
 from dinov3_infer.vit import VisionTransformer, ViTConfig
-from dinov3_infer.zoo import ARCHITECTURES, MODELS
+from dinov3_infer.zoo import ARCHITECTURES, MODELS, preprocess_of
+
+ROW = MODELS["dinov3_vitl16"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
 
@@ -63,7 +65,7 @@ def write(folder: Path, config: ViTConfig, layout: str) -> Path:
         save_file({n: t.clone() for n, t in tensors.items()}, path)
     if kind:
         return path
-    settings = hf_config(config) if name == "hf" else timm_config(config, MODELS["dinov3_vitl16"], True)
+    settings = hf_config(config) if name == "hf" else timm_config(config, ROW, preprocess_of(ROW), True)
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
