@@ -25,6 +25,11 @@ SMALL: dict[str, ViTConfig] = {
     ),
 }  # fmt: skip
 
+# RoPE periods of head width 64 and base 100 as the released files of DINOv3 hold them, rounded to bfloat16
+PUBLISHED_PERIODS = (
+    1, 1.3359375, 1.78125, 2.375, 3.15625, 4.21875, 5.625, 7.5, 10, 13.3125, 17.75, 23.75, 31.625, 42.25, 56.25, 75
+)  # fmt: skip
+
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Every parameter live, none at its initial value: a term that is left out or doubled shows."""

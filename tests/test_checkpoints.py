@@ -30,7 +30,7 @@ from layouts import (
 from layouts import (
     small_models_are_known as small_models_are_known,
 )
-from oracles import SMALL, hf_model, hf_tokens, tokens, worst_token
+from oracles import PUBLISHED_PERIODS, SMALL, hf_model, hf_tokens, tokens, worst_token
 from safetensors.torch import load_file
 
 from dinov3_infer import Backbone, CheckpointError, Dinov3Error, ViTConfig
@@ -219,26 +219,7 @@ def test_uninitialised_mask_is_refused() -> None:
 
 def test_stored_periods(tmp_path: Path) -> None:
     """bfloat16 periods keep their rounded values; the switch gives exact or rounded ones whatever the file holds."""
-    rounded = torch.tensor(  # of base 100 and width 64, as people read them out of Meta's files
-        [
-            1,
-            1.3359375,
-            1.78125,
-            2.375,
-            3.15625,
-            4.21875,
-            5.625,
-            7.5,
-            10,
-            13.3125,
-            17.75,
-            23.75,
-            31.625,
-            42.25,
-            56.25,
-            75,
-        ]
-    )
+    rounded = torch.tensor(PUBLISHED_PERIODS)
     config = ViTConfig(64, 2, 1, 128)
     source = hf_model(config)
     state = meta_named(source.state_dict(), config)
