@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,6 +21,18 @@ if importlib.util.find_spec("torchvision") is not None and not torch.cuda.is_ava
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def saved(request: pytest.FixtureRequest, make_saved: Callable[[str], Any]) -> Any:
+    """The model of the name that a test asks for, made and saved by the `make_saved` of its own module."""
+    return make_saved(request.param)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,11 +1,18 @@
 """Models of transformers and timm with every parameter random, and how far ours is from them."""
 
+import copy
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from dinov3_infer import Backbone
 from dinov3_infer.vit import BackboneOutput, LayerOutput, ViTConfig
 
 _V2: dict[str, Any] = dict(patch_size=14, position_grid=5, key_bias=True, norm_eps=1e-6)
@@ -150,3 +157,34 @@ def pixels_of(config: ViTConfig, grid: tuple[int, int], batch: int = 1, seed: in
     """Noise of h x w patches, [B, 3, H_px, W_px] float32."""
     size = (batch, 3, *(side * config.patch_size for side in grid))
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Saved:
+    """A random model of a peer, the config that ours has to find in it, and the directory that the peer wrote."""
+
+    config: ViTConfig
+    model: nn.Module
+    directory: Path
+
+    def pair(self, dtype: torch.dtype) -> tuple[Backbone, Any]:
+        """Ours from the directory, and theirs, in one dtype."""
+        ours = Backbone.from_pretrained(self.directory, dtype=dtype, device="cpu")
+        return ours, copy.deepcopy(self.model).to(dtype)
+
+    @functools.cached_property
+    def exact(self) -> tuple[Backbone, Any]:
+        return self.pair(torch.float64)
+
+
+def grid_cases(
+    configs: Mapping[str, ViTConfig], *grids: tuple[int, int], slow: bool = False, native: bool = False
+) -> list[Any]:
+    """(model, grid) pairs as parameters; `native` adds the grid of a model's own position table."""
+    marks = [pytest.mark.slow] if slow else []
+    cases = []
+    for name, config in configs.items():
+        own = [(config.position_grid, config.position_grid)] if native and config.position_grid else []
+        for h, w in dict.fromkeys([*grids, *own]):
+            cases.append(pytest.param(name, (h, w), id=f"{name}-{h}x{w}", marks=marks))
+    return cases

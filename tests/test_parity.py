@@ -4,15 +4,16 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 from oracles import (
     SMALL,
+    Saved,
     assert_same,
     assert_same_tokens,
+    grid_cases,
     hf_layers,
     hf_model,
     hf_norm,
@@ -21,12 +22,14 @@ from oracles import (
     relative,
     tokens,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov3_infer import Backbone
 from dinov3_infer.errors import InputError
 from dinov3_infer.vit import BackboneOutput, LayerOutput, VisionTransformer, ViTConfig
 from dinov3_infer.zoo import ARCHITECTURES
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def as_hf(config: ViTConfig) -> ViTConfig:
@@ -60,30 +63,6 @@ CONFIGS = {name: as_hf(config) for name, config in (DEEP | WIDE | TINY).items()}
 DTYPES = [pytest.param(torch.float64, id="float64"), pytest.param(torch.float32, id="float32")]
 
 
-@dataclass
-class Saved:
-    """A random model of transformers, and the directory that it was saved to."""
-
-    config: ViTConfig
-    model: nn.Module
-    directory: Path
-
-    def pair(self, dtype: torch.dtype) -> tuple[Backbone, nn.Module]:
-        """Ours from the directory, and theirs, in one dtype."""
-        ours = Backbone.from_pretrained(self.directory, dtype=dtype, device="cpu")
-        return ours, copy.deepcopy(self.model).to(dtype)
-
-    @functools.cached_property
-    def exact(self) -> tuple[Backbone, nn.Module]:
-        return self.pair(torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture(scope="module")
 def make_saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
     @functools.lru_cache(maxsize=10)  # building takes longer than most tests
@@ -96,31 +75,13 @@ def make_saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Save
     return make
 
 
-@pytest.fixture
-def saved(request: pytest.FixtureRequest, make_saved: Callable[[str], Saved]) -> Saved:
-    return make_saved(request.param)
-
-
-def cases(
-    table: dict[str, ViTConfig], *grids: tuple[int, int], slow: bool = False, native: bool = False
-) -> list[object]:
-    """(model, grid) pairs; `native` adds the grid of a model's own position table."""
-    marks = [pytest.mark.slow] if slow else []
-    pairs = []
-    for name, config in table.items():
-        native = [(config.position_grid,) * 2] if native and config.position_grid else []
-        for h, w in dict.fromkeys([*grids, *native]):
-            pairs.append(pytest.param(name, (h, w), id=f"{name}-{h}x{w}", marks=marks))
-    return pairs
-
-
 BASES = {name: config for name, config in WIDE.items() if config.embed_dim == 768 and config.patch_size != 8}
 GRID_CASES = [
-    *cases(DEEP, (10, 6), (16, 24)),
-    *cases(BASES, (10, 6)),
-    *cases(DEEP, (14, 14), (32, 32), slow=True, native=True),
-    *cases({name: c for name, c in WIDE.items() if name not in BASES}, (10, 6), (16, 24), slow=True),
-    *cases(BASES, (16, 24), slow=True),
+    *grid_cases(DEEP, (10, 6), (16, 24)),
+    *grid_cases(BASES, (10, 6)),
+    *grid_cases(DEEP, (14, 14), (32, 32), slow=True, native=True),
+    *grid_cases({name: c for name, c in WIDE.items() if name not in BASES}, (10, 6), (16, 24), slow=True),
+    *grid_cases(BASES, (16, 24), slow=True),
 ]
 
 
@@ -140,7 +101,7 @@ def test_all_tokens_of_all_layers(saved: Saved, grid: tuple[int, int], dtype: to
 
 @pytest.mark.parametrize(
     ("saved", "grid"),
-    [*cases(DEEP, (10, 6)), *cases(DEEP, (16, 24), slow=True), *cases(WIDE, (10, 6), slow=True)],
+    [*grid_cases(DEEP, (10, 6)), *grid_cases(DEEP, (16, 24), slow=True), *grid_cases(WIDE, (10, 6), slow=True)],
     indirect=["saved"],
 )
 def test_bfloat16_is_no_further_from_float64(saved: Saved, grid: tuple[int, int]) -> None:

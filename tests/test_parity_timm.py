@@ -3,28 +3,29 @@
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracles import (
+    Saved,
     assert_same,
     assert_same_tokens,
+    grid_cases,
     pixels_of,
     randomise,
     relative,
     tokens,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov3_infer import Backbone
 from dinov3_infer.vit import VisionTransformer, ViTConfig
 from dinov3_infer.zoo import MODELS
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("no_grad")]
 
 
 @dataclass(frozen=True)
@@ -80,26 +81,6 @@ ALL = DEEP | WIDE | TINY
 DTYPES = [pytest.param(torch.float64, id="float64"), pytest.param(torch.float32, id="float32")]
 
 
-@dataclass
-class Saved:
-    """A random model of timm, and the directory that it was saved to."""
-
-    case: Case
-    model: nn.Module
-    directory: Path
-
-    def pair(self, dtype: torch.dtype) -> tuple[Backbone, Any]:
-        """Ours from the directory, and theirs, in one dtype."""
-        ours = Backbone.from_pretrained(self.directory, dtype=dtype, device="cpu")
-        return ours, copy.deepcopy(self.model).to(dtype)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture(scope="module")
 def make_saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
     import timm
@@ -110,31 +91,21 @@ def make_saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Save
         case, directory = ALL[name], tmp_path_factory.mktemp("timm")
         model = timm.create_model(case.timm, num_classes=0, dynamic_img_size=True, **case.options)
         save_for_hf(randomise(model), str(directory), safe_serialization=True)
-        return Saved(case, model, directory)
+        return Saved(case.config, model, directory)
 
     return make
 
 
-@pytest.fixture
-def saved(request: pytest.FixtureRequest, make_saved: Callable[[str], Saved]) -> Saved:
-    return make_saved(request.param)
-
-
-def cases(table: dict[str, Case], *grids: tuple[int, int], slow: bool = False, native: bool = False) -> list[object]:
-    """(model, grid) pairs; `native` adds the grid of a model's own position table."""
-    marks = [pytest.mark.slow] if slow else []
-    pairs = []
-    for name, case in table.items():
-        native = [(case.config.position_grid,) * 2] if native and case.config.position_grid else []
-        for h, w in dict.fromkeys([*grids, *native]):
-            pairs.append(pytest.param(name, (h, w), id=f"{name}-{h}x{w}", marks=marks))
-    return pairs
+def configs(cases: dict[str, Case]) -> dict[str, ViTConfig]:
+    return {name: case.config for name, case in cases.items()}
 
 
 GRID_CASES = [
-    *cases(DEEP, (10, 6), (16, 24)),
-    *cases({n: c for n, c in DEEP.items() if c.qkv_bias is None}, (14, 14), (32, 32), slow=True, native=True),
-    *cases(WIDE, (10, 6), (16, 24), slow=True),
+    *grid_cases(configs(DEEP), (10, 6), (16, 24)),
+    *grid_cases(
+        configs({n: c for n, c in DEEP.items() if c.qkv_bias is None}), (14, 14), (32, 32), slow=True, native=True
+    ),
+    *grid_cases(configs(WIDE), (10, 6), (16, 24), slow=True),
 ]
 
 
@@ -142,7 +113,7 @@ GRID_CASES = [
 @pytest.mark.parametrize(("saved", "grid"), GRID_CASES, indirect=["saved"])
 def test_all_tokens_of_all_layers(saved: Saved, grid: tuple[int, int], dtype: torch.dtype) -> None:
     """Class token, registers and patches are timm's, after the last block and after each one."""
-    config = saved.case.config
+    config = saved.config
     ours, theirs = saved.pair(dtype)
     assert ours.config == config
     pixels = pixels_of(config, grid, batch=2 if grid == (10, 6) else 1).to(dtype)
@@ -156,7 +127,7 @@ def test_all_tokens_of_all_layers(saved: Saved, grid: tuple[int, int], dtype: to
 @pytest.mark.parametrize("saved", DEEP, indirect=True)
 def test_bfloat16_is_no_further_from_float64(saved: Saved) -> None:
     """In bfloat16 our error against float64 is at most that of timm's bfloat16 model."""
-    pixels = pixels_of(saved.case.config, (10, 6), batch=2)
+    pixels = pixels_of(saved.config, (10, 6), batch=2)
     exact = copy.deepcopy(saved.model).double().forward_features(pixels.double())
     ours, theirs = saved.pair(torch.bfloat16)
     found, limit = relative(tokens(ours(pixels)), exact), relative(theirs.forward_features(pixels.bfloat16()), exact)
@@ -180,7 +151,7 @@ def assert_same_tree(ours: Any, theirs: Any) -> None:
 def test_forward_intermediates(saved: Saved, indices: Any) -> None:
     """timm's method gives timm's output for every combination of its arguments."""
     ours, theirs = saved.pair(torch.float64)
-    pixels = pixels_of(saved.case.config, (3, 5), batch=2).double()
+    pixels = pixels_of(saved.config, (3, 5), batch=2).double()
     for prefix, norm, early, form, only in itertools.product(*[[False, True]] * 3, ("NCHW", "NLC"), [False, True]):
         asked = dict(
             indices=indices, return_prefix_tokens=prefix, norm=norm, stop_early=early, output_fmt=form,
