@@ -39,7 +39,7 @@ class Backbone(DropInTransformer):
     def __init__(self, config: ViTConfig, info: ModelInfo | None = None) -> None:
         super().__init__(config)
         self.info = info
-        self.preprocess = _default_preprocess(config, info)
+        self.preprocess = _transform(config, info)
         self.mixed_precision = True  # on CUDA extract_features does the matrix work of float32 weights in bfloat16
 
     @classmethod
@@ -85,7 +85,7 @@ class Backbone(DropInTransformer):
             cls, checkpoint, layout=layout, expected=info, dtype=cast, device=target_device, periods=rope_periods
         )
         model.info = info or _row_of(model.config, path, checkpoint.config)
-        model.preprocess = _preprocess(model.config, model.info, preprocessing, checkpoint)
+        model.preprocess = _with_stored_statistics(_transform(model.config, model.info, preprocessing), checkpoint)
         model.set_attention(attend)
         model.mixed_precision = cast is None  # an explicit dtype is meant
         if cast == torch.float16:
@@ -139,7 +139,7 @@ class Backbone(DropInTransformer):
         adopted, _ = load_model(cls, checkpoint, layout=_live_layout(model), keep=True, settings=settings)
         adopted.mixed_precision = False
         adopted.info = _row_of(adopted.config, None, checkpoint.config)
-        adopted.preprocess = _preprocess(adopted.config, adopted.info, None, checkpoint)
+        adopted.preprocess = _with_stored_statistics(_transform(adopted.config, adopted.info), checkpoint)
         return adopted
 
     def extract_features(
@@ -159,7 +159,7 @@ class Backbone(DropInTransformer):
         `layers`: an int for the last n blocks, a list for these; results are in `.layers`, after the final norm.
         `pooling`: what `.embedding` is: "cls", "mean" of the patches, or "cls_mean", both in a row.
 
-        Raises: ImageError, MissingFileError, InputError, LayerError; PrecisionError where a lower precision overflowed.
+        Raises: ImageError, MissingFileError, InputError, LayerError; PrecisionError where the features are not finite.
         """
         check_pooling(pooling)
         transform = self.preprocess.with_options(size, fit)
@@ -247,28 +247,27 @@ def _row_of(config: ViTConfig, path: Path | None = None, stored: Mapping[str, An
     name = ours.get("name") if isinstance(ours, dict) else None
     tag = f".{timm.get('tag')}" if isinstance(timm, dict) else "."
     for row in rows:
-        satellite = (
-            config.local_cls_norm and row.name == "dinov3_vitl16_sat493m"
-        )  # of the ViT-Ls it alone has this norm
+        # of the two ViT-L the satellite model alone was trained with this norm
+        satellite = config.local_cls_norm and row.name == "dinov3_vitl16_sat493m"
         if row.name == name or (row.timm_id or "").endswith(tag) or (path and row.meta_file == path.stem) or satellite:
             return row
     return rows[0]
 
 
-def _default_preprocess(config: ViTConfig, info: ModelInfo | None) -> Preprocess:
+def _transform(config: ViTConfig, info: ModelInfo | None, style: Style | None = None) -> Preprocess:
+    """That of a row; for an architecture of one's own ImageNet's mean and std, and 16 patches a side."""
     if info is not None:
-        return preprocess_of(info)
+        return preprocess_of(info, style)
+    if style is not None:
+        raise InputError(
+            f"preprocessing={style!r} needs a known architecture, and this model has its own; leave it out"
+        )
     first = next(iter(MODELS.values()))
     return Preprocess(first.mean, first.std, config.patch_size, size=16 * config.patch_size)
 
 
-def _preprocess(config: ViTConfig, info: ModelInfo | None, style: Style | None, checkpoint: Checkpoint) -> Preprocess:
-    """The transform of a row, with mean and std of what lies beside the weights where that says so."""
-    if style is not None and info is None:
-        raise InputError(
-            f"preprocessing={style!r} needs a known architecture, and '{checkpoint.path}' has its own; leave it out"
-        )
-    transform = _default_preprocess(config, info) if info is None else preprocess_of(info, style)
+def _with_stored_statistics(transform: Preprocess, checkpoint: Checkpoint) -> Preprocess:
+    """The same with mean and std of what lies beside the weights, where that says so."""
     timm = checkpoint.config.get("pretrained_cfg")
     for source in (checkpoint.processor, timm if isinstance(timm, Mapping) else {}, checkpoint.config):
         mean, std = source.get("image_mean", source.get("mean")), source.get("image_std", source.get("std"))

@@ -27,7 +27,7 @@ __all__ = [
     "timm_config",
 ]
 
-_HF_TYPES = {"dinov3_vit": "dinov3", "dinov2": "dinov2", "dinov2_with_registers": "dinov2", "vit": "dino"}
+# transformers' model types, and the epsilon that their config classes have where a config.json is silent
 _HF_EPS = {"dinov3_vit": 1e-5, "dinov2": 1e-6, "dinov2_with_registers": 1e-6, "vit": 1e-12}
 _REFUSED = {"dinov3_convnext": "a ConvNeXt, not a vision transformer; timm has it as convnext_*.dinov3_lvd1689m"}
 
@@ -39,13 +39,13 @@ def layout_hint(config: Mapping[str, Any]) -> str | None:
         raise UnsupportedError(f"this checkpoint is {_REFUSED[kind]}")
     if "architecture" in config or "pretrained_cfg" in config:
         return "timm"
-    return "hf" if kind in _HF_TYPES else None
+    return "hf" if kind in _HF_EPS else None
 
 
 def settings_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a ViTConfig that a config.json states and that no tensor shows."""
     kind = config.get("model_type")
-    if kind in _HF_TYPES:
+    if kind in _HF_EPS:
         gated = config.get("use_gated_mlp", config.get("use_swiglu_ffn", False))
         activation = config.get("hidden_act", "gelu")
         if not gated and activation != "gelu":
@@ -80,7 +80,7 @@ def _positive(name: str, value: Any, kind: Any) -> Any:
 
 def contradiction(config: ViTConfig, stated: Mapping[str, Any]) -> str | None:
     """What a config.json of transformers says and the tensors show otherwise."""
-    if stated.get("model_type") not in _HF_TYPES:
+    if stated.get("model_type") not in _HF_EPS:
         return None
     shown = {
         "num_hidden_layers": config.depth, "hidden_size": config.embed_dim, "patch_size": config.patch_size,
@@ -176,7 +176,6 @@ def _complete(
         settings["norm_eps"] = _usual_eps(layout, base["key_bias"])
         if twin is None:
             assumed.append(f"a norm epsilon of {settings['norm_eps']:g}")
-    settings = {k: v for k, v in settings.items() if k in ("num_heads", "norm_eps", "rope_base")}
     note = f"the file does not state everything; taken: {', '.join(assumed)}" if assumed else None
     return ViTConfig(**base, **settings), note
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .errors import InputError, InputTypeError
 from .preprocess import PixelBatch, Placement
-from .vit import BackboneOutput
+from .vit import BackboneOutput, as_map
 
 __all__ = ["Features", "LayerFeatures", "Pooling", "check_pooling", "features_of", "pool"]
 
@@ -24,6 +24,7 @@ def check_pooling(pooling: str) -> None:
 
 def pool(cls_token: Tensor, patch_tokens: Tensor, pooling: Pooling, valid: Tensor | None = None) -> Tensor:
     """[B, C], or [B, 2C] for "cls_mean" with the class token first; the mean leaves padding and registers out."""
+    check_pooling(pooling)
     if pooling == "cls":
         return cls_token
     if valid is None:
@@ -32,14 +33,6 @@ def pool(cls_token: Tensor, patch_tokens: Tensor, pooling: Pooling, valid: Tenso
         weights = valid.flatten(1).to(patch_tokens)[..., None]
         mean = (patch_tokens * weights).sum(dim=1) / weights.sum(dim=1)
     return mean if pooling == "mean" else torch.cat((cls_token, mean), dim=-1)
-
-
-def as_map(
-    patch_tokens: Tensor,  # [B, P, C]
-    grid: tuple[int, int],  # (h, w) in patches
-) -> Tensor:
-    """[B, C, h, w], a view."""
-    return patch_tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

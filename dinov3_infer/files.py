@@ -16,19 +16,15 @@ from torch import Tensor
 
 from .errors import CheckpointError, MissingFileError
 
-__all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "open_checkpoint", "shard_names"]
+__all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "open_checkpoint", "read_index"]
 
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _NAMES = (WEIGHTS, PICKLED, "open_clip_model.safetensors")
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}  # as safetensors names them
+# as safetensors names them
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class TensorSource(Protocol):
@@ -111,11 +107,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         paths = (file.parent / CONFIG, file.parent / PROCESSOR)
         beside = [_read_json(p) if p.is_file() else {} for p in paths]
     if file.name.endswith(".index.json"):
-        shards = SafetensorsFiles(_shards(file))
-        absent = [name for name in _read_json(file)["weight_map"] if name not in shards.shapes]
-        if absent:
-            raise CheckpointError(f"'{file}' lists '{absent[0]}', which no shard holds; download the shards again")
-        return Checkpoint(str(path), shards, *beside)
+        return Checkpoint(str(path), _open_shards(file), *beside)
     kind = _kind_of(file)
     tensors: TensorSource = (
         SafetensorsFiles([file]) if kind == "safetensors" else _read_torch(file, mapped=kind == "zip")
@@ -141,28 +133,32 @@ def _file_in(folder: Path) -> Path:
     return found[0]
 
 
-def shard_names(index: Path) -> list[str]:
-    """The files that a shard index lists, all in its own folder."""
+def read_index(index: Path) -> dict[str, str]:
+    """Which shard holds which tensor; all shards lie in the folder of their index."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
         raise CheckpointError(f"'{index}' is no index of shards: it has no weight_map; download it again")
-    names = sorted(set(weight_map.values()))
-    for name in names:
+    for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
             raise CheckpointError(
                 f"'{index}' names the shard '{name}', which lies outside its folder; this file is not to be trusted"
             )
-    return names
+    return weight_map
 
 
-def _shards(index: Path) -> list[Path]:
-    paths = [index.parent / name for name in shard_names(index)]
+def _open_shards(index: Path) -> SafetensorsFiles:
+    weight_map = read_index(index)
+    paths = [index.parent / name for name in sorted(set(weight_map.values()))]
     for path in paths:
         if not path.is_file():
             raise CheckpointError(
                 f"'{index}' names the shard '{path.name}', which is not there; download all {len(paths)} shards"
             )
-    return paths
+    shards = SafetensorsFiles(paths)
+    absent = [name for name in weight_map if name not in shards.shapes]
+    if absent:
+        raise CheckpointError(f"'{index}' lists '{absent[0]}', which no shard holds; download the shards again")
+    return shards
 
 
 def _read_json(path: Path) -> dict[str, Any]:

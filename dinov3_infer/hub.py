@@ -4,8 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import GatedModelError, InputTypeError, MissingFileError, ModelNotFoundError, OfflineError
-from .files import CONFIG, INDEX, PICKLED, PROCESSOR, SUFFIXES, WEIGHTS, shard_names
+from .errors import GatedModelError, InputTypeError, ModelNotFoundError, OfflineError
+from .files import CONFIG, INDEX, PICKLED, PROCESSOR, SUFFIXES, WEIGHTS, read_index
 from .zoo import ModelInfo, find
 
 __all__ = ["HubOptions", "locate"]
@@ -24,17 +24,16 @@ class HubOptions:
 def locate(name: str | os.PathLike[str], options: HubOptions) -> tuple[Path, ModelInfo | None]:
     """The path of a model's weights, and its row of the zoo if it was called by a name.
 
-    Raises: MissingFileError, ModelNotFoundError, GatedModelError, OfflineError.
+    What can only be a path is returned as one, there or not.
+
+    Raises: ModelNotFoundError, GatedModelError, OfflineError; InputTypeError for what is neither name nor path.
     """
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise InputTypeError(f"a model is a name of list_models(), a hub id or a path; got {name!r}")
-    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
-        raise InputTypeError(f"a model is a name of list_models(), a hub id or a path; got {name!r}")
     path, text = Path(name).expanduser(), os.fspath(name)
-    if path.exists():
+    only_a_path = not isinstance(name, str) or path.is_absolute() or text.startswith((".", "~"))
+    if only_a_path or path.suffix in SUFFIXES or path.exists():
         return path, None
-    if not isinstance(name, str) or path.is_absolute() or text.startswith((".", "~")) or path.suffix in SUFFIXES:
-        raise MissingFileError(f"no weights at '{path.absolute()}'; check the path, or give a name of list_models()")
     try:
         info = find(text)
     except ModelNotFoundError:
@@ -88,7 +87,7 @@ def _download(repository: str, options: HubOptions, info: ModelInfo | None) -> P
         fetch(PROCESSOR)
         weights = fetch(WEIGHTS)
         if weights is None and (weights := fetch(INDEX)) is not None:
-            for shard in shard_names(weights):
+            for shard in sorted(set(read_index(weights).values())):
                 fetch(shard)
         if weights is None:
             weights = fetch(PICKLED)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .vit import VisionTransformer, resolve_layers
+from .vit import VisionTransformer, as_map, resolve_layers
 
 __all__ = ["DropInTransformer"]
 
@@ -73,7 +73,7 @@ class DropInTransformer(VisionTransformer):
         for i in indices:
             cls_token, registers, patches = self.split(self.normed(taken[i]) if norm else taken[i])
             if reshape:
-                patches = self._as_map(patches, x)
+                patches = as_map(patches, self.grid_of(x)).contiguous()
             extra = (*([cls_token] if return_class_token else []), *([registers] if return_extra_tokens else []))
             results.append((patches, *extra) if extra else patches)
         return tuple(results)
@@ -104,11 +104,7 @@ class DropInTransformer(VisionTransformer):
         for i in sorted(taken):
             cls_token, registers, patches = self.split(self.normed(taken[i]) if norm else taken[i])
             if output_fmt == "NCHW":
-                patches = self._as_map(patches, x)
+                patches = as_map(patches, self.grid_of(x)).contiguous()
             prefix = torch.cat((cls_token[:, None], registers), dim=1)
             results.append((patches, prefix) if return_prefix_tokens else patches)
         return results if intermediates_only else (self.normed(stream), results)
-
-    def _as_map(self, patches: Tensor, pixels: Tensor) -> Tensor:
-        """[B, P, C] -> [B, C, h, w], contiguous."""
-        return patches.unflatten(1, self.grid_of(pixels)).permute(0, 3, 1, 2).contiguous()  # type: ignore[no-any-return]

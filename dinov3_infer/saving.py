@@ -15,7 +15,7 @@ from torch import Tensor
 from . import keys
 from .configs import hf_config, hf_processor_config, reading_differs, timm_config
 from .errors import InputError, UnsupportedError
-from .files import INDEX, WEIGHTS, shard_names
+from .files import INDEX, WEIGHTS, read_index
 from .keys import Folded, Joined, Layout, Masked, Nested, row_of, sources
 from .preprocess import Preprocess
 from .rope import rope_periods
@@ -82,8 +82,7 @@ def _write(row: keys.Row, number: str, ours: str, tensor: Tensor, config: ViTCon
 def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: ViTConfig) -> str:
     """What it means that a layout has no place for a tensor; "" for nothing."""
     if ours == "rope_periods":
-        exact = rope_periods(config.head_dim, config.rope_base)
-        if torch.equal(tensor.cpu(), exact):
+        if _are_exact(tensor, config):
             return ""
         reader = "transformers" if layout.name == "hf" else "timm"
         return f"the {layout.name} layout holds no RoPE periods, so {reader} will use exact ones"
@@ -157,18 +156,20 @@ def save_checkpoint(
 def _our_block(model: VisionTransformer, info: ModelInfo | None) -> dict[str, Any]:
     """What transformers' config has no field for."""
     block: dict[str, Any] = {"name": info.name if info else None}
-    if model.rope_periods is not None:
-        periods = model.rope_periods.cpu()
-        if not torch.equal(periods, rope_periods(model.config.head_dim, model.config.rope_base)):
-            block["rope_periods"] = periods.tolist()
+    if model.rope_periods is not None and not _are_exact(model.rope_periods, model.config):
+        block["rope_periods"] = model.rope_periods.tolist()
     return block
+
+
+def _are_exact(periods: Tensor, config: ViTConfig) -> bool:
+    return torch.equal(periods.cpu(), rope_periods(config.head_dim, config.rope_base))
 
 
 def _remove_shards(folder: Path) -> None:
     """Shards of what lay here before would be read instead of the new file."""
     index = folder / INDEX
     if index.is_file():
-        shards = shard_names(index)
+        shards = set(read_index(index).values())
         index.unlink()
         for shard in shards:
             (folder / shard).unlink(missing_ok=True)

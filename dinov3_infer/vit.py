@@ -16,7 +16,7 @@ from .layers import Attention, Block, LayerNorm, PatchEmbed, Residual, ViTConfig
 from .packing import Packing
 from .rope import RopeAugmentation, RopeTable, rope_periods, rope_table
 
-__all__ = ["BackboneOutput", "LayerOutput", "ViTConfig", "VisionTransformer", "resolve_layers"]
+__all__ = ["BackboneOutput", "LayerOutput", "ViTConfig", "VisionTransformer", "as_map", "resolve_layers"]
 
 
 class LayerOutput(NamedTuple):
@@ -34,6 +34,14 @@ class BackboneOutput(NamedTuple):
     register_tokens: Tensor  # [B, R, C]
     patch_tokens: Tensor  # [B, P, C]
     layers: tuple[LayerOutput, ...] = ()
+
+
+def as_map(
+    patch_tokens: Tensor,  # [B, P, C]
+    grid: tuple[int, int],  # (h, w) in patches
+) -> Tensor:
+    """[B, C, h, w], a view."""
+    return patch_tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
 def resolve_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
