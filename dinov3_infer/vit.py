@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import resolve_attention
-from .errors import InputError, InputTypeError, LayerError
+from .attention import resolve_attention, triton_attention, why_not_triton
+from .errors import InputError, InputTypeError, LayerError, UnsupportedError
 from .layers import Attention, Block, LayerNorm, PatchEmbed, Residual, ViTConfig, resize_positions
 from .packing import Packing
 from .rope import RopeAugmentation, RopeTable, rope_periods, rope_table
@@ -120,11 +120,21 @@ class VisionTransformer(nn.Module):
             self.rope_periods.copy_(rope_periods(self.config.head_dim, self.config.rope_base))
 
     def set_attention(self, implementation: str | Callable[..., Tensor]) -> None:
-        """Which attention runs: "auto", "sdpa", "eager", or a function with the signature of `rope_attention`."""
+        """Which attention runs: "auto", "triton", "sdpa", "eager", or a function with the signature of `rope_attention`.
+
+        Raises: InputError for an unknown name, UnsupportedError for "triton" where it cannot run.
+        """
         attend = resolve_attention(implementation) if isinstance(implementation, str) else implementation
+        if attend is triton_attention and (reason := self.why_not_triton()) is not None:
+            raise UnsupportedError(f"attn_implementation='triton' cannot run: {reason}; use 'auto'")
         for module in self.modules():
             if isinstance(module, Attention):
                 module.attend = attend
+
+    def why_not_triton(self) -> str | None:
+        """Why attention cannot run as the Triton kernel here, or None if it can."""
+        weight = self.patch_embed.proj.weight
+        return why_not_triton(weight.device, weight.dtype, self.config.head_dim)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`.to`, `.half` and their kin leave the rope periods float32: rounding them would move every angle."""
@@ -209,6 +219,7 @@ class VisionTransformer(nn.Module):
         rope: RopeAugmentation | None = None,  # drawn anew for every block and group of crops
         drop_path: float = 0.0,  # share of pictures that skip a branch
         generator: torch.Generator | None = None,  # of the two draws above
+        layers: int | Sequence[int] | None = None,  # as in `forward`
     ) -> list[BackboneOutput]:
         """Pictures of several sizes in one pass: linears see all tokens at once, attention stays within a picture.
 
@@ -230,13 +241,15 @@ class VisionTransformer(nn.Module):
             raise InputError(f"drop_path is a share of pictures, got {drop_path}; give 0 to below 1")
         if rope is not None and self.rope_periods is None:
             raise InputError("this model has learned positions, so there is no RoPE to augment; leave rope out")
+        indices = resolve_layers(layers, self.config.depth)
         streams = [self.embed_tokens(pixels, mask) for pixels, mask in zip(crops, masks, strict=True)]
         grids = [self.grid_of(pixels) for pixels in crops]
         packing = Packing(tuple((s.shape[0], s.shape[1]) for s in streams), streams[0].device)
         x = torch.cat([s.flatten(0, 1) for s in streams])
         cu_seqlens, longest = packing.cu_seqlens(), packing.longest
         tables, joined = None, None
-        for block in self.blocks:
+        taken: dict[int, list[Tensor]] = {}
+        for i, block in enumerate(self.blocks):
             if self.rope_periods is not None and (tables is None or rope is not None):
                 tables = [rope_table(g, self.rope_periods, self.config.num_prefix, rope, generator) for g in grids]
                 joined = packing.table(tables)
@@ -244,8 +257,14 @@ class VisionTransformer(nn.Module):
                 x = block.forward_dropped(x, tables, packing, drop_path, generator)  # type: ignore[operator]
             else:
                 x = block(x, joined, cu_seqlens, longest)
+            if i in indices:
+                taken[i] = packing.split(x)
+
+        def named(stream: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+            return self.split(self.normed(stream, local=self.training and group > 0))
+
         return [
-            BackboneOutput(*self.split(self.normed(stream, local=self.training and i > 0)))
+            BackboneOutput(*named(stream, i), tuple(LayerOutput(*named(taken[layer][i], i)) for layer in indices))
             for i, stream in enumerate(packing.split(x))
         ]
 

@@ -9,7 +9,14 @@ from oracles import SMALL, relative
 from torch import Tensor
 
 from dinov3_infer import InputError, VisionTransformer
-from dinov3_infer.attention import IMPLEMENTATIONS, eager_attention, resolve_attention, rope_attention
+from dinov3_infer.attention import (
+    IMPLEMENTATIONS,
+    eager_attention,
+    resolve_attention,
+    rope_attention,
+    sdpa_attention,
+    triton_attention,
+)
 from dinov3_infer.errors import UnsupportedError
 
 LENGTHS = [7, 60, 1, 1, 13, 13, 2, 59, 7]  # not sorted; neighbours of one length, and the same length again later
@@ -149,16 +156,16 @@ def test_large_scores_do_not_overflow(attend: Any) -> None:
 
 
 def test_the_names_of_implementations() -> None:
-    """auto and sdpa are the fused definition, eager the elementary one."""
-    assert resolve_attention("auto") is resolve_attention("sdpa") is rope_attention
-    assert resolve_attention("eager") is eager_attention
+    """Each name has its function."""
+    functions = [rope_attention, triton_attention, sdpa_attention, eager_attention]
+    assert [resolve_attention(name) for name in ("auto", "triton", "sdpa", "eager")] == functions
+    assert set(IMPLEMENTATIONS) == {"auto", "triton", "sdpa", "eager"}
 
 
-def test_triton_is_refused_with_a_way_out() -> None:
-    """One sentence that names what was asked for and what to use."""
-    with pytest.raises(UnsupportedError, match=r"attn_implementation='triton'.*use 'auto'") as caught:
-        resolve_attention("triton")
-    assert isinstance(caught.value, NotImplementedError)
+def test_auto_on_a_cpu_is_sdpa() -> None:
+    """Bit for bit."""
+    qkv, rope = torch.randn(2, 10, 3, 2, 64), angles(10, 64)
+    assert torch.equal(rope_attention(qkv, *rope), sdpa_attention(qkv, *rope))
 
 
 @pytest.mark.parametrize("name", ["flash", "", "SDPA"])
@@ -179,3 +186,14 @@ def test_set_attention_reaches_every_block() -> None:
     with pytest.raises(InputError):
         model.set_attention("fast")
     assert all(block.attn.attend is eager_attention for block in model.blocks)
+
+
+def test_triton_on_a_cpu_is_refused_with_its_reason() -> None:
+    """One sentence that says why and what to use; the model stays as it was."""
+    model = VisionTransformer(SMALL["dinov3"])
+    with pytest.raises(UnsupportedError, match=r"'triton' cannot run: it runs on GPUs, .* 'cpu'; use 'auto'") as caught:
+        model.set_attention("triton")
+    assert isinstance(caught.value, NotImplementedError)
+    assert all(block.attn.attend is rope_attention for block in model.blocks)
+    with pytest.raises(UnsupportedError, match=r"the Triton attention cannot run: .*; use"):
+        triton_attention(torch.randn(1, 4, 3, 1, 64), None, None)

@@ -1,12 +1,14 @@
 """Imports run one way.  Read from the source alone: nothing is imported here."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dinov3_infer"
+KERNELS = ROOT / "kernels" / "dinov3_infer_kernels"
 
 # A module imports from lines above its own only.  A package counts as one module.
 ORDER = (
@@ -23,7 +25,7 @@ ORDER = (
     "tasks",
 )
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}
-FOREIGN = {"transformers", "timm", "torchvision", "peft", "dinov3_infer_kernels"}
+FOREIGN = {"transformers", "timm", "torchvision", "peft", "triton"}
 
 
 def sources() -> list[Path]:
@@ -76,6 +78,7 @@ def test_foreign_and_absolute_imports(path: Path) -> None:
     for dots, name in imports(path):
         assert dots <= depth, f"{'.' * dots}{name} leaves the package"
         assert dots or name.split(".")[0] not in FOREIGN | {"dinov3_infer"}, name
+        assert dots or name != "dinov3_infer_kernels" or module_of(path) == "attention", "attention alone knows kernels"
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -89,6 +92,13 @@ def test_pickles_are_never_trusted(path: Path) -> None:
         if called in ("torch.load", "load"):
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert options.get("weights_only") == "True", ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: path.name)
+def test_kernels_know_torch_and_triton_only(path: Path) -> None:
+    """The kernel package could be shipped by itself."""
+    allowed = {*sys.stdlib_module_names, "torch", "triton"}
+    assert {name.split(".")[0] for dots, name in imports(path) if not dots} <= allowed
 
 
 def test_the_folder_of_kernels_is_no_package() -> None:

@@ -41,9 +41,12 @@ def run(*command: str | Path, cwd: str | Path) -> str:
 
 
 def source_tree() -> set[str]:
-    """Files of the package, as paths from the root."""
-    files = (path for path in (ROOT / "dinov3_infer").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return {path.relative_to(ROOT).as_posix() for path in files}
+    """Files of the two packages, as the wheel names them."""
+    found = set()
+    for package in (ROOT / "dinov3_infer", ROOT / "kernels" / "dinov3_infer_kernels"):
+        files = (path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        found |= {path.relative_to(package.parent).as_posix() for path in files}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +62,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_wheel_holds_the_package_and_nothing_else(built: dict[str, Path]) -> None:
-    """The source tree with py.typed, the licence, one top-level name."""
+    """The source tree with py.typed, the licence, two top-level names."""
     with zipfile.ZipFile(built["wheel"]) as wheel:
         names = {name for name in wheel.namelist() if not name.endswith("/")}
         info = f"dinov3_infer-{dinov3_infer.__version__}.dist-info"
         assert {name for name in names if not name.startswith(f"{info}/")} == source_tree()
         assert "dinov3_infer/py.typed" in names
-        assert wheel.read(f"{info}/top_level.txt").decode().split() == ["dinov3_infer"]
+        assert wheel.read(f"{info}/top_level.txt").decode().split() == ["dinov3_infer", "dinov3_infer_kernels"]
         assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         metadata = wheel.read(f"{info}/METADATA").decode()
     assert built["wheel"].name == f"dinov3_infer-{dinov3_infer.__version__}-py3-none-any.whl"
@@ -80,7 +83,8 @@ def test_sdist_holds_what_a_build_needs(built: dict[str, Path]) -> None:
     """The source tree and what tools want at the root; no tests, since half of a suite cannot run."""
     with tarfile.open(built["sdist"]) as sdist:
         names = {name.partition("/")[2] for name in (m.name for m in sdist.getmembers() if m.isfile())}
-    assert {name for name in names if name.startswith("dinov3_infer/")} == source_tree()
+    packages = {name.removeprefix("kernels/") for name in names if name.startswith(("dinov3_infer/", "kernels/"))}
+    assert packages == source_tree()
     assert {"pyproject.toml", "README.md", "LICENSE", "PKG-INFO"} <= names
     assert not {name for name in names if name.startswith("tests/")}
 
