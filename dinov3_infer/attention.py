@@ -268,6 +268,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return f"it takes bfloat16, float16 and float32, and the tokens come in {dtype}"
     if head_dim not in (64, 128):
         return f"it is made for heads of 64 and 128 channels, and these have {head_dim}"
+    if dtype == torch.float32 and head_dim == 128:
+        return "float32 tiles of 128 channels do not fit the registers of a GPU"
     return _not_installed()  # type: ignore[no-any-return]
 
 

@@ -11,6 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+
 if importlib.util.find_spec("torchvision") is not None and not torch.cuda.is_available():
     # torchvision's CUDA wheel beside a CPU build of torch: its own library does not load, so it misses two schemas.
     _schemas = torch.library.Library("torchvision", "FRAGMENT")

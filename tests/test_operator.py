@@ -132,9 +132,10 @@ def test_flops_are_counted_like_those_of_sdpa() -> None:
         ("mps", torch.bfloat16, 64, "the model is on 'mps'"),
         ("cuda", torch.float64, 64, "the tokens come in torch.float64"),
         ("cuda", torch.bfloat16, 32, "heads of 64 and 128 channels, and these have 32"),
+        ("cuda", torch.float32, 128, "float32 tiles of 128 channels"),
         ("cuda:1", torch.bfloat16, 64, None),
         ("cuda", torch.float16, 128, None),
-        ("xpu", torch.float32, 128, None),
+        ("xpu", torch.float32, 64, None),
     ],
 )
 def test_why_not_triton(
@@ -178,7 +179,7 @@ FUSED, TURNED = "dinov3_infer.rope_attention", "dinov3_infer.rope_rotate"
     ("tokens", "head_dim", "dtype", "packed", "rotated", "grad", "expected"),
     [
         (10, 64, torch.float32, False, True, False, FUSED),
-        (10, 128, torch.float32, False, True, False, FUSED),
+        (10, 128, torch.bfloat16, False, True, False, FUSED),
         (10, 64, torch.float32, False, False, False, None),
         (30, 64, torch.float32, False, True, False, TURNED),
         (30, 64, torch.float32, False, True, True, FUSED),
@@ -209,4 +210,4 @@ def test_who_computes_on_a_gpu(
     with Recorder() as recorder:
         out = rope_attention(qkv, cos, sin, cu_seqlens=cu_seqlens)
     assert [name for name in recorder.called if name.startswith("dinov3_infer")] == ([expected] if expected else [])
-    assert relative(out, sdpa_attention(qkv, cos, sin, cu_seqlens=cu_seqlens)) < 1e-6
+    assert relative(out, sdpa_attention(qkv, cos, sin, cu_seqlens=cu_seqlens)) < 8 * torch.finfo(dtype).eps

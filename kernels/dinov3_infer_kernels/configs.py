@@ -1,0 +1,153 @@
+"""Launch configurations: a static table by pass, chip, width of a head and dtype, and then by length.
+
+The rows were chosen by compiling for each chip: no spilled registers, shared memory within the chip's limit.  They are
+not tuned by time yet; DINOV3_INFER_AUTOTUNE=1 measures the candidates of a call once and takes the fastest.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["DTYPES", "ROTATION", "TABLE", "WIDTHS", "Config", "chip_of", "crossover", "precision", "select"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDTHS = (64, 128)
+
+
+@dataclass(frozen=True)
+class Config:
+    block_m: int  # queries of a tile
+    block_n: int  # keys of a tile
+    warps: int
+    stages: int  # tiles in flight
+
+    def options(self) -> dict[str, Any]:
+        return dict(num_warps=self.warps, num_stages=self.stages)
+
+
+ROTATION = Config(64, 64, 4, 1)  # of kernels without a product: bound by memory
+ANY = 2**31  # tokens
+
+# (pass, width, bytes of an element) -> chip -> rows of the longest picture in tokens and its configuration.
+# "small" is every chip with 64 to 100 KiB of shared memory: sm_75, sm_86, sm_89, sm_120, AMD, Intel.
+# fmt: off
+TABLE: dict[tuple[str, int, int], dict[str, tuple[tuple[int, Config], ...]]] = {
+    ("forward", 64, 2): {
+        "sm80": ((ANY, Config(64, 32, 4, 1)),),
+        "sm90": ((640, Config(64, 64, 4, 2)), (ANY, Config(128, 128, 8, 2))),
+        "sm100": ((ANY, Config(64, 64, 4, 2)),),
+        "small": ((ANY, Config(64, 32, 4, 1)),),
+    },
+    ("forward", 128, 2): {
+        "sm80": ((ANY, Config(32, 32, 8, 2)),),
+        "sm90": ((640, Config(64, 64, 8, 2)), (ANY, Config(128, 64, 8, 2))),
+        "sm100": ((ANY, Config(128, 64, 8, 2)),),
+        "small": ((ANY, Config(32, 32, 8, 1)),),
+    },
+    ("forward", 64, 4): {
+        "sm80": ((ANY, Config(16, 32, 8, 1)),),
+        "sm90": ((ANY, Config(64, 32, 4, 2)),),
+        "sm100": ((ANY, Config(64, 32, 8, 2)),),
+        "small": ((ANY, Config(16, 32, 8, 1)),),
+    },
+    ("key_value", 64, 2): {
+        "sm80": ((ANY, Config(32, 64, 4, 2)),),
+        "sm90": ((ANY, Config(64, 64, 4, 2)),),
+        "sm100": ((ANY, Config(64, 64, 4, 2)),),
+        "small": ((ANY, Config(32, 32, 4, 1)),),
+    },
+    ("key_value", 128, 2): {
+        "sm80": ((ANY, Config(64, 64, 8, 2)),),
+        "sm90": ((ANY, Config(64, 64, 8, 2)),),
+        "sm100": ((ANY, Config(64, 64, 8, 2)),),
+        "small": ((ANY, Config(32, 32, 4, 1)),),
+    },
+    ("key_value", 64, 4): {
+        "sm80": ((ANY, Config(32, 32, 8, 1)),),
+        "sm90": ((ANY, Config(32, 32, 8, 1)),),
+        "sm100": ((ANY, Config(32, 32, 8, 1)),),
+        "small": ((ANY, Config(32, 32, 8, 1)),),
+    },
+    ("query", 64, 2): {
+        "sm80": ((ANY, Config(64, 32, 4, 2)),),
+        "sm90": ((ANY, Config(128, 64, 8, 2)),),
+        "sm100": ((ANY, Config(128, 64, 8, 2)),),
+        "small": ((ANY, Config(64, 32, 4, 1)),),
+    },
+    ("query", 128, 2): {
+        "sm80": ((ANY, Config(32, 32, 4, 2)),),
+        "sm90": ((ANY, Config(128, 64, 8, 2)),),
+        "sm100": ((ANY, Config(128, 64, 8, 2)),),
+        "small": ((ANY, Config(32, 32, 4, 1)),),
+    },
+    ("query", 64, 4): {
+        "sm80": ((ANY, Config(32, 32, 4, 2)),),
+        "sm90": ((ANY, Config(64, 32, 8, 2)),),
+        "sm100": ((ANY, Config(64, 32, 8, 2)),),
+        "small": ((ANY, Config(32, 32, 8, 1)),),
+    },
+}
+# fmt: on
+
+# float32 tiles of 128 channels do not fit the registers of any chip: this row is for the interpreter
+_WIDE_SINGLE = Config(32, 32, 8, 1)
+
+
+@cache
+def chip_of(device: torch.device) -> str:
+    """The column of the table.  Triton's interpreter, on a CPU, takes that of sm_90."""
+    if device.type == "cpu":
+        return "sm90"
+    if device.type != "cuda" or torch.version.hip:
+        return "small"
+    capability = torch.cuda.get_device_capability(device)
+    return {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get(capability, "small")
+
+
+def select(kind: str, qkv: Tensor, longest: int, run: Callable[[Config], None]) -> Config:
+    """The row of the table, or where DINOV3_INFER_AUTOTUNE=1 asks for it the fastest of all rows of this kind."""
+    key = (kind, qkv.shape[-1], qkv.element_size())
+    chips = TABLE.get(key)
+    if chips is None:
+        return _WIDE_SINGLE
+    if os.environ.get("DINOV3_INFER_AUTOTUNE") == "1" and qkv.device.type != "cpu":
+        return _tuned(key, qkv.device, longest, run)
+    return next(config for limit, config in chips[chip_of(qkv.device)] if longest <= limit)
+
+
+_fastest: dict[tuple[Any, ...], Config] = {}
+
+
+def _tuned(key: tuple[str, int, int], device: torch.device, longest: int, run: Callable[[Config], None]) -> Config:
+    """Measured once per process for lengths up to the same power of two."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    place = (*key, device, longest.bit_length())
+    if place not in _fastest:
+        times = {}
+        for config in {config for rows in TABLE[key].values() for _, config in rows}:
+            try:
+                times[config] = do_bench(lambda config=config: run(config), warmup=5, rep=20)
+            except OutOfResources:  # a row of a larger chip
+                continue
+        _fastest[place] = min(times, key=lambda config: times[config])
+    return _fastest[place]
+
+
+def precision(qkv: Tensor) -> str:
+    """Of products: three TF32 products make one of float32 precision on NVIDIA's tensor cores."""
+    return "tf32x3" if qkv.dtype == torch.float32 and qkv.is_cuda and not torch.version.hip else "ieee"
+
+
+def crossover(device: torch.device, dtype: torch.dtype, width: int) -> int:
+    """Tokens above which one rotation and torch's own attention are taken to be faster, without a gradient.
+
+    Estimated from published speeds, not measured yet.
+    """
+    return {64: 1600, 128: 1000}[width]

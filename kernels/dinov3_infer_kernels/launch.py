@@ -1,0 +1,79 @@
+"""Checks of what a launcher is given, and the launch itself."""
+
+import math
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .configs import DTYPES, WIDTHS, Config
+
+__all__ = ["LOG2_E", "Shape", "check", "launch", "tail"]
+
+LOG2_E = 1.0 / math.log(2.0)
+
+
+class Shape(NamedTuple):
+    """What a qkv tensor holds."""
+
+    lead: tuple[int, ...]  # (B, N), or (T,)
+    pictures: int  # B, or S
+    tokens: int  # N, or T
+    rows: int  # B N, or T
+    longest: int
+    heads: int
+    width: int  # D
+    packed: bool
+    strides: tuple[int, int, int, int]  # of pictures (0 for packed), tokens, the three parts, heads
+
+
+def check(
+    qkv: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float = 1.0,
+    parts: int = 3,
+) -> Shape:
+    """What the tensors hold.  Raises ValueError for what the kernels are not made for: they would read past the end."""
+    if qkv.ndim not in (4, 5) or (qkv.ndim == 5 and cu_seqlens is not None) or qkv.shape[-3] != parts:
+        raise ValueError(f"qkv is [B, N, 3, H, D], or [T, 3, H, D] with cu_seqlens; got {list(qkv.shape)}")
+    if qkv.dtype not in DTYPES or qkv.shape[-1] not in WIDTHS:
+        raise ValueError(f"the kernel takes {DTYPES} and D of {WIDTHS}; got {qkv.dtype} and {qkv.shape[-1]}")
+    if qkv.stride(-1) != 1:
+        raise ValueError(f"the channels of a head lie side by side, got stride {qkv.stride(-1)}; use qkv.contiguous()")
+    *lead, _, heads, width = qkv.shape
+    for table in (cos, sin):
+        if table is not None and (
+            table.shape != (lead[-1], width // 2) or table.dtype != torch.float32 or not table.is_contiguous()
+        ):
+            raise ValueError(f"cos and sin are contiguous float32 {[lead[-1], width // 2]}; got {list(table.shape)}")
+    if cu_seqlens is not None and (cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1):
+        raise ValueError(f"cu_seqlens is int32 [S + 1]; got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+    if scale <= 0.0:
+        raise ValueError(f"scale is above 0, got {scale}")
+    packed = cu_seqlens is not None
+    pictures = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else math.prod(lead[:-1])
+    longest = max_seqlen if packed and max_seqlen is not None else lead[-1]
+    stride = qkv.stride()
+    strides = (0 if len(lead) == 1 else stride[0], stride[-4], stride[-3], stride[-2])
+    return Shape(tuple(lead), pictures, lead[-1], math.prod(lead), longest, heads, width, packed, strides)
+
+
+def tail(shape: Shape, block: int) -> int:
+    """Keys of the last, masked tile: none where tiles fit, else the next power of two; unknown for packed pictures."""
+    if shape.packed:
+        return block
+    rest = shape.tokens % block
+    return max(16, triton.next_power_of_2(rest)) if rest else 0
+
+
+def launch(kernel: Any, programs: int, config: Config, *arguments: Any, **constants: Any) -> None:
+    """Starts a kernel on the device of its tensors, which need not be the current one."""
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    on_device = nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    with on_device:
+        kernel[(programs,)](*arguments, **constants, **config.options())
