@@ -13,16 +13,20 @@ KERNELS = ROOT / "kernels" / "dinov3_infer_kernels"
 # A module imports from lines above its own only.  A package counts as one module.
 ORDER = (
     "errors keys",
-    "rope images files",
-    "packing attention preprocess",
-    "layers",
-    "vit",
-    "interfaces features zoo",
-    "configs hub",
-    "weights",
+    "rope files",
+    "packing attention links",
+    "access places",
+    "layers images",
+    "vit preprocess",
+    "interfaces features facets zoo",
+    "configs hub batching",
+    "weights embed",
+    "extract",
     "saving",
+    "cards",
     "backbone",
     "tasks",
+    "train",
 )
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}
 FOREIGN = {"transformers", "timm", "torchvision", "peft", "triton"}

@@ -1,0 +1,259 @@
+"""Views of a picture for self-supervised training: random crops, their distortions, and masks of patches.
+
+The augmentations are those of DINOv2 and DINOv3, at the probabilities that their released models were trained with.
+Everything is drawn from the generator that is handed in.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+from .distort import blur, brightness, contrast, greyscale, hue, saturation, solarize
+
+__all__ = ["Batch", "ViewConfig", "Views", "block_mask", "collate", "make_views", "masked_counts"]
+
+Region: TypeAlias = tuple[int, int, int, int]  # top, left, height, width in pixels
+Range: TypeAlias = tuple[float, float]
+
+ASPECT = (3 / 4, 4 / 3)  # width / height of a crop
+SIGMA = (0.1, 2.0)  # pixels, of the blur
+SOLARIZE_FROM = 128
+JITTERS = (brightness, contrast, saturation, hue)
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """What becomes of one picture.  Defaults: DINOv2's and DINOv3's recipe for a ViT-L on ImageNet.
+
+    The blur probabilities are those in effect: the published code inverts what its arguments say, and the released
+    models were trained so.
+    """
+
+    global_px: int = 224  # side of the two global crops
+    local_px: int = 96
+    gram_px: int | None = None  # the regions of the global crops once more, for a teacher that looks at another size
+    num_local: int = 8
+    global_scale: Range = (0.32, 1.0)  # share of the picture's area
+    local_scale: Range = (0.05, 0.32)
+    flip: float = 0.5  # probability, as all below that have no range
+    jitter_probability: float = 0.8
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+    grey: float = 0.2
+    global_blur: tuple[float, float] = (0.0, 0.9)  # crop 1, crop 2
+    local_blur: float = 0.5
+    solarize: float = 0.2  # crop 2
+    gram_distortions: bool = False  # colours of the gram crops: as in the global crops, or as in the picture
+    patch_size: int = 16  # px, of the student
+    mask_probability: float = 0.5  # share of the global crops of a step that are masked
+    mask_ratio: Range = (0.1, 0.5)  # share of the patches of a masked crop
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name in ("global_px", "local_px") if self.num_local else ("global_px",):
+            if (side := getattr(self, name)) < 1 or side % self.patch_size:
+                nearest = max(1, round(side / self.patch_size)) * self.patch_size
+                raise InputError(
+                    f"{name}={side} is not a multiple of the patch size {self.patch_size}; the nearest is {nearest}"
+                )
+        for name in ("global_scale", "local_scale", "mask_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise InputError(f"{name}={(low, high)} is no range of shares; give 0 < low <= high <= 1")
+        chances = {"global_blur": max(self.global_blur, key=lambda p: abs(p - 0.5))} | {
+            name: getattr(self, name)
+            for name in ("flip", "jitter_probability", "grey", "local_blur", "solarize", "mask_probability")
+        }
+        for name, value in chances.items():
+            if not 0 <= value <= 1:
+                raise InputError(f"{name}={value} is a probability; give a number from 0 to 1")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of a global crop, (rows, columns)."""
+        side = self.global_px // self.patch_size
+        return side, side
+
+    @property
+    def picture_px(self) -> int:
+        """Short side from which on a picture is large enough for its smallest crops not to be blown up."""
+        largest = max(self.global_px, self.gram_px or 0) / math.sqrt(self.global_scale[0])
+        local = self.local_px / math.sqrt(self.local_scale[0]) if self.num_local else 0.0
+        return math.ceil(max(largest, local))
+
+    @property
+    def picture_bytes(self) -> int:
+        """Of all views of one picture."""
+        return 3 * (2 * self.global_px**2 + self.num_local * self.local_px**2 + 2 * (self.gram_px or 0) ** 2)
+
+
+class Views(NamedTuple):
+    """Of one picture: uint8, not normalised, so that a quarter of the bytes goes from the workers to the model."""
+
+    global_crops: Tensor  # [2, 3, S, S]
+    local_crops: Tensor  # [L, 3, s, s]
+    gram_crops: Tensor | None  # [2, 3, g, g]
+
+
+class Batch(NamedTuple):
+    """Of B pictures, crop-major: crop 1 of all pictures, then crop 2 of all, and so on."""
+
+    global_crops: Tensor  # [2*B, 3, S, S] float32, normalised
+    local_crops: Tensor  # [L*B, 3, s, s] likewise
+    gram_crops: Tensor | None  # [2*B, 3, g, g] likewise
+    masks: Tensor  # [2*B, P] bool, True where the student is not shown the patch
+    indices: Tensor  # [B] int64, which pictures
+
+
+def collate(
+    views: Sequence[Views], masks: Tensor, indices: Tensor, config: ViewConfig, device: torch.device | str = "cpu"
+) -> Batch:
+    """Views of several pictures each, [n, 2, 3, S, S] and so on, with masks [B, 2, P] -> one batch on the device.
+
+    Pixels are normalised there.
+    """
+    mean, std = (255.0 * torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (config.mean, config.std))
+
+    def gather(parts: Sequence[Tensor]) -> Tensor:
+        together = torch.cat([part.to(device, non_blocking=True) for part in parts])
+        return together.transpose(0, 1).flatten(0, 1).float().sub_(mean).div_(std)
+
+    gram = [part.gram_crops for part in views if part.gram_crops is not None]
+    return Batch(
+        gather([part.global_crops for part in views]),
+        gather([part.local_crops for part in views]),
+        gather(gram) if gram else None,
+        masks.transpose(0, 1).flatten(0, 1).to(device),
+        indices,
+    )
+
+
+def make_views(image: Tensor, config: ViewConfig, generator: torch.Generator) -> Views:
+    """The crops of a picture, uint8 [3, H_px, W_px]."""
+    _keep_freed_memory()
+    draw = _uniform(generator)
+    image = torch.stack(image.unbind(0), -1).permute(2, 0, 1) if image.stride(0) != 1 else image
+    large = max(config.global_px, config.gram_px or 0) if config.gram_distortions else config.global_px
+    crops = torch.empty(2, 3, config.global_px, config.global_px, dtype=torch.uint8)
+    gram = None if config.gram_px is None else torch.empty(2, 3, config.gram_px, config.gram_px, dtype=torch.uint8)
+    for k in range(2):
+        region, flip = _region(image, config.global_scale, draw), next(draw) < config.flip
+        crop = _cut(image, region, flip, large)
+        distorted = _distort(crop, config, draw, config.global_blur[k], config.solarize if k else 0.0)
+        crops[k] = _resize(distorted, config.global_px)
+        if gram is not None:
+            seen = distorted if config.gram_distortions else _cut(image, region, flip, gram.shape[-1])
+            gram[k] = _resize(seen, gram.shape[-1])
+    local = torch.empty(config.num_local, 3, config.local_px, config.local_px, dtype=torch.uint8)
+    for k in range(config.num_local):
+        region, flip = _region(image, config.local_scale, draw), next(draw) < config.flip
+        local[k] = _distort(_cut(image, region, flip, config.local_px), config, draw, config.local_blur, 0.0)
+    return Views(crops, local, gram)
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Once per process: glibc keeps what is freed up to twice the largest piece that it has seen freed.
+
+    Otherwise the memory of each crop goes back to the system and comes again page by page, a fifth of the time.
+    """
+    torch.empty(2**24, dtype=torch.uint8)
+
+
+def _uniform(generator: torch.Generator) -> Iterator[float]:
+    """Numbers in [0, 1): one call of torch for many of them."""
+    while True:
+        yield from torch.rand(256, generator=generator).tolist()
+
+
+def _between(low: float, high: float, draw: Iterator[float]) -> float:
+    return low + (high - low) * next(draw)
+
+
+def _region(image: Tensor, scale: Range, draw: Iterator[float]) -> Region:
+    """A random share of the picture's area, with a random aspect; the largest that fits in the middle, if none does."""
+    height, width = image.shape[1:]
+    for _ in range(10):
+        area = height * width * _between(*scale, draw)
+        aspect = math.exp(_between(math.log(ASPECT[0]), math.log(ASPECT[1]), draw))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(next(draw) * (height - h + 1)), int(next(draw) * (width - w + 1)), h, w
+    w, h = min(width, round(height * ASPECT[1])), min(height, round(width / ASPECT[0]))
+    return (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
+
+
+def _cut(image: Tensor, region: Region, flip: bool, size: int) -> Tensor:
+    top, left, height, width = region
+    crop = _resize(image[:, top : top + height, left : left + width], size)
+    return crop.flip(-1) if flip else crop
+
+
+def _resize(image: Tensor, size: int) -> Tensor:
+    """uint8 -> uint8 [3, size, size]."""
+    if image.shape[1:] == (size, size):
+        return image
+    packed = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(packed, size=(size, size), mode="bicubic", antialias=True)[0].contiguous()
+
+
+def _distort(crop: Tensor, config: ViewConfig, draw: Iterator[float], blurred: float, solarized: float) -> Tensor:
+    """Colour jitter in random order, greyscale, blur, solarisation; uint8 -> uint8.  The probabilities are given."""
+    pixels = crop.float()
+    if next(draw) < config.jitter_probability:
+        amounts = [_between(-strength, strength, draw) for strength in config.jitter]
+        for turn in sorted(range(4), key=[next(draw) for _ in range(4)].__getitem__):
+            JITTERS[turn](pixels, amounts[turn])
+    if next(draw) < config.grey:
+        greyscale(pixels)
+    if next(draw) < blurred:
+        pixels = blur(pixels, _between(*SIGMA, draw))
+    if next(draw) < solarized:
+        solarize(pixels, SOLARIZE_FROM)
+    return pixels.add_(0.5).to(torch.int16).to(torch.uint8)  # via int16, since the direct way is three times as slow
+
+
+def masked_counts(
+    crops: int, patches: int, generator: torch.Generator, probability: float = 0.5, ratio: Range = (0.1, 0.5)
+) -> list[int]:
+    """Masked patches of each crop of a step: a share of the crops gets a ladder of ratios, in random order."""
+    masked = int(crops * probability)
+    low, high = ratio
+    ladder = [int(patches * (high - (high - low) * i / masked)) for i in range(masked)] + [0] * (crops - masked)
+    return [ladder[i] for i in torch.randperm(crops, generator=generator).tolist()]
+
+
+def block_mask(grid: tuple[int, int], count: int, generator: torch.Generator) -> Tensor:
+    """Exactly `count` of the patches, in rectangles as far as they go and single ones for the rest: [P] bool.
+
+    BEiT, section 2.3, with the bounds that DINOv2 and DINOv3 use.
+    """
+    rows, columns = grid
+    draw = _uniform(generator)
+    mask = torch.zeros(rows, columns, dtype=torch.bool).numpy()
+    left = count
+    tries = 0
+    while left > 0 and tries < 10:
+        tries += 1
+        area, aspect = _between(4, left, draw), math.exp(_between(math.log(0.3), -math.log(0.3), draw))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if not (0 < h < rows and 0 < w < columns):
+            continue
+        y, x = int(next(draw) * (rows - h + 1)), int(next(draw) * (columns - w + 1))
+        block = mask[y : y + h, x : x + w]
+        new = h * w - int(block.sum())
+        if 0 < new <= left:
+            block[:] = True
+            left -= new
+            tries = 0
+    flat = torch.from_numpy(mask.reshape(-1))
+    free = (~flat).nonzero().flatten()
+    flat[free[torch.randperm(len(free), generator=generator)[:left]]] = True
+    return flat

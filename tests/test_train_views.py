@@ -1,0 +1,257 @@
+"""Crops, distortions and masks of the trainer."""
+
+import numpy as np
+import pytest
+import torch
+from pictures import complaint, photo
+from PIL import Image
+from torch import Tensor
+
+from dinov3_infer.errors import InputError
+from dinov3_infer.train import views
+from dinov3_infer.train.draws import generator
+from dinov3_infer.train.views import ViewConfig, block_mask, collate, make_views, masked_counts
+
+PLAIN = dict(jitter_probability=0.0, grey=0.0, global_blur=(0.0, 0.0), local_blur=0.0, solarize=0.0)
+
+
+def picture(height: int = 300, width: int = 400) -> Tensor:
+    return torch.from_numpy(photo(height, width).transpose(2, 0, 1).copy())
+
+
+def ramps(side: int = 240) -> Tensor:
+    """Red grows from left to right, green from top to bottom: a crop shows where it was."""
+    ramp = torch.linspace(0, 240, side).round().to(torch.uint8)
+    return torch.stack(
+        (ramp.expand(side, side), ramp[:, None].expand(side, side), torch.zeros_like(ramp.expand(side, side)))
+    )
+
+
+def region(crop: Tensor) -> tuple[float, float, bool]:
+    """Height and width of a crop of `ramps` as shares of the picture, and whether it was flipped."""
+    red, green = crop[0].float().mean(0), crop[1].float().mean(1)
+    inner = slice(len(red) // 4, 3 * len(red) // 4)  # the filter bends the ends
+    width, height = (
+        float(r[inner][-1] - r[inner][0]) / (inner.stop - inner.start - 1) * len(r) / 240 for r in (red, green)
+    )
+    return height, abs(width), width < 0
+
+
+# --- crops ------------------------------------------------------------------------------------------------------------
+
+
+def test_shapes() -> None:
+    """Two global crops, L local ones, and the gram crops if they are asked for; always uint8."""
+    made = make_views(picture(), ViewConfig(64, 32, gram_px=48, num_local=3), generator(0, 0, "views"))
+    assert [tuple(crops.shape) for crops in made] == [(2, 3, 64, 64), (3, 3, 32, 32), (2, 3, 48, 48)]
+    assert {crops.dtype for crops in made} == {torch.uint8}
+    bare = make_views(picture(), ViewConfig(64, num_local=0), generator(0, 0, "views"))
+    assert bare.gram_crops is None and len(bare.local_crops) == 0
+
+
+@pytest.mark.parametrize("kind", ["global_crops", "local_crops"])
+def test_regions_and_flips(kind: str) -> None:
+    """Areas fill their range evenly, aspects lie in 3/4 to 4/3, half of the crops are flipped."""
+    config = ViewConfig(96, 96, num_local=2, **PLAIN)
+    crops = [crop for i in range(150) for crop in getattr(make_views(ramps(), config, generator(0, i, "v")), kind)]
+    found = [region(crop) for crop in crops]
+    areas = np.array([h * w for h, w, _ in found])
+    aspects = np.array([w / h for h, w, _ in found])
+    low, high = config.global_scale if kind == "global_crops" else config.local_scale
+    assert areas.min() > low * 0.93 and areas.max() < high * 1.07
+    # squares of large area fit more often than long ones, but the quartiles stay where they are
+    assert np.quantile(areas, (0.25, 0.75)) == pytest.approx(
+        (0.75 * low + 0.25 * high, 0.25 * low + 0.75 * high), rel=0.12
+    )
+    assert 0.72 < aspects.min() < 0.82 and 1.22 < aspects.max() < 1.4 and abs(np.log(aspects).mean()) < 0.04
+    assert 0.4 < np.mean([flipped for *_, flipped in found]) < 0.6
+
+
+@pytest.mark.parametrize("size", [(7, 900), (900, 7), (1, 1), (3, 4)], ids=str)
+def test_odd_pictures(size: tuple[int, int]) -> None:
+    """Strips and single pixels give crops as well."""
+    made = make_views(picture(*size), ViewConfig(64, 32, gram_px=32), generator(0, 0, "views"))
+    assert made.global_crops.float().std() > 0 or size == (1, 1)
+
+
+def test_a_strip_gives_what_fits_in_its_middle() -> None:
+    """Where no crop of the asked area fits, the largest of a permitted aspect in the middle counts."""
+    assert views._region(picture(6, 900), (0.9, 1.0), iter([0.5] * 99)) == (0, 446, 6, 8)
+    assert views._region(picture(900, 6), (0.9, 1.0), iter([0.5] * 99)) == (446, 0, 8, 6)
+
+
+def test_resizing_is_pillows() -> None:
+    """An antialiased bicubic cut of a region, as Pillow cuts it."""
+    image = picture()
+    ours = views._cut(image, (20, 30, 200, 260), False, 96)
+    theirs = (
+        Image.fromarray(image.permute(1, 2, 0).numpy())
+        .crop((30, 20, 290, 220))
+        .resize((96, 96), Image.Resampling.BICUBIC)
+    )
+    assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+    assert torch.equal(views._cut(image, (20, 30, 200, 260), True, 96), ours.flip(-1))
+
+
+def test_size_from_which_nothing_is_blown_up() -> None:
+    """The smallest crop of each kind still has as many pixels in the picture as in the view."""
+    assert ViewConfig().picture_px == 430  # 96 / sqrt(0.05)
+    assert ViewConfig(num_local=0).picture_px == 396  # 224 / sqrt(0.32)
+    assert ViewConfig(gram_px=512).picture_px == 906
+
+
+@pytest.mark.parametrize("distorted", [False, True], ids=["clean", "distorted"])
+def test_gram_crops_show_the_same_regions(distorted: bool) -> None:
+    """They are the global crops at another size, without or with their colours."""
+    smooth = torch.nn.functional.interpolate(picture(12, 16)[None], size=(300, 400), mode="bicubic", antialias=True)[0]
+    config = ViewConfig(96, 32, gram_px=192, num_local=0, gram_distortions=distorted, solarize=1.0)
+    made = make_views(smooth, config, generator(1, 0, "views"))
+    assert made.gram_crops is not None
+    shrunk = torch.nn.functional.interpolate(made.gram_crops, size=(96, 96), mode="bicubic", antialias=True)
+    apart = (shrunk.float() - made.global_crops.float()).abs().mean((1, 2, 3))
+    if distorted:
+        assert apart.max() < 1
+    else:
+        assert apart.min() > 5
+        plain = make_views(smooth, ViewConfig(96, 32, num_local=0, **PLAIN), generator(1, 0, "views"))
+        assert (
+            shrunk[0].float() - plain.global_crops[0].float()
+        ).abs().mean() < 1  # the first draw is that of the region
+
+
+def test_views_depend_on_the_generator_alone() -> None:
+    """Not on threads, on the order of bytes in memory or on torch's own generator."""
+    image, config = picture(), ViewConfig(64, 32)
+    first = make_views(image, config, generator(0, 3, "views", 5))
+    torch.rand(7)
+    packed = image[None].contiguous(memory_format=torch.channels_last)[0]
+    again = make_views(packed, config, generator(0, 3, "views", 5))
+    assert torch.equal(first.global_crops, again.global_crops) and torch.equal(first.local_crops, again.local_crops)
+    other = make_views(image, config, generator(0, 3, "views", 6))
+    assert not torch.equal(first.global_crops, other.global_crops)
+
+
+def test_generators_differ_in_every_argument() -> None:
+    """Seed, step, purpose and index each count, and equal arguments draw equally."""
+    keys = [(s, t, p, i) for s in (0, 1, 11) for t in (0, 1, 11) for p in ("views", "mask") for i in (0, 1, 11)]
+    drawn = {key: float(torch.rand((), generator=generator(*key), dtype=torch.float64)) for key in keys}
+    assert len(set(drawn.values())) == len(keys)
+    assert drawn == {key: float(torch.rand((), generator=generator(*key), dtype=torch.float64)) for key in keys}
+
+
+# --- distortions ------------------------------------------------------------------------------------------------------
+
+
+def test_probabilities_are_those_of_the_released_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every distortion leaves a mark on a grey picture: which crops got it, and how often.
+
+    The published code says 1.0 and 0.1 for the blur of crops 1 and 2, and does 0 and 0.9.
+    """
+    marks = {"blur": 1, "solarize": 2, "greyscale": 4, "jitter": 8}
+    for name in ("blur", "solarize", "greyscale"):
+        monkeypatch.setattr(views, name, lambda pixels, *_, mark=marks[name]: pixels.add_(mark))
+    monkeypatch.setattr(views, "JITTERS", (lambda pixels, *_: pixels.add_(2),) * 4)
+    grey, config = torch.full((3, 32, 32), 100, dtype=torch.uint8), ViewConfig(16, 16, num_local=1)
+    made = [make_views(grey, config, generator(0, i, "views")) for i in range(600)]
+    crops = torch.stack([torch.cat((m.global_crops, m.local_crops))[:, 0, 0, 0] for m in made]).int() - 100
+    wanted = {"blur": (0, 0.9, 0.5), "solarize": (0, 0.2, 0), "greyscale": (0.2,) * 3, "jitter": (0.8,) * 3}
+    for name, shares in wanted.items():
+        found = (crops & marks[name]).bool().float().mean(0).tolist()
+        assert found == pytest.approx(shares, abs=0.06), name
+        assert [f for f, share in zip(found, shares, strict=True) if share == 0 and f > 0] == []
+
+
+def test_jitter_amounts_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each amount fills its range, as the blur's does, and the four come in any order."""
+    orders, amounts = [], []
+    sigmas: list[float] = []
+    monkeypatch.setattr(views, "blur", lambda pixels, sigma: sigmas.append(sigma) or pixels)
+    for i in range(200):
+        done: list[tuple[int, float]] = []
+        jitters = [lambda _, amount, k=k, done=done: done.append((k, amount)) for k in range(4)]
+        monkeypatch.setattr(views, "JITTERS", jitters)
+        config = ViewConfig(16, num_local=0, jitter_probability=1.0)
+        make_views(picture(32, 32), config, generator(0, i, "views"))
+        orders.append(tuple(k for k, _ in done[:4]))
+        amounts.append([amount for _, amount in sorted(done[:4])])
+    assert len(set(orders)) == 24
+    strengths = np.array(config.jitter)
+    assert (np.abs(amounts) < strengths).all() and (np.max(amounts, 0) > 0.9 * strengths).all()
+    assert (np.min(amounts, 0) < -0.9 * strengths).all()
+    assert 0.1 <= min(sigmas) < 0.2 and 1.9 < max(sigmas) <= 2
+
+
+def test_distorted_pixels_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the nearest grey level, white and black included."""
+    config = ViewConfig(16, num_local=0, **{**PLAIN, "global_blur": (1.0, 1.0)})
+    for level, change, wanted in ((100, 0.6, 101), (100, 0.4, 100), (255, 0.0, 255), (0, 0.0, 0)):
+        monkeypatch.setattr(views, "blur", lambda pixels, _, change=change: pixels.add_(change))
+        flat = torch.full((3, 16, 16), level, dtype=torch.uint8)
+        assert (make_views(flat, config, generator(0, 0, "views")).global_crops == wanted).all()
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def test_masked_counts_are_the_published_ladder() -> None:
+    """DINOv3 at 6876159 with 4 pictures of 256 patches: half of the 8 crops, from 0.2 to 0.5 in equal steps."""
+    counts = masked_counts(8, 256, generator(0, 0, "masked"))
+    assert sorted(counts) == [0, 0, 0, 0, 51, 76, 102, 128]
+    orders = {tuple(masked_counts(8, 256, generator(0, step, "masked"))) for step in range(20)}
+    assert len(orders) > 10
+    assert masked_counts(8, 256, generator(0, 0, "masked"), probability=0.0) == [0] * 8
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (14, 14), (8, 12), (2, 2), (1, 1)], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.11, 0.5, 1.0])
+def test_masks_have_the_exact_count(grid: tuple[int, int], share: float) -> None:
+    """Whatever the rectangles leave over is filled up."""
+    count = int(share * grid[0] * grid[1])
+    for seed in range(10):
+        assert int(block_mask(grid, count, generator(seed, 0, "mask")).sum()) == count
+
+
+def test_masks_are_made_of_rectangles() -> None:
+    """Neighbours of a masked patch are masked far more often than by chance, and no corner is preferred."""
+    masks = torch.stack([block_mask((16, 16), 77, generator(i, 0, "mask")).view(16, 16) for i in range(300)]).float()
+    beside = float((masks[:, :, 1:] * masks[:, :, :-1]).sum() / masks[:, :, :-1].sum())
+    assert beside > 0.7  # 0.3 by chance
+    often = masks.mean(0)
+    corners = [float(often[y][:, x].mean()) for y in (slice(8), slice(8, 16)) for x in (slice(8), slice(8, 16))]
+    assert float(often.min()) > 0 and max(corners) - min(corners) < 0.06
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_collate_is_crop_major_and_normalises() -> None:
+    """Crop 1 of all pictures, then crop 2; pixels are (value / 255 - mean) / std."""
+    config = ViewConfig(32, 16, num_local=3, gram_px=16)
+    made = [make_views(picture(), config, generator(0, 0, "views", i)) for i in range(3)]
+    parts = [views.Views(*(torch.stack(crops) for crops in zip(*some, strict=True))) for some in (made[:2], made[2:])]
+    masks = torch.stack([torch.full((2, 4), i < 1) for i in range(3)])
+    batch = collate(parts, masks, torch.arange(3), config)
+    assert [len(crops) for crops in batch if crops is not None] == [6, 9, 6, 6, 3]
+    assert batch.masks.tolist() == [[True] * 4, [False] * 4, [False] * 4] * 2
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+    for crop, picture_number in ((0, 0), (0, 2), (1, 1)):
+        wanted = (made[picture_number].global_crops[crop] / 255.0 - mean) / std
+        assert torch.allclose(batch.global_crops[crop * 3 + picture_number], wanted, atol=1e-6)
+    assert torch.allclose(batch.local_crops[7], (made[1].local_crops[2] / 255.0 - mean) / std, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(global_px=100), "global_px=100 is not a multiple of the patch size 16; the nearest is 96"),
+        (dict(local_px=96, patch_size=14, global_px=112), "the nearest is 98"),
+        (dict(global_scale=(0.5, 0.3)), "global_scale=(0.5, 0.3)"),
+        (dict(mask_ratio=(0.0, 0.5)), "mask_ratio"),
+        (dict(global_blur=(0.0, 1.5)), "global_blur=1.5 is a probability"),
+        (dict(flip=-0.1), "flip=-0.1"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_wrong_settings(options: dict[str, object], said: str) -> None:
+    """One sentence that names the setting."""
+    assert said in complaint(InputError, lambda: ViewConfig(**options))
