@@ -8,14 +8,17 @@ import importlib
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from oracles import SMALL, randomise, tokens
 from test_attention import offsets
 from torch import Tensor
 
+from dinov3_infer import VisionTransformer
 from dinov3_infer.attention import sdpa_attention
 from dinov3_infer.rope import rope_periods, rope_table
 
@@ -248,3 +251,46 @@ def test_breakages_are_noticed(broken: Any) -> None:
         judge(broken, torch.randn(2, 49, 3, 2, 64), (fixed[0][:49], fixed[1][:49]))
         judge(broken, torch.randn(137, 3, 2, 64), (packed[0][:137], packed[1][:137]), offsets([69, 68]))
         judge(broken, low, (None, None))
+
+
+class Interpreted(torch.autograd.Function):
+    """The launchers as the operator calls them on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Any, sin: Any, cu_seqlens: Any, longest: int, scale: float) -> Tensor:
+        out, lse = shipped.forward(qkv, cos, sin, cu_seqlens, longest, scale)
+        ctx.save_for_backward(qkv, cos, sin, cu_seqlens, out, lse)
+        ctx.rest = longest, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        qkv, cos, sin, cu_seqlens, out, lse = ctx.saved_tensors
+        return shipped.backward(grad, qkv, cos, sin, cu_seqlens, *ctx.rest, out, lse), None, None, None, None, None
+
+
+def interpreted(qkv: Tensor, cos: Any, sin: Any, *, cu_seqlens: Any = None, max_seqlen: Any = None) -> Tensor:
+    longest = qkv.shape[1] if cu_seqlens is None else max_seqlen
+    return Interpreted.apply(qkv, cos, sin, cu_seqlens, longest, qkv.shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize("name", ["dinov3", "dinov2_reg", "dino"])
+def test_packed_pictures_through_a_whole_model(name: str) -> None:
+    """Tokens and gradients of crops of three sizes in one pass of the kernels equal those of each picture alone."""
+    config = replace(SMALL[name], num_heads=SMALL[name].embed_dim // 64, depth=2)
+    model = randomise(VisionTransformer(config))
+    side = model.patch_size
+    crops = [torch.randn(count, 3, h * side, w * side) for count, h, w in ((2, 4, 4), (1, 3, 7), (2, 1, 2))]
+    expected = [torch.cat([tokens(model(picture[None])) for picture in crop]) for crop in crops]
+    weights = [torch.randn_like(e) for e in expected]
+    sum((e * w).sum() for e, w in zip(expected, weights, strict=True)).backward()
+    alone = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.set_attention(interpreted)
+    packed = [tokens(output) for output in model.forward_packed(crops)]
+    for ours, theirs in zip(packed, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)  # unit tokens, float32
+    sum((p * w).sum() for p, w in zip(packed, weights, strict=True)).backward()
+    for key, p in model.named_parameters():
+        if key in alone:
+            assert rms(p.grad - alone[key]) <= 1e-4 * rms(alone[key]) + 1e-7, key
