@@ -115,9 +115,9 @@ def test_without_rotation(width: int, packed: bool) -> None:
 
 def test_lengths_that_fill_their_tiles() -> None:
     """No tail at all, and one that is a whole tile but for one key."""
-    for tokens in (64, 128, 127):
-        angle = torch.rand(tokens, 32) * 6
-        judge(shipped, torch.randn(1, tokens, 3, 1, 64), (angle.cos(), angle.sin()))
+    for count in (64, 128, 127):
+        angle = torch.rand(count, 32) * 6
+        judge(shipped, torch.randn(1, count, 3, 1, 64), (angle.cos(), angle.sin()))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["fixed", "packed"])
