@@ -250,14 +250,18 @@ def count_flops() -> None:
 # --- the dispatch --------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
 @cache
-def _not_installed() -> str | None:
+def _import_error() -> str | None:
     try:
         _kernels()
     except ImportError as error:
         return f"'{error.name}' is not installed; on Linux pip install 'dinov3-infer[triton]' brings it"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _not_installed() -> str | None:
+    return _import_error()
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -153,13 +153,26 @@ def test_a_missing_triton_is_named_with_the_way_to_get_it(monkeypatch: pytest.Mo
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "triton", None)
     attention._kernels.cache_clear()
-    attention._not_installed.cache_clear()
+    attention._import_error.cache_clear()
     try:
         answer = why_not_triton(torch.device("cuda"), torch.bfloat16, 64)
         assert answer == "'triton' is not installed; on Linux pip install 'dinov3-infer[triton]' brings it"
     finally:
         attention._kernels.cache_clear()
-        attention._not_installed.cache_clear()
+        attention._import_error.cache_clear()
+
+
+def test_the_dispatch_compiles_without_a_break() -> None:
+    """Questions about the installation and the table are answered while tracing, not traced."""
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+
+    def chosen(x: Tensor) -> Tensor:
+        installed = attention._not_installed() is None
+        return x + 1 if installed and x.shape[1] > attention._crossover(x.device, x.dtype, 64) else x - 1
+
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1, 10_000)).mean() == 1 and compiled(torch.zeros(1, 10)).mean() == -1
 
 
 class Recorder(TorchDispatchMode):
