@@ -1,0 +1,261 @@
+"""The objectives of DINO, DINOv2 and DINOv3 as pure functions of tensors.
+
+No function lowers the precision of its input: half inputs are computed in float32, float64 stays float64, and autocast
+is off inside.  Targets carry no gradient.  Letters beyond the package's: S student crops, T teacher crops, M masked
+patches, K prototypes, n samples.
+
+Source: DINO (arXiv 2104.14294), DINOv2 (2304.07193), DINOv3 (2508.10104); dinov3/loss at 6876159.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Literal, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+
+__all__ = [
+    "GramNegatives",
+    "GramOf",
+    "centred_softmax",
+    "dino_loss",
+    "feature_loss",
+    "gram_loss",
+    "ibot_loss",
+    "koleo",
+    "sigreg",
+    "sinkhorn_knopp",
+]
+
+GramOf = Literal["patches", "channels"]
+GramNegatives = Literal["keep", "remove", "remove_teacher"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Autocast would take the matrix products back to half precision."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        kind = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
+        with torch.autocast(kind, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+# --- targets -----------------------------------------------------------------------------------------------------
+
+
+def _log_mass(scores: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """log of the sum of exp over the samples of all processes, [1, K] for scores [n, K]; n may be 0 here."""
+    if group is None:
+        return scores.logsumexp(0, keepdim=True)
+    peak = scores.amax(0, keepdim=True) if len(scores) else scores.new_full((1, scores.shape[1]), -math.inf)
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    mass = (scores - peak).exp().sum(0, keepdim=True)
+    dist.all_reduce(mass, dist.ReduceOp.SUM, group=group)
+    return peak + mass.log()
+
+
+@torch.no_grad()
+@_without_autocast
+def sinkhorn_knopp(
+    logits: Tensor,  # [n, K] of the teacher, all samples of this process
+    temperature: float,
+    iterations: int = 3,
+    group: dist.ProcessGroup | None = None,  # processes that hold the other samples; None: there are none
+) -> Tensor:
+    """Assignments that share the prototypes about equally, [n, K], each row exactly a distribution.
+
+    Each iteration gives every prototype the same mass over all samples, then every sample mass 1.  In the log domain,
+    where no temperature overflows.
+
+    Source: SwAV (arXiv 2006.09882); dinov3/loss/dino_clstoken_loss.py at 6876159, whose form is exp and division.
+    """
+    scores = _wide(logits) / temperature
+    for _ in range(iterations):
+        scores = scores - _log_mass(scores, group)
+        scores = scores.log_softmax(-1)
+    return scores.exp() if iterations else scores.softmax(-1)
+
+
+@torch.no_grad()
+@_without_autocast
+def centred_softmax(
+    logits: Tensor,  # [n, K] of the teacher
+    centre: Tensor,  # [K] running mean of its logits
+    temperature: float,
+) -> Tensor:
+    """Softmax of logits less their running mean, [n, K].  Source: DINO (arXiv 2104.14294), section 3.1."""
+    return ((_wide(logits) - centre) / temperature).softmax(-1)
+
+
+# --- cross-entropy against them ----------------------------------------------------------------------------------
+
+
+@_without_autocast
+def dino_loss(
+    student: Tensor,  # [S, B, K] logits
+    teacher: Tensor,  # [T, B, K] distributions
+    temperature: float = 0.1,  # of the student
+    ignore_diagonal: bool = False,  # crop s is not compared with crop t = s
+) -> Tensor:
+    """Cross-entropy of each student crop against each teacher crop of the same picture, mean over the pairs.
+
+    Source: dinov3/loss/dino_clstoken_loss.py at 6876159.
+    """
+    scores = (_wide(student) / temperature).log_softmax(-1)
+    crops, others, batch = len(student), len(teacher), student.shape[1]
+    if not ignore_diagonal:  # the sum over pairs is a product of sums
+        return -(scores.sum(0) * _wide(teacher).sum(0)).sum() / (crops * others * batch)
+    pairs = torch.einsum("sbk,tbk->st", scores, _wide(teacher))
+    shared = min(crops, others)
+    return -(pairs.sum() - pairs.diagonal().sum()) / (batch * (crops * others - shared))
+
+
+@_without_autocast
+def ibot_loss(
+    student: Tensor,  # [M, K] logits of the masked patches, in the order of `masks`
+    teacher: Tensor,  # [M, K] distributions for them
+    masks: Tensor,  # [B, P] bool
+    temperature: float = 0.1,  # of the student
+) -> Tensor:
+    """Cross-entropy on masked patches: mean over the masked patches of a picture, then over all pictures.
+
+    Pictures without a mask count as 0, so with half of them masked this is half the loss of a masked picture.
+
+    Source: dinov3/loss/ibot_patch_loss.py at 6876159.
+    """
+    entropy = -(_wide(teacher) * (_wide(student) / temperature).log_softmax(-1)).sum(-1)
+    counts = masks.sum(1, keepdim=True).expand_as(masks)[masks]  # [M]: masked patches of the same picture
+    return (entropy / counts).sum() / len(masks)
+
+
+# --- spread ------------------------------------------------------------------------------------------------------
+
+
+def _grouped(x: Tensor, group_size: int | None) -> Tensor:
+    """[n, C] -> [n / g, g, C], groups of consecutive samples."""
+    size = group_size or len(x)
+    if size < 2 or len(x) % size:
+        raise InputError(
+            f"a group of {size} of {len(x)} samples has no spread or does not divide them; "
+            "give a group size of at least 2 that divides the batch"
+        )
+    return x.unflatten(0, (-1, size))  # type: ignore[no-any-return]
+
+
+@_without_autocast
+def koleo(
+    x: Tensor,  # [n, C]
+    group_size: int | None = None,  # neighbours are looked for among so many consecutive samples; None: among all
+    neighbours: int = 1,
+) -> Tensor:
+    """Minus the mean log distance to the nearest neighbours on the sphere (Kozachenko-Leonenko).
+
+    Source: arXiv 1806.03198; dinov3/loss/koleo_loss.py at 6876159 with its epsilons.
+    """
+    eps = 1e-8
+    unit = F.normalize(_grouped(_wide(x), group_size), dim=-1, eps=eps)
+    if not 1 <= neighbours < unit.shape[1]:
+        raise InputError(f"a group of {unit.shape[1]} has no {neighbours} neighbours; give 1 to {unit.shape[1] - 1}")
+    with torch.no_grad():
+        cosines = unit @ unit.mT
+        cosines.diagonal(dim1=1, dim2=2).fill_(-math.inf)
+        nearest = cosines.topk(neighbours, dim=-1).indices  # [groups, g, k]
+    chosen = torch.gather(unit[:, None].expand(-1, unit.shape[1], -1, -1), 2,
+                          nearest[..., None].expand(-1, -1, -1, unit.shape[-1]))  # fmt: skip
+    distance = (unit[:, :, None] - chosen + eps).norm(dim=-1)
+    loss: Tensor = -(distance + eps).log().mean()
+    return loss
+
+
+@_without_autocast
+def sigreg(
+    x: Tensor,  # [n, C]
+    slices: Tensor,  # [C, directions], any length above 0
+    group_size: int | None = None,  # one statistic for so many consecutive samples, then their mean
+    knots: int = 17,
+    limit: float = 3.0,
+) -> Tensor:
+    """Distance of a batch from the standard normal distribution: Epps-Pulley along random directions, their mean.
+
+    For one direction n * integral over t of |mean exp(i t x) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), which is even in t, so
+    twice the trapezoid rule on [0, limit].
+
+    Source: LeJEPA (arXiv 2511.08544), section 4 (Sketched Isotropic Gaussian Regularisation).
+    """
+    groups = _grouped(_wide(x), group_size)
+    projected = groups @ F.normalize(slices.to(groups.dtype), dim=0)  # [groups, g, directions]
+    t = torch.linspace(0.0, limit, knots, dtype=groups.dtype, device=x.device)
+    normal = (-0.5 * t**2).exp()
+    step = torch.full_like(t, 2.0 * limit / (knots - 1))
+    step[[0, -1]] *= 0.5
+    statistic = torch.zeros_like(projected[:, 0])
+    for k in range(knots):  # one at a time, or memory grows by the number of knots
+        angles = projected * t[k]
+        error = (angles.cos().mean(1) - normal[k]) ** 2 + angles.sin().mean(1) ** 2
+        statistic = statistic + error * (normal[k] * step[k])
+    return statistic.mean() * groups.shape[1]
+
+
+# --- tokens against tokens ---------------------------------------------------------------------------------------
+
+
+@_without_autocast
+def gram_loss(
+    student: Tensor,  # [B, P, C]
+    teacher: Tensor,  # [B, P, C'], which may be wider or narrower where `of` is "patches"
+    *,
+    of: GramOf = "patches",
+    normalise: bool = True,  # dot products become cosines
+    per_image: bool = True,  # False: patches of all images are compared with each other
+    negatives: GramNegatives = "keep",  # "remove": negative entries count as 0; "remove_teacher": only the teacher's
+) -> Tensor:
+    """Mean squared difference of all similarities between patches (or between channels).
+
+    Source: DINOv3 paper (arXiv 2508.10104), section 4; dinov3/loss/gram_loss.py at 6876159, which is "patches".
+    """
+
+    def gram(tokens: Tensor) -> Tensor:
+        tokens = _wide(tokens)
+        if not per_image:
+            tokens = tokens.flatten(0, -2)
+        rows = tokens if of == "patches" else tokens.mT
+        rows = F.normalize(rows, dim=-1) if normalise else rows
+        return rows @ rows.mT
+
+    ours = gram(student)
+    with torch.no_grad():
+        target = gram(teacher)
+    if negatives != "keep":
+        target = target.clamp(min=0.0)
+        ours = ours.clamp(min=0.0) if negatives == "remove" else ours
+    return F.mse_loss(ours, target)
+
+
+@_without_autocast
+def feature_loss(
+    student: Tensor,  # [..., C]
+    teacher: Tensor,  # [..., C]
+    cosine: float = 0.9,  # share of the direction; the rest is smooth L1
+) -> Tensor:
+    """How far features are from a teacher's: cosine * (1 - cos) + (1 - cosine) * smooth L1, mean over all vectors.
+
+    Source: AM-RADIO (arXiv 2312.06709), section 3.2, with its shares.
+    """
+    ours, target = _wide(student), _wide(teacher.detach())
+    direction = 1.0 - F.cosine_similarity(ours, target, dim=-1)
+    return cosine * direction.mean() + (1.0 - cosine) * F.smooth_l1_loss(ours, target)
