@@ -1,0 +1,14 @@
+"""The trainer: self-supervised learning with the objectives of DINO, DINOv2 and DINOv3, and distillation.
+
+    python -m dinov3_infer.train --data FOLDER --model vits16 --out RUN
+
+Reading order: losses, method, loop; then config, views, data.
+"""
+
+from .checkpoint import DiskError
+from .config import PRESETS, TrainConfig
+from .health import TrainingStopped
+from .loop import train
+from .sources import Data, open_data
+
+__all__ = ["PRESETS", "Data", "DiskError", "TrainConfig", "TrainingStopped", "open_data", "train"]

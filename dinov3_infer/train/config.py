@@ -1,0 +1,274 @@
+"""One flat table of everything that a run can be told, and presets as tables of what they change."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from ..errors import InputError
+from ..rope import RopeAugmentation
+from .losses import GramNegatives, GramOf
+from .views import ViewConfig
+
+__all__ = ["PRESETS", "TrainConfig"]
+
+Preset = Literal["adapt", "dinov3", "distill"]
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run.  Sizes are in pixels, `_steps` in optimiser steps, `_share` in parts of the run.
+
+    The defaults are those of preset "adapt": going on with a released backbone on pictures of one's own.  Values
+    without a source are ours.  "v3" is dinov3/configs at 6876159, "FINO" the fine-tuning branch of that repository.
+    """
+
+    # what
+    data: tuple[str, ...] = ()  # folders, list files, tar shards; "A:0.1:pure" gives A a tenth of the batches, unmixed
+    model: str = "vits16"  # name, path or hub id; with `from_scratch` a name
+    out: str = ""  # folder of the run
+    from_scratch: bool = False  # random weights
+    teacher: str = ""  # of a distillation: name, path or hub id
+
+    # how long, how many
+    steps: int = 2000
+    batch_size: int = 64  # pictures per step, of all processes and accumulation steps together
+    accumulate: int = 1  # parts that the batch of a process is computed in: memory against time, same result
+    seed: int = 0
+
+    # views (see views.ViewConfig)
+    global_px: int = 224
+    local_px: int = 96
+    num_local: int = 8  # v3
+    gram_px: int = 0  # of the Gram or distillation teacher; 0: what gives it the student's grid of patches
+    sizes: tuple[str, ...] = ()  # mixed resolutions, "512/112/768:0.3": global, local, Gram crops, probability
+    global_scale: Pair = (0.32, 1.0)  # v3
+    local_scale: Pair = (0.05, 0.32)  # v3
+    flip: float = 0.5
+    distortions: bool = True  # of colours, blur, solarisation
+    mask_share: float = 0.5  # of the global crops; v3
+    mask_ratio: Pair = (0.1, 0.5)  # share of the patches of a masked crop; v3
+
+    # objectives
+    dino_weight: float = 1.0  # v3
+    local_weight: float = 1.0  # of the local crops' part; v3, 0.5 in the Gram and high-resolution stages
+    ibot_weight: float = 1.0  # v3
+    koleo_weight: float = 0.1  # v3
+    sigreg_weight: float = 0.0  # instead of KoLeo; FINO 0.05
+    sigreg_slices: int = 1024  # FINO
+    spread_group: int = 16  # pictures among which KoLeo and SIGReg look; DINOv3 paper, section 3.2
+    gram: Literal["off", "start", "ema", "renew"] = "off"  # the teacher: start weights, EMA, a copy of the EMA
+    gram_weight: float = 2.0  # v3
+    gram_begin_share: float = 0.0
+    gram_ramp_share: float = 0.0
+    gram_renew_steps: int = 10_000  # "renew": copied from the EMA every so often; v3
+    gram_of: GramOf = "patches"  # v3
+    gram_normalise: bool = True  # v3
+    gram_per_image: bool = True  # v3
+    gram_negatives: GramNegatives = "keep"  # v3
+    feature_weight: float = 0.0  # distillation: the teacher's features, without heads
+    relation_weight: float = 0.0  # distillation: the teacher's similarities between pictures and between patches
+
+    # heads and targets
+    dino_prototypes: int = 16_384
+    ibot_prototypes: int = 16_384
+    head_hidden: int = 2048  # v3
+    head_bottleneck: int = 256  # v3
+    unit_prototypes: bool = False  # True: DINO v1
+    centring: Literal["sinkhorn", "centre"] = "sinkhorn"  # v3
+    centre_momentum: float = 0.9  # DINO v1
+    student_temperature: float = 0.1  # v3
+    teacher_temperature_start: float = 0.04  # v3
+    teacher_temperature: float = 0.07  # v3
+    teacher_temperature_share: float = 0.1  # v3
+
+    # what is trained
+    tune: Literal["full", "last", "lora"] = "full"
+    tune_blocks: int = 4  # "last": so many blocks and the final norm
+    lora_rank: int = 16
+    freeze_share: float = 0.2  # heads alone at first: released backbones have none; FINO 0.4
+    ramp_share: float = 0.05  # until the backbone learns at full rate; FINO 0.04
+    freeze_prototypes_share: float = 0.0  # v3 0.005 to 0.01, from scratch
+    drop_path: float = 0.0  # v3 0.3 to 0.4, from scratch
+    rope_shift: float = 0.0  # off; see rope.RopeAugmentation
+    rope_jitter: float = 1.0  # off
+    rope_rescale: float = 2.0  # v3; 1 is off
+
+    # optimiser (AdamW)
+    lr_at_1024: float = 2e-4  # times sqrt(batch_size / 1024); v3 writes a quarter of it and multiplies by 4
+    lr_end_share: float = 1.0  # of the last learning rate: 1 is constant after the warm-up; v3
+    warmup_share: float = 0.1  # v3
+    weight_decay: float = 0.04  # v3
+    weight_decay_end: float = 0.04  # v3
+    betas: Pair = (0.9, 0.99)  # v3
+    clip: float = 3.0  # norm of the gradients of backbone and of each head; v3
+    layer_decay: float = 0.98  # learning rate of a block over that of the next one; v3
+    patch_lr: float = 0.2  # of the patch embedding; v3
+    ema_momentum: float = 0.994  # v3
+    ema_momentum_end: float = 0.9999
+
+    # machine
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of the arithmetic; weights are never halved
+    workers: int = 2  # processes that prepare pictures
+    recompute: bool = False  # activations of blocks in the backward pass: memory against time
+    compile: bool = False
+    engine: Literal["ddp", "fsdp"] = "ddp"  # under torchrun
+
+    # records
+    log_steps: int = 10
+    checkpoint_steps: int = 500
+    keep_checkpoints: int = 2
+    health_steps: int = 200
+    health_data: str = ""  # held-out pictures, a folder per class, for 20-NN; empty: some of the training pictures
+    health_pictures: int = 512
+    stop_on_collapse: bool = True
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    # --- what follows from the above -----------------------------------------------------------------------------
+
+    def share(self, part: float) -> int:
+        """Steps of a share of the run."""
+        return round(part * self.steps)
+
+    @property
+    def lr(self) -> float:
+        return self.lr_at_1024 * (self.batch_size / 1024) ** 0.5  # type: ignore[no-any-return]
+
+    @property
+    def distils(self) -> bool:
+        return bool(self.teacher)
+
+    @property
+    def masks(self) -> bool:
+        return self.ibot_weight > 0 and self.mask_share > 0
+
+    @property
+    def rope(self) -> RopeAugmentation | None:
+        steps = RopeAugmentation(
+            self.rope_shift or None,
+            self.rope_jitter if self.rope_jitter != 1 else None,
+            self.rope_rescale if self.rope_rescale != 1 else None,
+        )
+        return None if steps == RopeAugmentation() else steps
+
+    def view_configs(self, patch_size: int, teacher_patch: int, mean: Any, std: Any) -> list[tuple[float, ViewConfig]]:
+        """(probability, views) for each resolution; sides are rounded to whole patches of the student."""
+        wanted = [_sizes(text) for text in self.sizes] or [(self.global_px, self.local_px, self.gram_px, 1.0)]
+        others = self.distils or self.gram in ("start", "renew")  # a teacher with crops of its own
+        plain = dict(global_blur=(0.0, 0.0), local_blur=0.0, solarize=0.0, jitter_probability=0.0, grey=0.0)
+        found = []
+        for global_px, local_px, gram_px, probability in wanted:
+            patches = max(1, round(global_px / patch_size))
+            global_px, gram_px = patches * patch_size, gram_px or patches * teacher_patch
+            views = ViewConfig(
+                global_px=global_px,
+                local_px=max(1, round(local_px / patch_size)) * patch_size,
+                gram_px=gram_px if others and gram_px != global_px else None,
+                num_local=self.num_local,
+                global_scale=self.global_scale,
+                local_scale=self.local_scale,
+                flip=self.flip,
+                mean=mean,
+                std=std,
+                patch_size=patch_size,
+                mask_probability=self.mask_share if self.masks else 0.0,
+                mask_ratio=self.mask_ratio,
+                **({} if self.distortions else plain),  # type: ignore[arg-type]
+            )
+            found.append((probability, views))
+        return found
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "TrainConfig":
+        """A preset with changes.  Raises: InputError for a name or a field that does not exist."""
+        if name not in PRESETS:
+            raise InputError(f"preset is one of {', '.join(PRESETS)}; got {name!r}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        for field in overrides:
+            if field not in known:
+                raise InputError(f"{field!r} is not a setting of the trainer; --help lists them")
+        return cls(**(PRESETS[name] | overrides))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "adapt": {},
+    # v3, ssl_default_config.yaml with the RoPE and registers of the released models: its ViT-L recipe on ImageNet
+    "dinov3": dict(
+        from_scratch=True, steps=125_000, batch_size=2048, dino_prototypes=65_536, ibot_prototypes=65_536,
+        freeze_share=0.0, ramp_share=0.0, freeze_prototypes_share=0.01, drop_path=0.3, lr_at_1024=4e-3,
+        lr_end_share=1.8e-4, weight_decay_end=0.4, betas=(0.9, 0.999), layer_decay=0.9, ema_momentum=0.992,
+        ema_momentum_end=1.0, teacher_temperature_share=0.3,
+    ),
+    # Feature form, AM-RADIO (arXiv 2312.06709): released teachers have no heads, without which the published form
+    # (DINOv3 paper, section 5.2: the student's own heads against the teacher's) cannot be computed.
+    "distill": dict(
+        from_scratch=True, model="nano", steps=20_000, batch_size=64, global_px=128, num_local=0, distortions=False,
+        dino_weight=0.0, ibot_weight=0.0, koleo_weight=0.0, feature_weight=1.0, relation_weight=1.0,
+        freeze_share=0.0, ramp_share=0.0, rope_rescale=1.0, lr_at_1024=4e-3, lr_end_share=0.0, warmup_share=0.05,
+        betas=(0.9, 0.999), layer_decay=1.0, patch_lr=1.0, ema_momentum=0.99, ema_momentum_end=0.9999,
+    ),
+}  # fmt: skip
+
+
+def _sizes(text: str) -> tuple[int, int, int, float]:
+    """ "512/112/768:0.3" -> 512, 112, 768, 0.3."""
+    try:
+        pixels, _, probability = text.partition(":")
+        global_px, local_px, gram_px = (int(part) for part in pixels.split("/"))
+        return global_px, local_px, gram_px, float(probability or 1)
+    except ValueError:
+        raise InputError(f"sizes are 'global/local/gram:probability' such as '512/112/768:0.3'; got {text!r}") from None
+
+
+_ABOVE_0 = ("steps", "batch_size", "accumulate", "global_px", "dino_prototypes", "ibot_prototypes", "head_hidden",
+            "head_bottleneck", "lr_at_1024", "clip", "log_steps", "checkpoint_steps", "keep_checkpoints",
+            "student_temperature", "teacher_temperature", "teacher_temperature_start", "lora_rank", "tune_blocks",
+            "health_steps", "health_pictures", "gram_renew_steps", "sigreg_slices", "layer_decay",
+            "patch_lr")  # fmt: skip
+_SHARES = ("mask_share", "gram_begin_share", "gram_ramp_share", "freeze_share", "ramp_share", "warmup_share",
+           "freeze_prototypes_share", "teacher_temperature_share", "ema_momentum", "ema_momentum_end", "flip",
+           "drop_path", "centre_momentum")  # fmt: skip
+_WEIGHTS = ("dino_weight", "local_weight", "ibot_weight", "koleo_weight", "sigreg_weight", "gram_weight",
+            "feature_weight", "relation_weight", "weight_decay", "weight_decay_end", "lr_end_share",
+            "num_local", "gram_px", "workers")  # fmt: skip
+
+
+def check(config: TrainConfig) -> None:
+    """One sentence for the first thing that cannot be meant."""
+    for name in _ABOVE_0:
+        if not getattr(config, name) > 0:
+            raise InputError(f"{name} is {getattr(config, name)}; give a value above 0")
+    for name in _SHARES:
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"{name} is {getattr(config, name)}; give a value from 0 to 1")
+    for name in _WEIGHTS:
+        if not getattr(config, name) >= 0:
+            raise InputError(f"{name} is {getattr(config, name)}; give 0 or more")
+    for field in dataclasses.fields(config):
+        choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+        if choices and getattr(config, field.name) not in choices:
+            raise InputError(f"{field.name} is one of {', '.join(choices)}; got {getattr(config, field.name)!r}")
+    for name in ("global_scale", "local_scale", "mask_ratio"):
+        low, high = getattr(config, name)
+        if not 0 < low <= high <= 1:
+            raise InputError(f"{name} is a range of shares, got {low} to {high}; give 0 < low <= high <= 1")
+    _ = config.rope, [_sizes(text) for text in config.sizes]  # which check themselves
+    if config.batch_size < 2:
+        raise InputError(f"batch_size is {config.batch_size}; the objectives compare pictures, so give at least 2")
+    if config.batch_size % config.accumulate:
+        raise InputError(f"batch_size {config.batch_size} does not split into {config.accumulate} equal parts")
+    if config.distils and not (config.feature_weight or config.relation_weight):
+        raise InputError("a teacher was given and no distillation weight; set feature_weight, or use preset 'distill'")
+    if not config.distils and (config.feature_weight or config.relation_weight):
+        raise InputError("distillation needs teacher=, a name, path or hub id of a backbone")
+    if config.gram == "start" and config.from_scratch:
+        raise InputError("gram='start' holds on to the start weights, and these are random; use 'renew' or 'ema'")
+    if config.tune == "lora" and config.engine == "fsdp":
+        raise InputError("adapters are small enough for engine='ddp'; 'fsdp' does not split them")
+    if not config.gram_per_image and (config.gram != "off") and config.accumulate > 1:
+        raise InputError("gram_per_image=False compares patches of the whole batch, so it takes accumulate=1")
+    if not any((config.dino_weight, config.ibot_weight, config.feature_weight, config.relation_weight)):
+        raise InputError("no objective has a weight; give dino_weight, ibot_weight or feature_weight")

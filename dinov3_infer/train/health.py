@@ -1,0 +1,126 @@
+"""Is the run well?  A few numbers of the moving average on fixed pictures, and what they mean in a word.
+
+Source: RankMe (arXiv 2210.02885); the weighted 20-NN of DINO (arXiv 2104.14294), appendix C.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backbone import Backbone
+from ..errors import Dinov3Error, ImageError, InputError
+from .config import TrainConfig
+from .draws import generator
+from .sources import Data
+
+__all__ = ["Health", "TrainingStopped", "knn_accuracy", "rank_me", "spread_of"]
+
+Verdict = Literal["healthy", "collapsing", "forgetting"]
+
+_DRIFT_PICTURES = 32
+
+
+class TrainingStopped(Dinov3Error, RuntimeError):
+    """A run ended itself; its folder holds the last good weights."""
+
+
+def rank_me(features: Tensor) -> float:  # [n, C]
+    """The effective number of dimensions: exp of the entropy of the singular values."""
+    values = torch.linalg.svdvals(features.double())
+    shares = values / values.sum().clamp(min=1e-12)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def spread_of(features: Tensor) -> float:  # [n, C]
+    """1 minus the mean cosine between two pictures: 0 where all have the same features."""
+    unit = F.normalize(features.double(), dim=-1)
+    n = len(unit)
+    return float(1.0 - (unit.sum(0).square().sum() - n) / (n * (n - 1)))
+
+
+def knn_accuracy(features: Tensor, labels: Tensor, neighbours: int = 20, temperature: float = 0.07) -> float:
+    """Share of the pictures [n, C] whose class [n] most of their neighbours among the others have, weighted."""
+    unit = F.normalize(features.float(), dim=-1)
+    cosines = (unit @ unit.T).fill_diagonal_(-math.inf)
+    nearest = cosines.topk(min(neighbours, len(unit) - 1), dim=-1)
+    votes = F.one_hot(labels[nearest.indices], int(labels.max()) + 1) * (nearest.values / temperature).exp()[..., None]
+    return float((votes.sum(1).argmax(-1) == labels).double().mean())
+
+
+class Health:
+    """Looks at the same pictures every time; the first look, before any step, is what later ones are held against."""
+
+    def __init__(self, config: TrainConfig, data: Data, backbone: Backbone) -> None:
+        self.config = config
+        count = min(config.health_pictures, len(data))
+        chosen = torch.randperm(len(data), generator=generator(config.seed, 0, "health"))[:count].tolist()
+        self.pictures = [i for i in chosen if _readable(data, i)]
+        if len(self.pictures) < 2:
+            raise InputError(
+                f"of {count} pictures tried {len(self.pictures)} can be read, and training needs 2; check the data"
+            )
+        self.data = data
+        self.labels = None if data.labels is None else data.labels[self.pictures]
+        self.similarities: Tensor | None = None
+        self.first = self.look(backbone)
+
+    def look(self, backbone: Backbone) -> dict[str, float]:
+        """The numbers now."""
+        cls, maps = self._features(backbone)
+        found = {"rank_me": rank_me(cls), "spread": spread_of(cls)}
+        if self.labels is not None:
+            found["knn"] = knn_accuracy(cls, self.labels)
+        if self.similarities is None:
+            self.similarities = maps
+        found["patch_drift"] = float((maps - self.similarities).abs().mean())
+        return found
+
+    def judge(self, found: dict[str, float], step: int) -> tuple[Verdict, str]:
+        """A word, and a sentence that says why."""
+        first, started = self.first, not self.config.from_scratch
+        young = not started and step < 0.25 * self.config.steps  # random weights give all pictures the same features
+        least = (0.1 * first["spread"], 0.1 * first["rank_me"]) if started else (0.005, 1.5)
+        if (found["spread"] < least[0] or found["rank_me"] < least[1]) and not young:
+            return "collapsing", (
+                f"all pictures get nearly the same features (spread {found['spread']:.3f}, RankMe "
+                f"{found['rank_me']:.1f}); lower lr_at_1024, raise koleo_weight or batch_size"
+            )
+        if started and "knn" in found and found["knn"] < first["knn"] - 0.1:
+            return "forgetting", (
+                f"20-NN fell from {first['knn']:.2f} to {found['knn']:.2f}; lower lr_at_1024, or tune='last' or 'lora'"
+            )
+        if started and found["patch_drift"] > 0.25:
+            return "forgetting", (
+                f"similarities between patches moved by {found['patch_drift']:.2f} on average; use gram='start'"
+            )
+        return "healthy", f"spread {found['spread']:.3f}, RankMe {found['rank_me']:.1f}"
+
+    @torch.no_grad()
+    def _features(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
+        """Class tokens [n, C], and cosines between the patches of the first pictures."""
+        device = backbone.cls_token.device
+        transform = backbone.preprocess.with_options(self._side(backbone), "squash")
+        tokens: list[Tensor] = []
+        maps: list[Tensor] = []
+        for start in range(0, len(self.pictures), 32):
+            images = [self.data.read(i) for i in self.pictures[start : start + 32]]
+            out = backbone(transform.batch(images).pixels.to(device, backbone.cls_token.dtype))
+            tokens.append(out.cls_token)
+            if start < _DRIFT_PICTURES:
+                patches = F.normalize(out.patch_tokens.float(), dim=-1)
+                maps.append(patches @ patches.mT)
+        return torch.cat(tokens), torch.cat(maps)
+
+    def _side(self, backbone: Backbone) -> int:
+        return max(1, round(self.config.global_px / backbone.patch_size)) * backbone.patch_size
+
+
+def _readable(data: Data, index: int) -> bool:
+    try:
+        data.read(index)
+    except ImageError:
+        return False
+    return True

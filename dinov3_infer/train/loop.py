@@ -1,0 +1,364 @@
+"""A run from its first step to its last, or from where it was left."""
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ..backbone import Backbone
+from ..errors import InputError
+from . import checkpoint
+from .backbones import plain_copy, wrap_blocks
+from .config import TrainConfig
+from .data import Batches, batches
+from .distributed import Engine, is_main, joined, mean_of, rank, world_size
+from .draws import generator
+from .health import Health, TrainingStopped
+from .method import Method, split_batch
+from .optim import clip_gradients, make_optimizer, set_rates
+from .report import draw_batch, draw_curves
+from .sources import Data, Spec, open_data
+from .views import Batch
+
+__all__ = ["Run", "dry_run", "train"]
+
+log = logging.getLogger("dinov3_infer")
+
+_PATIENCE = 3  # steps in a row without a finite loss, or looks in a row at a collapsed model
+
+
+def train(
+    config: TrainConfig,
+    *,
+    data: Spec = None,
+    backbone: Backbone | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
+) -> Backbone:
+    """Trains, and returns the moving average of the backbone on the CPU, which also lies in `out`/backbone.
+
+    Under `torchrun` every process calls this.
+
+    `data`: what `open_data` takes, such as a torch Dataset; None for `config.data`.
+    `backbone`: a model to start from, which is trained in place; None for `config.model`.
+    `resume`: go on with the run in `out`; an interrupted run gives the same numbers as one that was not.
+    `progress`: a bar; None for one on a terminal.
+    Raises: InputError for what cannot be meant; TrainingStopped for a run that diverged or collapsed, whose last good
+    weights are in the folder.
+    """
+    with joined(_device(config)) as device:
+        return Run(config, device, data=data, backbone=backbone, resume=resume).train(progress)
+
+
+def _device(config: TrainConfig) -> torch.device:
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _build(config: TrainConfig, device: torch.device, backbone: Backbone | None) -> Method:
+    """Student, teachers and heads, on the device; the same random numbers on every process."""
+    teacher = Backbone.from_pretrained(config.teacher, device=device) if config.distils else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(config.seed, 0, "weights").initial_seed() % 2**63)
+        if backbone is None and config.from_scratch:
+            backbone = Backbone.from_config(config.model)
+        elif backbone is None:
+            backbone = Backbone.from_pretrained(config.model, device="cpu")
+        elif backbone.patch_embed.proj.weight.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"the weights are {backbone.patch_embed.proj.weight.dtype}, in which small steps are lost; load them "
+                "with dtype='auto', the arithmetic is bfloat16 all the same"
+            )
+        method = Method(config, backbone.to(device), teacher)
+    wrap_blocks(method.backbone, config.compile, config.recompute)
+    wrap_blocks(method.average, config.compile, False)
+    if device.type == "cpu" and config.precision == "bfloat16":  # torch's fused attention is 1.5 times slower there
+        for module in method.modules():
+            if isinstance(module, Backbone):
+                module.set_attention("eager")
+    return method.to(device, torch.float64 if config.precision == "float64" else torch.float32)
+
+
+class Run:
+    """What one process holds of a run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        data: Spec = None,
+        backbone: Backbone | None = None,
+        resume: bool = False,
+        dry: bool = False,  # writes nothing
+    ) -> None:
+        self.config, self.device = config, device
+        self.folder = Path(config.out).expanduser()
+        self.checkpoints = self.folder / "checkpoints"
+        found = self._check(resume, dry)
+        self.data: Data = data if isinstance(data, Data) else open_data(list(config.data) if data is None else data)
+        if len(self.data) < config.batch_size:
+            raise InputError(
+                f"there are {len(self.data)} pictures and batch_size is {config.batch_size}; give more or a smaller one"
+            )
+        self.method = _build(config, device, backbone)
+        info, other = self.method.backbone.preprocess, self.method.teacher or self.method.gram_teacher
+        patch = self.method.backbone.patch_size
+        self.views = config.view_configs(patch, other.patch_size if other else patch, info.mean, info.std)
+        self.engine = Engine(self.method, config.engine, unused=config.share(config.freeze_share) > 0)
+        self.optimizer = make_optimizer(self.method.student, config)
+        self.step = self.failures = self.unwell = 0
+        self.unwritten = ""
+        if dry:
+            return
+        probe = open_data(config.health_data) if config.health_data else self.data
+        self.health = Health(config, probe, self.method.average)
+        if found is not None:
+            self.step = checkpoint.load(found, self.method, self.optimizer)["step"]
+        if is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+            _cut_metrics(self.folder / "metrics.jsonl", self.step)
+
+    def _check(self, resume: bool, dry: bool) -> Path | None:
+        """The checkpoint to go on from, if that was asked for."""
+        config, parts = self.config, world_size() * self.config.accumulate
+        if not config.out:
+            raise InputError("out is empty; give a folder for the run")
+        if config.batch_size % parts:
+            raise InputError(
+                f"batch_size {config.batch_size} does not split over {world_size()} processes times accumulate="
+                f"{config.accumulate}; give a multiple of {parts}"
+            )
+        size = config.batch_size // parts
+        if (config.koleo_weight or config.sigreg_weight) and (size < 2 or size % min(size, config.spread_group)):
+            raise InputError(
+                f"each process computes {size} pictures at a time, which KoLeo cannot split into groups of "
+                f"{config.spread_group}; give another batch_size, accumulate or spread_group"
+            )
+        found = checkpoint.latest(self.checkpoints)
+        if resume and found is None:
+            raise InputError(f"'{self.checkpoints}' holds no checkpoint to resume from; give the folder of a run")
+        if found is not None and not resume and not dry:
+            raise InputError(f"'{self.folder}' holds a run already; resume it (--resume), or give another folder")
+        return found
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def train(self, progress: bool | None = None) -> Backbone:
+        config = self.config
+        stream = self.stream()
+        hidden = None if progress is None else not progress  # None: where nobody watches
+        if self.step == 0:
+            self.record(self.health.first | {"verdict": "start"})
+        since, count = time.perf_counter(), 0
+        with tqdm(total=config.steps, initial=self.step, disable=hidden if is_main() else True) as bar:
+            while self.step < config.steps:
+                batch = next(stream)
+                if self.step == 0 and is_main():
+                    draw_batch(batch, self.views[0][1], self.folder / "first_batch.png")
+                metrics: dict[str, Any] = self.take_step(batch)
+                self.step += 1
+                count += config.batch_size
+                bar.update()
+                looks = self._due(config.health_steps)
+                if looks:
+                    metrics |= self.look()
+                if looks or self._due(config.log_steps):
+                    speed = count / (time.perf_counter() - since)
+                    self.record(metrics | {"broken_pictures": len(stream.broken), "images_per_second": speed})
+                    bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+                    since, count = time.perf_counter(), 0
+                if self.unwell >= _PATIENCE and config.stop_on_collapse:
+                    self.stop(f"collapsed: {metrics['reason']}")
+                if self._due(config.checkpoint_steps) and not self.failures and not self.unwell:
+                    self.save()
+        return self.result()
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def stream(self) -> Batches:
+        config = self.config
+        return batches(
+            self.data,
+            self.views,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start=self.step,
+            stop=config.steps,
+            rank=rank(),
+            world_size=world_size(),
+            workers=config.workers,
+            device=self.device,
+        )
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bfloat16 arithmetic over float32 weights, where that is wanted or "auto" and a GPU can do it."""
+        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        wanted = self.config.precision == "bfloat16" or (self.config.precision == "auto" and able)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+
+    def take_step(self, batch: Batch) -> dict[str, float]:
+        """One step of the optimiser; every metric as a number."""
+        config, method, step = self.config, self.method, self.step
+        method.train()
+        parts = self.parts(batch)
+        with self.autocast():
+            targets = method.targets(parts, step)
+        terms: list[dict[str, Tensor]] = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for i, (part, target) in enumerate(zip(parts, targets, strict=True)):
+            with self.engine.accumulating(last=i == len(parts) - 1):
+                with self.autocast():
+                    found = self.engine(part, target, step)
+                (found["loss"] / len(parts)).backward()
+            terms.append({name: value.detach() for name, value in found.items()})
+        rate = set_rates(self.optimizer, config, step)
+        norms = clip_gradients(method.student, config.clip)
+        names = list(terms[0])
+        means = mean_of(torch.stack([torch.stack([term[name] for name in names]) for term in terms]).mean(0))
+        metrics = dict(zip(names, means.tolist(), strict=True))
+        metrics |= {f"gradient_{part}": float(norm) for part, norm in norms.items()} | {"lr": rate}
+        if all(math.isfinite(value) for value in metrics.values()):
+            self.optimizer.step()
+            method.update_ema(step)
+            self.failures = 0
+        else:
+            self.fail(metrics)
+        return metrics
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """A batch as it is computed; float64 runs take float64 pictures."""
+        if self.config.precision == "float64":
+            crops = {name: getattr(batch, name) for name in ("global_crops", "local_crops", "gram_crops")}
+            batch = batch._replace(**{name: c.double() for name, c in crops.items() if c is not None})
+        return split_batch(batch, self.config.accumulate)
+
+    def fail(self, metrics: dict[str, float]) -> None:
+        """A loss or gradient that is not finite changes no weight; a few in a row end the run."""
+        self.failures += 1
+        names = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
+        log.warning("step %d left out: %s not finite", self.step, names)
+        if self.failures >= _PATIENCE:
+            self.stop(f"diverged: {names} not finite in {_PATIENCE} steps in a row; lower lr_at_1024")
+
+    def look(self) -> dict[str, Any]:
+        """Health now."""
+        found = self.health.look(self.method.average)
+        verdict, reason = self.health.judge(found, self.step)
+        self.unwell = self.unwell + 1 if verdict == "collapsing" else 0
+        if verdict != "healthy":
+            log.warning("step %d, %s: %s", self.step, verdict, reason)
+        return found | {"verdict": verdict, "reason": reason}
+
+    def stop(self, reason: str) -> None:
+        """Ends the run with the weights of the last checkpoint, which was taken in health."""
+        found = checkpoint.latest(self.checkpoints)
+        kept = "no checkpoint had been written yet"
+        if found is not None:
+            step = checkpoint.load(found, self.method, self.optimizer)["step"]
+            self.result()
+            kept = f"'{self.folder / 'backbone'}' holds the weights of step {step}"
+        raise TrainingStopped(f"the run {reason} (step {self.step}; {kept})")
+
+    # --- records -------------------------------------------------------------------------------------------------
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, null for what is not finite; lines wait while the disk is full."""
+        if is_main():
+            known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+            self.unwritten += json.dumps({"step": self.step} | known) + "\n"
+            with self.full_disk():
+                checkpoint.append(self.folder / "metrics.jsonl", self.unwritten)
+                self.unwritten = ""
+
+    def save(self) -> None:
+        state = {"step": self.step, "config": dataclasses.asdict(self.config)}
+        with self.full_disk():
+            checkpoint.save(self.checkpoints, self.method, self.optimizer, state, self.config.keep_checkpoints)
+
+    @contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """A run outlives a disk that is full for a while, but does not end on one."""
+        try:
+            yield
+        except checkpoint.DiskError as error:
+            if self.step == self.config.steps:
+                raise
+            log.warning("step %d goes on: %s", self.step, error)
+
+    def result(self) -> Backbone:
+        """The moving average, written as a model, and the curves."""
+        backbone = plain_copy(self.method.average)
+        if is_main():
+            try:
+                backbone.float().save_pretrained(self.folder / "backbone")
+                draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+            except OSError as error:
+                raise checkpoint.DiskError(
+                    f"the result could not be written to '{self.folder}' ({error.strerror}); make room and resume, the "
+                    "checkpoint of the last step is whole"
+                ) from None
+        return backbone
+
+    def describe(self) -> dict[str, Any]:
+        """What a step needs, measured on two pictures; writes the first batch as a picture."""
+        batch = next(self.stream())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draw_batch(batch, self.views[0][1], self.folder / "first_batch.png")
+        few = split_batch(batch, max(1, len(batch.indices) // 2))[0]
+        fixed = {p.untyped_storage().data_ptr() for p in self.method.parameters()}
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in fixed:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        part = self.parts(few)[0]
+        with self.autocast(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            target = self.method.targets([part], 0)[0]
+            held = self.method.train()(part, target, self.config.steps)  # the last step: nothing is frozen
+        at_once = len(batch.indices) // self.config.accumulate
+        learning = [p for p in self.method.parameters() if p.requires_grad]
+        weights = sum(p.nbytes for p in self.method.parameters()) + 3 * sum(p.nbytes for p in learning)
+        return {
+            "pictures": len(self.data),
+            "learning_rate": self.config.lr,
+            "trained_parameters": sum(p.numel() for p in learning),
+            "gib_of_weights_gradients_and_moments": round(weights / 2**30, 2),
+            "gib_of_activations": round(sum(kept.values()) / len(part.indices) * at_once / 2**30, 2),
+            "first_loss": float(held["loss"].detach()),
+        }
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Prints the settings and what a step needs."""
+    found = Run(config, _device(config), dry=True).describe()
+    print(json.dumps(dataclasses.asdict(config) | found, indent=1))  # noqa: T201
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """A resumed run says again what came after its checkpoint."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("}\n")]  # a killed run may have left half of one
+        _write(path, "".join(line for line in whole if json.loads(line)["step"] <= step))

@@ -1,0 +1,310 @@
+"""What is trained, and its loss: student, moving average, heads, and the teachers of Gram and distillation."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..backbone import Backbone
+from ..errors import InputError
+from ..vit import BackboneOutput, as_map
+from . import losses
+from .backbones import add_adapters
+from .config import TrainConfig
+from .distributed import group, local, mean_over
+from .draws import generator
+from .heads import ProjectionHead, linear_projection
+from .schedules import ramp, warmup_cosine
+from .views import Batch
+
+__all__ = ["Method", "Targets", "split_batch"]
+
+M = TypeVar("M", bound=nn.Module)
+Add = Callable[[str, float, Tensor], None]  # takes a term: name, weight, value
+
+
+class Targets(NamedTuple):
+    """What the teachers say about a batch of B pictures (2B global crops); None where nobody asks."""
+
+    dino: Tensor | None = None  # [2, B, K] distributions
+    ibot: Tensor | None = None  # [M, K] distributions of the masked patches
+    gram: Tensor | None = None  # [2B, P, C] patch tokens on the student's grid
+    cls: Tensor | None = None  # [2B, C'] of the teacher of a distillation
+    patches: Tensor | None = None  # [2B, P, C']
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """Consecutive pictures, in `parts` equal parts."""
+
+    def cut(crops: Tensor, per_picture: int) -> list[Tensor]:
+        return [c.flatten(0, 1) for c in crops.unflatten(0, (per_picture, -1)).chunk(parts, dim=1)]
+
+    if parts == 1:
+        return [batch]
+    count = len(batch.indices)
+    num_local = len(batch.local_crops) // count
+    gram = [None] * parts if batch.gram_crops is None else cut(batch.gram_crops, 2)
+    local = cut(batch.local_crops, num_local) if num_local else [batch.local_crops] * parts
+    pieces = zip(cut(batch.global_crops, 2), local, gram, cut(batch.masks, 2), batch.indices.chunk(parts), strict=True)
+    return [Batch(*piece) for piece in pieces]
+
+
+class Method(nn.Module):
+    """`targets` on all parts of a step's batch, then `forward` and a backward pass for each part, then `update_ema`.
+
+    `student` and `ema` hold the same parts: backbone, dino_head, ibot_head, cls_projection, patch_projection, as far as
+    the objectives need them.
+    """
+
+    student: nn.ModuleDict
+    ema: nn.ModuleDict
+    teacher: Backbone | None
+    gram_teacher: Backbone | None
+    feature_mean: Tensor
+    feature_variance: Tensor
+
+    def __init__(self, config: TrainConfig, backbone: Backbone, teacher: Backbone | None = None) -> None:
+        super().__init__()
+        self.config = config
+        width = backbone.embed_dim
+        parts: dict[str, nn.Module] = {"backbone": backbone.train()}
+        prototypes = {"dino_head": config.dino_weight and config.dino_prototypes,
+                      "ibot_head": config.ibot_weight and config.ibot_prototypes}  # fmt: skip
+        for name, count in prototypes.items():
+            if count:
+                parts[name] = ProjectionHead(
+                    width, config.head_hidden, config.head_bottleneck, int(count), config.unit_prototypes
+                )
+        if teacher is not None and config.feature_weight:
+            parts["cls_projection"] = linear_projection(width, teacher.embed_dim)
+            parts["patch_projection"] = linear_projection(width, teacher.embed_dim)
+        self.student = nn.ModuleDict(parts)
+        self.choose_trained(backbone)
+        self.ema = frozen(copy.deepcopy(self.student))
+        self.teacher = None if teacher is None else frozen(teacher)
+        self.gram_teacher = frozen(copy.deepcopy(backbone)) if config.gram in ("start", "renew") else None
+        if config.centring == "centre":
+            for name, count in prototypes.items():
+                self.register_buffer(f"{name}_centre", torch.zeros(int(count)))
+        if teacher is not None:  # running mean and variance of its features: class token, patches
+            self.register_buffer("feature_mean", torch.zeros(2, teacher.embed_dim))
+            self.register_buffer("feature_variance", torch.zeros(2, teacher.embed_dim))
+
+    @property
+    def backbone(self) -> Backbone:
+        """The student's."""
+        return cast(Backbone, self.student["backbone"])
+
+    @property
+    def average(self) -> Backbone:
+        """The moving average of the student's backbone: what a run is for."""
+        return cast(Backbone, self.ema["backbone"])
+
+    def choose_trained(self, backbone: Backbone) -> None:
+        """Which parameters of the backbone learn."""
+        config = self.config
+        if config.tune == "lora":
+            add_adapters(backbone, config.lora_rank)
+        if config.tune == "last":
+            backbone.requires_grad_(False)
+            for module in (*backbone.blocks[-config.tune_blocks :], backbone.norm, backbone.cls_norm):
+                if module is not None:
+                    module.requires_grad_(True)
+        if backbone.mask_token is None and config.masks:
+            raise InputError("this model has no mask token, which iBOT needs; set ibot_weight=0")
+        if backbone.mask_token is not None and not config.masks:
+            backbone.mask_token.requires_grad_(False)
+        if backbone.local_cls_norm is not None and not config.num_local:
+            backbone.local_cls_norm.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Method":
+        """Teachers stay in eval mode."""
+        super().train(mode)
+        for module in (self.ema, self.teacher, self.gram_teacher):
+            if module is not None:
+                module.eval()
+        return self
+
+    # --- the teachers --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def targets(self, batches: Sequence[Batch], step: int) -> list[Targets]:
+        """For all parts of this process' share of the batch, because Sinkhorn-Knopp looks at the whole of it."""
+        config = self.config
+        dino, ibot, gram, cls, patches = [], [], [], [], []
+        for batch in batches:
+            if config.dino_weight or config.ibot_weight or config.gram == "ema":
+                with parametrize.cached():
+                    out: BackboneOutput = self.average(batch.global_crops)
+                if config.dino_weight:
+                    dino.append(self.ema["dino_head"](out.cls_token))
+                if config.ibot_weight:
+                    ibot.append(self.ema["ibot_head"](out.patch_tokens[batch.masks]))
+                if config.gram == "ema":
+                    gram.append(out.patch_tokens)
+            crops = batch.global_crops if batch.gram_crops is None else batch.gram_crops
+            if self.gram_teacher is not None and self.gram_weight(step):
+                grid = self.backbone.grid_of(batch.global_crops)
+                gram.append(resize_tokens(self.gram_teacher(crops), self.gram_teacher.grid_of(crops), grid))
+            if self.teacher is not None:
+                out = self.teacher(crops)
+                cls.append(out.cls_token)
+                patches.append(out.patch_tokens)
+        if cls:
+            self.learn_scale(torch.cat(cls), torch.cat(patches), step)
+        nothing: list[None] = [None] * len(batches)
+        columns = (
+            [s.unflatten(0, (2, -1)) for s in self.assign(dino, "dino_head", step)] if dino else nothing,
+            self.assign(ibot, "ibot_head", step) if ibot else nothing,
+            gram or nothing,
+            cls or nothing,
+            patches or nothing,
+        )
+        return [Targets(*row) for row in zip(*columns, strict=True)]
+
+    def assign(self, scores: list[Tensor], head: str, step: int) -> list[Tensor]:
+        """Logits of all parts -> distributions of all parts."""
+        config = self.config
+        joined = torch.cat(scores)
+        temperature = self.teacher_temperature(step)
+        if config.centring == "sinkhorn":
+            found = losses.sinkhorn_knopp(joined, temperature, group=group())
+        else:
+            centre = self.get_buffer(f"{head}_centre")
+            found = losses.centred_softmax(joined, centre, temperature)
+            centre.lerp_(mean_over(joined.to(centre.dtype)), 1.0 - config.centre_momentum)
+        return list(found.split([len(part) for part in scores]))
+
+    def learn_scale(self, cls: Tensor, patches: Tensor, step: int) -> None:
+        """Folds this step into the mean and variance of the teacher's features over all steps."""
+        for i, tokens in enumerate((cls, patches.flatten(0, 1))):
+            running, variance = self.feature_mean[i], self.feature_variance[i]
+            tokens = tokens.to(running.dtype)
+            mean = mean_over(tokens)
+            spread = mean_over((tokens - mean) ** 2)
+            share = 1.0 / (step + 1)
+            variance.lerp_(spread, share).add_((mean - running) ** 2, alpha=share * (1.0 - share))
+            running.lerp_(mean, share)
+
+    # --- the student ---------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, targets: Targets, step: int) -> dict[str, Tensor]:
+        """Every term, and "loss", their weighted sum; the mean over the parts of a batch is that of the whole batch."""
+        config, student = self.config, self.student
+        crops, masks = [batch.global_crops], [batch.masks if config.masks else None]
+        if len(batch.local_crops):
+            crops, masks = [*crops, batch.local_crops], [*masks, None]
+        learns = torch.is_grad_enabled() and step >= config.share(config.freeze_share)
+        with torch.set_grad_enabled(learns), parametrize.cached():
+            outputs = self.backbone.forward_packed(
+                crops, masks, config.rope, config.drop_path, generator(config.seed, step, "student")
+            )
+        terms: dict[str, Tensor] = {}
+        total: list[Tensor] = []
+
+        def add(name: str, weight: float, value: Tensor) -> None:
+            terms[name] = value.detach()
+            total.append(weight * value)
+
+        seen = outputs[0]
+        if targets.dino is not None:
+            self.add_dino(outputs, targets.dino, add)
+        if targets.ibot is not None:
+            scores = student["ibot_head"](seen.patch_tokens[batch.masks])
+            ibot = losses.ibot_loss(scores, targets.ibot, batch.masks, config.student_temperature)
+            add("ibot", config.ibot_weight, ibot)
+        # groups divide the pictures, so none holds two crops of one picture, which would be nearest neighbours
+        size = min(config.spread_group, len(batch.indices))
+        if config.koleo_weight:
+            add("koleo", 2 * config.koleo_weight, losses.koleo(seen.cls_token, size))  # summed over the two crops
+        if config.sigreg_weight:
+            drawn = generator(config.seed, step, "slices")
+            slices = torch.randn(seen.cls_token.shape[1], config.sigreg_slices, generator=drawn)
+            add("sigreg", config.sigreg_weight, losses.sigreg(seen.cls_token, slices.to(seen.cls_token.device), size))
+        if targets.gram is not None:
+            gram = losses.gram_loss(seen.patch_tokens, targets.gram, of=config.gram_of,
+                                    normalise=config.gram_normalise, per_image=config.gram_per_image,
+                                    negatives=config.gram_negatives)  # fmt: skip
+            add("gram", self.gram_weight(step), gram)
+        if targets.cls is not None and targets.patches is not None:
+            self.add_distillation(seen, targets.cls, targets.patches, add)
+        terms["loss"] = torch.stack(total).sum()
+        return terms
+
+    def add_dino(self, outputs: Sequence[BackboneOutput], targets: Tensor, add: Add) -> None:
+        """Global crops against the other one, local crops against both, each pair counting alike."""
+        config, batch = self.config, targets.shape[1]
+        scores = self.student["dino_head"](torch.cat([out.cls_token for out in outputs])).unflatten(0, (-1, batch))
+        num_local = len(scores) - 2
+        of_all = 2 + 2 * num_local
+        add("dino_global", config.dino_weight * 2 / of_all,
+            losses.dino_loss(scores[:2], targets, config.student_temperature, ignore_diagonal=True))  # fmt: skip
+        if num_local:
+            add("dino_local", config.dino_weight * config.local_weight * 2 * num_local / of_all,
+                losses.dino_loss(scores[2:], targets, config.student_temperature))  # fmt: skip
+
+    def add_distillation(self, seen: BackboneOutput, cls: Tensor, patches: Tensor, add: Add) -> None:
+        """A linear map of the student's tokens against the teacher's standardised ones; similarities directly."""
+        config, student = self.config, self.student
+        if patches.shape[1] != seen.patch_tokens.shape[1]:
+            raise InputError(
+                f"the teacher has {patches.shape[1]} patches and the student {seen.patch_tokens.shape[1]}; choose "
+                "gram_px so that both have the same grid"
+            )
+        if config.feature_weight:
+            std = self.feature_variance.clamp(min=1e-12).sqrt()
+            ours = (student["cls_projection"](seen.cls_token), student["patch_projection"](seen.patch_tokens))
+            for i, (name, theirs) in enumerate((("feature_cls", cls), ("feature_patch", patches))):
+                target = (theirs.to(std.dtype) - self.feature_mean[i]) / std[i]
+                add(name, config.feature_weight, losses.feature_loss(ours[i], target))
+        if config.relation_weight:
+            add("relation_patch", config.relation_weight, losses.gram_loss(seen.patch_tokens, patches))
+            size = min(config.spread_group, len(cls) // 2)
+            groups = (seen.cls_token.unflatten(0, (-1, size)), cls.unflatten(0, (-1, size)))
+            add("relation_cls", config.relation_weight, losses.gram_loss(*groups))
+
+    # --- schedules and updates -----------------------------------------------------------------------------------
+
+    def gram_weight(self, step: int) -> float:
+        config = self.config
+        begin = config.share(config.gram_begin_share)
+        return config.gram_weight * ramp(step, begin, config.share(config.gram_ramp_share))
+
+    def teacher_temperature(self, step: int) -> float:
+        config = self.config
+        peak = config.teacher_temperature
+        return warmup_cosine(step, start=config.teacher_temperature_start, peak=peak, end=peak,
+                             warmup=config.share(config.teacher_temperature_share), total=config.steps)  # fmt: skip
+
+    @torch.no_grad()
+    def update_ema(self, step: int) -> None:
+        """After the optimiser's step: the moving average follows, and the Gram teacher where it is due."""
+        config = self.config
+        momentum = warmup_cosine(step, start=config.ema_momentum, peak=config.ema_momentum,
+                                 end=config.ema_momentum_end, warmup=0, total=config.steps)  # fmt: skip
+        ours: list[Tensor] = [local(p) for p in self.student.parameters() if p.requires_grad]
+        pairs = zip(self.ema.parameters(), self.student.parameters(), strict=True)
+        averages: list[Tensor] = [local(average) for average, p in pairs if p.requires_grad]
+        torch._foreach_lerp_(averages, ours, 1.0 - momentum)
+        since = step + 1 - config.share(config.gram_begin_share)
+        if config.gram == "renew" and since >= 0 and since % config.gram_renew_steps == 0:
+            assert self.gram_teacher is not None
+            for copied, average in zip(self.gram_teacher.parameters(), self.average.parameters(), strict=True):
+                local(copied).copy_(local(average))
+
+
+def frozen(module: M) -> M:
+    """In eval mode, without gradients."""
+    return module.eval().requires_grad_(False)
+
+
+def resize_tokens(output: BackboneOutput, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Patch tokens on another grid, [B, P, C], bicubic without antialias.  Source: DINOv3 paper, section 4.2."""
+    if grid == wanted:
+        return output.patch_tokens
+    tokens = as_map(output.patch_tokens, grid)
+    return F.interpolate(tokens, size=wanted, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)

@@ -1,0 +1,73 @@
+"""Which parameter learns how fast, and when."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .distributed import whole
+from .schedules import ramp, warmup_cosine
+
+__all__ = ["clip_gradients", "make_optimizer", "parameter_groups", "set_rates"]
+
+
+def parameter_groups(student: nn.ModuleDict, config: TrainConfig) -> list[dict[str, Any]]:
+    """Parameters that learn alike, together.
+
+    The last block learns at `layer_decay` of the full rate, each one before it at that share of the next; what comes
+    before the blocks follows on, the patch embedding at `patch_lr` of that.  Biases, norms and gammas do not decay.
+
+    Source: dinov3/train/param_groups.py at 6876159.
+    """
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    depth = len(student["backbone"].blocks)  # type: ignore[arg-type]
+    for part, module in student.items():
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            rate = _rate(name, depth, config) if part == "backbone" else 1.0
+            decays = not (name.endswith("bias") or "norm" in name or "gamma" in name)
+            key = (part == "backbone", "prototypes" in name, rate, decays)
+            group = groups.setdefault(
+                key, dict(params=[], rate=rate, decays=decays, backbone=key[0], prototypes=key[1])
+            )
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _rate(name: str, depth: int, config: TrainConfig) -> float:
+    if name.startswith("blocks."):
+        layer = int(name.split(".")[1]) + 1
+    else:
+        layer = depth + 1 if "norm" in name else 0
+    rate: float = config.layer_decay ** (depth + 1 - layer)
+    return rate * config.patch_lr if name.startswith("patch_embed") else rate
+
+
+def make_optimizer(student: nn.ModuleDict, config: TrainConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameter_groups(student, config), lr=config.lr, betas=config.betas, fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
+    """Learning rate and weight decay of every group at this step; returns the full rate."""
+    total = config.steps
+    rate = warmup_cosine(step, start=0.0, peak=config.lr, end=config.lr * config.lr_end_share,
+                         warmup=config.share(config.warmup_share), total=total)  # fmt: skip
+    decay = warmup_cosine(step, start=0.0, peak=config.weight_decay, end=config.weight_decay_end, warmup=0, total=total)
+    thaw = ramp(step, config.share(config.freeze_share), config.share(config.ramp_share))
+    for group in optimizer.param_groups:
+        held = group["prototypes"] and step < config.share(config.freeze_prototypes_share)
+        group["lr"] = 0.0 if held else rate * group["rate"] * (thaw if group["backbone"] else 1.0)
+        group["weight_decay"] = decay if group["decays"] else 0.0
+    return rate
+
+
+def clip_gradients(student: nn.ModuleDict, limit: float) -> dict[str, Tensor]:
+    """Scales the gradients of each part down to a norm of at most `limit`; the norms before, by part."""
+    norms = {}
+    for part, module in student.items():
+        found: Iterable[Tensor] = [p for p in module.parameters() if p.grad is not None]
+        norms[part] = whole(nn.utils.clip_grad_norm_(found, limit))
+    return norms
