@@ -1,110 +1,24 @@
-"""Names lead to weights: the cache first, then the hub, and a sentence where neither has them."""
+"""Names lead to weights: a path, else the cache, else the hub, through the real client and a hub on this machine."""
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from hub_client import Client, files_of
+from hub_client import client as client
+from hub_client import cut_off as cut_off
+from hub_client import hub as hub
+from hub_client import offline as offline
+from hub_client import small as small
+from hub_server import READER, Hub
+from safetensors.torch import load_file, save_file
 
-from dinov3_infer import Backbone, GatedModelError, ModelNotFoundError, OfflineError
+from dinov3_infer import Backbone, ModelNotFoundError
 from dinov3_infer.errors import MissingFileError, UnsupportedError
 from dinov3_infer.hub import HubOptions, locate
 
-REVISION = "0123456789abcdef0123456789abcdef01234567"
-
-
-def cached_repository(cache: Path, repository: str, source: Path) -> None:
-    """Puts files where huggingface_hub looks for those of a repository."""
-    root = cache / f"models--{repository.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text(REVISION)
-    shutil.copytree(source, root / "snapshots" / REVISION)
-
-
-def raising(error: Exception) -> object:
-    def download(*_: object, **__: object) -> str:
-        raise error
-
-    return download
-
-
-def response(status: int) -> Any:
-    """What all HTTP clients of huggingface_hub's versions have in common."""
-    request = SimpleNamespace(url="https://example.org/file?X-Signature=secret", method="GET", headers={})
-    return SimpleNamespace(status_code=status, headers={}, request=request, url=request.url)
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Backbone.from_config("nano", seed=1).save_pretrained(tmp_path_factory.mktemp("nano"))
-
-
-def test_a_hub_id_in_the_cache_loads_without_a_network(tmp_path: Path, small_model: Path) -> None:
-    cached_repository(tmp_path, "someone/some-dino", small_model)
-    loaded = Backbone.from_pretrained("someone/some-dino", cache_dir=tmp_path)
-    assert loaded.fingerprint() == Backbone.from_pretrained(small_model).fingerprint()
-
-
-def test_a_name_leads_to_its_owners_repository(tmp_path: Path, small_model: Path) -> None:
-    cached_repository(tmp_path, "facebook/dinov3-vits16-pretrain-lvd1689m", small_model)
-    path, info = locate("vits16", HubOptions(cache_dir=tmp_path))
-    assert info is not None and info.name == "dinov3_vits16" and (path / "model.safetensors").is_file()
-    with pytest.raises(ValueError, match="asked for dinov3_vits16"):  # what lies there is another model
-        Backbone.from_pretrained("vits16", cache_dir=tmp_path)
-
-
-def test_without_cache_and_network(tmp_path: Path) -> None:
-    with pytest.raises(OfflineError, match="no path here and not in the cache.*weights=PATH") as caught:
-        Backbone.from_pretrained("dinov2_vits14", cache_dir=tmp_path)
-    assert isinstance(caught.value, FileNotFoundError)
-
-
-def test_gated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", raising(GatedRepoError("x", response=response(403))))
-    with pytest.raises(GatedModelError, match="accept the licence.*hf auth login.*weights=PATH.*timm") as caught:
-        Backbone.from_pretrained("vitl16")
-    assert isinstance(caught.value, PermissionError) and "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "error, kind, words",
-    [
-        (RepositoryNotFoundError("x", response=response(404)), ModelNotFoundError, "no model 'a/b' that you can see"),
-        (HfHubHTTPError("x", response=response(500)), OfflineError, r"failed \(HTTP 500\)"),
-        (EntryNotFoundError("x"), ModelNotFoundError, "holds no model.safetensors"),
-    ],
-    ids=["no such repository", "server error", "no weights inside"],
-)
-def test_what_a_hub_can_answer(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], words: str
-) -> None:
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", raising(error))
-    with pytest.raises(kind, match=words) as caught:
-        locate("a/b", HubOptions())
-    assert "secret" not in str(caught.value)
-
-
-def test_names_that_lead_nowhere(tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match="no weights at '/"):
-        Backbone.from_pretrained(tmp_path / "absent")
-    with pytest.raises(MissingFileError, match=r"absent\.pth"):
-        Backbone.from_pretrained("absent.pth")
-    with pytest.raises(ModelNotFoundError, match="did you mean"):
-        Backbone.from_pretrained("vits-16")
-    with pytest.raises(UnsupportedError, match="ConvNeXt"):
-        Backbone.from_pretrained("facebook/dinov3-convnext-tiny-pretrain-lvd1689m")
-    with pytest.raises(ModelNotFoundError, match="not|no weights of 'nano'"):
-        Backbone.from_pretrained("nano")
-
-
-def test_a_path_wins_over_a_name(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(small_model, tmp_path / "vits16")
-    monkeypatch.chdir(tmp_path)
-    loaded = Backbone.from_pretrained("vits16")
-    assert loaded.embed_dim == 192 and torch.equal(loaded.cls_token, Backbone.from_pretrained(small_model).cls_token)
+OWNERS = "facebook/dinov3-vits16-pretrain-lvd1689m"
 
 
 @pytest.mark.parametrize(
@@ -119,15 +33,207 @@ def test_a_path_wins_over_a_name(tmp_path: Path, small_model: Path, monkeypatch:
         ("timm/vit_small_patch16_lingbot.robbyant", "belfner/vit_small_patch16_lingbot.robbyant"),
         ("lingbot_vits16", "belfner/vit_small_patch16_lingbot.robbyant"),
         ("someone/dinov3-linear-finetune", "someone/dinov3-linear-finetune"),
+        ("hf-hub:someone/some-dino", "someone/some-dino"),
+        ("https://huggingface.co/facebook/dinov2-small", "facebook/dinov2-small"),
+        ("https://huggingface.co/someone/some-dino/tree/main", "someone/some-dino"),
     ],
 )
 def test_which_repository_a_name_leads_to(monkeypatch: pytest.MonkeyPatch, name: str, repository: str) -> None:
     asked = []
-
-    def download(repo_id: str, file: str, **_: object) -> str:
-        asked.append(repo_id)
-        return f"/cache/{file}"
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
+    monkeypatch.setattr("dinov3_infer.hub._repository", lambda name, *_: asked.append(name) or Path(name))
     locate(name, HubOptions())
-    assert set(asked) == {repository}
+    assert asked == [repository]
+
+
+def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="no weights at '/"):
+        Backbone.from_pretrained(tmp_path / "absent")
+    with pytest.raises(MissingFileError, match=r"absent\.pth"):
+        Backbone.from_pretrained("absent.pth")
+    with pytest.raises(ModelNotFoundError, match="'vits-16': did you mean 'vits16' or .*list_models"):
+        Backbone.from_pretrained("vits-16")
+    with pytest.raises(UnsupportedError, match="ConvNeXt"):
+        Backbone.from_pretrained("facebook/dinov3-convnext-tiny-pretrain-lvd1689m")
+    with pytest.raises(ModelNotFoundError, match="not|no weights of 'nano'"):
+        Backbone.from_pretrained("nano")
+
+
+def test_a_path_wins_over_a_name(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(small, tmp_path / "vits16")
+    monkeypatch.chdir(tmp_path)
+    loaded = Backbone.from_pretrained("vits16")
+    assert loaded.embed_dim == 64 and torch.equal(loaded.cls_token, Backbone.from_pretrained(small).cls_token)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_local_files_are_mapped_and_never_copied(tmp_path: Path, small: Path, client: Client, kind: str) -> None:
+    cache, source = tmp_path / "cache", tmp_path / "model"
+    cache.mkdir()
+    shutil.copytree(small, source)
+    named = source if kind == "folder" else source / "model.safetensors"
+    before = sorted(p.name for p in source.iterdir())
+    outcome = client("load", named, cache_dir=cache)
+    assert outcome.value == Backbone.from_pretrained(small).fingerprint()
+    assert list(cache.iterdir()) == [] and sorted(p.name for p in source.iterdir()) == before
+    one_file = Backbone.from_pretrained(small).save_pretrained(tmp_path / "meta.safetensors", layout="meta")
+    assert client("mapped", one_file, cache_dir=cache).value is True
+
+
+def test_downloaded_once_then_never_asked_again(tmp_path: Path, small: Path, hub: Hub, client: Client) -> None:
+    hub.add("someone/some-dino", files_of(small))
+    first = client("load", "someone/some-dino", cache_dir=tmp_path)
+    assert first.value == Backbone.from_pretrained(small).fingerprint()
+    assert "/someone/some-dino/resolve/main/config.json" in hub.asked("GET")
+    hub.seen.clear()
+    again = client("load", "someone/some-dino", cache_dir=tmp_path)
+    assert again.value == first.value and hub.seen == [] and again.seconds < 2
+
+
+def test_the_licence_is_said_once(tmp_path: Path, small: Path, hub: Hub, client: Client) -> None:
+    hub.add(OWNERS, files_of(small), gated=True)
+    first = client("locate", "vits16", cache_dir=tmp_path, token=READER)
+    assert first.value[1] == "dinov3_vits16" and Path(first.value[0], "model.safetensors").is_file()
+    assert first.said == [f"dinov3_vits16: downloaded from '{OWNERS}'; the licence of these weights: DINOv3 License"]
+    hub.seen.clear()
+    again = client("locate", "vits16", cache_dir=tmp_path)  # what is here needs no token
+    assert again.said == [] and again.value == first.value and hub.seen == []
+
+
+@pytest.mark.parametrize("how", ["page", "file"])
+def test_a_link_into_the_hub_says_the_licence_too(
+    how: str, tmp_path: Path, small: Path, hub: Hub, client: Client
+) -> None:
+    hub.add(OWNERS, files_of(small), gated=True)
+    link = f"{hub.url}/{OWNERS}" + ("" if how == "page" else "/resolve/main/model.safetensors?download=true")
+    outcome = client("locate", link, cache_dir=tmp_path, token=READER)
+    assert len(outcome.said) == 1 and outcome.said[0].endswith("DINOv3 License")
+
+
+def test_what_lies_under_a_name_has_to_be_that_model(tmp_path: Path, small: Path, hub: Hub, client: Client) -> None:
+    hub.add(OWNERS, files_of(small))
+    outcome = client("load", "vits16", cache_dir=tmp_path)
+    assert issubclass(outcome.error, ValueError) and "asked for dinov3_vits16" in outcome.text
+
+
+def test_a_token_goes_to_the_hub_and_nowhere_else(tmp_path: Path, small: Path, hub: Hub, client: Client) -> None:
+    hub.add("someone/private", files_of(small), private=True)
+    assert client("load", "someone/private", cache_dir=tmp_path, token=READER).value
+    sent = {path.startswith("/elsewhere/"): "authorization" in headers for _, path, headers in hub.seen}
+    assert sent == {False: True, True: False}
+
+
+@pytest.mark.parametrize("who", ["offline", "cut_off", "local_files_only"])
+def test_what_is_cached_needs_no_network(
+    tmp_path: Path, small: Path, hub: Hub, client: Client, who: str, request: pytest.FixtureRequest
+) -> None:
+    """Not even where another library left only the weights: what lies beside them is asked for in vain, once."""
+    files = files_of(small)
+    repository = hub.add("someone/some-dino", files)
+    client("load", "someone/some-dino", cache_dir=tmp_path)
+    other, options = (client, {who: True}) if who == "local_files_only" else (request.getfixturevalue(who), {})
+    outcome = other("load", "someone/some-dino", cache_dir=tmp_path, **options)
+    assert outcome.value and outcome.seconds < 2 and outcome.said == []
+    snapshot = tmp_path / "models--someone--some-dino" / "snapshots" / repository.refs["main"]
+    (snapshot / "preprocessor_config.json").unlink()
+    hub.seen.clear()
+    outcome = other("load", "someone/some-dino", cache_dir=tmp_path, **options)
+    assert outcome.value and outcome.seconds < 2 and hub.seen == []
+    assert len(outcome.said) == 1 and "preprocessor_config.json is not cached" in outcome.said[0]
+
+
+def test_what_another_library_left_out_is_fetched_at_the_same_commit(
+    tmp_path: Path, small: Path, hub: Hub, client: Client
+) -> None:
+    files = files_of(small)
+    repository = hub.add("someone/some-dino", files)
+    client("load", "someone/some-dino", cache_dir=tmp_path)
+    snapshot = tmp_path / "models--someone--some-dino" / "snapshots" / repository.refs["main"]
+    (snapshot / "preprocessor_config.json").unlink()
+    repository.commit({"config.json": b"{}"})  # main has moved on
+    assert client("load", "someone/some-dino", cache_dir=tmp_path).said == []
+    assert (snapshot / "preprocessor_config.json").is_file() and len(list(snapshot.parent.iterdir())) == 1
+
+
+def test_main_stays_what_it_was_until_it_is_downloaded_anew(
+    tmp_path: Path, small: Path, hub: Hub, client: Client
+) -> None:
+    repository = hub.add("someone/some-dino", files_of(small))
+    old_commit = repository.refs["main"]
+    old = client("load", "someone/some-dino", cache_dir=tmp_path).value
+    changed = Backbone.from_config(Backbone.from_pretrained(small).config, seed=2)
+    new_files = files_of(changed.save_pretrained(tmp_path / "new"))
+    repository.commit(new_files)
+    assert client("load", "someone/some-dino", cache_dir=tmp_path).value == old
+    client("refresh", "someone/some-dino", cache_dir=tmp_path)
+    assert client("load", "someone/some-dino", cache_dir=tmp_path).value == changed.fingerprint() != old
+    assert client("load", "someone/some-dino", cache_dir=tmp_path, revision=old_commit).value == old
+
+
+def test_a_push_in_the_midst_of_a_download_mixes_nothing(tmp_path: Path, small: Path, hub: Hub, client: Client) -> None:
+    files = files_of(small)
+    repository = hub.add("someone/some-dino", files)
+    other = Backbone.from_config(Backbone.from_pretrained(small).config, seed=2).save_pretrained(tmp_path / "other")
+    hub.after["/someone/some-dino/resolve/main/config.json"] = lambda: repository.commit(files_of(other))
+    outcome = client("load", "someone/some-dino", cache_dir=tmp_path / "cache")
+    assert outcome.value == Backbone.from_pretrained(small).fingerprint() and len(repository.commits) == 2
+
+
+@pytest.mark.parametrize("revision", ["v1", "refs/pr/1", "commit"])
+def test_revisions(tmp_path: Path, small: Path, hub: Hub, client: Client, revision: str) -> None:
+    """A branch, a pull request, a commit; each is cached as what it is."""
+    repository = hub.add("someone/some-dino", {"README.md": b"nothing yet"})
+    commit = repository.commit(files_of(small), branch="v1" if revision == "commit" else revision)
+    named = commit if revision == "commit" else revision
+    assert client("load", "someone/some-dino", cache_dir=tmp_path, revision=named).value
+    hub.seen.clear()
+    assert client("load", "someone/some-dino", cache_dir=tmp_path, revision=named).value and hub.seen == []
+
+
+def test_shards(tmp_path: Path, small: Path, hub: Hub, client: Client) -> None:
+    """All of them are downloaded, and a cache that lacks one of them is not taken for whole."""
+    tensors = load_file(small / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    files = files_of(small)
+    del files["model.safetensors"]
+    for file, chosen in parts.items():
+        save_file({name: tensors[name] for name in chosen}, tmp_path / file)
+        files[file] = (tmp_path / file).read_bytes()
+    listed = {name: file for file, chosen in parts.items() for name in chosen}
+    files["model.safetensors.index.json"] = str({"weight_map": listed}).replace("'", '"').encode()
+    repository = hub.add("someone/sharded", files)
+    expected = Backbone.from_pretrained(small).fingerprint()
+    cache = tmp_path / "cache"
+    assert client("load", "someone/sharded", cache_dir=cache).value == expected
+    hub.seen.clear()
+    assert client("load", "someone/sharded", cache_dir=cache).value == expected and hub.seen == []
+    snapshot = cache / "models--someone--sharded" / "snapshots" / repository.refs["main"]
+    (snapshot / "model-00002-of-00002.safetensors").unlink()
+    assert client("load", "someone/sharded", cache_dir=cache).value == expected
+
+
+def test_an_old_repository_with_a_pickle(tmp_path: Path, small: Path, hub: Hub, client: Client) -> None:
+    files = files_of(small)
+    torch.save(load_file(small / "model.safetensors"), tmp_path / "m.bin")
+    del files["model.safetensors"]
+    hub.add("someone/old", files | {"pytorch_model.bin": (tmp_path / "m.bin").read_bytes()})
+    expected = Backbone.from_pretrained(small).fingerprint()
+    assert client("load", "someone/old", cache_dir=tmp_path / "cache").value == expected
+    hub.seen.clear()
+    assert client("load", "someone/old", cache_dir=tmp_path / "cache").value == expected and hub.seen == []
+
+
+def test_several_weights_in_one_repository(tmp_path: Path, small: Path, hub: Hub, client: Client) -> None:
+    """Those not called as transformers calls them are named by the link of their page or of their download."""
+    weights = files_of(small)["model.safetensors"]
+    hub.add("someone/backups", {"a.safetensors": weights, "old/b.safetensors": weights}, private=True)
+    outcome = client("locate", "someone/backups", cache_dir=tmp_path, token=READER)
+    assert outcome.error is ModelNotFoundError
+    assert "a.safetensors, old/b.safetensors; give the link of one of these with weights=" in outcome.text
+    for where in ("resolve", "blob"):
+        link = f"{hub.url}/someone/backups/{where}/main/old/b.safetensors"
+        path = Path(client("locate", link, cache_dir=tmp_path, token=READER).value[0])
+        assert path.read_bytes() == weights
+    hub.seen.clear()
+    assert client("locate", link, cache_dir=tmp_path).value[0] == str(path) and hub.seen == []
