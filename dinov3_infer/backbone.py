@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from .attention import resolve_attention
+from .cards import push
 from .configs import layout_hint, same_architecture
-from .errors import CheckpointError, InputError, InputTypeError, PrecisionError
-from .features import Features, Pooling, check_pooling, features_of
+from .errors import CheckpointError, InputError, InputTypeError
+from .extract import FeatureExtractor
 from .files import Checkpoint, TensorsInMemory, open_checkpoint
-from .hub import HubOptions, locate
-from .images import ImageLike, split_batch
-from .interfaces import DropInTransformer
-from .preprocess import Fit, Preprocess
+from .hub import HubOptions, locate, locate_file
+from .preprocess import Preprocess
 from .saving import save_checkpoint
 from .vit import ViTConfig
 from .weights import LayoutName, Periods, fingerprint, load_model
@@ -29,7 +28,7 @@ __all__ = ["Backbone"]
 log = logging.getLogger("dinov3_infer")
 
 
-class Backbone(DropInTransformer):
+class Backbone(FeatureExtractor):
     """A DINO-family vision transformer with its weights and the transform of its pictures.
 
     An ordinary module: `.to`, `state_dict`, compile, export, DDP and adapters work.  `extract_features` takes pictures,
@@ -37,10 +36,8 @@ class Backbone(DropInTransformer):
     """
 
     def __init__(self, config: ViTConfig, info: ModelInfo | None = None) -> None:
-        super().__init__(config)
+        super().__init__(config, _transform(config, info))
         self.info = info
-        self.preprocess = _transform(config, info)
-        self.mixed_precision = True  # on CUDA extract_features does the matrix work of float32 weights in bfloat16
 
     @classmethod
     def from_pretrained(
@@ -59,9 +56,11 @@ class Backbone(DropInTransformer):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> Self:
-        """Loads a model by name ("vitb16"), hub id, timm id, directory or weights file, in eval mode.
+        """Loads a model by name ("vitb16"), hub id, timm id, directory, weights file or link to one, in eval mode.
 
-        `weights`: a file or directory that holds the weights of `name`.
+        What is in the cache is used without asking the hub; see `hub`.
+
+        `weights`: a file, directory or link that holds the weights of `name`.
         `device`: "auto" is CUDA where there is one, else the CPU.
         `dtype`: "auto" keeps float32 parameters, and on CUDA `extract_features` does the matrix work in bfloat16.  A
         torch dtype or its name casts the linears and the patch convolution; the stream, norms and RoPE stay float32.
@@ -73,20 +72,23 @@ class Backbone(DropInTransformer):
         """
         target_device = _device(device)
         cast = _dtype(dtype)
-        attend = resolve_attention(attn_implementation)  # typos are found before gigabytes are read
+        resolve_attention(attn_implementation)  # typos are found before gigabytes are read
         if rope_periods not in (None, *get_args(Periods)):
             raise InputError(f"rope_periods is 'exact', 'bfloat16' (as in Meta's files) or None; got {rope_periods!r}")
+        options = HubOptions(revision, token, cache_dir, local_files_only)
         if weights is None:
-            path, info = locate(name, HubOptions(revision, token, cache_dir, local_files_only))
+            path, info = locate(name, options)
         else:
-            path, info = Path(weights), _asked(name, Path(weights))
+            asked = find(os.fspath(name))  # a typo is found before gigabytes are downloaded
+            path = locate_file(weights, options)
+            info = _as_named(asked, path)
         checkpoint = open_checkpoint(path)
         model, found = load_model(
             cls, checkpoint, layout=layout, expected=info, dtype=cast, device=target_device, periods=rope_periods
         )
         model.info = info or _row_of(model.config, path, checkpoint.config)
         model.preprocess = _with_stored_statistics(_transform(model.config, model.info, preprocessing), checkpoint)
-        model.set_attention(attend)
+        model.set_attention(attn_implementation)
         model.mixed_precision = cast is None  # an explicit dtype is meant
         if cast == torch.float16:
             log.warning(
@@ -142,51 +144,6 @@ class Backbone(DropInTransformer):
         adopted.preprocess = _with_stored_statistics(_transform(adopted.config, adopted.info), checkpoint)
         return adopted
 
-    def extract_features(
-        self,
-        images: ImageLike | Iterable[ImageLike],
-        size: int | tuple[int, int] | None = None,
-        fit: Fit | None = None,
-        layers: int | Sequence[int] | None = None,
-        pooling: Pooling = "cls",
-    ) -> Features:
-        """Features of one picture or a batch of pictures; a single one gives a batch of 1.
-
-        `images`: path, bytes, PIL image, array [H_px, W_px, 3], tensor [3, H_px, W_px] (RGB, uint8 or float in 0..1), a
-        list of these, or a 4-dimensional batch.
-        `size`: pixels.  The side for fit "squash", the short side for "crop", the long side for "pad" and "native".
-        `fit`: "squash" to a square, "crop" the centre, "pad" to a square (see `valid`), "native" keeps the aspect.
-        `layers`: an int for the last n blocks, a list for these; results are in `.layers`, after the final norm.
-        `pooling`: what `.embedding` is: "cls", "mean" of the patches, or "cls_mean", both in a row.
-
-        Raises: ImageError, MissingFileError, InputError, LayerError; PrecisionError where the features are not finite.
-        """
-        check_pooling(pooling)
-        transform = self.preprocess.with_options(size, fit)
-        batch = transform.batch(split_batch(images))
-        parameter = self.patch_embed.proj.weight
-        with torch.no_grad(), torch.autocast(parameter.device.type, torch.bfloat16, enabled=self._autocasts()):
-            output = self(batch.pixels.to(parameter.device), layers=layers)
-        features = features_of(output, batch, self.patch_size, pooling)
-        self._check_finite(features)
-        return features
-
-    def _autocasts(self) -> bool:
-        weight = self.patch_embed.proj.weight
-        mixed = self.mixed_precision and weight.is_cuda and weight.dtype == torch.float32
-        return bool(mixed) and torch.cuda.is_bf16_supported()
-
-    def _check_finite(self, features: Features) -> None:
-        """Never NaN without a word."""
-        if all(bool(t.isfinite().all()) for t in (features.cls_token, features.patch_tokens, features.register_tokens)):
-            return
-        dtype = torch.bfloat16 if self._autocasts() else self.patch_embed.proj.weight.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            raise PrecisionError(
-                f"the features are not finite in {dtype}: activations left its range; load with dtype=torch.float32"
-            )
-        raise PrecisionError("the features are not finite: the weights hold NaN or infinity; load another checkpoint")
-
     def fingerprint(self) -> str:
         """SHA-256 of the weights, the same whichever layout they came from; see `weights.fingerprint`."""
         return fingerprint(self.state_dict(), self.config)
@@ -198,6 +155,29 @@ class Backbone(DropInTransformer):
         """
         return save_checkpoint(self, directory, layout, self.info, self.preprocess)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Weights, written by dinov3_infer",
+        card: str | None = None,
+    ) -> str:
+        """Uploads the model in the layout that transformers loads, and returns the link of the commit.
+
+        `revision`: a branch, made if there is none.
+        `card`: the README.md to write; None writes one where there is none yet.  It gives the licence of the model of
+        the zoo that has this architecture: read it, and mend it for weights that are yours alone.
+
+        Raises: InputError for a wrong id or no token, GatedModelError without the right to write, OfflineError.
+        """
+        return push(
+            self, repo_id, self.info, self.preprocess,
+            private=private, revision=revision, token=token, commit_message=commit_message, card=card,
+        )  # fmt: skip
+
     def extra_repr(self) -> str:
         c = self.config
         positions = "RoPE" if c.position_grid is None else f"learned {c.position_grid}x{c.position_grid}"
@@ -206,9 +186,8 @@ class Backbone(DropInTransformer):
         return f"{name}: {shape}, {positions}"
 
 
-def _asked(name: str | os.PathLike[str], weights: Path) -> ModelInfo:
-    """The row that was asked for by name, unless the file is named as that of another one."""
-    info = find(os.fspath(name))
+def _as_named(info: ModelInfo, weights: Path) -> ModelInfo:
+    """The row that was asked for, unless the file is named as that of another one."""
     named = next((row for row in MODELS.values() if row.meta_file == weights.stem), info)
     if named is not info:
         raise CheckpointError(f"'{weights}' has the name of {named.name}'s file; ask for that, or rename the file")

@@ -1,5 +1,6 @@
 """What `extract_features` returns: named tokens, the grid they lie on, and the way back to the picture."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ def pool(cls_token: Tensor, patch_tokens: Tensor, pooling: Pooling, valid: Tenso
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """Tokens of one layer, after the final norm."""
+    """One layer: its tokens after the final norm, or the facet asked for (see `extract_features`)."""
 
     cls_token: Tensor  # [B, C]
     register_tokens: Tensor  # [B, R, C]
@@ -96,25 +97,38 @@ class Features:
     def __len__(self) -> int:
         return len(self.placements)
 
+    def __getitem__(self, index: int) -> "Features":
+        """Picture number `index` alone, a batch of 1 with memory of its own, so that the batch can be freed."""
+        number = self._number(index)
+        return replace(self._each(lambda t: t[number : number + 1].clone()), placements=(self.placements[number],))
+
+    def __iter__(self) -> Iterator["Features"]:
+        return (self[i] for i in range(len(self)))
+
+    def to(self, device: str | torch.device) -> "Features":
+        """The same on another device."""
+        return self._each(lambda t: t.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Features":
+        def changed(part: Any, *names: str) -> dict[str, Any]:
+            return {name: change(getattr(part, name)) for name in names}
+
+        tokens = ("cls_token", "register_tokens", "patch_tokens")
+        layers = tuple(replace(layer, **changed(layer, *tokens)) for layer in self.layers)
+        valid = None if self.valid is None else change(self.valid)
+        return replace(self, **changed(self, "embedding", *tokens), valid=valid, layers=layers)
+
+    def _number(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise InputError(f"picture number {index} does not exist; these are features of {len(self)}")
+        return index % len(self)
+
     def to_patch(self, x: float, y: float, index: int = 0) -> tuple[int, int]:
         """The patch (row, column) that covers pixel (x, y) of original picture number `index`.
 
         Raises: InputError for a point outside the picture, or in a part that was cropped away.
         """
-        if not -len(self) <= index < len(self):
-            raise InputError(f"picture number {index} does not exist; these are features of {len(self)}")
-        placement = self.placements[index]
-        height, width = placement.original
-        if not (0 <= x < width and 0 <= y < height):
-            raise InputError(
-                f"point (x={x:g}, y={y:g}) lies outside the picture, which is {width} wide and {height} high"
-            )
-        across, down = placement.to_input(x, y)
-        row = int(down * self.grid[0] // self.input_size[0])
-        column = int(across * self.grid[1] // self.input_size[1])
-        if not (0 <= row < self.grid[0] and 0 <= column < self.grid[1]):
-            raise InputError(f"point (x={x:g}, y={y:g}) was cropped away; use fit='squash', 'pad' or 'native'")
-        return row, column
+        return self.placements[self._number(index)].to_patch(x, y, self.grid)
 
     def normalize(self) -> "Features":
         """The same with an embedding of length 1, for cosine similarity by dot product."""

@@ -2,29 +2,51 @@
 
 import contextlib
 import io
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import BinaryIO, TypeAlias
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import ImageError, InputTypeError, MissingFileError
+from .places import address_scheme, is_collection, list_pictures, name_of, read_address
 
 __all__ = ["ImageLike", "from_hwc", "load_image", "split_batch"]
+
+log = logging.getLogger("dinov3_infer")
 
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 
 _DIRECT = ("RGB", "RGBX", "L", "1", "P", "CMYK", "YCbCr", "LAB", "HSV")
 _ALPHA = ("RGBA", "LA", "PA", "RGBa")
+_TURN = {  # EXIF orientation -> what brings the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_first = iter((True,))  # for what is said once
+_ALONE = "the picture"  # what a picture without a number is called
 _REMEDY = "repeat a grey channel three times, drop an alpha channel, or give a PIL image, which is converted"
 
 
-def split_batch(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
-    """One picture, a 4-dimensional batch, or any iterable of pictures -> a list."""
+def split_batch(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """One picture, a 4-dimensional batch, or any iterable of pictures -> an iterable of pictures, not read yet.
+
+    A folder or a pattern is the list of its pictures, see `list_pictures`.
+    """
+    if is_collection(images):
+        return list_pictures(images)  # type: ignore[arg-type]
     if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:
         return list(images)
     if isinstance(images, (str, os.PathLike, bytes, Image.Image, Tensor, np.ndarray)) or hasattr(images, "read"):
@@ -33,14 +55,15 @@ def split_batch(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
         raise InputTypeError(
             f"a picture is a path, PIL image, array, tensor or a list of these; got {type(images).__name__}"
         )
-    return list(images)
+    return images
 
 
-def load_image(source: ImageLike, label: str = "the picture") -> Tensor:
+def load_image(source: ImageLike, label: str = _ALONE) -> Tensor:
     """Any picture as RGB, [3, H_px, W_px]: uint8 in 0..255, or float32 in 0..1 if it came as float.
 
     Files are turned upright by their EXIF tag, transparency is laid over white, of an animation the first frame counts.
-    Arrays are [H_px, W_px, 3], tensors [3, H_px, W_px], RGB, uint8 or float in 0..1.
+    A path may be an http, https, file or data address.  Arrays are [H_px, W_px, 3], tensors [3, H_px, W_px], RGB, uint8
+    or float in 0..1.
 
     Raises: MissingFileError, ImageError (damaged, 16-bit or float modes, wrong shape or range), InputTypeError.
     """
@@ -53,24 +76,34 @@ def load_image(source: ImageLike, label: str = "the picture") -> Tensor:
     if isinstance(source, bytes):
         return _from_file(io.BytesIO(source), f"{label} ({len(source)} bytes)")
     if isinstance(source, (str, os.PathLike)):
-        path = os.fspath(source)
-        if "://" in path:
-            raise ImageError(f"'{path.split('?')[0]}' is an address; download the picture and give its path or bytes")
-        if os.path.isdir(path) or not path:
-            raise ImageError(f"'{path}' is a folder; give the pictures in it as a list of paths")
-        if not os.path.isfile(path):
-            raise MissingFileError(f"no picture at '{os.path.abspath(path)}'; check the path")
-        return _from_file(path, f"'{path}'")
+        return _from_path(os.fsdecode(source), label)
     if hasattr(source, "read"):
         return _from_file(io.BytesIO(source.read()), label)
     raise InputTypeError(f"a picture is a path, bytes, PIL image, array or tensor; {label} is {type(source).__name__}")
 
 
-def _from_file(file: str | io.BytesIO, label: str) -> Tensor:
+def _from_path(path: str, label: str) -> Tensor:
+    shown = f"'{name_of(path)}'" + (f" ({label})" if label != _ALONE else "")
+    scheme = address_scheme(path)
+    if scheme == "file":
+        path = url2pathname(urlsplit(path).path)
+    elif scheme:
+        return _from_file(io.BytesIO(read_address(path)), shown)
+    if os.path.isdir(path) or not path:
+        raise ImageError(f"{shown} is a folder; give it alone, or the pictures in it as a list of paths")
+    if not os.path.isfile(path):
+        raise MissingFileError(f"no picture at '{os.path.abspath(path)}'; check the path")
+    try:
+        with open(path, "rb") as stream:
+            return _from_file(stream, shown)
+    except OSError as error:  # of opening it; what goes wrong in reading is an ImageError already
+        raise ImageError(f"cannot read {shown}: {error.strerror}; check its permissions") from None
+
+
+def _from_file(stream: BinaryIO, label: str) -> Tensor:
     def read() -> Tensor:
-        with contextlib.ExitStack() as opened:  # Pillow leaves a file of its own open where it fails
-            stream = opened.enter_context(open(file, "rb")) if isinstance(file, str) else file
-            return _from_pil(opened.enter_context(Image.open(stream)), label)
+        with Image.open(stream) as picture:
+            return _from_pil(picture, label)
 
     return _decoded(read, label)
 
@@ -87,7 +120,7 @@ def _decoded(read: Callable[[], Tensor], label: str) -> Tensor:
         ) from None
     except UnidentifiedImageError:
         raise ImageError(f"{label} is not a picture that Pillow can read; convert it to PNG or JPEG") from None
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
+    except Exception as error:  # its readers of damaged files raise anything, IndexError and struct.error too
         reason = str(error).split("<")[0].strip() or type(error).__name__  # Pillow prints addresses of objects in <>
         raise ImageError(f"cannot decode {label}: {reason}; the file is damaged or cut short") from None
 
@@ -99,11 +132,18 @@ def _from_pil(picture: Image.Image, label: str) -> Tensor:
         raise ImageError(
             f"{label} has mode {picture.mode}, whose range is not 0 to 255; convert it yourself, e.g. scale to 8 bit"
         )
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode in _ALPHA or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return from_hwc(np.asarray(picture.convert("RGB")))
+    turn = _TURN.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    upright = picture if turn is None else picture.transpose(turn)
+    if upright.mode in _ALPHA or "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    pixels = from_hwc(np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB")))
+    with contextlib.suppress(Exception):  # a second frame that is damaged is none
+        # a camera's MPO is one photograph, and who has turned to another frame wants that
+        animated = getattr(picture, "is_animated", False) and picture.format != "MPO" and picture.tell() == 0
+        if animated and next(_first, False):
+            log.warning("%s has several frames; the first is taken, of this and of all others", label)
+    return pixels
 
 
 def from_hwc(array: np.ndarray) -> Tensor:

@@ -46,6 +46,22 @@ class Placement:
         (height, width), (top, left, _, _) = self.original, self.window
         return x * self.resized[1] / width - left, y * self.resized[0] / height - top
 
+    def to_patch(self, x: float, y: float, grid: tuple[int, int]) -> tuple[int, int]:
+        """The patch (row, column) of an input of `grid` patches that covers pixel (x, y) of the original picture.
+
+        Raises: InputError for a point outside the picture, or in a part that was cropped away.
+        """
+        height, width = self.original
+        if not (0 <= x < width and 0 <= y < height):
+            raise InputError(
+                f"point (x={x:g}, y={y:g}) lies outside the picture, which is {width} wide and {height} high"
+            )
+        across, down = self.to_input(x, y)
+        row, column = int(down * grid[0] // self.window[2]), int(across * grid[1] // self.window[3])
+        if not (0 <= row < grid[0] and 0 <= column < grid[1]):
+            raise InputError(f"point (x={x:g}, y={y:g}) was cropped away; use fit='squash', 'pad' or 'native'")
+        return row, column
+
 
 @dataclass(frozen=True)
 class PixelBatch:
@@ -126,11 +142,15 @@ class Preprocess:
         placed = [self.place(load_image(image, label), label) for image, label in zip(images, labels, strict=False)]
         if not placed:
             raise InputError("got no pictures; give at least one")
+        return self.collate(placed)
+
+    def collate(self, placed: Sequence[tuple[Tensor, Placement]]) -> PixelBatch:
+        """What `place` gave for several pictures, as a batch.  Raises InputError for pixels of unequal sizes."""
         grids = {tuple(side // self.patch_size for side in pixels.shape[1:]): None for pixels, _ in placed}
         if len(grids) > 1:
             shown = ", ".join(f"{h}x{w}" for h, w in list(grids)[:3])
             raise InputError(
-                f"the pictures give different grids ({shown} patches); give them one by one, or with fit='squash'"
+                f"the pictures give different grids ({shown} patches); use iter_features(), or fit='squash'"
             )
         placements = tuple(placement for _, placement in placed)
         pixels = torch.stack([pixels for pixels, _ in placed])

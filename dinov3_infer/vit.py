@@ -120,7 +120,7 @@ class VisionTransformer(nn.Module):
             self.rope_periods.copy_(rope_periods(self.config.head_dim, self.config.rope_base))
 
     def set_attention(self, implementation: str | Callable[..., Tensor]) -> None:
-        """Which attention runs: "auto", "triton", "sdpa", "eager", or a function with the signature of `rope_attention`.
+        """Which attention runs: "auto", "triton", "sdpa", "eager", or a function that is called like `rope_attention`.
 
         Raises: InputError for an unknown name, UnsupportedError for "triton" where it cannot run.
         """
@@ -145,6 +145,10 @@ class VisionTransformer(nn.Module):
         return self
 
     # --- what other code expects to find -------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embed.proj.weight.device
 
     @property
     def embed_dim(self) -> int:
@@ -198,13 +202,13 @@ class VisionTransformer(nn.Module):
         self,
         pixels: Tensor,  # [B, 3, H_px, W_px]
         masks: Tensor | None = None,  # [B, P] bool
-        indices: Sequence[int] = (),  # blocks to keep
+        indices: Sequence[int] = (),  # blocks to keep; -1 is what enters the first
         stop_early: bool = False,  # after the last of them
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The stream before the final norm, [B, N, C], after the last block and after each block of `indices`."""
         x = self.embed_tokens(pixels, masks)
         rope = self.rope(self.grid_of(pixels))
-        taken: dict[int, Tensor] = {}
+        taken = {-1: x} if -1 in indices else {}
         end = max(indices) + 1 if stop_early and indices else self.config.depth
         for i, block in enumerate(self.blocks[:end]):
             x = block(x, rope)

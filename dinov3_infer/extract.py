@@ -1,0 +1,285 @@
+"""Pictures in, named features out."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batching import MAX_TOKENS, Batcher, OnError, Result, check_on_error
+from .embed import EmbedReport, Kind, check_kind, check_target, collect
+from .errors import Dinov3Error, InputError, PrecisionError
+from .facets import Facet, attention_rows, check_facet, facet_of
+from .features import Features, Pooling, check_pooling, features_of
+from .images import ImageLike, split_batch
+from .interfaces import DropInTransformer
+from .preprocess import Fit, PixelBatch, Preprocess
+from .vit import BackboneOutput, ViTConfig, resolve_layers
+
+__all__ = ["FeatureExtractor"]
+
+log = logging.getLogger("dinov3_infer")
+
+Pictures: TypeAlias = ImageLike | Iterable[ImageLike]
+
+
+class _Options(TypedDict, total=False):
+    size: int | tuple[int, int] | None
+    fit: Fit | None
+    pooling: Pooling
+    batch_size: int
+    num_workers: int | None
+
+
+class _IterOptions(_Options, total=False):
+    layers: int | Sequence[int] | None
+    facet: Facet
+
+
+class _EmbedOptions(_Options, total=False):
+    kind: Kind
+    normalize: bool
+    on_error: OnError
+    progress: bool | None
+
+
+class FeatureExtractor(DropInTransformer):
+    """A vision transformer that knows the transform of its pictures."""
+
+    def __init__(self, config: ViTConfig, preprocess: Preprocess) -> None:
+        super().__init__(config)
+        self.preprocess = preprocess
+        self.mixed_precision = True  # on CUDA the matrix work of float32 weights is done in bfloat16
+
+    def extract_features(
+        self,
+        images: Pictures,
+        size: int | tuple[int, int] | None = None,
+        fit: Fit | None = None,
+        layers: int | Sequence[int] | None = None,
+        pooling: Pooling = "cls",
+        facet: Facet = "token",
+    ) -> Features:
+        """Features of one picture or a batch of pictures; a single one gives a batch of 1.
+
+        `images`: path, address, bytes, PIL image, array [H_px, W_px, 3], tensor [3, H_px, W_px] (RGB, uint8 or float in
+        0..1), a list of these, or a 4-dimensional batch.
+        `size`: pixels.  The side for fit "squash", the short side for "crop", the long side for "pad" and "native".
+        `fit`: "squash" to a square, "crop" the centre, "pad" to a square (see `valid`), "native" keeps the aspect.
+        `layers`: an int for the last n blocks, a list for these; results are in `.layers`, after the final norm.
+        `pooling`: what `.embedding` is: "cls", "mean" of the patches, or "cls_mean", both in a row.
+        `facet`: what `.layers` are: the tokens, or the "query", "key" or "value" of each block: the output of its qkv
+        layer, heads side by side, without the rotation that DINOv3 applies after it, which depends on the position.
+
+        Raises: ImageError, MissingFileError, InputError, LayerError; PrecisionError where the features are not finite.
+        """
+        blocks = self._blocks(layers, pooling, facet)
+        batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
+        return self._features([batch], blocks, pooling, facet)[0]
+
+    @overload
+    def iter_features(
+        self, images: Pictures, *, on_error: Literal["raise"] = ..., **options: Unpack[_IterOptions]
+    ) -> Iterator[Features]: ...
+    @overload
+    def iter_features(
+        self, images: Pictures, *, on_error: OnError, **options: Unpack[_IterOptions]
+    ) -> Iterator[Features | None]: ...
+    def iter_features(
+        self,
+        images: Pictures,
+        *,
+        size: int | tuple[int, int] | None = None,
+        fit: Fit | None = None,
+        layers: int | Sequence[int] | None = None,
+        pooling: Pooling = "cls",
+        facet: Facet = "token",
+        batch_size: int = 32,
+        num_workers: int | None = None,
+        on_error: OnError = "raise",
+    ) -> Iterator[Features | None]:
+        """One `Features` per picture, of any sizes, in the order of the input, on the CPU.
+
+        `images`: as in `extract_features`, or any iterable of pictures, a folder or a pattern (see `list_pictures`).
+        `batch_size`: pictures of one pass at most; large ones go in smaller passes.  It does not change the features.
+        `num_workers`: threads that read ahead; None for 0 on a CPU, and up to 8 beside a GPU.
+        `on_error`: "raise", or "skip", which gives None for a picture that cannot be read, and logs why.
+
+        Raises: as `extract_features`.
+        """
+        blocks = self._blocks(layers, pooling, facet)
+        check_on_error(on_error)
+        batcher = self._batcher(size, fit, blocks, pooling, facet, batch_size, num_workers)
+        return _in_order(batcher(split_batch(images)), on_error)
+
+    @overload
+    def embed(self, images: Pictures, out: None = None, **options: Unpack[_EmbedOptions]) -> np.ndarray[Any, Any]: ...
+    @overload
+    def embed(self, images: Pictures, out: str | os.PathLike[str], **options: Unpack[_EmbedOptions]) -> EmbedReport: ...
+    def embed(
+        self,
+        images: Pictures,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        kind: Kind = "embedding",
+        pooling: Pooling = "cls",
+        normalize: bool = False,
+        size: int | tuple[int, int] | None = None,
+        fit: Fit | None = None,
+        batch_size: int = 32,
+        num_workers: int | None = None,
+        on_error: OnError = "raise",
+        progress: bool | None = None,
+    ) -> np.ndarray[Any, Any] | EmbedReport:
+        """One row per picture in the order of the input, float32: an array, or the file `out` and a report.
+
+        `images`, `size`, `fit`, `batch_size`, `num_workers`: as in `iter_features`.
+        `out`: a .npy file to write; beside it goes a .jsonl with row, path and error of every picture.
+        `kind`: "embedding" [N, C] ([N, 2C] with pooling "cls_mean"), "patches" [N, P, C], or "map" [N, C, h, w].
+        `normalize`: every vector to length 1, for cosine similarity by dot product.
+        `on_error`: "raise", or "skip", which leaves a row of NaN for a picture that cannot be read.
+        `progress`: a bar on stderr; None shows it where that is a terminal.
+
+        Raises: as `iter_features`; InputError where patches or maps differ in shape, or where `out` exists.
+        """
+        check_pooling(pooling)
+        check_on_error(on_error)
+        check_kind(kind)
+        target = None if out is None else check_target(out)
+        pictures = split_batch(images)
+        batcher = self._batcher(size, fit, [], pooling, "token", batch_size, num_workers)
+        vectors = collect(
+            batcher(pictures),
+            kind,
+            self.embed_dim * (2 if pooling == "cls_mean" else 1),
+            normalize=normalize,
+            on_error=on_error,
+            total=len(pictures) if isinstance(pictures, Sized) else None,
+            progress=progress,
+        )
+        if target is None:
+            return vectors.array
+        vectors.save(target)
+        return EmbedReport(target, vectors.array.shape, vectors.failures, batcher.batch_size)
+
+    def attention_maps(
+        self,
+        images: Pictures,
+        layer: int = -1,
+        query: Literal["cls"] | tuple[float, float] = "cls",
+        size: int | tuple[int, int] | None = 768,
+        fit: Fit | None = "native",
+    ) -> Tensor:
+        """How much a token attends to each patch, [B, H, h, w], one map per head.
+
+        The softmax runs over all tokens, so a map sums to what class token and registers leave of 1.
+        `query`: "cls", or a point (x, y) in pixels of the original picture for the patch that covers it.
+
+        Raises: as `extract_features`; InputError for a point that is outside the picture or cropped away.
+        """
+        (block,) = resolve_layers([layer], self.config.depth)
+        batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
+        grid = self.grid_of(batch.pixels)
+        token = [0] * len(batch.placements)
+        if query != "cls":
+            x, y = _point(query)
+            patches = (placement.to_patch(x, y, grid) for placement in batch.placements)
+            token = [self.config.num_prefix + row * grid[1] + column for row, column in patches]
+        with self._inference():
+            rows = attention_rows(self, batch.pixels.to(self.device), block, torch.tensor(token))
+        self._check_finite(rows)
+        return rows[:, :, self.config.num_prefix :].unflatten(-1, grid)  # type: ignore[no-any-return]
+
+    # --- how -----------------------------------------------------------------------------------------------------
+
+    def _blocks(self, layers: int | Sequence[int] | None, pooling: str, facet: str) -> list[int]:
+        """The layers asked for; wrong options are refused before a picture is read."""
+        check_pooling(pooling)
+        check_facet(facet)
+        blocks = resolve_layers(layers, self.config.depth)
+        if facet != "token" and not blocks:
+            raise InputError(f"facet={facet!r} is that of layers; say which, e.g. layers=[-1]")
+        return blocks
+
+    def _batcher(
+        self,
+        size: int | tuple[int, int] | None,
+        fit: Fit | None,
+        blocks: list[int],
+        pooling: Pooling,
+        facet: Facet,
+        batch_size: int,
+        num_workers: int | None,
+    ) -> Batcher:
+        if num_workers is None:
+            num_workers = 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        max_tokens = MAX_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
+        transform = self.preprocess.with_options(size, fit)
+        forward = partial(self._features, blocks=blocks, pooling=pooling, facet=facet)
+        return Batcher(transform, forward, batch_size, max_tokens, num_workers)
+
+    def _features(self, batches: list[PixelBatch], blocks: list[int], pooling: Pooling, facet: Facet) -> list[Features]:
+        """One batch per size, in one pass where the model can."""
+        pixels = [batch.pixels.to(self.device) for batch in batches]
+        with self._inference():
+            if facet != "token":
+                outputs = [self._with_facet(p, blocks, facet) for p in pixels]
+            elif (
+                len(pixels) == 1 or self.training
+            ):  # in training the packed pass norms all but its first size otherwise
+                outputs = [self(p, layers=blocks) for p in pixels]
+            else:
+                outputs = self.forward_packed(pixels, layers=blocks)
+        found = [features_of(o, b, self.patch_size, pooling) for o, b in zip(outputs, batches, strict=True)]
+        self._check_finite(*(t for f in found for t in (f.cls_token, f.patch_tokens, f.register_tokens)))
+        return found
+
+    def _with_facet(self, pixels: Tensor, blocks: list[int], facet: Facet) -> BackboneOutput:
+        last, taken = self.run_blocks(pixels, indices=[block - 1 for block in blocks])
+        layers = tuple(facet_of(self, taken[block - 1], block, facet) for block in blocks)
+        return BackboneOutput(*self.split(self.normed(last)), layers)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocasts()):
+            yield
+
+    def _autocasts(self) -> bool:
+        weight = self.patch_embed.proj.weight
+        mixed = self.mixed_precision and weight.is_cuda and weight.dtype == torch.float32
+        return bool(mixed) and torch.cuda.is_bf16_supported()
+
+    def _check_finite(self, *tensors: Tensor) -> None:
+        """Never NaN without a word."""
+        if all(bool(t.isfinite().all()) for t in tensors):
+            return
+        dtype = torch.bfloat16 if self._autocasts() else self.patch_embed.proj.weight.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            raise PrecisionError(
+                f"the features are not finite in {dtype}: activations left its range; load with dtype=torch.float32"
+            )
+        raise PrecisionError("the features are not finite: the weights hold NaN or infinity; load another checkpoint")
+
+
+def _in_order(results: Iterator[Result], on_error: OnError) -> Iterator[Features | None]:
+    for result in results:
+        if not isinstance(result.features, Dinov3Error):
+            yield result.features
+        elif on_error == "raise":
+            raise result.features
+        else:
+            log.warning("skipped item %d: %s", result.number, result.features)
+            yield None
+
+
+def _point(query: Any) -> tuple[float, float]:
+    try:
+        x, y = query
+        return float(x), float(y)
+    except (TypeError, ValueError):
+        raise InputError(f"query is 'cls' or a point (x, y) in pixels, got {query!r}") from None

@@ -1,0 +1,108 @@
+"""Where pictures lie: folders, patterns, addresses."""
+
+import base64
+import glob
+import os
+import re
+import time
+from urllib.parse import unquote_to_bytes
+
+from . import links
+from .errors import Dinov3Error, ImageError, InputError, MissingFileError
+
+__all__ = ["address_scheme", "is_collection", "list_pictures", "name_of", "read_address"]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of pictures in a folder
+MAX_BYTES, MAX_SECONDS = 2**27, 60  # of one download
+
+
+def list_pictures(source: str | os.PathLike[str]) -> list[str]:
+    """Paths of all pictures under a folder, or of all files that a pattern ("photos/**/*.jpg") fits, sorted.
+
+    A folder is searched to the bottom for the usual suffixes; hidden files and folders are left out, links to folders
+    are not followed.
+
+    Raises: MissingFileError where there is nothing, InputError for a folder without a picture.
+    """
+    path = os.fsdecode(source)
+    if not os.path.isdir(path):
+        found = sorted(name for name in glob.iglob(path, recursive=True) if os.path.isfile(name))
+        if not found:
+            raise MissingFileError(f"no folder and no file at '{os.path.abspath(path)}'; check the path or pattern")
+        return found
+    names, others = [], 0
+    for folder, inner, files in os.walk(path):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        for name in (name for name in files if not name.startswith(".")):
+            if name.lower().endswith(SUFFIXES):
+                names.append(os.path.join(folder, name))
+            else:
+                others += 1
+    if not names:
+        raise InputError(f"no pictures under '{path}' (looked for {' '.join(SUFFIXES)}; {others} other files)")
+    return sorted(names)
+
+
+def is_collection(source: object) -> bool:
+    """A folder, or a pattern that is not itself the name of a file."""
+    if not isinstance(source, (str, os.PathLike)) or address_scheme(path := os.fsdecode(source)):
+        return False
+    return os.path.isdir(path) or (glob.has_magic(path) and not os.path.exists(path))
+
+
+def address_scheme(path: str) -> str:
+    """http, https, file, data ... in lower case; empty for a path."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://|(data):", path)
+    return (found[1] or found[2]).lower() if found else ""
+
+
+def name_of(source: object) -> str | None:
+    """The path of a picture, or its address without what signs it; None for one that came as an object."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    path = os.fsdecode(source)
+    scheme = address_scheme(path)
+    if scheme == "data":
+        return "data:..."
+    return re.sub(r"(?<=://)[^/?#]*@|[?#].*", "", path, flags=re.DOTALL) if scheme else path
+
+
+def read_address(address: str) -> bytes:
+    """What lies behind an http, https or data address.
+
+    The connection is that of huggingface_hub, with its proxies and certificates, without its token.
+
+    Raises: InputError for other schemes, MissingFileError, ImageError for a download that fails or is too large.
+    """
+    if address_scheme(address) == "data":
+        head, _, body = address.partition(",")
+        try:
+            return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote_to_bytes(body)
+        except ValueError:
+            raise ImageError(f"a data: address of {len(address)} characters is no base64; encode it anew") from None
+    shown = links.without_query(address)
+    try:
+        with links.queries_cut():
+            return _download(address, shown)
+    except Dinov3Error:
+        raise
+    except (OSError, links.client_error()) as error:
+        raise ImageError(f"cannot download '{shown}' ({links.reason(error)}); check it, or give a file") from None
+
+
+def _download(address: str, shown: str) -> bytes:
+    content, started = bytearray(), time.monotonic()
+    with links._get(address, 0, None) as (response, chunks):
+        if response.status_code in (404, 410):
+            raise MissingFileError(f"no picture at '{shown}' (HTTP {response.status_code}); check the address")
+        if response.status_code >= 400:
+            raise ImageError(
+                f"cannot download '{shown}' (HTTP {response.status_code}); fetch it in another way, and give the file"
+            )
+        for chunk in chunks:
+            content += chunk
+            if len(content) > MAX_BYTES:
+                raise ImageError(f"'{shown}' is larger than {MAX_BYTES >> 20} MiB; download it, and give the file")
+            if time.monotonic() - started > MAX_SECONDS:
+                raise ImageError(f"'{shown}' took longer than {MAX_SECONDS} s; download it, and give the file")
+    return bytes(content)

@@ -1,0 +1,157 @@
+"""Maps over the picture that they belong to, to look at."""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..errors import InputError
+from ..images import ImageLike, load_image
+from ..preprocess import Placement
+
+__all__ = ["at_pixels", "attention_picture", "heat_colours", "overlay", "panel", "sheet"]
+
+SIDES = 512, 1024  # pixels: the long side of a shown picture lies between
+GAP = 8  # pixels between pictures of a sheet
+WIDEST = 4096  # pixels of a sheet
+# Dark violet over magenta and orange to pale yellow, as OKLCh: lightness, chroma, hue in degrees.
+_ANCHORS = ((0.18, 0.09, 275), (0.45, 0.19, 330), (0.68, 0.19, 405), (0.95, 0.11, 467))
+# OKLab to the cube roots of cone responses, and cone responses to linear sRGB (Ottosson, "A perceptual color space for
+# image processing", 2020).
+_CONES = ((1.0, 0.3963377774, 0.2158037573), (1.0, -0.1055613458, -0.0638541728), (1.0, -0.0894841775, -1.2914855480))
+_LINEAR = (
+    (4.0767416621, -3.3077115913, 0.2309699292),
+    (-1.2684380046, 2.6097574011, -0.3413193965),
+    (-0.0041960863, -0.7034186147, 1.7076147010),
+)
+
+
+@cache
+def heat_colours() -> np.ndarray:
+    """256 colours from low to high, [256, 3] uint8: equally far from each other to the eye, and ever lighter."""
+    fine = np.linspace(0, 1, 2001)
+    steps = np.linspace(0, 1, len(_ANCHORS))
+    lightness, chroma, hue = (np.interp(fine, steps, column) for column in np.array(_ANCHORS).T)
+    lab = np.stack((lightness, chroma * np.cos(np.radians(hue)), chroma * np.sin(np.radians(hue))), axis=-1)
+    length = np.concatenate(([0.0], np.linalg.norm(np.diff(lab, axis=0), axis=1).cumsum()))
+    even = np.linspace(0, length[-1], 256)
+    lab = np.stack([np.interp(even, length, lab[:, i]) for i in range(3)], axis=-1)
+    linear = ((lab @ np.array(_CONES).T) ** 3 @ np.array(_LINEAR).T).clip(0, 1)
+    return (
+        (np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255).round().astype("u1")
+    )
+
+
+def at_pixels(
+    maps: Tensor,  # [K, h, w] float, a value per patch
+    placement: Placement | None,  # of the picture that the patches are of; None where they cover all of it
+    size: tuple[int, int],  # (height, width) of the result, which shows the whole original picture
+) -> Tensor:
+    """The value at every pixel, [K, height, width]: cubic between patch centres, NaN where the model saw nothing."""
+    placement = placement or Placement((1, 1), (1, 1), (0, 0, 1, 1))
+    axes = []
+    for axis in (0, 1):  # from pixel centres to the model's input, in units where that spans -1 to 1
+        centres = (torch.arange(size[axis], dtype=torch.float64) + 0.5) / size[axis]
+        top, extent = placement.window[axis], placement.window[axis + 2]
+        axes.append((2.0 * (centres * placement.resized[axis] - top) / extent - 1.0).float())
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    points = torch.stack((columns, rows), dim=-1)[None]
+    found = F.grid_sample(maps[None].float().cpu(), points, "bicubic", padding_mode="border", align_corners=False)[0]
+    found[:, (rows.abs() > 1) | (columns.abs() > 1)] = torch.nan
+    return found
+
+
+def panel(image: ImageLike) -> Image.Image:
+    """The picture upright, in a size to look at."""
+    pixels = load_image(image)
+    if pixels.dtype != torch.uint8:
+        pixels = (pixels * 255).round().to(torch.uint8)
+    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    long = max(picture.size)
+    factor = min(max(long, SIDES[0]), SIDES[1]) / long
+    width, height = (max(1, round(side * factor)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def overlay(
+    image: ImageLike,
+    values: Tensor | np.ndarray,  # [h, w]
+    placement: Placement
+    | None = None,  # None where the map covers the whole picture, as with fit "native" and "squash"
+    *,
+    limits: tuple[float, float]
+    | None = None,  # values of the first and the last colour; None: least and most of the map
+    mark: tuple[float, float] | None = None,  # (x, y) in pixels of the picture, drawn as a ring
+) -> Image.Image:
+    """The picture in grey under the map in colours, by `heat_colours`.
+
+    Raises: InputError for values of another shape.
+    """
+    maps = torch.as_tensor(values)
+    if maps.ndim != 2:
+        raise InputError(f"overlay takes one map [h, w], got {list(maps.shape)}; give one, or the mean over heads")
+    base = panel(image)
+    found = at_pixels(maps[None], placement, (base.height, base.width))[0]
+    low, high = limits or (float(v) for v in found[found.isfinite()].aminmax())
+    level = ((found - low) / max(high - low, 1e-12)).clamp(0, 1).numpy()
+    seen = np.isfinite(level)
+    colours = heat_colours()[np.where(seen, level * 255, 0).round().astype(int)]
+    grey = np.asarray(base.convert("L"), dtype=np.float32)[..., None]
+    mixed = np.where(seen[..., None], 0.35 * grey + 0.65 * colours, 0.5 * grey)
+    shown = Image.fromarray(mixed.round().astype(np.uint8))
+    if mark is not None:
+        height, width = load_image(image).shape[1:]
+        _ring(shown, mark[0] * shown.width / width, mark[1] * shown.height / height)
+    return shown
+
+
+def attention_picture(
+    image: ImageLike,
+    maps: Tensor,  # [H, h, w], as `attention_maps` gives for one picture
+    placement: Placement | None = None,
+    mark: tuple[float, float] | None = None,  # the point that asked
+) -> Image.Image:
+    """The picture, the mean over heads, and every head, each by its own range, up to the 99.5th percentile."""
+    if maps.ndim != 3:
+        raise InputError(f"attention_picture takes the maps of one picture [heads, h, w], got {list(maps.shape)}")
+    every = [maps.float().mean(dim=0), *maps.float()]
+    heads = [
+        overlay(image, m, placement, limits=(float(m.min()), float(np.quantile(m.cpu(), 0.995))), mark=mark)
+        for m in every
+    ]
+    names = ["picture", "mean over heads", *(f"head {i}" for i in range(len(maps)))]
+    return sheet([panel(image), *heads], names)
+
+
+def sheet(pictures: Sequence[Image.Image], captions: Sequence[str] = (), columns: int | None = None) -> Image.Image:
+    """Pictures in rows, each with its caption below, on white; shrunk where they would come to more than 4,096 wide."""
+    if not pictures:
+        raise InputError("sheet got no pictures; give at least one")
+    if columns is None:  # about as many as rows, with few places left empty
+        root = math.ceil(len(pictures) ** 0.5)
+        columns = min(range(root, root + 3), key=lambda n: (-len(pictures) % n, n))
+    factor = min(1.0, (WIDEST / columns - GAP) / max(picture.width for picture in pictures))
+    shown = [p.resize((round(p.width * factor), round(p.height * factor))) if factor < 1 else p for p in pictures]
+    width, height = max(p.width for p in shown), max(p.height for p in shown)
+    text = max(14, width // 28)
+    step = (width + GAP, height + GAP + (text * 3 // 2 if captions else 0))
+    made = Image.new("RGB", (columns * step[0] + GAP, -(-len(shown) // columns) * step[1] + GAP), "white")
+    draw = ImageDraw.Draw(made)
+    for i, picture in enumerate(shown):
+        x, y = GAP + i % columns * step[0], GAP + i // columns * step[1]
+        made.paste(picture, (x, y))
+        if i < len(captions):
+            draw.text((x, y + height), captions[i], fill="black", font=ImageFont.load_default(text))
+    return made
+
+
+def _ring(picture: Image.Image, x: float, y: float) -> None:
+    draw, radius = ImageDraw.Draw(picture), max(picture.size) / 60
+    for colour, width in (("black", radius / 2), ("white", radius / 4)):
+        box = (x - radius - width / 2, y - radius - width / 2, x + radius + width / 2, y + radius + width / 2)
+        draw.ellipse(box, outline=colour, width=max(1, round(width)))

@@ -1,0 +1,196 @@
+"""Pictures in folders, behind patterns and behind addresses."""
+
+import base64
+import io
+import os
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import SMALL
+from pictures import complaint, photo
+from PIL import Image
+
+from dinov3_infer import Backbone, ImageError, InputError, MissingFileError, load_image, places
+from dinov3_infer.places import list_pictures, name_of
+
+_stream = io.BytesIO()
+Image.fromarray(photo(20, 30)).save(_stream, "png")
+PNG = _stream.getvalue()
+SECRET = "Signature=s3cr3t"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """/ok, /moved, /slow, /endless, /cut, /page, and /404, /403, /500 for those answers."""
+
+    def do_GET(self) -> None:
+        kind = self.path.split("?")[0].strip("/")
+        if kind == "moved":
+            self.send_response(302)
+            self.send_header("Location", f"/ok?{SECRET}")
+            self.end_headers()
+            return
+        self.send_response(int(kind) if kind.isdigit() else 200)
+        if kind in ("ok", "cut", "page"):
+            self.send_header("Content-Length", str(2000 if kind == "page" else len(PNG)))
+        self.end_headers()
+        try:
+            if kind in ("endless", "slow"):
+                for _ in range(10_000):
+                    self.wfile.write(b"\0" * (1 << 16 if kind == "endless" else 1))
+                    time.sleep(0.05 if kind == "slow" else 0)
+            else:
+                self.wfile.write({"ok": PNG, "cut": PNG[:200], "page": b"<html>log in" + b" " * 1988}.get(kind, b""))
+        except OSError:
+            pass  # the client has had enough
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.daemon_threads = True
+    threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{made.server_port}"
+    made.shutdown()
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite is offline for the hub's client; this server is not a hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+@pytest.mark.usefixtures("online")
+@pytest.mark.parametrize("path", ["ok", f"ok?{SECRET}", "moved", f"moved?{SECRET}"])
+def test_a_picture_behind_an_address(path: str, server: str) -> None:
+    assert torch.equal(load_image(f"{server}/{path}"), load_image(PNG))
+
+
+def test_file_and_data_addresses(tmp_path: Path) -> None:
+    """With the characters that an address has to escape."""
+    path = tmp_path / "a cat?.png"
+    path.write_bytes(PNG)
+    for address in (path.as_uri(), f"data:image/png;base64,{base64.b64encode(PNG).decode()}"):
+        assert torch.equal(load_image(address), load_image(PNG))
+
+
+@pytest.mark.usefixtures("online")
+@pytest.mark.parametrize(
+    "path, error, said",
+    [
+        ("404", MissingFileError, "(HTTP 404)"), ("403", ImageError, "(HTTP 403)"), ("500", ImageError, "(HTTP 500)"),
+        ("page", ImageError, "not a picture that Pillow can read"), ("slow", ImageError, "took longer than"),
+        ("endless", ImageError, "is larger than"), ("cut", ImageError, "cannot download"),
+    ],
+)  # fmt: skip
+def test_what_an_address_may_lead_to(
+    path: str, error: Any, said: str, server: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """One sentence with the address, without what signs it; nothing of it in any log either."""
+    monkeypatch.setattr(places, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(places, "MAX_SECONDS", 0.3)
+    caplog.set_level("DEBUG")
+    started = time.monotonic()
+    text = complaint(error, lambda: load_image(f"{server}/{path}?{SECRET}"))
+    assert said in text and f"'{server}/{path}'" in text and "s3cr3t" not in text + caplog.text
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.usefixtures("online")
+def test_nobody_at_an_address() -> None:
+    text = complaint(ImageError, lambda: load_image(f"http://127.0.0.1:9/a.png?{SECRET}"))
+    assert "cannot download 'http://127.0.0.1:9/a.png'" in text and "s3cr3t" not in text
+
+
+def test_offline_is_offline(server: str) -> None:
+    """HF_HUB_OFFLINE holds for pictures too, since the connection is that of the hub's client."""
+    text = complaint(ImageError, lambda: load_image(f"{server}/ok?{SECRET}"))
+    assert "OfflineMode" in text and "s3cr3t" not in text
+
+
+@pytest.mark.parametrize(
+    "address, error, said",
+    [
+        ("s3://bucket/a.png?X-Amz-Signature=s3cr3t", InputError, "s3://..."),
+        ("data:image/png;base64,&&&s3cr3t", ImageError, "no base64"),
+        ("data:image/png;base64,AAAA", ImageError, "'data:...' is not a picture"),
+        ("file:///nowhere/a.png", MissingFileError, "no picture at '/nowhere/a.png'"),
+        ("http://user:s3cr3t@[1/a.png", InputError, "no link"),
+    ],
+)
+def test_other_addresses_are_said(address: str, error: Any, said: str) -> None:
+    text = complaint(error, lambda: load_image(address))
+    assert said in text and "s3cr3t" not in text
+
+
+def test_names_in_reports() -> None:
+    """A path as it is, an address without user, query and fragment, nothing for objects."""
+    assert name_of("a?b.png") == "a?b.png" and name_of(Path("x") / "y.png") == os.path.join("x", "y.png")
+    assert name_of("https://user:pw@host:8/a.png?Signature=1#2") == "https://host:8/a.png"
+    assert name_of("s3://key:pw@bucket/a.png") == "s3://bucket/a.png" and name_of("data:,x") == "data:..."
+    assert name_of(PNG) is None and name_of(np.zeros((2, 2, 3))) is None
+
+
+# --- folders and patterns -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    for name in ("b.png", "a.JPG", "in/c.webp", "in/deep/d.tiff", ".hidden.png", "._a.JPG", ".git/e.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(PNG)
+    os.symlink(tmp_path, tmp_path / "in" / "loop")
+    return tmp_path
+
+
+def test_a_folder_is_its_pictures(album: Path) -> None:
+    """To the bottom, sorted, without what is hidden or linked."""
+    expected = [str(album / name) for name in ("a.JPG", "b.png", "in/c.webp", "in/deep/d.tiff")]
+    assert list_pictures(album) == list_pictures(str(album)) == expected
+
+
+@pytest.mark.parametrize(
+    "pattern, names",
+    [("*.png", ["b.png"]), ("in/**/*.*", ["in/c.webp", "in/deep/d.tiff"]), ("?.*", ["a.JPG", "b.png"])],
+)
+def test_a_pattern_is_what_fits_it(pattern: str, names: list[str], album: Path) -> None:
+    found = [path for path in list_pictures(str(album / pattern)) if "loop" not in path]
+    assert found == [str(album / name) for name in names]
+
+
+def test_streams_take_folders_and_patterns(album: Path) -> None:
+    """In the order of `list_pictures`; the report has the paths."""
+    bb = Backbone.from_config(SMALL["dinov3"], seed=0)
+    rows = bb.embed(album, size=32)
+    assert rows.shape == (4, 64) and np.array_equal(rows[0], bb.embed(PNG, size=32)[0])
+    assert len(list(bb.iter_features(str(album / "*.png"), size=32))) == 1
+    bb.embed(str(album / "?.*"), album / "x.npy", size=32)
+    assert "a.JPG" in (album / "x.jsonl").read_text().splitlines()[0]
+
+
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
+    path = tmp_path / "a[1].png"
+    path.write_bytes(PNG)
+    assert Backbone.from_config(SMALL["dinov3"], seed=0).embed(path, size=32).shape == (1, 64)
+
+
+def test_nothing_in_a_folder_is_said(tmp_path: Path) -> None:
+    """What was looked for, and how much else there is."""
+    for name in ("notes.txt", "in/data.csv", ".hidden.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    bb = Backbone.from_config(SMALL["dinov3"], seed=0)
+    text = complaint(InputError, lambda: bb.embed(tmp_path))
+    assert f"no pictures under '{tmp_path}' (looked for .jpg .jpeg" in text and "2 other files)" in text
+    for wrong in (tmp_path / "*.png", tmp_path / "none"):
+        assert str(wrong) in complaint(MissingFileError, lambda wrong=wrong: list_pictures(wrong))
+    assert "is a folder" in complaint(ImageError, lambda: bb.embed([tmp_path]))
