@@ -52,7 +52,7 @@ class MissingFileError(Dinov3Error, FileNotFoundError):
 
 
 class GatedModelError(Dinov3Error, PermissionError):
-    """The weights exist, but their licence has to be accepted first."""
+    """The hub or a link refuses access: a licence to accept, a token without the right, a link that has expired."""
 
 
 class OfflineError(Dinov3Error, FileNotFoundError):

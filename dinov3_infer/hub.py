@@ -79,6 +79,8 @@ def locate_file(weights: str | os.PathLike[str], options: HubOptions) -> Path:
 
     Raises: as `locate`.
     """
+    if not isinstance(weights, (str, os.PathLike)):
+        raise InputTypeError(f"weights are a path or a link, got {type(weights).__name__}")
     if not is_link(weights):
         _refuse_half_a_link(os.fspath(weights))
         return Path(weights)

@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from .errors import CheckpointError, Dinov3Error, GatedModelError, InputError, ModelNotFoundError, OfflineError
 from .files import SUFFIXES
 
-__all__ = ["client_error", "download", "is_link", "queries_cut", "reach", "reason", "sha256", "without_query"]
+__all__ = ["client_error", "download", "get", "is_link", "queries_cut", "reach", "reason", "sha256", "without_query"]
 
 _TRIES, _PAUSE_S, _TIMEOUT_S, _PATIENCE_S = 4, 1.0, 30.0, 10.0
 _CHUNK = 1 << 16
@@ -123,7 +123,7 @@ def _receive(link: str, shown: str, file: BinaryIO, name: str) -> None:
             before = done
             problem = "the connection ended early"
             try:
-                with _get(link, done, version) as (response, chunks):
+                with get(link, done, version) as (response, chunks):
                     _check(response, link, shown)
                     answered = True
                     if done and response.status_code != 206:  # from the start again
@@ -153,7 +153,7 @@ def _receive(link: str, shown: str, file: BinaryIO, name: str) -> None:
 
 
 @contextmanager
-def _get(link: str, start: int, version: str | None) -> Iterator[tuple[Any, Iterator[bytes]]]:
+def get(link: str, start: int = 0, version: str | None = None) -> Iterator[tuple[Any, Iterator[bytes]]]:
     """An answer and its body, from byte `start` on if the file is still that `version`, else the whole.
 
     The session is that of huggingface_hub, so that its proxies and certificates count.

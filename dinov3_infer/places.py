@@ -92,7 +92,7 @@ def read_address(address: str) -> bytes:
 
 def _download(address: str, shown: str) -> bytes:
     content, started = bytearray(), time.monotonic()
-    with links._get(address, 0, None) as (response, chunks):
+    with links.get(address) as (response, chunks):
         if response.status_code in (404, 410):
             raise MissingFileError(f"no picture at '{shown}' (HTTP {response.status_code}); check the address")
         if response.status_code >= 400:

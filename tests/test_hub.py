@@ -15,7 +15,7 @@ from hub_server import READER, Hub
 from safetensors.torch import load_file, save_file
 
 from dinov3_infer import Backbone, ModelNotFoundError
-from dinov3_infer.errors import MissingFileError, UnsupportedError
+from dinov3_infer.errors import InputTypeError, MissingFileError, UnsupportedError
 from dinov3_infer.hub import HubOptions, locate
 
 OWNERS = "facebook/dinov3-vits16-pretrain-lvd1689m"
@@ -57,6 +57,15 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
         Backbone.from_pretrained("facebook/dinov3-convnext-tiny-pretrain-lvd1689m")
     with pytest.raises(ModelNotFoundError, match="not|no weights of 'nano'"):
         Backbone.from_pretrained("nano")
+
+
+@pytest.mark.parametrize("wrong", [None, 7, b"vits16", ""], ids=["none", "int", "bytes", "empty"])
+def test_what_is_neither_name_nor_path(wrong: object) -> None:
+    with pytest.raises(InputTypeError, match="a model is a name of list_models.*, a hub id, a path or a link; got"):
+        Backbone.from_pretrained(wrong)
+    if wrong:
+        with pytest.raises(InputTypeError, match="weights are a path or a link, got (int|bytes)"):
+            Backbone.from_pretrained("vits16", weights=wrong)
 
 
 def test_a_path_wins_over_a_name(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
