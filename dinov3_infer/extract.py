@@ -193,7 +193,7 @@ class FeatureExtractor(DropInTransformer):
         with self._inference():
             rows = attention_rows(self, batch.pixels.to(self.device), block, torch.tensor(token))
         self._check_finite(rows)
-        return rows[:, :, self.config.num_prefix :].unflatten(-1, grid)  # type: ignore[no-any-return]
+        return rows[:, :, 0, self.config.num_prefix :].unflatten(-1, grid)  # type: ignore[no-any-return]
 
     # --- how -----------------------------------------------------------------------------------------------------
 

@@ -37,11 +37,11 @@ def attention_rows(
     model: VisionTransformer,
     pixels: Tensor,  # [B, 3, H_px, W_px]
     block: int,  # from 0
-    tokens: Tensor,  # [B] int64: the token of each picture that asks
+    tokens: Tensor | None = None,  # [B] int64: the token of each picture that asks; None: all of them
 ) -> Tensor:
-    """How much one token attends to each token, [B, H, N]: one row of softmax(q k^T / sqrt(D)), float32 at least.
+    """How much a token attends to each token, softmax(q k^T / sqrt(D)), [B, H, 1 or N, N], float32 at least.
 
-    The matrix is never built, so memory grows with N and not with its square.
+    With `tokens` the matrix is never built, so memory grows with N and not with its square.
     """
     _, taken = model.run_blocks(pixels, indices=[block - 1], stop_early=True)
     qkv = _qkv(model, taken[block - 1], block)
@@ -49,7 +49,7 @@ def attention_rows(
     table = model.rope(model.grid_of(pixels))
     if table is not None:
         q, k = apply_rope(q, *table), apply_rope(k, *table)
+    if tokens is not None:
+        q = q[torch.arange(len(q), device=q.device), tokens.to(q.device)][:, None]
     wide = torch.promote_types(q.dtype, torch.float32)
-    asking = q[torch.arange(len(q), device=q.device), tokens.to(q.device)].to(wide)  # [B, H, D]
-    scores = torch.einsum("bhd,bnhd->bhn", asking * q.shape[-1] ** -0.5, k.to(wide))
-    return scores.softmax(dim=-1)
+    return torch.einsum("bqhd,bnhd->bhqn", q.to(wide) * q.shape[-1] ** -0.5, k.to(wide)).softmax(dim=-1)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,10 +144,17 @@ class Features:
             raise InputError(f"embeddings of {widths} numbers cannot be compared; use one model and one pooling")
         return self.normalize().embedding @ other.normalize().embedding.to(self.embedding.device).T
 
-    def numpy(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The tensors as arrays on the CPU: embedding, cls_token, register_tokens, patch_tokens, feature_map."""
-        names = ("embedding", "cls_token", "register_tokens", "patch_tokens", "feature_map")
-        return {name: getattr(self, name).detach().cpu().numpy() for name in names}
+    def numpy(self) -> dict[str, Any]:
+        """The tensors as arrays on the CPU, by their names; `layers` as a list of such, `valid` where there is one."""
+
+        def arrays(part: Any, *names: str) -> dict[str, Any]:
+            return {name: getattr(part, name).detach().cpu().numpy() for name in names}
+
+        tokens = ("cls_token", "register_tokens", "patch_tokens", "feature_map")
+        found = arrays(self, "embedding", *tokens)
+        if self.valid is not None:
+            found |= arrays(self, "valid")
+        return found | {"layers": [arrays(layer, *tokens) for layer in self.layers]} if self.layers else found
 
 
 def features_of(output: BackboneOutput, batch: PixelBatch, patch_size: int, pooling: Pooling) -> Features:

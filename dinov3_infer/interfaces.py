@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .facets import attention_rows
 from .vit import VisionTransformer, as_map, resolve_layers
 
 __all__ = ["DropInTransformer"]
@@ -77,6 +78,15 @@ class DropInTransformer(VisionTransformer):
             extra = (*([cls_token] if return_class_token else []), *([registers] if return_extra_tokens else []))
             results.append((patches, *extra) if extra else patches)
         return tuple(results)
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:  # [B, 3, H_px, W_px] normalised
+        """Meta's, of DINO: the whole attention matrix of the last block, [B, H, N, N].
+
+        It grows with the square of N; `attention_maps` computes single rows.
+
+        Source: dino/vision_transformer.py of facebookresearch/dino.
+        """
+        return attention_rows(self, x, self.config.depth - 1)
 
     def forward_intermediates(
         self,

@@ -171,7 +171,9 @@ class Preprocess:
         placement = self._plan((height, width), label)
         if math.prod(placement.resized) > MAX_PIXELS:
             shown = "x".join(str(side) for side in placement.resized)
-            raise InputError(f"{label} is {height}x{width} pixels and would become {shown}; use fit='squash' or 'pad'")
+            raise InputError(
+                f"{label} is {height}x{width} pixels and would become {shown}; give a smaller size=, or fit='squash'"
+            )
         return placement
 
     def _plan(self, original: tuple[int, int], label: str) -> Placement:

@@ -35,9 +35,11 @@ def test_rows_are_those_of_transformers(name: str, block: int) -> None:
     full = theirs(pixels, output_attentions=True, **options).attentions[block]
     for token in (0, ours.num_prefix_tokens, ours.num_prefix_tokens + 13):
         rows = attention_rows(ours, pixels, block, torch.tensor([token, 0]))
-        assert rows.shape == full.shape[:2] + full.shape[3:] and rows.dtype == torch.float64
-        assert relative(rows[0], full[0, :, token]) < 1e-7  # all build the RoPE table in float32
-        assert relative(rows[1], full[1, :, 0]) < 1e-7
+        assert rows.shape == (*full.shape[:2], 1, full.shape[3]) and rows.dtype == torch.float64
+        assert relative(rows[0, :, 0], full[0, :, token]) < 1e-7  # all build the RoPE table in float32
+        assert relative(rows[1, :, 0], full[1, :, 0]) < 1e-7
+    if block == DEPTH - 1:
+        assert relative(ours.get_last_selfattention(pixels), full) < 1e-7
 
 
 def full_matrix(bb: Backbone, pixels: Tensor, block: int) -> Tensor:
@@ -93,7 +95,7 @@ def test_points_are_those_of_the_original_picture() -> None:
     pixels = bb.preprocess.with_options(64, "crop").batch([PICTURE]).pixels
     row, column = features.to_patch(65, 45)
     expected = attention_rows(bb, pixels, DEPTH - 1, torch.tensor([bb.num_prefix_tokens + row * 4 + column]))
-    assert torch.equal(middle.flatten(2), expected[..., bb.num_prefix_tokens :].detach())
+    assert torch.equal(middle.flatten(2), expected[:, :, 0, bb.num_prefix_tokens :].detach())
     assert "cropped away" in complaint(
         InputError, lambda: bb.attention_maps(PICTURE, query=(2, 2), size=64, fit="crop")
     )
@@ -127,7 +129,7 @@ def test_no_matrix_is_built() -> None:
     with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
         rows = attention_rows(bb, pixels, 0, torch.zeros(1, dtype=torch.int64))
     largest = max(event.self_cpu_memory_usage for event in profile.key_averages())
-    assert rows.shape == (1, 4, 4101) and 0 < largest < 27e6
+    assert rows.shape == (1, 4, 1, 4101) and 0 < largest < 27e6
 
 
 # --- queries, keys, values ------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ ORDER = (
     "access places",
     "layers images",
     "vit preprocess",
-    "interfaces features facets zoo",
+    "facets features zoo",
+    "interfaces",
     "configs hub batching",
     "weights embed",
     "extract",
@@ -27,6 +28,8 @@ ORDER = (
     "backbone",
     "tasks",
     "train",
+    "torchhub cli",
+    "__main__",
 )
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}
 FOREIGN = {"transformers", "timm", "torchvision", "peft", "triton"}

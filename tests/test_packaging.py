@@ -25,6 +25,21 @@ def lacking(name: str, least: int = 0) -> bool:
         return True
 
 
+# what is in the packages besides Python
+DATA = {
+    *(f"{package}/py.typed" for package in ("dinov3_infer", "dinov3_infer_kernels")),
+    *(f"dinov3_infer/cli/data/{name}" for name in ("cat.png", "coffee.png", "golden.safetensors", "rocket.png")),
+}
+ROOT_FILES = {
+    "CHANGELOG.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "PKG-INFO",
+    "README.md",
+    "hubconf.py",
+    "pyproject.toml",
+    "setup.cfg",
+}
 NEEDED = [name for name, least in (("build", 1), ("pip", 23), ("setuptools", 77)) if lacking(name, least)]
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(NEEDED), reason=f"missing or too old: {NEEDED}")]
@@ -67,7 +82,9 @@ def test_wheel_holds_the_package_and_nothing_else(built: dict[str, Path]) -> Non
         names = {name for name in wheel.namelist() if not name.endswith("/")}
         info = f"dinov3_infer-{dinov3_infer.__version__}.dist-info"
         assert {name for name in names if not name.startswith(f"{info}/")} == source_tree()
-        assert "dinov3_infer/py.typed" in names
+        assert {name for name in names if not name.endswith(".py") and "dist-info" not in name} == DATA
+        scripts = wheel.read(f"{info}/entry_points.txt").decode().split("\n")
+        assert scripts[:2] == ["[console_scripts]", "dinov3-infer = dinov3_infer.cli:main"] and not any(scripts[2:])
         assert wheel.read(f"{info}/top_level.txt").decode().split() == ["dinov3_infer", "dinov3_infer_kernels"]
         assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         metadata = wheel.read(f"{info}/METADATA").decode()
@@ -80,41 +97,118 @@ def test_wheel_holds_the_package_and_nothing_else(built: dict[str, Path]) -> Non
 
 
 def test_sdist_holds_what_a_build_needs(built: dict[str, Path]) -> None:
-    """The source tree and what tools want at the root; no tests, since half of a suite cannot run."""
+    """The packages, the examples and what tools want at the root; no tests, since half of a suite cannot run."""
     with tarfile.open(built["sdist"]) as sdist:
         names = {name.partition("/")[2] for name in (m.name for m in sdist.getmembers() if m.isfile())}
     packages = {name.removeprefix("kernels/") for name in names if name.startswith(("dinov3_infer/", "kernels/"))}
     assert packages == source_tree()
-    assert {"pyproject.toml", "README.md", "LICENSE", "PKG-INFO"} <= names
-    assert not {name for name in names if name.startswith("tests/")}
+    examples = {path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*") if path.is_file()}
+    others = {name for name in names if not name.startswith(("dinov3_infer/", "kernels/", "dinov3_infer.egg-info/"))}
+    assert others == ROOT_FILES | {name for name in examples if "__pycache__" not in name}
 
 
-def test_installed_wheel(built: dict[str, Path], tmp_path: Path) -> None:
-    """Installed into an environment of its own, far from the checkout: imports, version, a model that runs."""
-    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env", cwd=tmp_path)
-    python = next(p for p in (tmp_path / "env/bin/python", tmp_path / "env/Scripts/python.exe") if p.exists())
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--no-deps",
-        "--no-index",
-        built["wheel"],
-        cwd=tmp_path,
-    )
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd="/").strip())
-    # torch and the rest are borrowed; the environment's own packages come first
-    (site / "borrowed.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
+class Environment:
+    """A virtual environment far from the checkout; torch and the rest are borrowed, its own packages come first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+        self.scripts = next(p for p in (folder / "bin", folder / "Scripts") if p.is_dir())
+        self.python = next(p for p in (self.scripts / "python", self.scripts / "python.exe") if p.exists())
+        self.site = Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
+        borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+        (self.site / "borrowed.pth").write_text("\n".join(borrowed))
+
+    def ask(self, script: str) -> str:
+        return run(self.python, "-c", script, cwd="/").strip()
+
+    def command(self, *arguments: str | Path) -> str:
+        """The installed command."""
+        return run(next(self.scripts.glob("dinov3-infer*")), *arguments, cwd="/")
+
+    def pip(self, *arguments: str | Path, offline: bool = True) -> None:
+        what, *rest = arguments
+        options = ["--no-deps", *(["--no-index"] if offline else [])] if what == "install" else ["--yes"]
+        run(sys.executable, "-m", "pip", "--python", self.python, what, "--quiet", *options, *rest, cwd="/")
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    return Environment(tmp_path / "env")
+
+
+def test_installed_wheel(built: dict[str, Path], environment: Environment, tmp_path: Path) -> None:
+    """Imports, version, a model that runs, and the command with what it reads from the package."""
+    environment.pip("install", built["wheel"])
     script = (
         "import dinov3_infer, importlib.metadata, torch\n"
         "model = dinov3_infer.Backbone.from_config('nano', seed=0)\n"
+        f"model.save_pretrained({str(tmp_path / 'nano')!r})\n"
         "features = model.extract_features(torch.zeros(3, 32, 32, dtype=torch.uint8), size=32)\n"
         "print(dinov3_infer.__file__, dinov3_infer.__version__, importlib.metadata.version('dinov3-infer'),"
         " *features.embedding.shape)"
     )
-    file, *facts = run(python, "-c", script, cwd="/").split()
-    assert Path(file).is_relative_to(site)
+    file, *facts = environment.ask(script).split()
+    assert Path(file).is_relative_to(environment.site)
     assert facts == [dinov3_infer.__version__, dinov3_infer.__version__, "1", "192"]
+    assert environment.command("--version") == f"dinov3-infer {dinov3_infer.__version__}\n"
+    report = environment.command("doctor")
+    assert f"in {environment.site / 'dinov3_infer'}" in report and report.endswith("works\n")
+    cat, out = ROOT / "examples" / "cat.jpg", tmp_path / "cat.npy"
+    environment.command("embed", cat, "-o", out, "-m", tmp_path / "nano")
+    assert out.stat().st_size > 192 * 4
+
+
+def test_editable_install(built: dict[str, Path], environment: Environment, tmp_path: Path) -> None:
+    """Both packages come from the checkout, which itself stays off the path: `import kernels` finds nothing there."""
+    with tarfile.open(built["sdist"]) as packed:
+        packed.extractall(tmp_path, filter="data")
+    checkout = next(tmp_path.glob("dinov3_infer-*"))
+    environment.pip("install", "--no-build-isolation", "--editable", checkout)
+    script = (
+        "import importlib.util as u; print(*(u.find_spec(n).origin for n in ('dinov3_infer', 'dinov3_infer_kernels')))"
+    )
+    ours, kernels = environment.ask(script).split()
+    assert Path(ours).is_relative_to(checkout) and Path(kernels).is_relative_to(checkout / "kernels")
+    where = environment.ask("import importlib.util as u; s = u.find_spec('kernels'); print(s and vars(s))")
+    assert str(checkout) not in where
+    assert environment.command("--version") == f"dinov3-infer {dinov3_infer.__version__}\n"
+
+
+STAND_IN = {
+    "kernels/__init__.py": "def get_kernel(): return 'theirs'\n",
+    "kernels-9.dist-info/METADATA": "Metadata-Version: 2.1\nName: kernels\nVersion: 9\n",
+    "kernels-9.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "kernels-9.dist-info/RECORD": "kernels/__init__.py,,\nkernels-9.dist-info/METADATA,,\n"
+    "kernels-9.dist-info/WHEEL,,\nkernels-9.dist-info/RECORD,,\n",
+}
+BESIDE = """
+import importlib.util as u, kernels, torch, dinov3_infer
+assert callable(kernels.get_kernel) and "env" in kernels.__file__, kernels.__file__
+if u.find_spec("triton"):
+    import dinov3_infer_kernels
+    assert dinov3_infer_kernels.forward and kernels.__file__ != dinov3_infer_kernels.__file__
+model = dinov3_infer.Backbone.from_config("nano", seed=0)
+print(*model.extract_features(torch.zeros(3, 32, 32), size=32).embedding.shape)
+"""
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.data)], ids=["stand-in", "real"])
+def test_beside_the_kernels_of_hugging_face(
+    real: bool, built: dict[str, Path], environment: Environment, tmp_path: Path
+) -> None:
+    """Whichever is installed first, both import; and when ours goes, theirs stays whole."""
+    if real:
+        environment.pip("install", "kernels", offline=False)
+    else:
+        with zipfile.ZipFile(tmp_path / "kernels-9-py3-none-any.whl", "w") as wheel:
+            for name, text in STAND_IN.items():
+                wheel.writestr(name, text)
+        environment.pip("install", tmp_path / "kernels-9-py3-none-any.whl")
+    theirs = sorted(path for path in environment.site.rglob("kernels*/**/*") if path.suffix != ".pyc")
+    environment.pip("install", built["wheel"])
+    assert environment.ask(BESIDE) == "1 192"
+    environment.pip("uninstall", "dinov3-infer")
+    assert not list(environment.site.glob("dinov3_infer*"))
+    assert [path for path in theirs if path.is_file()] == [path for path in theirs if not path.is_dir()]
+    assert environment.ask("import kernels; print(callable(kernels.get_kernel))") == "True"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from pictures import complaint
+from PIL import Image
 from torch import nn
 
 from dinov3_infer import Backbone
@@ -176,14 +177,12 @@ def test_examples_are_configurations(path: Path) -> None:
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Settings, memory and the first batch as a picture; the folder is free for the run itself."""
-    from PIL import Image
-
     for i in range(4):
         Image.new("RGB", (60, 50), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
     argv = ["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--model", "nano", "--from-scratch", "--device",
-            "cpu", "--batch-size", "4", "--global-px", "32", "--local-px", "16", "--dino-prototypes", "8",
+            "cpu", "--batch-size", "4", "--global-px", "64", "--local-px", "32", "--dino-prototypes", "8",
             "--ibot-prototypes", "8", "--head-hidden", "8", "--head-bottleneck", "4", "--workers", "0"]  # fmt: skip
     assert main([*argv, "--dry-run"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["batch_size"] == 4 and said["pictures"] == 4 and said["gib_of_activations"] > 0
+    assert said["batch_size"] == 4 and said["pictures"] == 4 and said["gib_of_activations_at_most"] > 0
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["first_batch.png"]

@@ -103,7 +103,7 @@ def same(folder: Path, other: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
 def test_accumulation_recomputation_and_workers_change_nothing(world: Path, precision: str, tolerance: float) -> None:
-    for name, changes in {"one": {}, "parts": dict(accumulate=4, recompute=True, workers=2)}.items():
+    for name, changes in {"one": {}, "parts": dict(accumulate=4, recompute="all", workers=2)}.items():
         train(settings(world, f"{precision}-{name}", precision=precision, **changes))
     same(world / f"{precision}-parts", world / f"{precision}-one", tolerance)
 
@@ -125,9 +125,9 @@ def test_two_processes_change_nothing(world: Path, engine: str, precision: str, 
 
 
 def test_drop_path_is_recomputed_with_the_same_draws(world: Path) -> None:
-    for name, recompute in (("kept", False), ("again", True)):
-        train(settings(world, f"drop-{name}", drop_path=0.5, recompute=recompute, precision="float64"))
-    same(world / "drop-kept", world / "drop-again", 1e-10)
+    for recompute in ("none", "cheap", "all"):
+        train(settings(world, f"drop-{recompute}", drop_path=0.5, recompute=recompute, precision="float64"))
+        same(world / "drop-none", world / f"drop-{recompute}", 1e-10)
 
 
 # --- interrupted -------------------------------------------------------------------------------------------------

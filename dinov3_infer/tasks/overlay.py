@@ -6,7 +6,6 @@ from functools import cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -42,9 +41,9 @@ def heat_colours() -> np.ndarray:
     even = np.linspace(0, length[-1], 256)
     lab = np.stack([np.interp(even, length, lab[:, i]) for i in range(3)], axis=-1)
     linear = ((lab @ np.array(_CONES).T) ** 3 @ np.array(_LINEAR).T).clip(0, 1)
-    return (
-        (np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255).round().astype("u1")
-    )
+    curve = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    colours: np.ndarray = (curve * 255).round().astype(np.uint8)
+    return colours
 
 
 def at_pixels(
@@ -54,16 +53,28 @@ def at_pixels(
 ) -> Tensor:
     """The value at every pixel, [K, height, width]: cubic between patch centres, NaN where the model saw nothing."""
     placement = placement or Placement((1, 1), (1, 1), (0, 0, 1, 1))
-    axes = []
-    for axis in (0, 1):  # from pixel centres to the model's input, in units where that spans -1 to 1
-        centres = (torch.arange(size[axis], dtype=torch.float64) + 0.5) / size[axis]
-        top, extent = placement.window[axis], placement.window[axis + 2]
-        axes.append((2.0 * (centres * placement.resized[axis] - top) / extent - 1.0).float())
-    rows, columns = torch.meshgrid(*axes, indexing="ij")
-    points = torch.stack((columns, rows), dim=-1)[None]
-    found = F.grid_sample(maps[None].float().cpu(), points, "bicubic", padding_mode="border", align_corners=False)[0]
-    found[:, (rows.abs() > 1) | (columns.abs() > 1)] = torch.nan
-    return found
+    weights = []
+    for axis in (0, 1):
+        centres = (torch.arange(size[axis], dtype=torch.float64) + 0.5) / size[axis] * placement.resized[axis]
+        count, extent = maps.shape[axis + 1], placement.window[axis + 2]
+        weights.append(_cubic((centres - placement.window[axis]) / extent * count, count))
+    return (weights[0] @ maps.cpu().double() @ weights[1].T).float()
+
+
+def _cubic(positions: Tensor, count: int) -> Tensor:
+    """Weight of each of `count` samples at positions in [0, count], where sample i lies at i + 0.5, [positions, count].
+
+    Cubic convolution with a = -0.5, which keeps straight lines straight; edges are repeated, NaN outside.
+    """
+    weights = torch.zeros(len(positions), count, dtype=positions.dtype)
+    first = (positions - 0.5).floor().long()
+    for tap in range(-1, 3):
+        x = (positions - 0.5 - (first + tap)).abs()
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        index = (first + tap).clamp(0, count - 1)[:, None]
+        weights.scatter_add_(1, index, torch.where(x < 1, near, far)[:, None])  # far is 0 at 2, and no tap is beyond
+    weights[(positions < 0) | (positions > count)] = torch.nan
+    return weights
 
 
 def panel(image: ImageLike) -> Image.Image:
@@ -98,7 +109,8 @@ def overlay(
     base = panel(image)
     found = at_pixels(maps[None], placement, (base.height, base.width))[0]
     low, high = limits or (float(v) for v in found[found.isfinite()].aminmax())
-    level = ((found - low) / max(high - low, 1e-12)).clamp(0, 1).numpy()
+    span = max(high - low, 1e-5 * max(abs(low), abs(high)), 1e-12)  # a flat map is flat, not rounding made large
+    level = ((found - low) / span).clamp(0, 1).numpy()
     seen = np.isfinite(level)
     colours = heat_colours()[np.where(seen, level * 255, 0).round().astype(int)]
     grey = np.asarray(base.convert("L"), dtype=np.float32)[..., None]
@@ -146,7 +158,7 @@ def sheet(pictures: Sequence[Image.Image], captions: Sequence[str] = (), columns
         x, y = GAP + i % columns * step[0], GAP + i // columns * step[1]
         made.paste(picture, (x, y))
         if i < len(captions):
-            draw.text((x, y + height), captions[i], fill="black", font=ImageFont.load_default(text))
+            draw.text((x, y + picture.height), captions[i], fill="black", font=ImageFont.load_default(text))
     return made
 
 

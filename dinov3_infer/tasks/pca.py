@@ -21,28 +21,18 @@ def pca_rgb(
 ) -> list[np.ndarray]:
     """One picture [h, w, 3] uint8 per input picture, a pixel per patch, by components fitted to all of them together.
 
-    So equal colours mean similar features across pictures.  Signs are fixed, see `project`.  Each channel spans the 1st to the 99th percentile.  `masks` are the patches that count, bool
-    [h, w] for each picture, such as `foreground` gives; all others, and padding, are black.
+    So equal colours mean similar features across pictures.  Signs are fixed: the first component is low at the borders,
+    and so red for what is in the middle; for the others see `project`.  Each channel spans the 1st to the 99th
+    percentile.  `masks` are the patches that count, bool [h, w] for each picture, such as `foreground` gives; all
+    others, and padding, are black.
 
     Source: DINOv2 paper (arXiv 2304.07193), section 7.5.
     """
-    batches = [features] if isinstance(features, Features) else list(features)
-    if not batches:
-        raise InputError("pca_rgb got no features; give the result of extract_features")
-    counted = _counted(batches, masks)
-    tokens = _tokens(batches, counted)
-    if len(tokens) < 3:
-        raise InputError(f"three components need at least 3 patches, got {len(tokens)}; give a larger picture or mask")
-    projected = project(tokens, 3).numpy()
+    counted = _counted(features, masks)
+    projected = _components(features, counted, 3).numpy()
     low, high = np.quantile(projected, (0.01, 0.99), axis=0)
     colours = (((projected - low) / np.maximum(high - low, 1e-12)).clip(0, 1) * 255).round().astype(np.uint8)
-    pictures, start = [], 0
-    for mask in counted:
-        picture = np.zeros((*mask.shape, 3), np.uint8)
-        picture[mask.numpy()] = colours[start : start + int(mask.sum())]
-        start += int(mask.sum())
-        pictures.append(picture)
-    return pictures
+    return [picture.numpy() for picture in _on_grids(torch.from_numpy(colours), counted)]
 
 
 def foreground(features: Features | Sequence[Features]) -> list[np.ndarray]:
@@ -52,22 +42,46 @@ def foreground(features: Features | Sequence[Features]) -> list[np.ndarray]:
 
     Source: DINOv2 paper (arXiv 2304.07193), section 7.5, which picks the side by hand.
     """
-    batches = [features] if isinstance(features, Features) else list(features)
-    counted = _counted(batches, None)
-    side = project(_tokens(batches, counted), 1)[:, 0] > 0
+    counted = _counted(features, None)
+    return [mask.numpy() for mask in _on_grids(_components(features, counted, 1)[:, 0] > 0, counted)]
+
+
+def _components(features: Features | Sequence[Features], counted: Sequence[Tensor], count: int) -> Tensor:
+    """Of all patches that count, in order, [P, count]; the first is low at the borders of what counts."""
+    batches = [features] if isinstance(features, Features) else features
+    patches = (p for f in batches for p in f.patch_tokens.detach().cpu().float())
+    tokens = torch.cat([p[mask.flatten()] for p, mask in zip(patches, counted, strict=True)])
+    if len(tokens) < 3:
+        raise InputError(f"three components need at least 3 patches, got {len(tokens)}; give a larger picture or mask")
+    projected = project(tokens, count)
+    at_border = torch.cat([_border(mask)[mask] for mask in counted])
+    if projected[at_border, 0].mean() > 0:
+        projected[:, 0] *= -1
+    return projected
+
+
+def _border(mask: Tensor) -> Tensor:
+    """The patches of a mask that have a neighbour outside of it, [h, w] bool."""
+    around = torch.nn.functional.pad(mask, (1, 1, 1, 1))
+    return mask & ~(around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:])
+
+
+def _on_grids(values: Tensor, counted: Sequence[Tensor]) -> list[Tensor]:
+    """[P, ...] -> one [h, w, ...] per picture, zero where a patch does not count."""
     maps, start = [], 0
     for mask in counted:
-        found = torch.zeros(mask.shape, dtype=torch.bool)
-        found[mask] = side[start : start + int(mask.sum())]
+        found = values.new_zeros((*mask.shape, *values.shape[1:]))
+        found[mask] = values[start : start + int(mask.sum())]
         start += int(mask.sum())
         maps.append(found)
-    border = torch.cat([torch.cat((m[0], m[-1], m[1:-1, 0], m[1:-1, -1])) for m in maps]).float().mean()
-    inside = torch.cat([m.flatten() for m in maps]).float().mean()
-    return [((~m if border > inside else m) & c).numpy() for m, c in zip(maps, counted, strict=True)]
+    return maps
 
 
-def _counted(batches: Sequence[Features], masks: Sequence[Tensor | np.ndarray] | None) -> list[Tensor]:
+def _counted(features: Features | Sequence[Features], masks: Sequence[Tensor | np.ndarray] | None) -> list[Tensor]:
     """One bool [h, w] per picture."""
+    batches = [features] if isinstance(features, Features) else features
+    if not batches:
+        raise InputError("there are no features; give the result of extract_features")
     every = [
         valid
         for f in batches
@@ -82,12 +96,6 @@ def _counted(batches: Sequence[Features], masks: Sequence[Tensor | np.ndarray] |
             f"got {[(str(m.dtype), tuple(m.shape)) for m in given]}"
         )
     return [a & b.cpu() for a, b in zip(every, given, strict=True)]
-
-
-def _tokens(batches: Sequence[Features], counted: Sequence[Tensor]) -> Tensor:
-    """All patches that count, [P, C] float32."""
-    patches = (p for f in batches for p in f.patch_tokens.detach().cpu().float())
-    return torch.cat([p[mask.flatten()] for p, mask in zip(patches, counted, strict=True)])
 
 
 def project(tokens: Tensor, count: int) -> Tensor:  # [P, C]

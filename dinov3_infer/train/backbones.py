@@ -3,18 +3,27 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..backbone import Backbone
 from .distributed import whole
 
-__all__ = ["add_adapters", "plain_copy", "wrap_blocks"]
+__all__ = ["Recompute", "add_adapters", "plain_copy", "wrap_blocks"]
+
+Recompute = Literal["none", "cheap", "all"]
+
+# What "cheap" keeps the results of; norms, activations, rotations, copies and the like are computed again.
+_COSTLY = {
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention", "dinov3_infer::rope_attention",
+}  # fmt: skip
 
 
 class LowRank(nn.Module):
@@ -55,46 +64,54 @@ def plain_copy(backbone: Backbone) -> Backbone:
     return made
 
 
-def wrap_blocks(backbone: Backbone, compiled: bool, recomputed: bool) -> None:
-    """Every block compiled; or one that keeps its input alone and runs again in the backward pass."""
+def wrap_blocks(backbone: Backbone, compiled: bool, recompute: Recompute) -> None:
+    """Blocks that are compiled, or that compute some of their activations again in the backward pass."""
+    if compiled and recompute == "cheap":
+        recompute = "none"  # the compiler chooses by itself what to keep
     for block in backbone.blocks:
         for name in ("forward", "forward_dropped"):
             function = getattr(block, name)
             function = torch.compile(function) if compiled else function
-            setattr(block, name, _recomputed(function) if recomputed else function)
+            setattr(block, name, function if recompute == "none" else _recomputed(function, recompute == "cheap"))
 
 
-def _recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _recomputed(function: Callable[..., Tensor], cheap: bool) -> Callable[..., Tensor]:
     def wrapped(*args: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return function(*args)
         drawn = next((arg for arg in args if isinstance(arg, torch.Generator)), None)
         found: Tensor = checkpoint(
-            function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: _replay(drawn)
+            function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: _contexts(drawn, cheap)
         )
         return found
 
     return wrapped
 
 
-def _replay(drawn: torch.Generator | None) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of the first and the second run: torch replays its own generators, but not one that is handed over."""
+def _contexts(
+    drawn: torch.Generator | None, cheap: bool
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Of the first and the second run, which draw the same: torch replays its own generators, but not a given one."""
+    keeping = create_selective_checkpoint_contexts(_policy) if cheap else (nullcontext(), nullcontext())
     states: list[Tensor] = []
 
     @contextmanager
     def first() -> Iterator[None]:
         if drawn is not None:
             states.append(drawn.get_state())
-        yield
+        with keeping[0]:
+            yield
 
     @contextmanager
     def again() -> Iterator[None]:
-        if drawn is None:
+        if drawn is not None:
+            drawn.set_state(states[0])
+        with keeping[1]:
             yield
-            return
-        now = drawn.get_state()
-        drawn.set_state(states[0])
-        yield
-        drawn.set_state(now)
 
     return first(), again()
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = operator.name().partition(".")[0]
+    return CheckpointPolicy.MUST_SAVE if name in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from ..errors import InputError
 from ..rope import RopeAugmentation
+from .backbones import Recompute
 from .losses import GramNegatives, GramOf
 from .views import ViewConfig
 
@@ -111,7 +112,7 @@ class TrainConfig:
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of the arithmetic; weights are never halved
     workers: int = 2  # processes that prepare pictures
-    recompute: bool = False  # activations of blocks in the backward pass: memory against time
+    recompute: Recompute = "cheap"  # activations of blocks in the backward pass: memory against time
     compile: bool = False
     engine: Literal["ddp", "fsdp"] = "ddp"  # under torchrun
 

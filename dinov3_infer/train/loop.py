@@ -81,7 +81,7 @@ def _build(config: TrainConfig, device: torch.device, backbone: Backbone | None)
             )
         method = Method(config, backbone.to(device), teacher)
     wrap_blocks(method.backbone, config.compile, config.recompute)
-    wrap_blocks(method.average, config.compile, False)
+    wrap_blocks(method.average, config.compile, "none")
     if device.type == "cpu" and config.precision == "bfloat16":  # torch's fused attention is 1.5 times slower there
         for module in method.modules():
             if isinstance(module, Backbone):
@@ -313,7 +313,7 @@ class Run:
         return backbone
 
     def describe(self) -> dict[str, Any]:
-        """What a step needs, measured on two pictures; writes the first batch as a picture."""
+        """What a step needs, counted on two pictures without recomputation; writes the first batch as a picture."""
         batch = next(self.stream())
         self.folder.mkdir(parents=True, exist_ok=True)
         draw_batch(batch, self.views[0][1], self.folder / "first_batch.png")
@@ -338,15 +338,15 @@ class Run:
             "pictures": len(self.data),
             "learning_rate": self.config.lr,
             "trained_parameters": sum(p.numel() for p in learning),
-            "gib_of_weights_gradients_and_moments": round(weights / 2**30, 2),
-            "gib_of_activations": round(sum(kept.values()) / len(part.indices) * at_once / 2**30, 2),
+            "gib_of_weights_gradients_and_moments": round(weights / 2**30, 3),
+            "gib_of_activations_at_most": round(sum(kept.values()) / len(part.indices) * at_once / 2**30, 3),
             "first_loss": float(held["loss"].detach()),
         }
 
 
 def dry_run(config: TrainConfig) -> None:
     """Prints the settings and what a step needs."""
-    found = Run(config, _device(config), dry=True).describe()
+    found = Run(dataclasses.replace(config, recompute="none"), _device(config), dry=True).describe()
     print(json.dumps(dataclasses.asdict(config) | found, indent=1))  # noqa: T201
 
 

@@ -7,7 +7,6 @@ from typing import NamedTuple, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..backbone import Backbone
 from ..errors import InputError
@@ -138,8 +137,7 @@ class Method(nn.Module):
         dino, ibot, gram, cls, patches = [], [], [], [], []
         for batch in batches:
             if config.dino_weight or config.ibot_weight or config.gram == "ema":
-                with parametrize.cached():
-                    out: BackboneOutput = self.average(batch.global_crops)
+                out: BackboneOutput = self.average(batch.global_crops)
                 if config.dino_weight:
                     dino.append(self.ema["dino_head"](out.cls_token))
                 if config.ibot_weight:
@@ -199,7 +197,7 @@ class Method(nn.Module):
         if len(batch.local_crops):
             crops, masks = [*crops, batch.local_crops], [*masks, None]
         learns = torch.is_grad_enabled() and step >= config.share(config.freeze_share)
-        with torch.set_grad_enabled(learns), parametrize.cached():
+        with torch.set_grad_enabled(learns):
             outputs = self.backbone.forward_packed(
                 crops, masks, config.rope, config.drop_path, generator(config.seed, step, "student")
             )

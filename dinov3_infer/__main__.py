@@ -1,0 +1,7 @@
+"""`python -m dinov3_infer`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

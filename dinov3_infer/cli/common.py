@@ -1,0 +1,66 @@
+"""What the commands that run a model share."""
+
+import argparse
+from collections.abc import Iterator
+from typing import TypedDict
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ..backbone import Backbone
+from ..batching import Result
+from ..errors import InputError, ModelNotFoundError
+from ..preprocess import Fit
+from ..vit import resolve_layers
+from .main import FAILED, OK, SKIPPED
+
+__all__ = ["Geometry", "geometry", "load", "results", "status"]
+
+DEFAULT_MODEL = "nano"
+
+
+class Geometry(TypedDict):
+    """How pictures become pixels, as the methods of a Backbone take it."""
+
+    size: int | tuple[int, int] | None
+    fit: Fit | None
+
+
+def geometry(args: argparse.Namespace) -> Geometry:
+    """Raises InputError for the picture's own size where the fit needs another."""
+    if args.size == "own" and args.fit != "native":
+        raise InputError(f"--size own goes with --fit native; with --fit {args.fit or 'of the model'} give pixels")
+    return Geometry(size=None if args.size == "own" else args.size, fit=args.fit)
+
+
+def load(args: argparse.Namespace) -> Backbone:
+    """The model of the command line."""
+    if args.model is not None:
+        return Backbone.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+    try:
+        return Backbone.from_pretrained(DEFAULT_MODEL, device=args.device, dtype=args.dtype)
+    except ModelNotFoundError:
+        raise InputError(
+            "no model was named, and this release holds no weights of its own; give -m with a name (dinov3-infer "
+            "models lists them), a folder or a weights file"
+        ) from None
+
+
+def results(
+    bb: Backbone, paths: list[str], args: argparse.Namespace, layers: list[int] | None = None
+) -> Iterator[Result]:
+    """One result per picture, in order, under a bar where stderr is a terminal."""
+    blocks = resolve_layers(layers, bb.config.depth)
+    batcher = bb._batcher(
+        **geometry(args),
+        blocks=blocks,
+        pooling="cls",
+        facet="token",
+        batch_size=args.batch_size,
+        num_workers=args.workers,
+    )
+    yield from tqdm(batcher(paths), total=len(paths), unit="img", disable=None)
+
+
+def status(count: int, skipped: int) -> int:
+    """Exit status after `skipped` of `count` pictures could not be read."""
+    return OK if not skipped else FAILED if skipped == count else SKIPPED

@@ -1,0 +1,45 @@
+"""`dinov3-infer convert`: weights in another layout, read back and compared."""
+
+import argparse
+import math
+import os
+from collections import Counter
+
+import torch
+
+from ..backbone import Backbone
+from ..errors import CheckpointError
+from ..files import open_checkpoint
+from ..hub import HubOptions, locate
+from .main import OK, tell
+from .sources import check_file, check_folder
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.to == "meta":
+        out = check_file(args.out, args.overwrite, (".pth", ".safetensors"))
+    else:
+        out = check_folder(args.out, args.overwrite)
+    path, info = locate(args.source, HubOptions())
+    dtype = _dtype(path)
+    bb = Backbone.from_pretrained(args.source if info else path, device="cpu", dtype=dtype, layout=args.layout)
+    expected = bb.fingerprint()
+    bb.save_pretrained(out, args.to)
+    del bb
+    found = Backbone.from_pretrained(out, device="cpu", dtype=dtype, layout=args.to).fingerprint()
+    if found != expected:
+        raise CheckpointError(f"'{out}' was written, but what it holds differs from '{args.source}'; please report it")
+    tell(f"wrote '{out}', layout {args.to}; read back, its fingerprint is that of '{args.source}': {found[:16]}")
+    return OK
+
+
+def _dtype(path: str | os.PathLike[str]) -> torch.dtype:
+    """That of most of the numbers in a checkpoint, so that none takes more room than before."""
+    tensors = open_checkpoint(path).tensors
+    numbers: Counter[torch.dtype] = Counter()
+    for name, shape in tensors.shapes.items():
+        numbers[tensors.dtypes[name]] += math.prod(shape)
+    floating = [dtype for dtype, _ in numbers.most_common() if dtype.is_floating_point]
+    return floating[0] if floating else torch.float32

@@ -1,0 +1,152 @@
+"""`dinov3-infer doctor`: what is installed, where it runs, and whether it computes what it should."""
+
+import argparse
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from .. import __file__ as package_file
+from .. import __version__
+from ..access import HubOptions, explain
+from ..attention import why_not_triton
+from ..errors import Dinov3Error
+from ..files import CONFIG
+from ..hub import locate
+from ..links import client_error, queries_cut, reach, reason, without_query
+from ..zoo import MODELS
+from .golden import FORMULA, by_formula, compute, difference, known
+from .main import FAILED, OK, say
+
+__all__ = ["run"]
+
+_REQUIRED = ("torch", "numpy", "pillow", "safetensors", "huggingface-hub", "tqdm")
+_OPTIONAL = ("triton", "dinov3-infer", "transformers", "timm", "peft", "torchvision", "kernels")
+_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE",
+    "MKL_NUM_THREADS", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_HOME", "TRITON_INTERPRET",
+)  # fmt: skip
+CLOSE = {"cpu": 2e-5, "cuda": 2e-2}  # relative distance from the recorded vectors: float32, and bfloat16 products
+_GATED = "dinov3_vits16"
+
+
+def run(_: argparse.Namespace) -> int:
+    faults = 0
+    for title, check in _CHECKS:
+        try:
+            for line in check():
+                say(f"{title:<13} {line}")
+        except Exception as error:  # one thing that is broken must not hide the others
+            faults += 1
+            say(f"{title:<13} FAILED: {error if isinstance(error, Dinov3Error) else repr(error)}")
+    say(f"{'verdict':<13} {f'{faults} of {len(_CHECKS)} checks failed' if faults else 'works'}")
+    return FAILED if faults else OK
+
+
+def _versions() -> Iterator[str]:
+    yield f"dinov3_infer {__version__} in {Path(package_file).parent}"
+    yield f"python {platform.python_version()} on {platform.platform()}"
+    found = {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)}
+    yield ", ".join(f"{name} {number or 'MISSING'}" for name, number in found.items() if number or name in _REQUIRED)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[str]:
+    yield f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    if not torch.cuda.is_available():
+        yield f"no GPU; this torch was built with {built}"
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        yield f"cuda:{i} {p.name}, {p.total_memory / 2**30:.0f} GiB, capability {p.major}.{p.minor}, {built}"
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _attention() -> Iterator[str]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = why_not_triton(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 64)
+    yield "the Triton kernel" if reason is None else f"torch's SDPA; the Triton kernel cannot serve: {reason}"
+
+
+def _cache() -> Iterator[str]:
+    folder = HubOptions().folder
+    there = folder
+    while not there.exists():
+        there = there.parent
+    writable = "" if os.access(there, os.W_OK) else ", NOT writable"
+    yield f"{folder}, {shutil.disk_usage(there).free / 2**30:.1f} GiB free{writable}"
+    yield f"weights in it: {', '.join(name for name in MODELS if _is_cached(name)) or 'none of a known model'}"
+
+
+def _is_cached(name: str) -> bool:
+    try:
+        locate(name, HubOptions(local_files_only=True))
+    except Dinov3Error:
+        return False
+    return True
+
+
+def _hub() -> Iterator[str]:
+    from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    options = HubOptions()
+    yield f"{without_query(constants.ENDPOINT)}, {'a' if get_token() else 'no'} token is stored"
+    repository = str(MODELS[_GATED].hub_id)
+    if options.not_asked:
+        yield f"not asked ({options.not_asked})"
+        return
+    link, reached = hf_hub_url(repository, CONFIG), False
+    try:
+        with queries_cut():
+            reach(link)
+            reached = True
+            get_hf_file_metadata(link)
+        yield f"'{repository}' can be downloaded"
+    except (OSError, client_error(), EntryNotFoundError) as error:
+        yield str(explain(error, repository, options)) if reached else f"cannot be reached ({reason(error)})"
+
+
+def _environment() -> Iterator[str]:
+    shown = (f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ)
+    yield " ".join(shown) or "none of the variables that matter is set"
+
+
+def _forward() -> Iterator[str]:
+    bb = by_formula()
+    (record,) = (one for one in known() if one.what == FORMULA)
+    if bb.fingerprint() != record.fingerprint:
+        raise RuntimeError("weights made by a formula are not those that were recorded")
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        bb.to(device)
+        compute(bb)  # the first one sets things up
+        begun = time.perf_counter()
+        distance = difference(compute(bb), record.vectors)
+        took = f"{1e3 * (time.perf_counter() - begun):.0f} ms"
+        if not distance <= CLOSE[device]:
+            raise RuntimeError(f"on {device} the features are {distance:.1e} away from the recorded ones")
+        yield f"three pictures on {device} in {took}; features {distance:.1e} from the recorded ones"
+
+
+_CHECKS: tuple[tuple[str, Callable[[], Iterator[str]]], ...] = (
+    ("versions", _versions), ("devices", _devices), ("attention", _attention), ("cache", _cache), ("hub", _hub),
+    ("environment", _environment), ("forward", _forward),
+)  # fmt: skip

@@ -1,0 +1,41 @@
+"""`dinov3-infer embed`: one vector per picture."""
+
+import argparse
+import os
+import uuid
+from pathlib import Path
+
+from ..backbone import Backbone
+from ..embed import EmbedReport
+from .common import geometry, load, status
+from .main import tell
+from .sources import check_file, find_pictures
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    pictures = [picture.path for picture in find_pictures(args.sources)]
+    out = check_file(args.out, args.overwrite, (".npy",))
+    listing = check_file(str(out.with_suffix(".jsonl")), args.overwrite, (".jsonl",))
+    report = _write(load(args), pictures, out, listing, args)
+    skipped = len(report.failures)
+    left_out = f"; {skipped} could not be read, their rows are NaN, see '{listing}'" if skipped else ""
+    tell(f"wrote '{out}': {report.shape[0]} vectors of {report.shape[1]} numbers{left_out}")
+    return status(len(pictures), skipped)
+
+
+def _write(bb: Backbone, pictures: list[str], out: Path, listing: Path, args: argparse.Namespace) -> EmbedReport:
+    """To files of other names first, so that what is there is replaced by something whole or not at all."""
+    beside = out.with_name(f".{out.stem}.{uuid.uuid4().hex[:8]}.npy")
+    try:
+        report = bb.embed(
+            pictures, beside, **geometry(args), pooling=args.pooling, normalize=args.normalize,
+            batch_size=args.batch_size, num_workers=args.workers, on_error=args.on_error,
+        )  # fmt: skip
+        os.replace(beside.with_suffix(".jsonl"), listing)
+        os.replace(beside, out)
+    finally:
+        for path in (beside, beside.with_suffix(".jsonl")):
+            path.unlink(missing_ok=True)
+    return report

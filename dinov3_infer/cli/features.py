@@ -1,0 +1,109 @@
+"""`dinov3-infer features`: dense maps, one file per picture."""
+
+import argparse
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from ..backbone import Backbone
+from ..batching import Result
+from ..errors import Dinov3Error, InputError, PrecisionError
+from ..features import Features
+from ..vit import resolve_layers
+from .common import load, results, status
+from .main import tell
+from .sources import Picture, check_folder, find_pictures
+
+__all__ = ["run"]
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+INDEX = "index.jsonl"
+
+
+def run(args: argparse.Namespace) -> int:
+    pictures = find_pictures(args.sources)
+    names = [f"{picture.name}.{args.format}" for picture in pictures]
+    _check_names(pictures, names)
+    folder = check_folder(args.out, args.overwrite)
+    bb = load(args)
+    blocks = resolve_layers(args.layers, bb.config.depth)
+    folder.mkdir(exist_ok=True)
+    skipped = done = 0
+    beside = folder / f".{INDEX}.{uuid.uuid4().hex[:8]}"
+    try:
+        with open(beside, "w", encoding="utf-8") as index:
+            for name, result in zip(names, results(bb, [p.path for p in pictures], args, args.layers), strict=True):
+                line = dict(file=name, path=result.path, error="")
+                if not isinstance(result.features, Dinov3Error):
+                    _write(folder / name, _maps(result.features, blocks, args.half), _facts(bb, result))
+                elif args.on_error == "raise":
+                    raise result.features
+                else:
+                    skipped += 1
+                    line |= dict(file=None, error=str(result.features))
+                index.write(json.dumps(line) + "\n")
+                done += 1
+    finally:  # interrupted too: what is finished stays, and is in the list
+        if done:
+            os.replace(beside, folder / INDEX)
+        beside.unlink(missing_ok=True)
+    left_out = f"; {skipped} could not be read, see '{folder / INDEX}'" if skipped else ""
+    tell(f"wrote maps of {done - skipped} pictures to '{folder}'{left_out}")
+    return status(done, skipped)
+
+
+def _check_names(pictures: list[Picture], names: list[str]) -> None:
+    """No two pictures may go to one file."""
+    first: dict[str, int] = {}
+    for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+        other = pictures[first.setdefault(os.path.normcase(name), i)]
+        if other is not picture and other.path == picture.path:
+            raise InputError(f"'{picture.path}' is given twice; give it once")
+        if other is not picture:
+            raise InputError(
+                f"'{other.path}' and '{picture.path}' would both go to '{name}'; give them in runs of their own, with "
+                "a folder each"
+            )
+
+
+def _maps(features: Features, blocks: list[int], half: bool) -> Arrays:
+    """By name: `feature_map` [C, h, w], or one `layer_N` for each block asked for, and what goes with them."""
+    tensors = {f"layer_{block}": layer.feature_map for block, layer in zip(blocks, features.layers, strict=True)}
+    tensors = tensors or {"feature_map": features.feature_map}
+    tensors["cls_token"] = features.cls_token
+    if half:
+        tensors = {name: tensor.half() for name, tensor in tensors.items()}
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise PrecisionError("features leave the range of float16; leave --half out")
+    if features.valid is not None:
+        tensors["valid"] = features.valid
+    return {name: np.ascontiguousarray(tensor[0].numpy()) for name, tensor in tensors.items()}
+
+
+def _facts(bb: Backbone, result: Result) -> dict[str, str]:
+    """What a .safetensors file says of itself."""
+    assert isinstance(result.features, Features)
+    sizes = dict(original_size=result.features.original_sizes[0], input_size=result.features.input_size)
+    shown = {name: f"{height}x{width}" for name, (height, width) in sizes.items()}
+    path = (result.path or "").encode("utf-8", "backslashreplace").decode()
+    return {"model": bb.info.name if bb.info else "", "patch_size": str(bb.patch_size), "path": path, **shown}
+
+
+def _write(target: Path, maps: Arrays, facts: dict[str, str]) -> None:
+    """The file appears whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{uuid.uuid4().hex[:8]}{target.suffix}")
+    try:
+        if target.suffix == ".npy":  # [C, h, w], or [layers, C, h, w]
+            found = [array for name, array in maps.items() if name.startswith(("feature_map", "layer_"))]
+            np.save(beside, found[0] if "feature_map" in maps else np.stack(found))
+        else:
+            beside.write_bytes(save(maps, facts))
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)

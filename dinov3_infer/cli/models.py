@@ -1,0 +1,59 @@
+"""`dinov3-infer models`: what can be named."""
+
+import argparse
+import json
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from ..errors import Dinov3Error, InputError
+from ..hub import HubOptions, locate
+from ..vit import VisionTransformer
+from ..zoo import MODELS, ModelInfo
+from .main import OK, say
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    pattern = args.pattern if any(c in args.pattern for c in "*?[") else f"*{args.pattern}*"
+    rows = [_row(info) for name, info in MODELS.items() if fnmatchcase(name, pattern.lower())]
+    if not rows:
+        raise InputError(f"no model has {args.pattern!r} in its name; dinov3-infer models lists all {len(MODELS)}")
+    if args.json:
+        for line in json.dumps(rows, indent=1).splitlines():
+            say(line)
+        return OK
+    lines = [("name", "width", "blocks", "patch", "parameters", "licence", "cached", "weights")]
+    for row in rows:
+        lines.append(
+            (row["name"], str(row["width"]), str(row["blocks"]), str(row["patch_size"]),
+             f"{row['parameters'] / 1e6:,.1f} M", row["licence"], "yes" if row["cached"] else "no",
+             row["weights"] or "to come")
+        )  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    right = {"width", "blocks", "patch", "parameters"}
+    for texts in lines:
+        cells = zip(lines[0], texts, widths, strict=True)
+        say("  ".join(cell.rjust(w) if title in right else cell.ljust(w) for title, cell, w in cells).rstrip())
+    return OK
+
+
+def _row(info: ModelInfo) -> dict[str, Any]:
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in VisionTransformer(info.config).parameters())
+    return {
+        "name": info.name, "family": info.family, "width": info.config.embed_dim, "blocks": info.config.depth,
+        "heads": info.config.num_heads, "patch_size": info.config.patch_size, "registers": info.config.num_registers,
+        "parameters": parameters, "licence": info.licence, "gated": info.gated, "cached": _cached(info),
+        "weights": info.hub_id or info.timm_id, "copy": info.timm_id if info.hub_id else None,
+    }  # fmt: skip
+
+
+def _cached(info: ModelInfo) -> str | None:
+    """Where the weights are that `from_pretrained` would take without asking the hub."""
+    try:
+        return str(locate(info.name, HubOptions(local_files_only=True))[0])
+    except Dinov3Error:
+        return None

@@ -1,0 +1,88 @@
+"""Entry points of torch.hub: Meta's names, Meta's keywords, and models that are called as Meta's are."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .backbone import Backbone
+from .errors import InputTypeError, UnsupportedError
+from .zoo import MODELS, ModelInfo, find
+
+__all__ = ["HubBackbone", "entry_points"]
+
+_DATASETS = {"LVD1689M": "", "LVD142M": "", "SAT493M": "_sat493m"}  # Meta's name of the weights -> how ours ends
+# Entries of Meta's repositories that have no counterpart here; whoever asks for them is told so.
+_HEADS = ("dinov3_vit7b16_dd", "dinov3_vit7b16_de", "dinov3_vit7b16_ms", "dinov3_vitl16_dinotxt_tet1280d20h24l")
+_ELSEWHERE = (
+    *(f"dinov3_convnext_{size}" for size in ("tiny", "small", "base", "large")),
+    *("dinov3_vitl16plus", "dinov3_vit7b16_lc", *_HEADS),
+    *(f"dinov2_vit{size}14{registers}_lc" for registers in ("", "_reg") for size in "sblg"),
+    *("dino_resnet50", *(f"dino_xcit_{kind}_p{patch}" for kind in ("small_12", "medium_24") for patch in (16, 8))),
+)
+
+
+class HubBackbone(Backbone):
+    """A Backbone that is called as Meta's models are; everything else is as in `Backbone`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor | Sequence[Tensor],  # [B, 3, H_px, W_px] normalised, or one such tensor per crop size
+        masks: Any = None,  # [B, P] bool, or one per crop size
+        is_training: bool = False,
+        layers: int | Sequence[int] | None = None,
+    ) -> Any:
+        """The class token after the final norm, [B, C]; with `is_training` what `forward_features` returns.
+
+        With `layers` it is the call of a Backbone, as its own methods need it.
+
+        Source: dinov3/models/vision_transformer.py at 6876159.
+        """
+        if layers is not None:
+            return super().forward(x, layers, masks)  # type: ignore[arg-type]
+        found = self.forward_features(x, masks)
+        if is_training:
+            return found
+        return [one["x_norm_clstoken"] for one in found] if isinstance(found, list) else found["x_norm_clstoken"]
+
+
+def entry_points() -> dict[str, Callable[..., HubBackbone]]:
+    """A function for every model of the zoo, and for Meta's other entries one that says why it has nothing."""
+    return {name: _entry(info) for name, info in MODELS.items()} | {name: _refusal(name) for name in _ELSEWHERE}
+
+
+def _entry(info: ModelInfo) -> Callable[..., HubBackbone]:
+    def load(pretrained: bool = True, *, weights: Any = None, check_hash: bool = True, **options: Any) -> HubBackbone:
+        name = info.name
+        weights = getattr(weights, "value", weights)  # of Meta's enum
+        if isinstance(weights, bool):
+            pretrained, weights = weights, None
+        if isinstance(weights, str) and weights in _DATASETS:
+            name, weights = name.removesuffix("_sat493m") + _DATASETS[weights], None
+        if pretrained:
+            return HubBackbone.from_pretrained(name, weights=weights, **{"device": "cpu", **options})
+        if options or weights is not None:
+            given = ", ".join([*options, *(["weights"] if weights is not None else [])])
+            raise InputTypeError(f"pretrained=False gives random weights and takes nothing else; got {given}")
+        return HubBackbone.from_config(name)
+
+    load.__name__ = load.__qualname__ = info.name
+    load.__doc__ = (
+        f"{info.name}, in eval mode on the CPU; its weights: {info.licence}.\n\n"
+        "weights: a path, a link, or True for those of the hub.  pretrained=False: random weights.  check_hash is\n"
+        "there for Meta's callers: downloads are always checked.  Others are those of Backbone.from_pretrained."
+    )
+    return load
+
+
+def _refusal(name: str) -> Callable[..., HubBackbone]:
+    def refuse(*_: Any, **__: Any) -> HubBackbone:
+        if name in _HEADS:
+            backbone = "_".join(name.split("_")[:2])
+            raise UnsupportedError(f"{name!r} is a head on a backbone, and heads are not here; load {backbone!r}")
+        find(name)  # which says why
+        raise UnsupportedError(f"{name!r} is not here")
+
+    refuse.__name__ = refuse.__qualname__ = name
+    refuse.__doc__ = "Not here: raises UnsupportedError with the reason."
+    return refuse

@@ -1,0 +1,27 @@
+"""Entry points of torch.hub, under Meta's names and for all models of the package.
+
+    model = torch.hub.load("PATH OF THIS FOLDER", "dinov3_vitb16", source="local", weights="FILE OR LINK")
+    model(pixels)  # the class token, [B, C]
+
+See dinov3_infer/torchhub.py.
+"""
+
+import sys as _sys
+from contextlib import suppress as _suppress
+from pathlib import Path as _Path
+
+import dinov3_infer as _package
+from dinov3_infer.torchhub import entry_points as _entry_points
+
+dependencies = ["torch", "numpy", "PIL", "safetensors", "huggingface_hub", "tqdm"]
+
+# torch.hub takes its path away after loading, before the first tokens on a GPU want the kernels.  So they are bound
+# now: those beside the package that was really imported.  An installed package has them beside it already.
+_kernels = str(_Path(_package.__file__).resolve().parent.parent / "kernels")
+if _Path(_kernels, "dinov3_infer_kernels").is_dir():
+    _sys.path.insert(0, _kernels)
+    with _suppress(ImportError):  # without Triton they cannot run, and attention says so when asked
+        import dinov3_infer_kernels as _bound  # noqa: F401
+    _sys.path.remove(_kernels)
+
+globals().update(_entry_points())

@@ -1,0 +1,87 @@
+"""The command line in this process: what it returns, and what it says on which stream."""
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from pictures import photo
+from PIL import Image
+
+from dinov3_infer import Backbone
+from dinov3_infer.cli import main
+
+
+@dataclass(frozen=True)
+class Ran:
+    status: int
+    out: str
+    err: str
+
+
+class _Text(io.TextIOWrapper):
+    """A stream like that of a terminal that takes UTF-8 and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="utf-8", errors="strict", write_through=True)
+
+    def getvalue(self) -> str:
+        return self.buffer.getvalue().decode()  # type: ignore[attr-defined]
+
+
+def run(*argv: object) -> Ran:
+    """One run; whatever it says for people has to be whole lines with its name before them."""
+    out, err = _Text(), _Text()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(a) for a in argv])
+    ran = Ran(status, out.getvalue(), err.getvalue())
+    assert not re.search("0x[0-9a-f]{6}", ran.err), "an address"
+    if status != 2 and "--debug" not in argv:  # argparse has a form of its own
+        assert all(line.startswith("dinov3-infer: ") for line in ran.err.splitlines()), ran.err
+        assert ran.err == "" or ran.err.endswith("\n")
+    return ran
+
+
+def refused(status: int, words: str, *argv: object) -> Ran:
+    """A run that has to end like that, with one line, and nothing on stdout."""
+    ran = run(*argv)
+    assert (ran.status, ran.out) == (status, ""), ran
+    lines = ran.err.splitlines()
+    assert re.search(words, lines[-1]), ran.err
+    assert "Traceback" not in ran.err
+    if status == 1:
+        assert len(lines) == 1 and lines[0].startswith("dinov3-infer: error: "), ran.err
+    return ran
+
+
+_folder = TemporaryDirectory(prefix="dinov3_infer_cli_")
+
+
+@cache
+def small_model() -> Path:
+    """A small model with random weights, as a folder."""
+    return Backbone.from_config("nano", seed=0).save_pretrained(Path(_folder.name) / "nano")
+
+
+def write_pictures(folder: Path, *names: str) -> Path:
+    """Pictures of different sizes under these names; `.txt` becomes something else, `broken` is cut short."""
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".txt":
+            path.write_text("no picture")
+            continue
+        Image.fromarray(photo(40 + 8 * i, 64, seed=i)).save(path)
+        if "broken" in path.name:
+            path.write_bytes(path.read_bytes()[:200])
+    return folder
+
+
+def vectors(paths: list[Path], **options: object) -> np.ndarray:
+    """What the library gives for them, one by one."""
+    bb = Backbone.from_pretrained(small_model(), device="cpu")
+    return np.concatenate([bb.extract_features(path, **options).embedding.numpy() for path in paths])  # type: ignore[arg-type]

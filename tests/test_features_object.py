@@ -1,0 +1,62 @@
+"""`Features` as an object: parts of a batch, devices, arrays."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import SMALL, randomise
+from pictures import complaint, photo
+
+from dinov3_infer import Backbone, Features, InputError
+
+
+@pytest.fixture(scope="module")
+def features() -> Features:
+    bb: Any = randomise(Backbone.from_config(SMALL["dinov3"]))
+    pictures = [photo(90, 130), photo(130, 90), photo(64, 64)]
+    found: Features = bb.extract_features(pictures, size=64, fit="pad", layers=[0, -1], pooling="cls_mean")
+    return found
+
+
+@pytest.mark.parametrize("index, number", [(0, 0), (2, 2), (-1, 2), (-3, 0)])
+def test_one_picture_of_a_batch(index: int, number: int, features: Features) -> None:
+    """Every tensor, with its placement, and in memory of its own."""
+    one = features[index]
+    assert len(one) == 1 and one.placements == (features.placements[number],) and one.grid == features.grid
+    for name in ("embedding", "cls_token", "register_tokens", "patch_tokens", "feature_map", "valid"):
+        assert torch.equal(getattr(one, name)[0], getattr(features, name)[number])
+    for ours, theirs in zip(one.layers, features.layers, strict=True):
+        assert torch.equal(ours.feature_map[0], theirs.feature_map[number]) and ours.grid == theirs.grid
+        assert torch.equal(ours.cls_token[0], theirs.cls_token[number])
+    assert one.embedding.untyped_storage().nbytes() == one.embedding.numel() * 4
+    assert one.to_patch(1, 1) == features.to_patch(1, 1, index) == (0, 0)
+
+
+@pytest.mark.parametrize("index", [3, -4])
+def test_a_picture_that_is_not_there(index: int, features: Features) -> None:
+    assert f"picture number {index} does not exist" in complaint(InputError, lambda: features[index])
+
+
+def test_iteration_ends(features: Features) -> None:
+    """One by one, as many as there are."""
+    parts = list(features)
+    assert len(parts) == 3 and all(isinstance(part, Features) and len(part) == 1 for part in parts)
+    assert torch.equal(torch.cat([part.embedding for part in parts]), features.embedding)
+
+
+def test_to_moves_everything(features: Features) -> None:
+    moved = features.to("meta")
+    tensors = [moved.embedding, moved.cls_token, moved.register_tokens, moved.patch_tokens, moved.valid]
+    tensors += [t for layer in moved.layers for t in (layer.cls_token, layer.register_tokens, layer.patch_tokens)]
+    assert all(t is not None and t.is_meta for t in tensors) and moved.placements == features.placements
+
+
+def test_arrays_lose_nothing(features: Features) -> None:
+    """Layers and padding are in it where there are any."""
+    arrays = features.numpy()
+    names = {"cls_token", "register_tokens", "patch_tokens", "feature_map"}
+    assert set(arrays) == names | {"embedding", "valid", "layers"} and len(arrays["layers"]) == 2
+    for ours, theirs in zip(arrays["layers"], features.layers, strict=True):
+        assert set(ours) == names and all(np.array_equal(ours[n], getattr(theirs, n).numpy()) for n in names)
+    assert arrays["valid"].dtype == bool and np.array_equal(arrays["valid"], features.valid)  # type: ignore[arg-type]
