@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import torch
+from test_dropin import PATTERNS, SERVED
 
 from dinov3_infer.vit import VisionTransformer
 from dinov3_infer.zoo import MODELS
@@ -32,6 +33,10 @@ def model_table() -> str:
 def test_the_table_of_models_is_that_of_the_zoo() -> None:
     found = BETWEEN.search(README.read_text(encoding="utf-8"))
     assert found is not None and found[0] == model_table(), "run python tests/test_readme.py"
+
+
+def test_the_count_of_patterns_is_that_of_the_tests() -> None:
+    assert f"<!-- dropin -->{SERVED} of {PATTERNS}<!-- /dropin -->" in README.read_text(encoding="utf-8")
 
 
 def test_the_python_blocks_of_the_readme_are_valid_python() -> None:
