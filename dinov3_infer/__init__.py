@@ -5,7 +5,8 @@ D head width, C embed_dim = H * D, T tokens of a packed batch, S sequences in it
 h and w patches, H_px and W_px pixels.  Every coordinate that a user gives or gets is (x, y) in pixels of the original
 picture; every size is (height, width).
 
-Reading order: rope, packing, attention, layers, vit, zoo, keys, weights, backbone.
+Reading order: rope, packing, attention, layers, vit, facets, images, preprocess, features, batching, extract, zoo,
+keys, weights, backbone.
 """
 
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from .backbone import Backbone
+    from .embed import EmbedReport
     from .errors import (
         CheckpointError,
         Dinov3Error,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     )
     from .features import Features, LayerFeatures
     from .images import load_image
+    from .places import list_pictures
     from .preprocess import Preprocess
     from .rope import RopeAugmentation
     from .vit import BackboneOutput, LayerOutput, VisionTransformer, ViTConfig
@@ -41,6 +44,7 @@ __all__ = [
     "BackboneOutput",
     "CheckpointError",
     "Dinov3Error",
+    "EmbedReport",
     "Features",
     "GatedModelError",
     "ImageError",
@@ -60,12 +64,14 @@ __all__ = [
     "ViTConfig",
     "VisionTransformer",
     "list_models",
+    "list_pictures",
     "load_image",
 ]
 
 # Imported at first use, so that importing the package costs nothing.
 _HOMES = {
     "backbone": ("Backbone",),
+    "embed": ("EmbedReport",),
     "errors": (
         "CheckpointError",
         "Dinov3Error",
@@ -82,6 +88,7 @@ _HOMES = {
     ),
     "features": ("Features", "LayerFeatures"),
     "images": ("load_image",),
+    "places": ("list_pictures",),
     "preprocess": ("Preprocess",),
     "rope": ("RopeAugmentation",),
     "vit": ("BackboneOutput", "LayerOutput", "VisionTransformer", "ViTConfig"),

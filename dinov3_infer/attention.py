@@ -6,10 +6,10 @@ One signature for pictures of one size (`[B, N, 3, H, D]`) and for pictures of m
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ __all__ = [
 
 # q, k, v [B, H, N, D] and the softmax scale -> [B, H, N, D]
 Core = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+C = TypeVar("C", bound=Callable[..., Any])
 
 
 # --- the definition ------------------------------------------------------------------------------------------------
@@ -200,16 +201,6 @@ def _kernels() -> ModuleType:
     return dinov3_infer_kernels
 
 
-@torch.library.impl("dinov3_infer::rope_attention", ("cuda", "xpu"))
-def _forward_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _kernels().forward(*arguments)  # type: ignore[no-any-return]
-
-
-@torch.library.impl("dinov3_infer::rope_attention_backward", ("cuda", "xpu"))
-def _backward_kernel(*arguments: Any) -> Tensor:
-    return _kernels().backward(*arguments)  # type: ignore[no-any-return]
-
-
 torch.library.define("dinov3_infer::rope_rotate", "(Tensor qkv, Tensor cos, Tensor sin) -> Tensor")
 
 
@@ -219,15 +210,18 @@ def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack(_rotated(qkv, cos, sin)[:2], dim=-3)
 
 
-@torch.library.impl("dinov3_infer::rope_rotate", ("cuda", "xpu"))
-def _rotate_kernel(*arguments: Any) -> Tensor:
-    return _kernels().rotate(*arguments)  # type: ignore[no-any-return]
-
-
 @torch.library.register_fake("dinov3_infer::rope_rotate")
 def _rotate_shapes(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     *lead, _, heads, width = qkv.shape
     return qkv.new_empty((*lead, 2, heads, width))
+
+
+def _launch(launcher: str, *arguments: Any) -> Any:
+    return getattr(_kernels(), launcher)(*arguments)
+
+
+for _name, _launcher in (("attention", "forward"), ("attention_backward", "backward"), ("rotate", "rotate")):
+    torch.library.impl(f"dinov3_infer::rope_{_name}", ("cuda", "xpu"), partial(_launch, _launcher))
 
 
 @cache
@@ -250,6 +244,12 @@ def count_flops() -> None:
 # --- the dispatch --------------------------------------------------------------------------------------------------
 
 
+def _constant_for_compilers(function: C) -> C:
+    """`torch.compiler.assume_constant_result`, which imports the whole compiler to set this mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @cache
 def _import_error() -> str | None:
     try:
@@ -259,7 +259,7 @@ def _import_error() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant_for_compilers
 def _not_installed() -> str | None:
     return _import_error()
 
@@ -274,7 +274,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return f"it is made for heads of 64 and 128 channels, and these have {head_dim}"
     if dtype == torch.float32 and head_dim == 128:
         return "float32 tiles of 128 channels do not fit the registers of a GPU"
-    return _not_installed()  # type: ignore[no-any-return]
+    return _not_installed()
 
 
 def rope_attention(
@@ -327,7 +327,7 @@ def triton_attention(
     return torch.ops.dinov3_infer.rope_attention(qkv, cos, sin, cu_seqlens, max_seqlen, scale)[0]  # type: ignore[no-any-return]
 
 
-@torch.compiler.assume_constant_result
+@_constant_for_compilers
 def _crossover(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
     return int(_kernels().crossover(device, dtype, head_dim))
 

@@ -79,7 +79,10 @@ def load_image(source: ImageLike, label: str = _ALONE) -> Tensor:
         return _from_path(os.fsdecode(source), label)
     if hasattr(source, "read"):
         return _from_file(io.BytesIO(source.read()), label)
-    raise InputTypeError(f"a picture is a path, bytes, PIL image, array or tensor; {label} is {type(source).__name__}")
+    hint = ", so give the picture in it" if isinstance(source, (Mapping, tuple, list)) else ""
+    raise InputTypeError(
+        f"a picture is a path, bytes, PIL image, array or tensor; {label} is {type(source).__name__}{hint}"
+    )
 
 
 def _from_path(path: str, label: str) -> Tensor:

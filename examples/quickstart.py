@@ -9,8 +9,6 @@ runs and every shape is right, but the features mean nothing yet.
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
 from dinov3_infer import Backbone
 from dinov3_infer.tasks.pca import pca_picture, pca_rgb
 
@@ -31,7 +29,7 @@ def main() -> None:
     print(f"picture      {picture}, {width} x {height} pixels, seen as {seen}")
     print(f"embedding    {list(features.embedding.shape)}  one vector for the picture")
     print(f"feature_map  {list(features.feature_map.shape)}  one vector per patch of {backbone.patch_size} pixels")
-    pca_picture(ImageOps.exif_transpose(Image.open(picture)), pca_rgb(features)[0]).save(out)
+    pca_picture(picture, pca_rgb(features)[0]).save(out)
     print(f"wrote        {out}: the picture, and its patches coloured by their first three principal components")
 
 

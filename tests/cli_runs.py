@@ -23,7 +23,7 @@ class Ran:
     err: str
 
 
-class _Text(io.TextIOWrapper):
+class Text(io.TextIOWrapper):
     """A stream like that of a terminal that takes UTF-8 and nothing else."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class _Text(io.TextIOWrapper):
 
 def run(*argv: object) -> Ran:
     """One run; whatever it says for people has to be whole lines with its name before them."""
-    out, err = _Text(), _Text()
+    out, err = Text(), Text()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main([str(a) for a in argv])
     ran = Ran(status, out.getvalue(), err.getvalue())

@@ -1,8 +1,11 @@
 """The command line as such: help, usage, errors, exit statuses, streams, interruption."""
 
+import io
 import json
 import logging
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import refused, run, small_model, write_pictures
+from cli_runs import Text, refused, run, small_model, write_pictures
 
 import dinov3_infer
 from dinov3_infer.cli import models as models_command
-from dinov3_infer.cli.main import printable
+from dinov3_infer.cli.main import printable, say
+from dinov3_infer.cli.parser import make_parser
 from dinov3_infer.zoo import MODELS
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +48,17 @@ print({{"torch", "numpy", "PIL", "huggingface_hub", "safetensors"}} & set(sys.mo
     assert last.startswith("set() ") and float(last.removeprefix("set() ")) < 0.3, last
     for name in (*COMMANDS, "train", *KINDS, "exit status", "@LIST"):
         assert name in done.stdout
+
+
+def test_the_commands_of_the_readme_are_valid() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [line.partition(" #")[0] for block in blocks for line in re.split(r"[\n;]|&&", block)]
+    commands = [shlex.split(line)[1:] for line in lines if line.strip().startswith("dinov3-infer ")]
+    assert {argv[0] for argv in commands} == {*COMMANDS, "train"}, "every command has its line"
+    for argv in commands:
+        if argv[0] != "train":  # whose options are the trainer's
+            make_parser().parse_args(argv)
 
 
 def test_as_a_module_and_its_version() -> None:
@@ -114,28 +129,44 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(models_command, "run", interrupt)
     ran = run("models")
-    assert (ran.status, ran.out, ran.err) == (130, "", "dinov3-infer: interrupted; what is finished stays\n")
+    assert (ran.status, ran.out, ran.err) == (130, "", "dinov3-infer: interrupted\n")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
-def test_a_real_interruption_and_a_closed_pipe(tmp_path: Path) -> None:
+# a process of its own, with a command that costs nothing
+PROCESS = """
+import sys, time, types
+from dinov3_infer.cli.main import main, say
+command = types.ModuleType("command")
+def run(_):
+    say("ready")
+    if sys.argv[1] == "wait":
+        sys.stdout.flush()
+        time.sleep(60)
+    return 0
+command.run = run
+sys.modules["dinov3_infer.cli.models"] = command
+sys.exit(main(["models"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of Unix")
+@pytest.mark.parametrize("what", ["interrupted", "closed pipe"])
+def test_a_real_interruption_and_a_closed_pipe(what: str) -> None:
     """What a shell does: the status is 130, and `dinov3-infer models | head` ends without a complaint."""
-    listing = tmp_path / "list"
-    os.mkfifo(listing)  # the list of pictures that never comes
-    command = [sys.executable, "-m", "dinov3_infer", "embed", f"@{listing}", "-o", str(tmp_path / "x.npy")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    waiting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    with open(listing, "w"):  # opens once the program reads
-        waiting.send_signal(signal.SIGINT)
-        assert waiting.wait(timeout=60) == 130
-    assert waiting.stderr is not None and waiting.stderr.read() == "dinov3-infer: interrupted; what is finished stays\n"
-    piped = subprocess.Popen(
-        [sys.executable, "-m", "dinov3_infer", "models"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROCESS, "wait" if what == "interrupted" else ""],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
     )  # fmt: skip
-    assert piped.stdout is not None and piped.stderr is not None
-    piped.stdout.close()
-    assert (piped.wait(timeout=60), piped.stderr.read()) == (0, "")
+    assert process.stdout is not None and process.stderr is not None
+    if what == "interrupted":
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        expected = (130, "dinov3-infer: interrupted\n")
+    else:
+        process.stdout.close()
+        expected = (0, "")
+    assert (process.wait(timeout=60), process.stderr.read()) == expected
 
 
 def test_the_log_is_left_as_it_was() -> None:
@@ -145,6 +176,17 @@ def test_the_log_is_left_as_it_was() -> None:
     assert (log.level, list(log.handlers)) == before
 
 
+def test_a_bar_on_a_terminal_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path / "in", "a.png", "b.png")
+    for command, out in (("embed", "x.npy"), ("features", "maps")):
+        flags = ("-o", tmp_path / out, "-m", small_model(), "--size", "32", "--overwrite")
+        assert run(command, tmp_path / "in", *flags).err.count("\n") == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(Text, "isatty", lambda _: True)
+            shown = run(command, tmp_path / "in", *flags, "--debug")
+        assert "2/2" in shown.err and "img" in shown.err and shown.out == ""
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [("Käse 日本", "Käse 日本"), ("a\nb\x1b[31m", r"a\nb\x1b[31m"), ("caf\udce9", r"caf\udce9")],
@@ -152,6 +194,13 @@ def test_the_log_is_left_as_it_was() -> None:
 )
 def test_what_is_printable(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+def test_a_terminal_that_lacks_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True)
+    monkeypatch.setattr(sys, "stdout", narrow)
+    say("Käse 日本")
+    assert narrow.buffer.getvalue() == b"K\xe4se \\u65e5\\u672c" + os.linesep.encode()  # type: ignore[attr-defined]
 
 
 def test_train_has_options_of_its_own() -> None:

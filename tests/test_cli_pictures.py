@@ -302,6 +302,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_that_do_not_fit(flags: tuple[str, ...], words: str, tmp_path: Path) -> None:
     source = write_pictures(tmp_path, "in/a.png") / "in"
     refused(1, words, "features", source, "-o", tmp_path / "maps", *flags)
+    assert not (tmp_path / "maps").exists()
 
 
 def test_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

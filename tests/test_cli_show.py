@@ -92,13 +92,25 @@ def test_similarity_has_one_scale_over_all_pictures(
         np.testing.assert_array_equal(shown, pixels(expected))
 
 
-@pytest.mark.parametrize(("count", "columns"), [(2, 1), (4, 1), (7, 2), (12, 2)])
-def test_rows_have_one_width(count: int, columns: int) -> None:
-    rows = [Image.new("RGB", (300 + 20 * i, 100), (i, 0, 0)) for i in range(count)]
-    made = pixels(show_command._together(rows))
-    assert made.shape[1] == columns * 308 + 8
-    for i in range(columns):  # the first row of each column fills its place
-        assert (made[10, 8 + 308 * i : 308 * (i + 1)] == (i, 0, 0)).all()
+@pytest.mark.parametrize(
+    ("heights", "places", "size"),
+    [
+        ([100, 50], [(0, 0), (0, 100)], (300, 150)),
+        ([30, 20, 10, 40], [(0, 0), (0, 30), (0, 50), (0, 60)], (300, 100)),
+        ([90, 10, 20, 10, 80, 10, 30],
+         [(0, 0), (300, 0), (300, 10), (300, 30), (300, 40), (0, 90), (0, 100)], (600, 130)),
+    ],
+    ids=["two", "four", "seven in two columns"],
+)  # fmt: skip
+def test_rows_have_one_width_and_no_holes(
+    heights: list[int], places: list[tuple[int, int]], size: tuple[int, int]
+) -> None:
+    """Each row goes to the column that is shortest."""
+    rows = [Image.new("RGB", (300 * (1 + i), h * (1 + i)), (i, 0, 0)) for i, h in enumerate(heights)]
+    made = show_command._together(rows)
+    assert made.size == size
+    for i, ((x, y), height) in enumerate(zip(places, heights, strict=True)):
+        assert (pixels(made)[y : y + height, x : x + 300] == (i, 0, 0)).all(), i
     assert show_command._together(rows[:1]) is rows[0]
 
 

@@ -307,3 +307,10 @@ def test_a_file_has_its_name_and_its_number(tmp_path) -> None:
 
 def test_a_dictionary_is_no_list_of_pictures() -> None:
     assert "dict" in complaint(InputTypeError, lambda: split_batch({"a.jpg": 1}))
+
+
+@pytest.mark.parametrize("row", [{"image": PNG}, (PNG, 3), [PNG]], ids=["dict", "tuple", "list"])
+def test_rows_of_datasets_are_no_pictures(row) -> None:
+    """What iterating over a Dataset gives."""
+    text = complaint(InputTypeError, lambda: plain(64).batch([photo(64, 64), row]))
+    assert f"item 1 is {type(row).__name__}, so give the picture in it" in text

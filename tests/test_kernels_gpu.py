@@ -35,6 +35,12 @@ FORMS = pytest.mark.parametrize("packed", [False, True], ids=["fixed", "packed"]
 SMALL = ViTConfig(128, 3, 2, 256)  # heads of 64 channels
 
 
+@pytest.fixture(autouse=True)
+def _float32_means_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's convolutions round to TF32 unless told otherwise, and the patch embedding is one."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def on_device(*tensors: Tensor) -> Any:
     return [t.to(DEVICE) for t in tensors]
 

@@ -61,7 +61,7 @@ def naive_koleo(x: Tensor, group: int, neighbours: int) -> Tensor:
     terms = []
     for i, row in enumerate(unit):
         others = [j for j in range(i // group * group, i // group * group + group) if j != i]
-        others.sort(key=lambda j: -float((row * unit[j]).sum()))
+        others.sort(key=lambda j: -float((row * unit[j]).sum().detach()))
         for j in others[:neighbours]:
             terms.append(-((row - unit[j] + 1e-8).norm() + 1e-8).log())
     return total(terms) / len(terms)
@@ -95,9 +95,9 @@ def naive_gram(student: Tensor, teacher: Tensor, of: str, normalise: bool, per_i
         for i in range(len(ours)):
             for j in range(len(ours)):
                 a, b = (ours[i] * ours[j]).sum(), (theirs[i] * theirs[j]).sum()
-                if negatives != "keep" and float(b) < 0:
+                if negatives != "keep" and float(b.detach()) < 0:
                     b = b * 0
-                if negatives == "remove" and float(a) < 0:
+                if negatives == "remove" and float(a.detach()) < 0:
                     a = a * 0
                 terms.append((a - b) ** 2)
     return total(terms) / len(terms)
@@ -109,7 +109,7 @@ def naive_feature(student: Tensor, teacher: Tensor) -> Tensor:
         directions.append(1 - (ours * target).sum() / (ours.norm() * target.norm()))
         for a, b in zip(ours, target, strict=True):
             d = (a - b).abs()
-            distances.append(0.5 * d**2 if float(d) < 1 else d - 0.5)
+            distances.append(0.5 * d**2 if float(d.detach()) < 1 else d - 0.5)
     return 0.9 * total(directions) / len(directions) + 0.1 * total(distances) / len(distances)
 
 

@@ -248,6 +248,13 @@ def test_a_centre_crop_of_a_thread_does_not_fill_the_memory() -> None:
         assert math.prod(resized) < 2**28
 
 
+@pytest.mark.parametrize("fit, size", [("squash", 16384), ("crop", 16384), ("native", 20000)])
+def test_an_input_beyond_all_memory_is_said(fit, size) -> None:
+    """Whoever asks for too much is told so before gigabytes are filled."""
+    text = complaint(InputError, lambda: plain(size, patch_size=16, fit=fit).plan(300, 400))
+    assert "300x400" in text and "would become" in text and "give a smaller size=" in text
+
+
 def test_a_thin_picture_over_the_limit_is_counted_right() -> None:
     """A side below half a patch is still one row of patches."""
     text = complaint(InputError, lambda: plain(None, patch_size=16, fit="native").plan(3, 5008))

@@ -38,6 +38,7 @@ def test_presets_are_whole(name: str) -> None:
         (dict(centring="middle"), "centring is one of sinkhorn, centre"),
         (dict(gram="start", from_scratch=True), "random"),
         (dict(dino_weight=0.0, ibot_weight=0.0), "no objective"),
+        (dict(mask_share=0.0), "nothing is masked"),
         (dict(feature_weight=1.0), "teacher="),
         (dict(teacher="dinov2_vits14"), "no distillation weight"),
         (dict(tune="lora", engine="fsdp"), "ddp"),
@@ -180,8 +181,9 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(4):
         Image.new("RGB", (60, 50), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
     argv = ["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--model", "nano", "--from-scratch", "--device",
-            "cpu", "--batch-size", "4", "--global-px", "64", "--local-px", "32", "--dino-prototypes", "8",
-            "--ibot-prototypes", "8", "--head-hidden", "8", "--head-bottleneck", "4", "--workers", "0"]  # fmt: skip
+            "cpu", "--batch-size", "4", "--accumulate", "2", "--global-px", "64", "--local-px", "32",
+            "--dino-prototypes", "8", "--ibot-prototypes", "8", "--head-hidden", "8", "--head-bottleneck", "4",
+            "--workers", "0"]  # fmt: skip
     assert main([*argv, "--dry-run"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["batch_size"] == 4 and said["pictures"] == 4 and said["gib_of_activations_at_most"] > 0

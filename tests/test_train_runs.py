@@ -220,3 +220,14 @@ def test_a_dataset_and_a_live_model(world: Path) -> None:
     assert made.embed_dim == 24
     with pytest.raises(InputError, match="float32|dtype"):
         train(settings(world, "halved"), data=data, backbone=backbone.bfloat16())
+
+
+@pytest.mark.slow
+def test_the_example_of_a_fine_tune(world: Path, tmp_path: Path) -> None:
+    """The script runs as its first lines say."""
+    script = [sys.executable, str(ROOT / "examples" / "finetune.py")]
+    argv = [str(world / "pictures"), str(tmp_path / "run"), str(world / "start"), "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*script, *argv], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "16 pictures, 2 steps of 16" in done.stdout and "20-NN" in done.stdout and "width 24" in done.stdout

@@ -1,7 +1,7 @@
 """What the commands that run a model share."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import TypedDict
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -13,7 +13,7 @@ from ..preprocess import Fit
 from ..vit import resolve_layers
 from .main import FAILED, OK, SKIPPED
 
-__all__ = ["Geometry", "geometry", "load", "results", "status"]
+__all__ = ["Geometry", "geometry", "load_backbone", "results", "status"]
 
 DEFAULT_MODEL = "nano"
 
@@ -32,7 +32,7 @@ def geometry(args: argparse.Namespace) -> Geometry:
     return Geometry(size=None if args.size == "own" else args.size, fit=args.fit)
 
 
-def load(args: argparse.Namespace) -> Backbone:
+def load_backbone(args: argparse.Namespace) -> Backbone:
     """The model of the command line."""
     if args.model is not None:
         return Backbone.from_pretrained(args.model, device=args.device, dtype=args.dtype)
@@ -47,18 +47,13 @@ def load(args: argparse.Namespace) -> Backbone:
 
 def results(
     bb: Backbone, paths: list[str], args: argparse.Namespace, layers: list[int] | None = None
-) -> Iterator[Result]:
-    """One result per picture, in order, under a bar where stderr is a terminal."""
-    blocks = resolve_layers(layers, bb.config.depth)
+) -> Iterable[Result]:
+    """One result per picture, in order, under a bar where stderr is a terminal.  Wrong options are refused at once."""
     batcher = bb._batcher(
-        **geometry(args),
-        blocks=blocks,
-        pooling="cls",
-        facet="token",
-        batch_size=args.batch_size,
-        num_workers=args.workers,
-    )
-    yield from tqdm(batcher(paths), total=len(paths), unit="img", disable=None)
+        **geometry(args), blocks=resolve_layers(layers, bb.config.depth), pooling="cls", facet="token",
+        batch_size=args.batch_size, num_workers=args.workers,
+    )  # fmt: skip
+    return tqdm(batcher(paths), total=len(paths), unit="img", disable=None)  # type: ignore[no-any-return]
 
 
 def status(count: int, skipped: int) -> int:

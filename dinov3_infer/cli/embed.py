@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..backbone import Backbone
 from ..embed import EmbedReport
-from .common import geometry, load, status
+from .common import geometry, load_backbone, status
 from .main import tell
 from .sources import check_file, find_pictures
 
@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     pictures = [picture.path for picture in find_pictures(args.sources)]
     out = check_file(args.out, args.overwrite, (".npy",))
     listing = check_file(str(out.with_suffix(".jsonl")), args.overwrite, (".jsonl",))
-    report = _write(load(args), pictures, out, listing, args)
+    report = _write(load_backbone(args), pictures, out, listing, args)
     skipped = len(report.failures)
     left_out = f"; {skipped} could not be read, their rows are NaN, see '{listing}'" if skipped else ""
     tell(f"wrote '{out}': {report.shape[0]} vectors of {report.shape[1]} numbers{left_out}")

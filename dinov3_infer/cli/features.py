@@ -15,9 +15,9 @@ from ..batching import Result
 from ..errors import Dinov3Error, InputError, PrecisionError
 from ..features import Features
 from ..vit import resolve_layers
-from .common import load, results, status
+from .common import load_backbone, results, status
 from .main import tell
-from .sources import Picture, check_folder, find_pictures
+from .sources import Picture, check_folder, find_pictures, whole
 
 __all__ = ["run"]
 
@@ -30,14 +30,15 @@ def run(args: argparse.Namespace) -> int:
     names = [f"{picture.name}.{args.format}" for picture in pictures]
     _check_names(pictures, names)
     folder = check_folder(args.out, args.overwrite)
-    bb = load(args)
+    bb = load_backbone(args)
     blocks = resolve_layers(args.layers, bb.config.depth)
+    stream = results(bb, [picture.path for picture in pictures], args, args.layers)
     folder.mkdir(exist_ok=True)
     skipped = done = 0
     beside = folder / f".{INDEX}.{uuid.uuid4().hex[:8]}"
     try:
         with open(beside, "w", encoding="utf-8") as index:
-            for name, result in zip(names, results(bb, [p.path for p in pictures], args, args.layers), strict=True):
+            for name, result in zip(names, stream, strict=True):
                 line = dict(file=name, path=result.path, error="")
                 if not isinstance(result.features, Dinov3Error):
                     _write(folder / name, _maps(result.features, blocks, args.half), _facts(bb, result))
@@ -95,15 +96,10 @@ def _facts(bb: Backbone, result: Result) -> dict[str, str]:
 
 
 def _write(target: Path, maps: Arrays, facts: dict[str, str]) -> None:
-    """The file appears whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{uuid.uuid4().hex[:8]}{target.suffix}")
-    try:
+    with whole(target) as path:
         if target.suffix == ".npy":  # [C, h, w], or [layers, C, h, w]
             found = [array for name, array in maps.items() if name.startswith(("feature_map", "layer_"))]
-            np.save(beside, found[0] if "feature_map" in maps else np.stack(found))
+            np.save(path, found[0] if "feature_map" in maps else np.stack(found))
         else:
-            beside.write_bytes(save(maps, facts))
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+            path.write_bytes(save(maps, facts))

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from typing import TextIO
 
 from ..errors import Dinov3Error
 from .parser import make_parser
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as ended:  # of the trainer's own options
         return int(ended.code or 0)
     except KeyboardInterrupt:
-        tell("interrupted; what is finished stays")
+        tell("interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # whoever reads has enough
         with suppress(OSError, ValueError):
@@ -92,12 +93,17 @@ def printable(text: str) -> str:
 
 def tell(text: str) -> None:
     """A line for people, on stderr."""
-    sys.stderr.write(f"dinov3-infer: {printable(text)}\n")
+    _write(f"dinov3-infer: {printable(text)}", sys.stderr)
 
 
 def say(text: str) -> None:
     """A line of the result, on stdout."""
-    sys.stdout.write(f"{printable(text)}\n")
+    _write(printable(text), sys.stdout)
+
+
+def _write(line: str, stream: TextIO) -> None:
+    encoding = stream.encoding or "utf-8"  # which may lack letters that a name has
+    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 class _Lines(logging.Handler):

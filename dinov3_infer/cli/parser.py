@@ -115,13 +115,15 @@ def _features(found: argparse.ArgumentParser) -> None:
     _out(found, "folder to write to; index.jsonl in it says which file is which picture", "DIR")
     _geometry(found, dense=True)
     found.add_argument("--layers", type=_numbers, metavar="N,N,...", help="blocks from 0, or from the end: -1,-4 (-1)")
-    found.add_argument("--format", choices=("safetensors", "npy"), default="safetensors", help="(safetensors)")
+    found.add_argument(
+        "--format", choices=("safetensors", "npy"), default="safetensors", help="of the files (safetensors)"
+    )
     found.add_argument("--half", action="store_true", help="store float16")
     _on_error(found)
 
 
 def _on_error(found: argparse.ArgumentParser) -> None:
-    found.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="a picture that cannot be read")
+    found.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="at a bad picture (skip)")
 
 
 def _show(found: argparse.ArgumentParser) -> None:

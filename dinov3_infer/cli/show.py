@@ -13,9 +13,9 @@ from ..images import load_image
 from ..tasks.overlay import attention_picture, overlay, panel, sheet
 from ..tasks.pca import foreground, pca_picture, pca_rgb
 from ..tasks.similarity import region_vector, similarity_map
-from .common import geometry, load
+from .common import geometry, load_backbone
 from .main import OK, tell
-from .sources import check_file, find_pictures
+from .sources import check_file, find_pictures, whole
 
 __all__ = ["run"]
 
@@ -27,8 +27,9 @@ def run(args: argparse.Namespace) -> int:
     if len(paths) > MOST:
         raise InputError(f"{len(paths)} pictures do not fit on one sheet; give {MOST} at most")
     out = check_file(args.out, args.overwrite, (".png", ".jpg", ".jpeg", ".webp"))
-    rows = _KINDS[args.kind](load(args), paths, args)
-    _together(rows).save(out)
+    rows = _KINDS[args.kind](load_backbone(args), paths, args)
+    with whole(out) as path:
+        _together(rows).save(path, quality=92)
     tell(f"wrote '{out}'")
     return OK
 
@@ -76,12 +77,21 @@ def _pair(path: str, shown: Image.Image) -> Image.Image:
 
 
 def _together(rows: list[Image.Image]) -> Image.Image:
-    """Rows of one width, below each other, and side by side where they are many."""
+    """Rows of one width below each other, in columns where they are many; each goes to the column that is shortest."""
     if len(rows) == 1:
         return rows[0]
     width = min(row.width for row in rows)
-    resized = [row.resize((width, round(row.height * width / row.width)), Image.Resampling.LANCZOS) for row in rows]
-    return sheet(resized, columns=max(1, round((len(rows) / 3) ** 0.5)))  # a row is about three times as wide as high
+    heights = [0] * max(1, round((len(rows) / 3) ** 0.5))  # of the columns; a row is about three times as wide as high
+    places = []
+    for row in rows:
+        column = heights.index(min(heights))
+        size = (width, round(row.height * width / row.width))
+        places.append((row.resize(size, Image.Resampling.LANCZOS), (column * width, heights[column])))
+        heights[column] += size[1]
+    made = Image.new("RGB", (len(heights) * width, max(heights)), "white")
+    for row, place in places:
+        made.paste(row, place)
+    return made
 
 
 _KINDS: dict[str, Callable[[Backbone, list[str], argparse.Namespace], list[Image.Image]]] = {

@@ -11,7 +11,8 @@ from typing import Any, get_args, get_origin
 
 from ..errors import Dinov3Error, InputError
 from .config import PRESETS, TrainConfig
-from .loop import dry_run, train
+from .loop import train
+from .plan import dry_run
 
 __all__ = ["main", "parse"]
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, given = parse(argv)
         if given.dry_run:
-            dry_run(config)
+            print(json.dumps(dry_run(config), indent=1))  # noqa: T201
         else:
             train(config, resume=given.resume)
     except Dinov3Error as error:

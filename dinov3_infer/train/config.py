@@ -144,7 +144,7 @@ class TrainConfig:
 
     @property
     def masks(self) -> bool:
-        return self.ibot_weight > 0 and self.mask_share > 0
+        return self.ibot_weight > 0
 
     @property
     def rope(self) -> RopeAugmentation | None:
@@ -271,5 +271,7 @@ def check(config: TrainConfig) -> None:
         raise InputError("adapters are small enough for engine='ddp'; 'fsdp' does not split them")
     if not config.gram_per_image and (config.gram != "off") and config.accumulate > 1:
         raise InputError("gram_per_image=False compares patches of the whole batch, so it takes accumulate=1")
+    if config.ibot_weight and not config.mask_share:
+        raise InputError("ibot_weight is above 0 and mask_share is 0, so that nothing is masked; set ibot_weight=0")
     if not any((config.dino_weight, config.ibot_weight, config.feature_weight, config.relation_weight)):
         raise InputError("no objective has a weight; give dino_weight, ibot_weight or feature_weight")

@@ -87,6 +87,7 @@ class Engine:
         if kind == "fsdp":
             self.sharded = shard(method)
         else:  # `unused`: some parameters get no gradient at some steps
+            warnings.filterwarnings("ignore", "Grad strides do not match", UserWarning)  # of sides of length 1
             self.call = DistributedDataParallel(method, find_unused_parameters=unused)
 
     def __call__(self, *args: Any) -> Any:

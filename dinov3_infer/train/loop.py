@@ -29,7 +29,7 @@ from .report import draw_batch, draw_curves
 from .sources import Data, Spec, open_data
 from .views import Batch
 
-__all__ = ["Run", "dry_run", "train"]
+__all__ = ["Run", "device_of", "train"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -55,11 +55,11 @@ def train(
     Raises: InputError for what cannot be meant; TrainingStopped for a run that diverged or collapsed, whose last good
     weights are in the folder.
     """
-    with joined(_device(config)) as device:
+    with joined(device_of(config)) as device:
         return Run(config, device, data=data, backbone=backbone, resume=resume).train(progress)
 
 
-def _device(config: TrainConfig) -> torch.device:
+def device_of(config: TrainConfig) -> torch.device:
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -160,7 +160,7 @@ class Run:
         stream = self.stream()
         hidden = None if progress is None else not progress  # None: where nobody watches
         if self.step == 0:
-            self.record(self.health.first | {"verdict": "start"})
+            self.record(self.health.first | {"verdict": "start", "reason": "before the first step"})
         since, count = time.perf_counter(), 0
         with tqdm(total=config.steps, initial=self.step, disable=hidden if is_main() else True) as bar:
             while self.step < config.steps:
@@ -311,43 +311,6 @@ class Run:
                     "checkpoint of the last step is whole"
                 ) from None
         return backbone
-
-    def describe(self) -> dict[str, Any]:
-        """What a step needs, counted on two pictures without recomputation; writes the first batch as a picture."""
-        batch = next(self.stream())
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draw_batch(batch, self.views[0][1], self.folder / "first_batch.png")
-        few = split_batch(batch, max(1, len(batch.indices) // 2))[0]
-        fixed = {p.untyped_storage().data_ptr() for p in self.method.parameters()}
-        kept: dict[int, int] = {}
-
-        def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in fixed:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        part = self.parts(few)[0]
-        with self.autocast(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            target = self.method.targets([part], 0)[0]
-            held = self.method.train()(part, target, self.config.steps)  # the last step: nothing is frozen
-        at_once = len(batch.indices) // self.config.accumulate
-        learning = [p for p in self.method.parameters() if p.requires_grad]
-        weights = sum(p.nbytes for p in self.method.parameters()) + 3 * sum(p.nbytes for p in learning)
-        return {
-            "pictures": len(self.data),
-            "learning_rate": self.config.lr,
-            "trained_parameters": sum(p.numel() for p in learning),
-            "gib_of_weights_gradients_and_moments": round(weights / 2**30, 3),
-            "gib_of_activations_at_most": round(sum(kept.values()) / len(part.indices) * at_once / 2**30, 3),
-            "first_loss": float(held["loss"].detach()),
-        }
-
-
-def dry_run(config: TrainConfig) -> None:
-    """Prints the settings and what a step needs."""
-    found = Run(dataclasses.replace(config, recompute="none"), _device(config), dry=True).describe()
-    print(json.dumps(dataclasses.asdict(config) | found, indent=1))  # noqa: T201
 
 
 def _write(path: Path, text: str) -> None:
