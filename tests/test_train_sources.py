@@ -205,3 +205,9 @@ def test_pickles(tmp_path: Path) -> None:
     tar(tmp_path / "b.tar", {"1.png": png(9)})
     data = pickle.loads(pickle.dumps(open_data([tmp_path, tmp_path / "b.tar"])))
     assert shades(data) == [7, 9]
+
+
+def test_bare_tensors_are_no_sources() -> None:
+    """A list of pictures in memory would be taken for a list of datasets, and each row for a picture."""
+    with pytest.raises(InputTypeError, match="Tensor of 3 dimensions is no source; stack"):
+        open_data([torch.zeros(3, 8, 8, dtype=torch.uint8)])  # type: ignore[list-item]

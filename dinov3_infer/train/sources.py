@@ -231,6 +231,10 @@ def _open(spec: Any) -> Source:
             raise InputTypeError(
                 f"data is a path or a Dataset with a length and items by number; got {type(spec).__name__}"
             )
+        if isinstance(spec, (Tensor, np.ndarray)) and spec.ndim != 4:
+            raise InputTypeError(
+                f"a {type(spec).__name__} of {spec.ndim} dimensions is no source; stack pictures in memory to [B, 3, H, W]"
+            )
         if not len(spec):
             raise InputError(f"the {type(spec).__name__} is empty; give one that holds pictures")
         return Wrapped(spec)
