@@ -1,4 +1,4 @@
-"""Where weights come from: a path, else the cache, else the hub; or a link.
+"""Where weights come from: a path, else the package, else the cache, else the hub; or a link.
 
 What the cache holds is used without asking the hub, so that a cached model starts at once, starts without a network,
 and stays the same; `hf download org/name` fetches what is new.  `revision=` takes a branch, a tag or a commit.
@@ -22,6 +22,8 @@ from .zoo import MODELS, ModelInfo, find
 __all__ = ["HubOptions", "locate", "locate_file"]
 
 log = logging.getLogger("dinov3_infer")
+
+EMBEDDED = Path(__file__).parent / "data"  # the weights that the package holds, a folder for each model
 
 
 def locate(name: str | os.PathLike[str], options: HubOptions) -> tuple[Path, ModelInfo | None]:
@@ -58,10 +60,17 @@ def locate(name: str | os.PathLike[str], options: HubOptions) -> tuple[Path, Mod
         home = organisation if organisation not in ("", "timm") else info.timm_id.rpartition("/")[0]
         repository = f"{home}/{model}" if "." in model else info.timm_id
     if repository is None:
-        raise ModelNotFoundError(
-            f"no weights of {info.name!r} are published yet; Backbone.from_config({info.name!r}) gives random ones"
-        )
+        return _in_the_package(info), info
     return _repository(repository, options, info), info
+
+
+def _in_the_package(info: ModelInfo) -> Path:
+    folder = EMBEDDED / info.name
+    if not folder.is_dir():
+        raise ModelNotFoundError(
+            f"no weights of {info.name!r} are in this installation, which should hold them; install the package again"
+        )
+    return folder
 
 
 def _only_a_path(name: str | os.PathLike[str]) -> bool:

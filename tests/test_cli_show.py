@@ -76,7 +76,7 @@ def test_similarity_has_one_scale_over_all_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bb: Backbone
 ) -> None:
     dark = tmp_path / "dark.png"
-    Image.new("RGB", (64, 64), (5, 5, 5)).save(dark)
+    Image.new("RGB", (300, 200), (5, 5, 5)).save(dark)
     rows: list[Image.Image] = []
     monkeypatch.setattr(show_command, "_together", lambda given: rows.extend(given) or given[0])
     flags = ("--point", "180,120", "--fit", "pad")

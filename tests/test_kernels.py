@@ -5,6 +5,7 @@ wrong in the interpreter; tests marked gpu have them.
 """
 
 import importlib
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ from dinov3_infer.rope import rope_periods, rope_table
 
 pytest.importorskip("triton")
 import dinov3_infer_kernels as shipped  # after the check
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter, which is off beside a GPU"
+)
 
 ROOT = Path(__file__).parent.parent
 PREFIX = 5  # class token and four registers
@@ -177,6 +182,8 @@ def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
     out, lse = shipped.forward(qkv, None, None, cu_seqlens, 0, 0.125)
     assert out.shape == (*shape[:-3], 128) and lse.numel() == 0
     assert shipped.backward(out, qkv, None, None, cu_seqlens, 0, 0.125, out, lse).shape == shape
+    table = torch.ones(shape[-4], 32)
+    assert shipped.rotate(qkv, table, table).shape == (*shape[:-3], 2, 2, 64)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +198,8 @@ def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
         (dict(sin=torch.ones(7, 32).half()), "float32"),
         (dict(cu_seqlens=offsets([7])), r"with cu_seqlens"),
         (dict(qkv=torch.zeros(7, 3, 2, 64), cu_seqlens=offsets([7]).long()), "int32"),
+        (dict(sin=None), "come together"),
+        (dict(qkv=torch.zeros(7, 3, 2, 64), cu_seqlens=offsets([3, 4, 0, 0])[::2]), "contiguous int32"),
         (dict(scale=-1.0), "above 0"),
     ],
 )

@@ -2,14 +2,13 @@
 
 import argparse
 import os
-import uuid
 from pathlib import Path
 
 from ..backbone import Backbone
 from ..embed import EmbedReport
 from .common import geometry, load_backbone, status
 from .main import tell
-from .sources import check_file, find_pictures
+from .sources import check_file, find_pictures, whole
 
 __all__ = ["run"]
 
@@ -26,16 +25,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(bb: Backbone, pictures: list[str], out: Path, listing: Path, args: argparse.Namespace) -> EmbedReport:
-    """To files of other names first, so that what is there is replaced by something whole or not at all."""
-    beside = out.with_name(f".{out.stem}.{uuid.uuid4().hex[:8]}.npy")
-    try:
+    """Both files under other names first, so that what is there is replaced by something whole or not at all."""
+    with whole(out) as beside:
         report = bb.embed(
             pictures, beside, **geometry(args), pooling=args.pooling, normalize=args.normalize,
             batch_size=args.batch_size, num_workers=args.workers, on_error=args.on_error,
         )  # fmt: skip
         os.replace(beside.with_suffix(".jsonl"), listing)
-        os.replace(beside, out)
-    finally:
-        for path in (beside, beside.with_suffix(".jsonl")):
-            path.unlink(missing_ok=True)
     return report

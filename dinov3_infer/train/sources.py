@@ -233,7 +233,7 @@ def _open(spec: Any) -> Source:
             )
         if isinstance(spec, (Tensor, np.ndarray)) and spec.ndim != 4:
             raise InputTypeError(
-                f"a {type(spec).__name__} of {spec.ndim} dimensions is no source; stack pictures in memory to [B, 3, H, W]"
+                f"a {type(spec).__name__} of {spec.ndim} dimensions is no source; stack pictures to [B, 3, H, W]"
             )
         if not len(spec):
             raise InputError(f"the {type(spec).__name__} is empty; give one that holds pictures")

@@ -65,8 +65,8 @@ def key_value_kernel(
     count, first, offset, table = sequence(CU_SEQLENS, picture, tokens, qk_picture, qk_token, PACKED)
     if block * BLOCK_N >= count:
         return
-    QK += offset + head * qk_head
-    V += (first * v_token if PACKED else picture.to(tl.int64) * v_picture) + head * v_head
+    QK += offset + head.to(tl.int64) * qk_head
+    V += (first * v_token if PACKED else picture.to(tl.int64) * v_picture) + head.to(tl.int64) * v_head
     GRAD += first * heads * D + head * D
     sums = head * tokens + first if PACKED else (picture * heads + head).to(tl.int64) * tokens
     LSE += sums
@@ -113,8 +113,8 @@ def query_kernel(
     count, first, offset, table = sequence(CU_SEQLENS, picture, tokens, qk_picture, qk_token, PACKED)
     if block * BLOCK_M >= count:
         return
-    QK += offset + head * qk_head
-    V += (first * v_token if PACKED else picture.to(tl.int64) * v_picture) + head * v_head
+    QK += offset + head.to(tl.int64) * qk_head
+    V += (first * v_token if PACKED else picture.to(tl.int64) * v_picture) + head.to(tl.int64) * v_head
     GRAD += first * heads * D + head * D
     sums = head * tokens + first if PACKED else (picture * heads + head).to(tl.int64) * tokens
 
@@ -165,8 +165,10 @@ def backward(
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if not dqkv.numel():
         return dqkv
-    grad, delta = grad.contiguous(), torch.empty_like(lse)
-    programs = triton.cdiv(shape.tokens, ROTATION.block_m) * shape.rows // shape.tokens * shape.heads
+    grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
+    delta = torch.empty_like(lse)
+    leading = shape.rows // shape.tokens  # B, or 1 for packed pictures: their rows are one run
+    programs = triton.cdiv(shape.tokens, ROTATION.block_m) * leading * shape.heads
     launch(
         delta_kernel, programs, ROTATION, grad, out, delta, shape.tokens, shape.heads,
         D=shape.width, BLOCK=ROTATION.block_m,

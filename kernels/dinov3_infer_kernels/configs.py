@@ -25,9 +25,11 @@ class Config:
     block_n: int  # keys of a tile
     warps: int
     stages: int  # tiles in flight
+    max_registers: int | None = None  # of a thread, on NVIDIA: fewer registers, more programs at a time
 
     def options(self) -> dict[str, Any]:
-        return dict(num_warps=self.warps, num_stages=self.stages)
+        options: dict[str, Any] = dict(num_warps=self.warps, num_stages=self.stages)
+        return options if self.max_registers is None else options | dict(maxnreg=self.max_registers)
 
 
 ROTATION = Config(64, 64, 4, 1)  # of kernels without a product: bound by memory
@@ -125,7 +127,7 @@ _fastest: dict[tuple[Any, ...], Config] = {}
 
 def _tuned(key: tuple[str, int, int], device: torch.device, longest: int, run: Callable[[Config], None]) -> Config:
     """Measured once per process for lengths up to the same power of two."""
-    from triton.runtime.errors import OutOfResources
+    from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
     place = (*key, device, longest.bit_length())
@@ -134,7 +136,7 @@ def _tuned(key: tuple[str, int, int], device: torch.device, longest: int, run: C
         for config in {config for rows in TABLE[key].values() for _, config in rows}:
             try:
                 times[config] = do_bench(lambda config=config: run(config), warmup=5, rep=20)
-            except OutOfResources:  # a row of a larger chip
+            except (OutOfResources, PTXASError):  # a row of a larger chip
                 continue
         _fastest[place] = min(times, key=lambda config: times[config])
     return _fastest[place]

@@ -26,7 +26,7 @@ def _step(
     """One tile of keys and values."""
     channels = tl.arange(0, D)
     k_at = QKV + stride_part + keys[None, :] * stride_token + channels[:, None]  # [D, BLOCK]
-    v_at = QKV + 2 * stride_part + keys[:, None] * stride_token + channels[None, :]  # [BLOCK, D]
+    v_at = QKV + 2 * stride_part.to(tl.int64) + keys[:, None] * stride_token + channels[None, :]  # [BLOCK, D]
     if MASKED:
         k = tl.load(k_at, mask=keys[None, :] < count, other=0.0)
         v = tl.load(v_at, mask=keys[:, None] < count, other=0.0)
@@ -68,7 +68,7 @@ def forward_kernel(
     count, first, offset, table = sequence(CU_SEQLENS, picture, tokens, stride_picture, stride_token, PACKED)
     if block * BLOCK_M >= count:
         return
-    QKV += offset + head * stride_head
+    QKV += offset + head.to(tl.int64) * stride_head
     if ROTATE:
         COS += table * (D // 2)
         SIN += table * (D // 2)

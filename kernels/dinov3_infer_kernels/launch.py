@@ -51,8 +51,12 @@ def check(
             table.shape != (lead[-1], width // 2) or table.dtype != torch.float32 or not table.is_contiguous()
         ):
             raise ValueError(f"cos and sin are contiguous float32 {[lead[-1], width // 2]}; got {list(table.shape)}")
-    if cu_seqlens is not None and (cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1):
-        raise ValueError(f"cu_seqlens is int32 [S + 1]; got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin come together; one of them is None")
+    if cu_seqlens is not None and (
+        cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not cu_seqlens.is_contiguous()
+    ):
+        raise ValueError(f"cu_seqlens is contiguous int32 [S + 1]; got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
     if scale <= 0.0:
         raise ValueError(f"scale is above 0, got {scale}")
     packed = cu_seqlens is not None

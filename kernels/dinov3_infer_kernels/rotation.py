@@ -26,7 +26,7 @@ def rotate_kernel(
     rows = block * BLOCK + tl.arange(0, BLOCK)
     inside = rows[:, None] < tokens
     channels = tl.arange(0, D)
-    source = QKV + picture * stride_picture + part * stride_part + head * stride_head
+    source = QKV + picture * stride_picture + part * stride_part + head.to(tl.int64) * stride_head
     x = tl.load(source + rows[:, None].to(tl.int64) * stride_token + channels[None, :], mask=inside, other=0.0)
     table = rows[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
     cos = tl.load(COS + table, mask=inside, other=0.0)
@@ -47,10 +47,9 @@ def rotate(
     """
     shape = check(qkv, cos, sin)
     out = qkv.new_empty((*shape.lead, 2, shape.heads, shape.width))
-    programs = triton.cdiv(shape.tokens, ROTATION.block_m) * shape.rows // shape.tokens * 2 * shape.heads
     if out.numel():
         launch(
-            rotate_kernel, programs, ROTATION,
+            rotate_kernel, triton.cdiv(shape.tokens, ROTATION.block_m) * shape.pictures * 2 * shape.heads, ROTATION,
             qkv, cos, sin, out, shape.tokens, shape.heads, *shape.strides, D=shape.width, BLOCK=ROTATION.block_m,
         )  # fmt: skip
     return out

@@ -1,0 +1,248 @@
+"""Everything about the kernel that only a GPU can show, in one command.
+
+    python kernels/benchmarks/run.py                        # all parts, 25 minutes at most
+    python kernels/benchmarks/run.py op backward            # some of them
+    python kernels/benchmarks/run.py --dry-run --out /tmp/x # a rehearsal on a CPU: tiny sizes
+
+Parts in order: the tests marked gpu, agreement of real weights (--weights), tuning, then the comparisons.  Each runs in
+a process of its own, writes its record after every cell and is ended when its share of the time is up; started again
+with the same --out it goes on where it stopped.  Configurations that tuning found are in force for what follows.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+RECORDS = HERE / "records"
+KERNELS = HERE.parent / "dinov3_infer_kernels"
+# what the numbers depend on
+MEASURED = (
+    KERNELS,
+    HERE,
+    *(ROOT / "dinov3_infer" / f"{name}.py" for name in ("attention", "layers", "packing", "rope", "vit")),
+)
+# part -> its share of the time; seconds if all of them have 25 minutes
+PARTS = dict(tests=280, weights=40, tune=240, op=280, mixed=50, backward=130, model=360, training=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
+    parser.add_argument("--out", type=Path, help="where the records go; kernels/benchmarks/records unless given")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, to see that everything runs")
+    parser.add_argument("--deadline", type=float, default=1500, help="seconds for all parts together")
+    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
+    parser.add_argument("--weights", help="a directory or file of real weights, for the part of that name")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # the process of one part
+    args = parser.parse_args()
+    if wrong := set(args.parts) - set(PARTS):
+        parser.error(f"parts are {', '.join(PARTS)}; got {', '.join(sorted(wrong))}")
+    if args.out is None and args.dry_run:
+        parser.error("a rehearsal is no record: give --out")
+    args.out = args.out or RECORDS
+    args.out.mkdir(parents=True, exist_ok=True)
+    return run_part(args) if args.part else run_all(args)
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """The parts one after the other, whatever becomes of each."""
+    end, results = time.monotonic() + args.deadline, {}
+    wanted = [part for part in PARTS if not args.parts or part in args.parts]
+    for i, part in enumerate(wanted):
+        share = PARTS[part] / sum(PARTS[other] for other in wanted[i:])  # of what is left: nobody wastes a second
+        left = (end - time.monotonic()) * share
+        if left < 15:
+            results[part] = "no time left"
+            continue
+        print(f"--- {part}, {left:.0f} seconds", flush=True)
+        begun = time.monotonic()
+        command = _tests() if part == "tests" else [*_again(args), "--part", part, "--deadline", str(left - 10)]
+        results[part] = _ended(command, left, _environment(args))
+        print(f"--- {part}: {results[part]} after {time.monotonic() - begun:.0f} s", flush=True)
+    print(json.dumps(results, indent=1))
+    return int(any(result.startswith("exit") for result in results.values()))
+
+
+def _ended(command: list[str], seconds: float, environment: dict[str, str]) -> str:
+    """What became of a command; when its time is up it goes, and with it the processes it started."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0)
+    try:
+        code = process.wait(seconds)
+        return "done" if code == 0 else f"exit code {code}"
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return "ended: its time was up"
+
+
+def _again(args: argparse.Namespace) -> list[str]:
+    given = [sys.executable, str(HERE / "run.py"), "--out", str(args.out.resolve())]
+    for name in ("commit", "weights"):
+        given += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
+    return given + (["--dry-run"] if args.dry_run else [])
+
+
+def _tests() -> list[str]:
+    """A test file that cannot be imported here keeps none of the others from running."""
+    options = "-m gpu -v --tb=short --durations=8 --continue-on-collection-errors -p no:cacheprovider tests"
+    return [sys.executable, "-m", "pytest", *options.split()]
+
+
+def _environment(args: argparse.Namespace) -> dict[str, str]:
+    found = dict(os.environ, PYTHONUNBUFFERED="1", KINETO_LOG_LEVEL="99")  # the profiler is quiet
+    return found | ({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if args.dry_run else {})
+
+
+# --- one part ------------------------------------------------------------------------------------------------------
+
+
+def run_part(args: argparse.Namespace) -> int:
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+    if args.dry_run:
+        sys.path.append(str(ROOT / "tests"))
+        import conftest  # noqa: F401  (lets a CUDA build of torchvision be imported beside a CPU build of torch)
+    import torch
+    from contest import Settings
+
+    if not args.dry_run and not torch.cuda.is_available():
+        print("this needs a GPU; --dry-run rehearses on the CPU")
+        return 1
+    torch.backends.cudnn.allow_tf32 = False  # a judge in float32 is one
+    device = torch.device("cpu" if args.dry_run else "cuda")
+    settings = Settings(device, rounds=2, least_ms=0.0) if args.dry_run else Settings(device)
+    record = opened(args.out / f"{args.part}.json", args, settings)
+    tuned = args.out / "tune.json"
+    if args.part != "tune" and tuned.exists():
+        import tune
+
+        found = json.loads(tuned.read_text())
+        if found["environment"]["kernels_sha256"] == record["environment"]["kernels_sha256"]:
+            for entry in found["cells"]:
+                tune.apply_entry(entry)
+            record["environment"]["configurations"] = "as tuned in the same run"
+    {"tune": tune_part, "weights": weights_part}.get(args.part, compare_part)(args, settings, record)
+    return 0
+
+
+def opened(path: Path, args: argparse.Namespace, settings: Any) -> dict[str, Any]:
+    """The record of this part, with what an earlier run of the same source left in it."""
+    record = {"part": args.part, "dry_run": args.dry_run, "environment": environment(args, settings), "cells": []}
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if all(earlier["environment"].get(k) == record["environment"][k] for k in ("source_sha256", "gpu")):
+            record["cells"] = earlier["cells"]
+    return record
+
+
+def save(record: dict[str, Any], out: Path) -> None:
+    """Whole or not at all, so that an end at any moment leaves a record that can be read."""
+    path = out / f"{record['part']}.json"
+    path.with_suffix(".tmp").write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".tmp").replace(path)
+
+
+def compare_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]) -> None:
+    """Cell after cell while the next one, judged by the longest so far, still fits."""
+    import render
+    import torch
+    from contest import contest
+
+    if args.part in ("op", "mixed", "backward"):
+        import operators
+
+        plans = {"op": operators.forward_part, "mixed": operators.mixed_part, "backward": operators.backward_part}
+    else:
+        import models
+
+        plans = {"model": models.inference_part, "training": models.training_part}
+    end, longest, done = time.monotonic() + args.deadline, 0.0, [cell["cell"] for cell in record["cells"]]
+    for what, build in plans[args.part](settings):
+        if what in done:
+            continue
+        if time.monotonic() + longest > end:
+            print(f"left out for want of time: {what}")
+            continue
+        torch._dynamo.reset()  # or it gives up after a few shapes
+        begun = time.monotonic()
+        cell = contest(build(), settings)
+        longest = max(longest, time.monotonic() - begun)
+        record["cells"].append(cell | {"seconds": round(time.monotonic() - begun, 1)})
+        save(record, args.out)
+        print("\n".join(render.lines(record["cells"][-1])), flush=True)
+
+
+def tune_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]) -> None:
+    import tune
+
+    record["cells"] = []
+    for entry in tune.tune_part(settings):
+        record["cells"].append(entry)
+        save(record, args.out)
+        print(tune.as_python([entry]), flush=True)
+
+
+def weights_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]) -> None:
+    if not args.weights:
+        print("no --weights given")
+        return
+    import models
+
+    pictures = sorted((ROOT / "examples").glob("*.jpg"))
+    record["cells"] = models.agreement(args.weights, pictures, settings)
+    save(record, args.out)
+    for row in record["cells"]:
+        print(row)
+
+
+# --- where it was measured -----------------------------------------------------------------------------------------
+
+
+def environment(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
+    import torch
+    from contest import clocks, smi
+
+    found: dict[str, Any] = {"commit": args.commit or _commit()}
+    found |= {"source_sha256": _sources(*MEASURED), "kernels_sha256": _sources(KERNELS)}
+    found |= {"gpu": torch.cuda.get_device_name() if settings.cuda else platform.machine(), "configurations": "shipped"}
+    found |= {"driver": smi("driver_version"), "clocks": clocks(settings)} if settings.cuda else {}
+    found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "timm"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _commit() -> str | None:
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _sources(*places: Path) -> str:
+    """SHA-256 of Python files, and of those in folders."""
+    digest = hashlib.sha256()
+    for place in places:
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
