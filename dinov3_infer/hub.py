@@ -68,8 +68,8 @@ def _in_the_package(info: ModelInfo) -> Path:
     folder = EMBEDDED / info.name
     if not folder.is_dir():
         raise ModelNotFoundError(
-            f"this version holds no weights of {info.name!r}; name another model, such as 'vits16', or take random ones "
-            f"with Backbone.from_config({info.name!r})"
+            f"this version holds no weights of {info.name!r}; name another model, such as 'vits16', "
+            f"or take random ones with Backbone.from_config({info.name!r})"
         )
     return folder
 
