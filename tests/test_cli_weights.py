@@ -22,7 +22,7 @@ from dinov3_infer.cli import doctor as doctor_command
 from dinov3_infer.cli import golden
 from dinov3_infer.cli import verify as verify_command
 from dinov3_infer.cli.golden import FORMULA, PICTURES, by_formula, compute, difference, known
-from dinov3_infer.zoo import MODELS
+from dinov3_infer.zoo import ARCHITECTURES, MODELS
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +59,16 @@ def test_convert_keeps_the_precision_of_a_file(dtype: torch.dtype, tmp_path: Pat
     found = load_file(tmp_path / "m.safetensors")
     assert found["blocks.0.mlp.fc1.weight"].dtype == dtype
     assert (tmp_path / "m.safetensors").stat().st_size < 1.05 * (source / "model.safetensors").stat().st_size
+
+
+def test_convert_by_the_layout_that_is_told(tmp_path: Path) -> None:
+    """Meta and timm have the same names for DINO, and other rules for positions."""
+    config = replace(ARCHITECTURES["dino_vits16"], embed_dim=64, depth=2, num_heads=1, ffn_dim=128, position_grid=4)
+    source = Backbone.from_config(config, seed=0).save_pretrained(tmp_path / "m.pth", layout="meta")
+    guessed = run("convert", source, tmp_path / "guessed", "--to", "hf")
+    told = run("convert", source, tmp_path / "told", "--to", "hf", "--layout", "timm")
+    assert guessed.status == told.status == 0
+    assert "use the same names here; taken as 'meta'" in guessed.err and "same names" not in told.err
 
 
 def test_what_cannot_be_converted(tmp_path: Path) -> None:

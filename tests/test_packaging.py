@@ -30,6 +30,9 @@ DATA = {
     *(f"{package}/py.typed" for package in ("dinov3_infer", "dinov3_infer_kernels")),
     *(f"dinov3_infer/cli/data/{name}" for name in ("cat.png", "coffee.png", "golden.safetensors", "rocket.png")),
 }
+if (ROOT / "dinov3_infer/data/nano").is_dir():  # once its weights are embedded
+    NANO = ("README.md", "config.json", "model.safetensors", "preprocessor_config.json")
+    DATA |= {f"dinov3_infer/data/nano/{name}" for name in NANO}
 ROOT_FILES = {
     "CHANGELOG.md",
     "LICENSE",

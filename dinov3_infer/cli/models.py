@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         lines.append(
             (row["name"], str(row["width"]), str(row["blocks"]), str(row["patch_size"]),
              f"{row['parameters'] / 1e6:,.1f} M", row["licence"], "yes" if row["cached"] else "no",
-             row["weights"] or "to come")
+             row["weights"] or ("in this package" if row["cached"] else "to come"))
         )  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     right = {"width", "blocks", "patch", "parameters"}
