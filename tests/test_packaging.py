@@ -119,8 +119,13 @@ class Environment:
         self.scripts = next(p for p in (folder / "bin", folder / "Scripts") if p.is_dir())
         self.python = next(p for p in (self.scripts / "python", self.scripts / "python.exe") if p.exists())
         self.site = Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
-        borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-        (self.site / "borrowed.pth").write_text("\n".join(borrowed))
+        borrowed = folder.parent / "borrowed"  # all but this package, which may be installed where the tests run
+        borrowed.mkdir()
+        for entry in {*map(Path, (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))}:
+            for item in entry.iterdir():
+                if not item.name.startswith(("dinov3_infer", "__editable__")):
+                    (borrowed / item.name).symlink_to(item)
+        (self.site / "borrowed.pth").write_text(str(borrowed))
 
     def ask(self, script: str) -> str:
         return run(self.python, "-c", script, cwd="/").strip()
