@@ -18,5 +18,5 @@ def test_quickstart(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
         check=True,
     )
-    assert "RANDOM WEIGHTS" in run.stdout and "[1, 384, 32, 48]" in run.stdout
+    assert "[1, 192, 32, 48]" in run.stdout
     assert Image.open(tmp_path / "pca.png").size == (2 * 512 + 3 * 8, 341 + 2 * 8)

@@ -22,7 +22,7 @@ def model_table() -> str:
         c = info.config
         with torch.device("meta"):
             millions = sum(p.numel() for p in VisionTransformer(c).parameters()) / 1e6
-        home = f"`{info.hub_id or info.timm_id}`" if info.hub_id or info.timm_id else "to come"
+        home = f"`{info.hub_id or info.timm_id}`" if info.hub_id or info.timm_id else "in this package"
         lines.append(
             f"| `{info.name}` | {c.embed_dim} | {c.depth} | {c.patch_size} | {c.num_registers} "
             f"| {millions:,.1f} M | {home} | {info.licence} |"

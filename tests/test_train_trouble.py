@@ -245,4 +245,4 @@ def test_the_command_says_what_is_wrong(pictures: Path, capsys: pytest.CaptureFi
     """Exit status 2 and one sentence."""
     assert main(["--data", str(pictures), "--out", str(pictures.parent / "new"), "--resume"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
+    assert said.startswith("dinov3-infer: error: ") and said.count("\n") == 1

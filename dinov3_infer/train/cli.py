@@ -76,6 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             train(config, resume=given.resume)
     except Dinov3Error as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"dinov3-infer: error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     return 0

@@ -58,6 +58,11 @@ def knn(known: Tensor, classes: Tensor, asked: Tensor, truth: Tensor) -> list[fl
         nearest = (part @ known.T).topk(NEIGHBOURS)
         votes = F.one_hot(classes[nearest.indices]) * (nearest.values / TEMPERATURE).exp()[..., None]
         hits += int((votes.sum(1).argmax(-1) == right).sum())
+    return wilson(hits, n)
+
+
+def wilson(hits: int, n: int) -> list[float]:
+    """The share of hits, and Wilson's interval of 95 %."""
     p, z = hits / n, 1.96
     middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + (z / 2 / n) ** 2)
     return [round(v, 4) for v in (p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n))]
