@@ -5,8 +5,8 @@ D head width, C embed_dim = H * D, T tokens of a packed batch, S sequences in it
 h and w patches, H_px and W_px pixels.  Every coordinate that a user gives or gets is (x, y) in pixels of the original
 picture; every size is (height, width).
 
-Reading order: rope, packing, attention, layers, vit, facets, images, preprocess, features, batching, extract, zoo,
-keys, weights, backbone.
+Reading order: rope, packing, attention, layers, vit, facets, images, preprocess, features, sources, batching, bulk,
+extract, zoo, keys, weights, backbone.
 """
 
 from typing import TYPE_CHECKING

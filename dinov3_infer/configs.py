@@ -6,6 +6,7 @@ config.json, else from the row of the zoo that has the same shape, else from wha
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from .preprocess import Preprocess
 from .zoo import ARCHITECTURES, ModelInfo, find_architecture, preprocess_of, timm_model
 
 __all__ = [
-    "config_from_shapes",
+    "complete",
     "contradiction",
     "hf_config",
     "hf_processor_config",
@@ -24,17 +25,25 @@ __all__ = [
     "reading_differs",
     "same_architecture",
     "settings_from_config",
+    "shown_by_shapes",
     "timm_config",
 ]
 
 # transformers' model types, and the epsilon that their config classes have where a config.json is silent
 _HF_EPS = {"dinov3_vit": 1e-5, "dinov2": 1e-6, "dinov2_with_registers": 1e-6, "vit": 1e-12}
 _REFUSED = {"dinov3_convnext": "a ConvNeXt, not a vision transformer; timm has it as convnext_*.dinov3_lvd1689m"}
+_LONGEST = 2**18  # of any dimension: a position table of 512 x 512 has as many rows
+_LARGEST = 10**9  # of any number in config.json: more overflows somewhere
+
+
+def _model_type(config: Mapping[str, Any]) -> str | None:
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else None
 
 
 def layout_hint(config: Mapping[str, Any]) -> str | None:
     """Whose config.json this is: "hf", "timm" or None.  Raises UnsupportedError for models that are not here."""
-    kind = config.get("model_type")
+    kind = _model_type(config)
     if kind in _REFUSED:
         raise UnsupportedError(f"this checkpoint is {_REFUSED[kind]}")
     if "architecture" in config or "pretrained_cfg" in config:
@@ -44,13 +53,13 @@ def layout_hint(config: Mapping[str, Any]) -> str | None:
 
 def settings_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a ViTConfig that a config.json states and that no tensor shows."""
-    kind = config.get("model_type")
+    kind = _model_type(config)
     if kind in _HF_EPS:
         gated = config.get("use_gated_mlp", config.get("use_swiglu_ffn", False))
         activation = config.get("hidden_act", "gelu")
         if not gated and activation != "gelu":
             raise UnsupportedError(
-                f"config.json asks for the activation {activation!r} in the MLP; DINO models use the exact 'gelu'"
+                f"config.json asks for the activation {reprlib.repr(activation)}; DINO models use the exact 'gelu'"
             )
         rope = config.get("rope_parameters")
         theta = config.get("rope_theta", rope.get("rope_theta") if isinstance(rope, dict) else None)
@@ -60,46 +69,41 @@ def settings_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "rope_base": _positive("rope_theta", theta, (int, float)) if kind == "dinov3_vit" else None,
         }
         return {name: value for name, value in found.items() if value is not None}
-    if "architecture" in config:
-        row = find_architecture(str(config["architecture"]))
+    if isinstance(architecture := config.get("architecture"), str):
+        row = find_architecture(architecture)
         if row is not None:
-            return {
-                "num_heads": row.config.num_heads,
-                "norm_eps": row.config.norm_eps,
-                "rope_base": row.config.rope_base,
-            }
+            return {name: getattr(row.config, name) for name in ("num_heads", "norm_eps", "rope_base")}
     return {}
 
 
 def _positive(name: str, value: Any, kind: Any) -> Any:
-    """The value, if it is none or a number of this kind above 0."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or not value > 0):
-        raise CheckpointError(f"config.json gives {name} as {value!r}, which should be a number above 0")
+    """The value, if it is none or a number of this kind above 0 that a float can hold."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or not 0 < value <= _LARGEST):
+        raise CheckpointError(f"config.json gives {name} as {reprlib.repr(value)}, which should be a number above 0")
     return value
 
 
-def contradiction(config: ViTConfig, stated: Mapping[str, Any]) -> str | None:
+def contradiction(shown: Mapping[str, Any], stated: Mapping[str, Any]) -> str | None:
     """What a config.json of transformers says and the tensors show otherwise."""
-    if stated.get("model_type") not in _HF_EPS:
+    if _model_type(stated) not in _HF_EPS:
         return None
-    shown = {
-        "num_hidden_layers": config.depth, "hidden_size": config.embed_dim, "patch_size": config.patch_size,
-        "num_register_tokens": config.num_registers,
+    names = {
+        "num_hidden_layers": "depth", "hidden_size": "embed_dim", "patch_size": "patch_size",
+        "num_register_tokens": "num_registers",
     }  # fmt: skip
-    for name, value in shown.items():
-        if stated.get(name, value) != value:
-            return f"config.json says {name} {stated[name]} and the tensors {value}"
+    for name, ours in names.items():
+        if stated.get(name, shown[ours]) != shown[ours]:
+            return f"config.json says {name} {reprlib.repr(stated[name])} and the tensors {shown[ours]}"
     return None
 
 
-def config_from_shapes(
+def shown_by_shapes(
     layout: Layout,
     shapes: Mapping[str, tuple[int, ...]],  # by the layout's names on disk
-    settings: Mapping[str, Any],  # fields that tensors do not show, see `settings_from_config`
-) -> tuple[ViTConfig, str | None]:
-    """The config of the model in a file, and a sentence about what had to be assumed, if anything.
+) -> dict[str, Any]:
+    """The fields of a ViTConfig that the tensors in a file show.
 
-    Raises: CheckpointError where the tensors are no whole ViT.
+    Raises: CheckpointError where they are no whole ViT.
     """
 
     depth = _depth(layout, shapes)
@@ -112,12 +116,13 @@ def config_from_shapes(
         for block in range(depth) if number else (0,):
             parts = sources(row, str(block))
             if all(name in shapes for name, needed in parts if needed):
-                return shapes[parts[0][0]]
+                found = shapes[parts[0][0]]
+                return found if max(found, default=0) <= _LONGEST else ()
         return None
 
     def needed(ours: str, dimensions: int) -> tuple[int, ...]:
         found = shape(ours)
-        if found is None or len(found) != dimensions:
+        if found is None or len(found) != dimensions or 0 in found:
             row, number = row_of(layout, ours)
             name = sources(row, number)[0][0] if row is not None else ours
             fault = "missing" if found is None else f"of shape {list(found)}"
@@ -132,14 +137,14 @@ def config_from_shapes(
         raise UnsupportedError(f"the patch embedding has shape {list(conv)}; only RGB and square patches are supported")
     fc2, gate_up = shape("blocks.0.mlp.fc2.weight"), shape("blocks.0.mlp.gate_up.weight")
     if gate_up is not None and layout.rows["blocks.#.mlp.gate_up.weight"] == layout.rows["blocks.#.mlp.fc1.weight"]:
-        gated = fc2 is not None and len(fc2) == 2 and gate_up[0] == 2 * fc2[1]  # timm's giant: an MLP but for its shape
+        gated = fc2 is not None and len(fc2) == 2 and gate_up[:1] == (2 * fc2[1],)  # timm's giant, an MLP by name
     else:
         gated = gate_up is not None
     registers = shape("register_tokens")
     num_registers = registers[1] if registers is not None and len(registers) == 3 else 0
     positions = shape("pos_embed") if layout.family == "dinov3" else needed("pos_embed", 3)
     qkv_bias = shape("blocks.0.attn.qkv.bias") is not None
-    base: dict[str, Any] = dict(
+    shown: dict[str, Any] = dict(
         embed_dim=width,
         depth=depth,
         ffn_dim=needed(f"blocks.0.mlp.{'down' if gated else 'fc2'}.weight", 2)[1],
@@ -155,29 +160,34 @@ def config_from_shapes(
         prefix_norm=shape("cls_norm.weight") is not None,
         local_cls_norm=shape("local_cls_norm.weight") is not None,
     )
-    return _complete(base, layout, shape("rope_periods"), dict(settings))
+    periods = shape("rope_periods")
+    if periods is not None and len(periods) == 1 and periods[0]:
+        shown["num_heads"] = max(1, width // (4 * periods[0]))
+    return shown
 
 
-def _complete(
-    base: dict[str, Any], layout: Layout, periods: tuple[int, ...] | None, settings: dict[str, Any]
+def complete(
+    shown: Mapping[str, Any],
+    layout: Layout,
+    settings: Mapping[str, Any],  # known from elsewhere, see `settings_from_config`
 ) -> tuple[ViTConfig, str | None]:
-    """Fills in what tensors do not show."""
+    """The config of the model in a file, and a sentence about what had to be assumed, if anything.
+
+    Raises: InputError for numbers that do not go together.
+    """
+    fields = {**shown, **settings}
     assumed = []
-    twin = next((c for c in ARCHITECTURES.values() if same_architecture(c, base)), None)
-    if "num_heads" not in settings:
-        if periods is not None:
-            settings["num_heads"] = max(1, base["embed_dim"] // (4 * periods[0]))
-        elif twin is not None:
-            settings["num_heads"] = twin.num_heads
-        else:
-            settings["num_heads"] = max(1, base["embed_dim"] // 64)
-            assumed.append(f"{settings['num_heads']} heads of width 64")
-    if "norm_eps" not in settings:
-        settings["norm_eps"] = _usual_eps(layout, base["key_bias"])
+    twin = next((c for c in ARCHITECTURES.values() if same_architecture(c, shown)), None)
+    if "num_heads" not in fields:
+        fields["num_heads"] = max(1, shown["embed_dim"] // 64) if twin is None else twin.num_heads
         if twin is None:
-            assumed.append(f"a norm epsilon of {settings['norm_eps']:g}")
+            assumed.append(f"{fields['num_heads']} heads of width 64")
+    if "norm_eps" not in fields:
+        fields["norm_eps"] = _usual_eps(layout, shown["key_bias"])
+        if twin is None:
+            assumed.append(f"a norm epsilon of {fields['norm_eps']:g}")
     note = f"the file does not state everything; taken: {', '.join(assumed)}" if assumed else None
-    return ViTConfig(**base, **settings), note
+    return ViTConfig(**fields), note
 
 
 def _usual_eps(layout: Layout, key_bias: bool) -> float:
@@ -197,7 +207,7 @@ def same_architecture(config: ViTConfig, other: Mapping[str, Any] | ViTConfig) -
 def _depth(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> int:
     row = layout.rows["blocks.#.norm1.weight"]
     assert isinstance(row, str)
-    pattern = re.escape(row.partition("#")[0]) + r"(\d{1,4})\."
+    pattern = re.escape(row.partition("#")[0]) + r"(\d{1,3})\."
     numbers = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
     if not numbers:
         raise CheckpointError(f"the names look like layout {layout.label}, but there are no blocks; is the file whole?")

@@ -16,11 +16,24 @@ __all__ = [
     "OfflineError",
     "PrecisionError",
     "UnsupportedError",
+    "one_line",
 ]
+
+_LONGEST = 2000  # characters; a name inside a file may be of any length
+
+
+def one_line(text: str) -> str:
+    """Text with names given by others: unprintable characters as `repr` shows them, the middle of long text cut."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Dinov3Error(Exception):
     """Base of everything that this package raises on purpose."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class InputError(Dinov3Error, ValueError):

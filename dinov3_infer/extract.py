@@ -5,20 +5,24 @@ import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .batching import MAX_TOKENS, Batcher, OnError, Result, check_on_error
-from .embed import EmbedReport, Kind, check_kind, check_target, collect
+from .batching import MAX_TOKENS, Batcher, Decode, OnError, Reading, Result, check_choice, items_of
+from .bulk import Model, Plan, Target, recipe_of, write
+from .embed import EmbedReport, Kind, OutDtype, Vector, collect, vectors_of
 from .errors import Dinov3Error, InputError, PrecisionError
 from .facets import Facet, attention_rows, check_facet, facet_of
 from .features import Features, Pooling, check_pooling, features_of
 from .images import ImageLike, split_batch
 from .interfaces import DropInTransformer
+from .optimize import Mode, Precision, compare, plan_of
 from .preprocess import Fit, PixelBatch, Preprocess
+from .sources import Numbered, Source, open_pictures
 from .vit import BackboneOutput, ViTConfig, resolve_layers
 
 __all__ = ["FeatureExtractor"]
@@ -26,17 +30,18 @@ __all__ = ["FeatureExtractor"]
 log = logging.getLogger("dinov3_infer")
 
 Pictures: TypeAlias = ImageLike | Iterable[ImageLike]
+Collection: TypeAlias = Pictures | Source | Numbered
 
 
 class _Options(TypedDict, total=False):
     size: int | tuple[int, int] | None
     fit: Fit | None
     pooling: Pooling
-    batch_size: int
     num_workers: int | None
 
 
 class _IterOptions(_Options, total=False):
+    batch_size: int
     layers: int | Sequence[int] | None
     facet: Facet
 
@@ -44,7 +49,12 @@ class _IterOptions(_Options, total=False):
 class _EmbedOptions(_Options, total=False):
     kind: Kind
     normalize: bool
-    on_error: OnError
+    out_dtype: OutDtype
+    decode: Decode
+    batch_size: int | None
+    shard_size: int | None
+    on_error: Literal["raise", "skip"]
+    overwrite: bool
     progress: bool | None
 
 
@@ -54,6 +64,7 @@ class FeatureExtractor(DropInTransformer):
     def __init__(self, config: ViTConfig, preprocess: Preprocess) -> None:
         super().__init__(config)
         self.preprocess = preprocess
+        self.mode: Mode = "exact"  # on a CPU, see `from_pretrained`
         self.mixed_precision = True  # on CUDA the matrix work of float32 weights is done in bfloat16
 
     def extract_features(
@@ -88,8 +99,12 @@ class FeatureExtractor(DropInTransformer):
     ) -> Iterator[Features]: ...
     @overload
     def iter_features(
+        self, images: Pictures, *, on_error: Literal["return"], **options: Unpack[_IterOptions]
+    ) -> Iterator[Features | Dinov3Error]: ...
+    @overload
+    def iter_features(
         self, images: Pictures, *, on_error: OnError, **options: Unpack[_IterOptions]
-    ) -> Iterator[Features | None]: ...
+    ) -> Iterator[Features | Dinov3Error | None]: ...
     def iter_features(
         self,
         images: Pictures,
@@ -102,70 +117,90 @@ class FeatureExtractor(DropInTransformer):
         batch_size: int = 32,
         num_workers: int | None = None,
         on_error: OnError = "raise",
-    ) -> Iterator[Features | None]:
+    ) -> Iterator[Features | Dinov3Error | None]:
         """One `Features` per picture, of any sizes, in the order of the input, on the CPU.
 
         `images`: as in `extract_features`, or any iterable of pictures, a folder or a pattern (see `list_pictures`).
         `batch_size`: pictures of one pass at most; large ones go in smaller passes.  It does not change the features.
-        `num_workers`: threads that read ahead; None for 0 on a CPU, and up to 8 beside a GPU.
-        `on_error`: "raise", or "skip", which gives None for a picture that cannot be read, and logs why.
+        `num_workers`: threads that read pictures; None for as many as torch has on a CPU, and up to 8 beside a GPU.
+        `on_error`: for a picture that cannot be read "raise" its error, "return" it in its place, or "skip", which
+        gives None and logs why.
 
         Raises: as `extract_features`.
         """
         blocks = self._blocks(layers, pooling, facet)
-        check_on_error(on_error)
-        batcher = self._batcher(size, fit, blocks, pooling, facet, batch_size, num_workers)
-        return _in_order(batcher(split_batch(images)), on_error)
+        check_choice("on_error", on_error, get_args(OnError))
+        transform = self.preprocess.with_options(size, fit)
+        forward = partial(self._on_cpu, blocks=blocks, pooling=pooling, facet=facet)
+        batcher = Batcher(transform, forward, batch_size, self._max_tokens(), self._reading(num_workers))
+        return _in_order(batcher(items_of(split_batch(images))), on_error)
 
     @overload
-    def embed(self, images: Pictures, out: None = None, **options: Unpack[_EmbedOptions]) -> np.ndarray[Any, Any]: ...
+    def embed(self, images: Collection, out: None = None, **options: Unpack[_EmbedOptions]) -> np.ndarray[Any, Any]: ...
     @overload
-    def embed(self, images: Pictures, out: str | os.PathLike[str], **options: Unpack[_EmbedOptions]) -> EmbedReport: ...
+    def embed(
+        self, images: Collection, out: str | os.PathLike[str], **options: Unpack[_EmbedOptions]
+    ) -> EmbedReport: ...
     def embed(
         self,
-        images: Pictures,
+        images: Collection,
         out: str | os.PathLike[str] | None = None,
         *,
         kind: Kind = "embedding",
         pooling: Pooling = "cls",
         normalize: bool = False,
+        out_dtype: OutDtype = "float32",
         size: int | tuple[int, int] | None = None,
         fit: Fit | None = None,
-        batch_size: int = 32,
+        decode: Decode = "exact",
+        batch_size: int | None = None,
+        shard_size: int | None = None,
         num_workers: int | None = None,
-        on_error: OnError = "raise",
+        on_error: Literal["raise", "skip"] = "raise",
+        overwrite: bool = False,
         progress: bool | None = None,
     ) -> np.ndarray[Any, Any] | EmbedReport:
-        """One row per picture in the order of the input, float32: an array, or the file `out` and a report.
+        """One row per picture in the order of the input: an array, or the file or folder `out` and a report.
 
-        `images`, `size`, `fit`, `batch_size`, `num_workers`: as in `iter_features`.
-        `out`: a .npy file to write; beside it goes a .jsonl with row, path and error of every picture.
+        `images`: as in `iter_features`; also a list file, tar archive, Parquet table or Dataset (see `open_source`).
+        `out`: .npy or .safetensors, beside which goes a .jsonl with row, path, grid and error of every picture, or
+        .parquet with all in one; a name without suffix, or with a slash behind it, is a folder of such files.  What is
+        there of the same call is kept, what is missing is added; under torchrun each process writes a part of a folder.
         `kind`: "embedding" [N, C] ([N, 2C] with pooling "cls_mean"), "patches" [N, P, C], or "map" [N, C, h, w].
         `normalize`: every vector to length 1, for cosine similarity by dot product.
+        `decode`: "fast" lets a JPEG's decoder make large photographs smaller, which changes vectors a little.
+        `batch_size`: pictures of one pass; None for what is found to be fastest.  It does not change vectors.
+        `shard_size`: pictures that are written at a time; None for 10,000, or as many as have 256 MiB.
+        `num_workers`, `size`, `fit`: as in `iter_features`.
         `on_error`: "raise", or "skip", which leaves a row of NaN for a picture that cannot be read.
+        `overwrite`: begin anew, whatever is there.
         `progress`: a bar on stderr; None shows it where that is a terminal.
 
-        Raises: as `iter_features`; InputError where patches or maps differ in shape, or where `out` exists.
+        Raises: as `iter_features`; InputError where patches or maps differ in shape, or where what is at `out` was made
+        in another way or from other pictures.
         """
         check_pooling(pooling)
-        check_on_error(on_error)
-        check_kind(kind)
-        target = None if out is None else check_target(out)
-        pictures = split_batch(images)
-        batcher = self._batcher(size, fit, [], pooling, "token", batch_size, num_workers)
-        vectors = collect(
-            batcher(pictures),
-            kind,
-            self.embed_dim * (2 if pooling == "cls_mean" else 1),
-            normalize=normalize,
-            on_error=on_error,
-            total=len(pictures) if isinstance(pictures, Sized) else None,
-            progress=progress,
+        check_choice("on_error", on_error, ("raise", "skip"))
+        check_choice("kind", kind, get_args(Kind))
+        check_choice("out_dtype", out_dtype, get_args(OutDtype))
+        target = None if out is None else Target.find(out, overwrite)
+        transform = self.preprocess.with_options(size, fit)
+        forward = partial(self._vectors, kind=kind, pooling=pooling, normalize=normalize)
+        model = Model(transform, forward, self._reading(num_workers, decode), self._max_tokens())
+        plan, raises = Plan(shard_size, batch_size), on_error == "raise"
+        pictures = open_pictures(images)
+        if target is not None:
+            recipe = recipe_of(
+                self, pictures, transform, plan, self._products(), kind=kind, pooling=pooling, normalize=normalize,
+                out_dtype=out_dtype, decode=decode,
+            )  # fmt: skip
+            return write(target, pictures, recipe, model, raises=raises, progress=progress, overwrite=overwrite)
+        batcher = model.batcher(Plan(batch_size=batch_size or 32), halves=True)
+        width = self.embed_dim * (2 if pooling == "cls_mean" else 1)
+        total = len(pictures) if isinstance(pictures, Sized) else None
+        return collect(
+            batcher(items_of(pictures)), kind, width, out_dtype=out_dtype, raises=raises, total=total, progress=progress
         )
-        if target is None:
-            return vectors.array
-        vectors.save(target)
-        return EmbedReport(target, vectors.array.shape, vectors.failures, batcher.batch_size)
 
     def attention_maps(
         self,
@@ -195,6 +230,23 @@ class FeatureExtractor(DropInTransformer):
         self._check_finite(rows)
         return rows[:, :, 0, self.config.num_prefix :].unflatten(-1, grid)  # type: ignore[no-any-return]
 
+    def check_precision(
+        self, images: Pictures, size: int | tuple[int, int] | None = None, fit: Fit | None = None
+    ) -> Precision:
+        """How near the features of these pictures are to those of the model as it is written, in plain float32.
+
+        This is for models that run faster at some cost: with `mode="fast"` or "int8" on a CPU, or in bfloat16 on CUDA.
+
+        Raises: as `extract_features`.
+        """
+        batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
+        pixels = batch.pixels.to(self.device)
+        with self._inference():
+            plan = plan_of(self, self.mode, self._samples)
+            (found,) = plan(self, [pixels]) if plan is not None else [self(pixels, layers=[])]
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return compare(found, self(pixels, layers=[]))
+
     # --- how -----------------------------------------------------------------------------------------------------
 
     def _blocks(self, layers: int | Sequence[int] | None, pooling: str, facet: str) -> list[int]:
@@ -206,28 +258,33 @@ class FeatureExtractor(DropInTransformer):
             raise InputError(f"facet={facet!r} is that of layers; say which, e.g. layers=[-1]")
         return blocks
 
-    def _batcher(
-        self,
-        size: int | tuple[int, int] | None,
-        fit: Fit | None,
-        blocks: list[int],
-        pooling: Pooling,
-        facet: Facet,
-        batch_size: int,
-        num_workers: int | None,
-    ) -> Batcher:
+    def _reading(self, num_workers: int | None, decode: Decode = "exact") -> Reading:
+        on_cpu = self.device.type == "cpu"
         if num_workers is None:
-            num_workers = 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
-        max_tokens = MAX_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
-        transform = self.preprocess.with_options(size, fit)
-        forward = partial(self._features, blocks=blocks, pooling=pooling, facet=facet)
-        return Batcher(transform, forward, batch_size, max_tokens, num_workers)
+            threads = torch.get_num_threads() if on_cpu else min(8, os.cpu_count() or 1)
+            num_workers = threads if threads > 1 else 0
+        return Reading(num_workers, ahead=not on_cpu, decode=decode)
+
+    def _max_tokens(self) -> int:
+        return MAX_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
+
+    def _on_cpu(
+        self, batches: list[PixelBatch], blocks: list[int], pooling: Pooling, facet: Facet
+    ) -> list[Sequence[Features]]:
+        return [list(features.to("cpu")) for features in self._features(batches, blocks, pooling, facet)]
+
+    def _vectors(
+        self, batches: list[PixelBatch], kind: Kind, pooling: Pooling, normalize: bool
+    ) -> list[Sequence[Vector]]:
+        return [vectors_of(features, kind, normalize) for features in self._features(batches, [], pooling, "token")]
 
     def _features(self, batches: list[PixelBatch], blocks: list[int], pooling: Pooling, facet: Facet) -> list[Features]:
         """One batch per size, in one pass where the model can."""
         pixels = [batch.pixels.to(self.device) for batch in batches]
         with self._inference():
-            if facet != "token":
+            if facet == "token" and (plan := plan_of(self, self.mode, self._samples)) is not None:
+                outputs = plan(self, pixels, blocks)
+            elif facet != "token":
                 outputs = [self._with_facet(p, blocks, facet) for p in pixels]
             elif (
                 len(pixels) == 1 or self.training
@@ -244,6 +301,11 @@ class FeatureExtractor(DropInTransformer):
         layers = tuple(facet_of(self, taken[block - 1], block, facet) for block in blocks)
         return BackboneOutput(*self.split(self.normed(last)), layers)
 
+    def _samples(self) -> Tensor:
+        """Pixels of the pictures that come with the package."""
+        pictures = Path(__file__).parent / "cli" / "data"
+        return self.preprocess.batch([pictures / f"{name}.png" for name in ("cat", "coffee", "rocket")]).pixels
+
     @contextmanager
     def _inference(self) -> Iterator[None]:
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocasts()):
@@ -253,6 +315,12 @@ class FeatureExtractor(DropInTransformer):
         weight = self.patch_embed.proj.weight
         mixed = self.mixed_precision and weight.is_cuda and weight.dtype == torch.float32
         return bool(mixed) and torch.cuda.is_bf16_supported()
+
+    def _products(self) -> str:
+        """What vectors depend on beside the dtype of the parameters."""
+        if self._autocasts():
+            return ", products in bfloat16"
+        return "" if self.mode == "exact" or self.device.type != "cpu" else f", mode {self.mode}"
 
     def _check_finite(self, *tensors: Tensor) -> None:
         """Never NaN without a word."""
@@ -266,14 +334,14 @@ class FeatureExtractor(DropInTransformer):
         raise PrecisionError("the features are not finite: the weights hold NaN or infinity; load another checkpoint")
 
 
-def _in_order(results: Iterator[Result], on_error: OnError) -> Iterator[Features | None]:
+def _in_order(results: Iterator[Result[Features]], on_error: OnError) -> Iterator[Features | Dinov3Error | None]:
     for result in results:
-        if not isinstance(result.features, Dinov3Error):
-            yield result.features
+        if not isinstance(result.found, Dinov3Error) or on_error == "return":
+            yield result.found
         elif on_error == "raise":
-            raise result.features
+            raise result.found
         else:
-            log.warning("skipped item %d: %s", result.number, result.features)
+            log.warning("skipped item %d: %s", result.number, result.found)
             yield None
 
 

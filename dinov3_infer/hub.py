@@ -36,7 +36,7 @@ def locate(name: str | os.PathLike[str], options: HubOptions) -> tuple[Path, Mod
     """
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise InputTypeError(f"a model is a name of list_models(), a hub id, a path or a link; got {name!r}")
-    path, text = Path(name).expanduser(), os.fspath(name)
+    path, text = Path(os.path.expanduser(name)), os.fspath(name)
     if is_link(name):
         page = _of_hub(text)
         if page is None or page[2] is not None:

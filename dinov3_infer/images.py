@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from typing import BinaryIO, TypeAlias
 from urllib.parse import urlsplit
@@ -15,10 +16,10 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import ImageError, InputTypeError, MissingFileError
+from .errors import ImageError, InputTypeError, MissingFileError, one_line
 from .places import address_scheme, is_collection, list_pictures, name_of, read_address
 
-__all__ = ["ImageLike", "from_hwc", "load_image", "split_batch"]
+__all__ = ["FORMATS", "MAX_BYTES", "ImageLike", "from_hwc", "load_image", "split_batch"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -26,15 +27,21 @@ ImageLike: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image |
 
 _DIRECT = ("RGB", "RGBX", "L", "1", "P", "CMYK", "YCbCr", "LAB", "HSV")
 _ALPHA = ("RGBA", "LA", "PA", "RGBa")
-_TURN = {  # EXIF orientation -> what brings the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_TURN = {  # EXIF orientation -> whether rows are stored as columns, and the steps along rows and columns as stored
+    2: (False, 1, -1),
+    3: (False, -1, -1),
+    4: (False, -1, 1),
+    5: (True, 1, 1),
+    6: (True, -1, 1),
+    7: (True, -1, -1),
+    8: (True, 1, -1),
 }
+# Pillow reads more kinds: one runs a program (EPS), one unpacks whatever there is (FITS), most are hardly ever tried.
+# The first five come without loading all of Pillow; HEIF and JXL are there if their plugin is.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "HEIF", "JXL")
+_HUNGRY = ("WEBP", "JPEG2000", "CMYK")  # formats and a mode that are decoded in 12 bytes a pixel and more
+MAX_BYTES = 2**28  # of a file; at Pillow's limit of 89 million pixels, decoding stays below 1 GiB
+_STRIP = 2**20  # pixels that are converted at a time
 _first = iter((True,))  # for what is said once
 _ALONE = "the picture"  # what a picture without a number is called
 _REMEDY = "repeat a grey channel three times, drop an alpha channel, or give a PIL image, which is converted"
@@ -78,7 +85,7 @@ def load_image(source: ImageLike, label: str = _ALONE) -> Tensor:
     if isinstance(source, (str, os.PathLike)):
         return _from_path(os.fsdecode(source), label)
     if hasattr(source, "read"):
-        return _from_file(io.BytesIO(source.read()), label)
+        return _from_file(_content(source, label), label)
     hint = ", so give the picture in it" if isinstance(source, (Mapping, tuple, list)) else ""
     raise InputTypeError(
         f"a picture is a path, bytes, PIL image, array or tensor; {label} is {type(source).__name__}{hint}"
@@ -92,23 +99,58 @@ def _from_path(path: str, label: str) -> Tensor:
         path = url2pathname(urlsplit(path).path)
     elif scheme:
         return _from_file(io.BytesIO(read_address(path)), shown)
-    if os.path.isdir(path) or not path:
+    try:
+        status = os.stat(path or ".")
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        raise MissingFileError(f"no picture at '{os.path.abspath(path)}'; check the path") from None
+    if stat.S_ISDIR(status.st_mode):
         raise ImageError(f"{shown} is a folder; give it alone, or the pictures in it as a list of paths")
-    if not os.path.isfile(path):
-        raise MissingFileError(f"no picture at '{os.path.abspath(path)}'; check the path")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{shown} is a pipe or a device; give a file, or the bytes of the picture")
+    if status.st_size > MAX_BYTES:
+        raise _too_large(shown)
     try:
         with open(path, "rb") as stream:
+            if not status.st_size:
+                raise ImageError(f"{shown} is empty; copy or download it again")
             return _from_file(stream, shown)
     except OSError as error:  # of opening it; what goes wrong in reading is an ImageError already
         raise ImageError(f"cannot read {shown}: {error.strerror}; check its permissions") from None
 
 
+def _content(stream: BinaryIO, label: str) -> BinaryIO:
+    """What is left in a stream, which may have no end."""
+    content = io.BytesIO()
+    while chunk := stream.read(2**20):
+        if not isinstance(chunk, bytes):
+            raise InputTypeError(f"{label} is a stream of {type(chunk).__name__}; open it in binary mode")
+        content.write(chunk)
+        if content.tell() > MAX_BYTES:
+            raise _too_large(label)
+    return content
+
+
+def _too_large(label: str) -> ImageError:
+    return ImageError(f"{label} is larger than {MAX_BYTES >> 20} MiB; give the pixels, or a file of this picture alone")
+
+
 def _from_file(stream: BinaryIO, label: str) -> Tensor:
     def read() -> Tensor:
-        with Image.open(stream) as picture:
+        with _opened(stream) as picture:
+            cost = 2 if picture.format in _HUNGRY or picture.mode in _HUNGRY else 1
+            if math.prod(picture.size) * cost > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
             return _from_pil(picture, label)
 
     return _decoded(read, label)
+
+
+def _opened(stream: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(stream, formats=FORMATS[:5])
+    except UnidentifiedImageError:
+        Image.init()
+        return Image.open(stream, formats=[name for name in FORMATS[5:] if name in Image.OPEN])
 
 
 def _decoded(read: Callable[[], Tensor], label: str) -> Tensor:
@@ -122,7 +164,7 @@ def _decoded(read: Callable[[], Tensor], label: str) -> Tensor:
             f"{label} has more pixels than Pillow trusts; raise PIL.Image.MAX_IMAGE_PIXELS if you do"
         ) from None
     except UnidentifiedImageError:
-        raise ImageError(f"{label} is not a picture that Pillow can read; convert it to PNG or JPEG") from None
+        raise ImageError(f"{label} is not a picture that Pillow can read safely; convert it to PNG or JPEG") from None
     except Exception as error:  # its readers of damaged files raise anything, IndexError and struct.error too
         reason = str(error).split("<")[0].strip() or type(error).__name__  # Pillow prints addresses of objects in <>
         raise ImageError(f"cannot decode {label}: {reason}; the file is damaged or cut short") from None
@@ -135,18 +177,29 @@ def _from_pil(picture: Image.Image, label: str) -> Tensor:
         raise ImageError(
             f"{label} has mode {picture.mode}, whose range is not 0 to 255; convert it yourself, e.g. scale to 8 bit"
         )
-    turn = _TURN.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    upright = picture if turn is None else picture.transpose(turn)
-    if upright.mode in _ALPHA or "transparency" in upright.info:
-        upright = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    pixels = from_hwc(np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB")))
+    picture.load()  # which turns a TIFF upright and takes the tag away
+    turned, down, across = _TURN.get(picture.getexif().get(ExifTags.Base.Orientation, 1), (False, 1, 1))
+    width, height = picture.size
+    upright = np.empty((3, width, height) if turned else (3, height, width), np.uint8)
+    stored = (upright.transpose(0, 2, 1) if turned else upright)[:, ::down, ::across]
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        strip = picture if rows >= height else picture.crop((0, top, width, min(top + rows, height)))
+        stored[:, top : top + rows] = np.asarray(_opaque(strip)).transpose(2, 0, 1)
     with contextlib.suppress(Exception):  # a second frame that is damaged is none
         # a camera's MPO is one photograph, and who has turned to another frame wants that
         animated = getattr(picture, "is_animated", False) and picture.format != "MPO" and picture.tell() == 0
         if animated and next(_first, False):
-            log.warning("%s has several frames; the first is taken, of this and of all others", label)
-    return pixels
+            log.warning("%s has several frames; the first is taken, of this and of all others", one_line(label))
+    return torch.from_numpy(upright)
+
+
+def _opaque(picture: Image.Image) -> Image.Image:
+    """As RGB, transparency laid over white."""
+    if picture.mode in _ALPHA or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def from_hwc(array: np.ndarray) -> Tensor:

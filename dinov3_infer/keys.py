@@ -9,6 +9,7 @@ Sources: dinov3 at 6876159, dinov2 at b8931f7, dino main; transformers 5.23.0; t
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -278,10 +279,13 @@ def normalise(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """
     clean = {_WRAPPERS.sub("", name): name for name in names}
     prefixes = {match[1] for name in clean if (match := _ANCHORS.match(name))}
-    return {
-        p: {name[len(p) :]: original for name, original in clean.items() if name.startswith(p)}
-        for p in sorted(prefixes)
-    }
+    ordered = sorted(clean)  # those of a prefix lie together, so that thousands of prefixes take no longer than one
+
+    def under(prefix: str) -> list[str]:
+        start = bisect_left(ordered, prefix)
+        return ordered[start : bisect_right(ordered, prefix, start, key=lambda name: name[: len(prefix)])]
+
+    return {p: {name[len(p) :]: clean[name] for name in under(p)} for p in sorted(prefixes)}
 
 
 def recognise(names: Iterable[str], layout: str | None = None) -> list[Layout]:

@@ -1,16 +1,27 @@
-"""Where pictures lie: folders, patterns, addresses."""
+"""Where pictures lie: folders, patterns, lists, addresses."""
 
 import base64
 import glob
 import os
 import re
+import sys
 import time
+from collections.abc import Iterator
 from urllib.parse import unquote_to_bytes
 
 from . import links
 from .errors import Dinov3Error, ImageError, InputError, MissingFileError
 
-__all__ = ["address_scheme", "is_collection", "list_pictures", "name_of", "read_address"]
+__all__ = [
+    "address_scheme",
+    "is_collection",
+    "list_pictures",
+    "name_of",
+    "read_address",
+    "read_labelled_list",
+    "read_list",
+    "walk",
+]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of pictures in a folder
 MAX_BYTES, MAX_SECONDS = 2**27, 60  # of one download
@@ -19,8 +30,7 @@ MAX_BYTES, MAX_SECONDS = 2**27, 60  # of one download
 def list_pictures(source: str | os.PathLike[str]) -> list[str]:
     """Paths of all pictures under a folder, or of all files that a pattern ("photos/**/*.jpg") fits, sorted.
 
-    A folder is searched to the bottom for the usual suffixes; hidden files and folders are left out, links to folders
-    are not followed.
+    A folder is searched to the bottom for the usual suffixes; hidden files and folders are left out, see `walk`.
 
     Raises: MissingFileError where there is nothing, InputError for a folder without a picture.
     """
@@ -31,16 +41,81 @@ def list_pictures(source: str | os.PathLike[str]) -> list[str]:
             raise MissingFileError(f"no folder and no file at '{os.path.abspath(path)}'; check the path or pattern")
         return found
     names, others = [], 0
-    for folder, inner, files in os.walk(path):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        for name in (name for name in files if not name.startswith(".")):
-            if name.lower().endswith(SUFFIXES):
-                names.append(os.path.join(folder, name))
-            else:
-                others += 1
+    for name in walk(path):
+        if name.lower().endswith(SUFFIXES):
+            names.append(name)
+        else:
+            others += 1
     if not names:
         raise InputError(f"no pictures under '{path}' (looked for {' '.join(SUFFIXES)}; {others} other files)")
     return sorted(names)
+
+
+def walk(folder: str) -> Iterator[str]:
+    """Files under a folder, to the bottom, without hidden ones.
+
+    Links to folders are followed after all real folders, and no folder is entered twice: loops end, nothing comes twice
+    by another name, and what is found does not depend on the order in which the disk lists it.
+    """
+    entered: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        links: list[str] = []
+        for top in waiting:
+            for where, folders, files in os.walk(top):
+                identity = _identity(where)
+                if identity is None or identity in entered:
+                    folders.clear()
+                    continue
+                entered.add(identity)
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                links += (path for name in folders if os.path.islink(path := os.path.join(where, name)))
+                yield from (os.path.join(where, name) for name in files if not name.startswith("."))
+        waiting = links
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+    """The same for all names of a folder; None where it has just gone."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def read_list(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a list file, or what lies between its zero bytes if there are any; "-" is stdin.
+
+    Raises: MissingFileError, InputError for an empty list.
+    """
+    return _read_list(path)[0]
+
+
+def read_labelled_list(path: str | os.PathLike[str]) -> tuple[list[str], list[str] | None]:
+    """Paths, and what stands behind a tab in every line.  Between zero bytes there are paths alone."""
+    lines, by_line = _read_list(path)
+    if not by_line:
+        return lines, None
+    pairs = [line.split("\t") for line in lines]
+    labels = [pair[1].strip() for pair in pairs] if all(len(pair) > 1 for pair in pairs) else None
+    return [pair[0].strip() for pair in pairs], labels
+
+
+def _read_list(path: str | os.PathLike[str]) -> tuple[list[str], bool]:
+    try:
+        if os.fspath(path) == "-":
+            content = sys.stdin.buffer.read()
+        else:
+            with open(path, "rb") as stream:
+                content = stream.read()
+    except OSError as error:
+        raise MissingFileError(f"the list '{path}' cannot be read ({error.strerror}); check the path") from None
+    by_line = b"\0" not in content
+    lines = content.splitlines() if by_line else content.split(b"\0")
+    found = [os.fsdecode(line) for line in lines if line.strip()]
+    if not found:
+        raise InputError(f"the list '{path}' is empty; give one path per line")
+    return found, by_line
 
 
 def is_collection(source: object) -> bool:

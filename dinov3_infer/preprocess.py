@@ -6,6 +6,7 @@ of PIL pictures give (Meta's and transformers' DINOv2, timm).
 """
 
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -26,7 +27,7 @@ Engine = Literal["uint8", "float", "pil"]
 Filter = Literal["bilinear", "bicubic"]
 Rounding = Literal["down", "even"]  # of half a pixel of crop offset: transformers rounds down, torchvision to even
 
-MAX_PIXELS = 2**27  # of a picture after resizing: 1.5 GiB in float32
+MAX_PIXELS = 2**26  # of a picture after resizing: 768 MiB in float32
 MAX_SIDE = 4096  # pixels that a picture may have without an explicit size: 65,536 patches of 16
 
 
@@ -95,6 +96,14 @@ class Preprocess:
         for name, known in (("fit", Fit), ("filter", Filter), ("engine", Engine), ("crop_rounds", Rounding)):
             if getattr(self, name) not in get_args(known):
                 raise InputError(f"{name} is one of {', '.join(get_args(known))}; got {getattr(self, name)!r}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            low = 1e-6 if name == "std" else -1e6
+            if len(values) != 3 or not all(isinstance(v, (int, float)) and low <= v <= 1e6 for v in values):
+                raise InputError(
+                    f"{name} is three numbers, of red, green and blue in 0 to 1{', above 0' if name == 'std' else ''}; "
+                    f"got {reprlib.repr(values)}"
+                )
         if self.size is None:
             if self.fit != "native":
                 raise InputError(
@@ -156,14 +165,20 @@ class Preprocess:
         pixels = torch.stack([pixels for pixels, _ in placed])
         return PixelBatch(pixels, placements, self._valid(placements))
 
-    def place(self, image: Tensor, label: str = "the picture") -> tuple[Tensor, Placement]:  # image: [3, H, W]
+    def place(
+        self,
+        image: Tensor,  # [3, H, W]
+        label: str = "the picture",
+        original: tuple[int, int] | None = None,  # (height, width) where the decoder has made it smaller
+    ) -> tuple[Tensor, Placement]:
         """Resize, crop or pad, normalise."""
-        placement = self.plan(image.shape[1], image.shape[2], label)
+        placement = self.plan(*(original or (image.shape[1], image.shape[2])), label)
         resized = self._resize(image, placement.resized)
         top, left, height, width = placement.window
         resized = resized[:, top : top + height, left : left + width]
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
-        pixels = ((resized / 255.0 if resized.dtype == torch.uint8 else resized) - mean) / std
+        pixels = (resized / 255.0).sub_(mean) if resized.dtype == torch.uint8 else resized - mean
+        pixels.div_(std)
         return F.pad(pixels, (0, width - pixels.shape[2], 0, height - pixels.shape[1])), placement
 
     def plan(self, height: int, width: int, label: str = "the picture") -> Placement:
@@ -210,8 +225,8 @@ class Preprocess:
 
     def _resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """uint8 stays uint8 unless the engine is float; float pictures are resized in float by torch."""
-        if self.engine == "float" and image.dtype == torch.uint8:
-            image = image / 255.0
+        if self.engine == "float" and image.dtype == torch.uint8:  # by channel, since a large picture takes 1 GiB
+            return torch.cat([self._resize(channel[None] / 255.0, size) for channel in image])
         if tuple(image.shape[1:]) == size:
             return image
         if self.engine == "pil" and image.dtype == torch.uint8:

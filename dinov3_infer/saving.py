@@ -1,5 +1,6 @@
 """Writing checkpoints: the key tables read backwards."""
 
+import contextlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from . import keys
 from .configs import hf_config, hf_processor_config, reading_differs, timm_config
-from .errors import InputError, UnsupportedError
+from .errors import CheckpointError, InputError, UnsupportedError
 from .files import INDEX, WEIGHTS, read_index
 from .keys import Folded, Joined, Layout, Masked, Nested, row_of, sources
 from .preprocess import Preprocess
@@ -169,7 +170,9 @@ def _remove_shards(folder: Path) -> None:
     """Shards of what lay here before would be read instead of the new file."""
     index = folder / INDEX
     if index.is_file():
-        shards = set(read_index(index).values())
+        shards: set[str] = set()
+        with contextlib.suppress(CheckpointError):  # what lay here may be damaged; it goes all the same
+            shards = set(read_index(index).values()) - {WEIGHTS}
         index.unlink()
         for shard in shards:
             (folder / shard).unlink(missing_ok=True)
@@ -187,7 +190,10 @@ def _replace(target: Path, write: Callable[[Path], Any]) -> None:
     """Writes beside the target, then takes its place."""
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
+        beside.touch(exist_ok=False)
+        mode = beside.stat().st_mode  # as any new file has here; some writers make it another file, for us alone
         write(beside)
+        beside.chmod(mode)
         os.replace(beside, target)
     except BaseException:
         beside.unlink(missing_ok=True)

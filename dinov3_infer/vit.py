@@ -289,15 +289,27 @@ class VisionTransformer(nn.Module):
                     f"masks are bool {list(x.shape[:2])} for this input; got {masks.dtype} {list(masks.shape)}"
                 )
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
+        return self.with_prefix(x, grid)
+
+    def with_prefix(
+        self,
+        x: Tensor,  # [B, P, C] embedded patches
+        grid: tuple[int, int],
+    ) -> Tensor:
+        """Class token, registers and patches, [B, N, C], with learned positions where the model has them."""
         prefix = self.cls_token.to(x.dtype)
         if self.pos_embed is not None:
-            working = torch.float32 if self.config.resizes_in_float32 else x.dtype
-            positions = resize_positions(self.pos_embed[:, 1:], grid, self.config.position_resize, working)
-            x = x + positions.to(x.dtype)
+            x = x + self.positions(grid, x.dtype).to(x.dtype)
             prefix = prefix + self.pos_embed[:, :1].to(x.dtype)
         if self.register_tokens is not None:
             prefix = torch.cat((prefix, self.register_tokens.to(x.dtype)), dim=1)
         return torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1)
+
+    def positions(self, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Learned positions of the patches of one picture, [1, P, C], for a stream of this dtype."""
+        assert self.pos_embed is not None
+        working = torch.float32 if self.config.resizes_in_float32 else dtype
+        return resize_positions(self.pos_embed[:, 1:], grid, self.config.position_resize, working)
 
     def rope(self, grid: tuple[int, int]) -> RopeTable | None:
         """Angles of all tokens of one picture; None for learned positions."""

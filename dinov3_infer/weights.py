@@ -7,6 +7,7 @@ over in the file and not listed as unused is an error too.
 import hashlib
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import keys
-from .configs import config_from_shapes, contradiction, layout_hint, same_architecture, settings_from_config
+from .configs import complete, contradiction, layout_hint, same_architecture, settings_from_config, shown_by_shapes
 from .errors import CheckpointError, InputError, UnsupportedError
 from .files import Checkpoint, TensorSource
 from .keys import Folded, Joined, Layout, Masked, Nested, row_of, sources
@@ -86,7 +87,7 @@ def load_model(
     if keep:
         device = group.read(next(iter(group.names))).device
     _fill(model, group, rows, None if keep else (dtype or torch.float32), torch.device(device))
-    _settle_periods(model, checkpoint.config, periods, torch.device(device))
+    _settle_periods(model, checkpoint, periods, torch.device(device))
     return model.eval(), group.layout
 
 
@@ -120,8 +121,7 @@ def _find_group(checkpoint: Checkpoint, layout: LayoutName | None) -> _Group:
                 checkpoint.path, chosen.name, others, chosen.name, others,
             )  # fmt: skip
     if prefix:
-        aside = len(checkpoint.tensors.shapes) - len(groups[prefix])
-        taken = len(groups[prefix])
+        taken, aside = len(groups[prefix]), len(checkpoint.tensors.shapes) - len(groups[prefix])
         log.info("%s: took %d tensors under '%s', left %d others aside", checkpoint.path, taken, prefix, aside)
     spelled: dict[str, str] = {}
     for name, original in groups[prefix].items():
@@ -138,12 +138,14 @@ def _config_of(
     known = dict(settings or settings_from_config(stated))
     if not known and expected is not None:
         known = {"num_heads": expected.config.num_heads, "norm_eps": expected.config.norm_eps}
-    config, note = config_from_shapes(group.layout, {name: group.shape(name) for name in group.names}, known)
-    if group.layout.name == "hf" and (fault := contradiction(config, stated)):
+    shown = shown_by_shapes(group.layout, {name: group.shape(name) for name in group.names})
+    if group.layout.name == "hf" and (fault := contradiction(shown, stated)):
         raise CheckpointError(f"{fault}; is the file whole?")
-    if expected is not None and not same_architecture(expected.config, config):
-        raise CheckpointError(f"it {_looks_like(config)}; you asked for {expected.name} {_shape_of(expected.config)}")
-    return config, note
+    if expected is not None and not same_architecture(expected.config, shown):
+        raise CheckpointError(
+            f"it {_looks_like(shown)}; you asked for {expected.name} {_shape_of(vars(expected.config))}"
+        )
+    return complete(shown, group.layout, known)
 
 
 def _choose_prefix(checkpoint: Checkpoint, prefixes: list[str]) -> str:
@@ -162,35 +164,36 @@ def _account(model: VisionTransformer, group: _Group, path: str) -> dict[str, tu
     """Where each tensor of the model lies in the file; raises for whatever is missing, left over or misshapen."""
     in_any_block = {_any_block(name) for name in group.names}
     rows: dict[str, tuple[keys.Row, list[str]]] = {}
-    missing: list[str] = []
-    misshapen: list[str] = []
+    faults: dict[str, list[str]] = defaultdict(list)
     used: set[str] = set()
     for ours, target in model.state_dict().items():
         row, number = row_of(group.layout, ours)
         if row is None:
-            missing.extend([ours] if ours != "rope_periods" else [])  # those can be computed
+            faults["missing"].extend([ours] if ours != "rope_periods" else [])  # those can be computed
             continue
         parts = sources(row, number)
         names = [name for name, _ in parts]
         used.update(names)
         absent = [n for n, needed in parts if n not in group and (needed or _any_block(n) in in_any_block)]
-        missing.extend(absent)
+        faults["missing"].extend(absent)
         if absent:
             continue
+        stored = {name: group.tensors.dtypes[group.names[name]] for name in names if name in group}
+        faults["not stored as floating point numbers"].extend(name for name, kind in stored.items() if kind is None)
         if _shape_of_row(row, names, group) != tuple(target.shape):
-            misshapen.append(f"{names[0]} {list(group.shape(names[0]))} for our {ours} {list(target.shape)}")
+            found = f"{names[0]} {list(group.shape(names[0]))} for our {ours} {list(target.shape)}"
+            faults["of another shape"].append(found)
         rows[ours] = row, names
     unused = "|".join(group.layout.unused) or r"(?!)"
-    left_over = [
+    faults["left over"] = [
         name
         for name in group.names
         if name not in used and 0 not in group.shape(name) and not re.fullmatch(unused, name)
     ]
-    if missing or left_over or misshapen:
-        faults = [("missing", missing), ("left over", left_over), ("of another shape", misshapen)]
-        counts = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in faults if names)
+    if any(faults.values()):
+        counts = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in faults.items() if names)
         raise CheckpointError(
-            f"'{path}' does not fit (layout {group.layout.label}, {_looks_like(model.config)}): {counts}"
+            f"'{path}' does not fit (layout {group.layout.label}, {_looks_like(vars(model.config))}): {counts}"
         )
     return rows
 
@@ -206,7 +209,7 @@ def _shape_of_row(row: keys.Row, names: list[str], group: _Group) -> tuple[int, 
     first = shapes[0]
     assert first is not None
     if isinstance(row, Joined):
-        if not first or any(shape is not None and shape[1:] != first[1:] for shape in shapes):
+        if not all(shape is None or (shape and shape[1:] == first[1:]) for shape in shapes):
             return ()
         return (sum((shape or first)[0] for shape in shapes), *first[1:])
     if isinstance(row, Masked) and shapes[1] not in (None, first):
@@ -229,8 +232,8 @@ def _fill(
     parameters = dict(model.named_parameters())
     state: dict[str, Tensor] = {}
     for ours, (row, names) in rows.items():
-        stored = group.tensors.dtypes[group.names[names[0]]]
-        want = stored if dtype is None else dtype if ours in matrices else torch.promote_types(dtype, torch.float32)
+        want = dtype if dtype is None or ours in matrices else torch.promote_types(dtype, torch.float32)
+        want = want or group.tensors.dtypes[group.names[names[0]]] or torch.float32
         tensor = _read(row, names, group, torch.float32 if ours == "rope_periods" else want, device)
         if ours in parameters:
             if dtype is None:  # taken as it is, so what is frozen stays frozen; assigning would unfreeze it
@@ -276,32 +279,34 @@ def _read(row: keys.Row, names: list[str], group: _Group, dtype: torch.dtype, de
 
 
 def _settle_periods(
-    model: VisionTransformer, config: Mapping[str, Any], periods: Periods | None, device: torch.device
+    model: VisionTransformer, checkpoint: Checkpoint, periods: Periods | None, device: torch.device
 ) -> None:
     """RoPE periods: as asked, else as stored in the file or in our block of config.json, else exact."""
     if model.rope_periods is None:
         return
-    ours = config.get("dinov3_infer")
+    ours = checkpoint.config.get("dinov3_infer")
     stored = ours.get("rope_periods") if isinstance(ours, dict) else None
     exact = rope_periods(model.config.head_dim, model.config.rope_base)
     if periods is not None:
         model.rope_periods = (exact.bfloat16().float() if periods == "bfloat16" else exact).to(device)
-    elif isinstance(stored, list) and len(stored) == len(exact):
+    elif isinstance(stored, list) and len(stored) == len(exact) and all(isinstance(v, float) for v in stored):
         model.rope_periods = torch.tensor(stored, dtype=torch.float32, device=device)
     elif model.rope_periods.is_meta:
         model.rope_periods = exact.to(device)
+    if not model.rope_periods.is_meta and not ((model.rope_periods > 0) & model.rope_periods.isfinite()).all():
+        raise CheckpointError(f"'{checkpoint.path}' holds RoPE periods of 0, below or infinite; download it again")
 
 
-def _looks_like(config: ViTConfig) -> str:
+def _looks_like(config: Mapping[str, Any]) -> str:
     names = [name for name, known in ARCHITECTURES.items() if same_architecture(known, config)]
     return f"looks like {' or '.join(names[:2])}" if names else f"looks like a ViT {_shape_of(config)}"
 
 
-def _shape_of(config: ViTConfig) -> str:
-    grid = "RoPE" if config.position_grid is None else f"positions {config.position_grid}x{config.position_grid}"
+def _shape_of(config: Mapping[str, Any]) -> str:
+    side = config["position_grid"]
     return (
-        f"(embed_dim {config.embed_dim}, {config.depth} blocks, patch {config.patch_size}, "
-        f"{config.num_registers} registers, {grid})"
+        f"(embed_dim {config['embed_dim']}, {config['depth']} blocks, patch {config['patch_size']}, "
+        f"{config['num_registers']} registers, {'RoPE' if side is None else f'positions {side}x{side}'})"
     )
 
 

@@ -15,7 +15,7 @@ from pictures import complaint, photo
 from PIL import Image
 
 from dinov3_infer import Backbone, Features, ImageError, InputError, InputTypeError, ViTConfig
-from dinov3_infer.batching import MAX_TOKENS
+from dinov3_infer.batching import MAX_TOKENS, Reading
 
 SIZES = [(64, 64), (64, 96), (50, 70), (64, 64), (96, 64), (33, 120), (64, 96)]
 PICTURES = [photo(*size, seed=i) for i, size in enumerate(SIZES)]
@@ -85,6 +85,21 @@ def test_every_kind_of_source_and_thread(num_workers: int, bb: Backbone, tmp_pat
     expected = bb.extract_features(PICTURES[0], size=64)
     found = list(bb.iter_features(sources, size=64, num_workers=num_workers, batch_size=4))
     assert len(found) == len(sources) and all(same(f, expected) for f in found)
+
+
+def test_reading_beside_the_model_gives_the_same(bb: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a GPU: threads read the next pictures while a pass runs."""
+    expected = list(bb.iter_features(PICTURES, size=64))
+    monkeypatch.setattr(bb, "_reading", lambda *_: Reading(3, ahead=True))
+    found = list(bb.iter_features(PICTURES, size=64, batch_size=2))
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+    taken = itertools.count()
+    stream = bb.iter_features((PICTURES[next(taken) * 0] for _ in itertools.count()), size=32, batch_size=4)
+    for _ in range(3):
+        next(stream)
+    assert next(taken) <= 2 * 4 + 3 + 1
+    stream.close()  # type: ignore[attr-defined]
+    assert not [t for t in threading.enumerate() if t.name.startswith("dinov3-infer-read")]
 
 
 def test_padding_is_known_to_each_picture(bb: Backbone) -> None:
@@ -165,6 +180,10 @@ def test_a_bad_picture_costs_its_own_place(num_workers: int, bb: Backbone, caplo
     assert all(same(f, bb.extract_features(i, size=64)) for f, i in zip(found, images, strict=True) if f is not None)
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == 2 and "item 2" in said[0] and "missing.png" in said[1] and "item 4" in said[1]
+    returned = list(bb.iter_features(images, size=64, on_error="return", num_workers=num_workers))
+    assert [str(e) for e in returned if isinstance(e, ImageError | FileNotFoundError)] == [
+        s.split(": ", 1)[1] for s in said
+    ]
     stream = bb.iter_features(images, size=64, num_workers=num_workers)
     assert same(next(stream), found[0]) and same(next(stream), found[1])  # type: ignore[arg-type]
     assert "item 2" in complaint(ImageError, lambda: next(stream))
@@ -172,6 +191,7 @@ def test_a_bad_picture_costs_its_own_place(num_workers: int, bb: Backbone, caplo
 
 def test_memory_that_does_not_do_is_halved(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Down to what fits, with one line each time, and no halving is tried twice; the features stay."""
+    monkeypatch.setenv("DINOV3_INFER_PLAN", "0")  # which a forward that is replaced would end, with other rounding
     bb = backbone()
     expected = list(bb.iter_features([*PICTURES, *PICTURES], size=64))
     forward, sizes = bb.forward, []
@@ -207,7 +227,7 @@ def test_one_picture_too_large_for_the_memory_is_said(monkeypatch: pytest.Monkey
     [
         (dict(batch_size=0), InputError, "batch_size is a whole number from 1 on, got 0"),
         (dict(batch_size=2.5), InputTypeError, "got 2.5"), (dict(num_workers=-1), InputError, "num_workers"),
-        (dict(on_error="ignore"), InputError, "'raise' or 'skip', got 'ignore'"),
+        (dict(on_error="ignore"), InputError, "one of raise, skip, return; got 'ignore'"),
         (dict(pooling="max"), InputError, "'max'"), (dict(layers=[9]), IndexError, "layer 9"),
         (dict(facet="keys", layers=1), InputError, "got 'keys'"), (dict(facet="key"), InputError, "layers=[-1]"),
         (dict(size=250), InputError, "nearest is 256"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dinov3_infer import Backbone
+from dinov3_infer.bench import contest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "kernels" / "benchmarks"
@@ -85,8 +86,7 @@ def test_tables_of_a_record(scripts: Any, tmp_path: Path) -> None:
 # --- the method ----------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_contestant_is_reported_and_not_timed(scripts: Any) -> None:
-    contest = scripts("contest")
+def test_a_wrong_contestant_is_reported_and_not_timed() -> None:
     x = torch.randn(100)
 
     def fails(_: Any) -> Any:
@@ -106,8 +106,7 @@ def test_a_wrong_contestant_is_reported_and_not_timed(scripts: Any) -> None:
     assert "error 0.25" in found["wrong"]["refused"] and found["fails"]["refused"] == "NotImplementedError: no such"
 
 
-def test_inputs_rotate_through_three_times_the_cache(scripts: Any) -> None:
-    contest = scripts("contest")
+def test_inputs_rotate_through_three_times_the_cache() -> None:
     assert [contest.copies(size << 20) for size in (1, 50, 100, 4000)] == [12, 4, 2, 2]
 
 

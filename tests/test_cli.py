@@ -22,8 +22,9 @@ from dinov3_infer.cli.parser import make_parser
 from dinov3_infer.zoo import MODELS
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("embed", "features", "show", "models", "convert", "doctor", "verify")
+COMMANDS = ("embed", "features", "show", "models", "convert", "doctor", "verify", "export", "bench")
 KINDS = ("pca", "attention", "similarity")
+ON_VECTORS = ("search", "dedup", "curate")
 
 
 def python(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -38,7 +39,8 @@ def test_every_help_comes_at_once_and_without_torch() -> None:
     script = f"""
 import sys, time
 from dinov3_infer.cli import main
-for argv in ([], *([name] for name in {COMMANDS}), *(["show", kind] for kind in {KINDS})):
+for argv in ([], *([name] for name in {COMMANDS}), *(["show", kind] for kind in {KINDS}),
+             *(["embed", kind] for kind in {ON_VECTORS})):
     assert main([*argv, "--help"]) == 0
 print({{"torch", "numpy", "PIL", "huggingface_hub", "safetensors"}} & set(sys.modules), time.process_time())
 """
@@ -46,7 +48,7 @@ print({{"torch", "numpy", "PIL", "huggingface_hub", "safetensors"}} & set(sys.mo
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith("set() ") and float(last.removeprefix("set() ")) < 0.3, last
-    for name in (*COMMANDS, "train", *KINDS, "exit status", "@LIST"):
+    for name in (*COMMANDS, "train", *KINDS, *ON_VECTORS, "exit status", "@LIST"):
         assert name in done.stdout
 
 

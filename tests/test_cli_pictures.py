@@ -135,7 +135,7 @@ def test_embed_goes_on_after_a_bad_picture(tmp_path: Path) -> None:
         1, "cannot decode", "embed", tmp_path / "in", "-o", out, *MODEL, *SMALL, "--on-error", "raise", "--overwrite"
     )
     assert out.read_bytes() == before, "what is there is replaced when the new one is whole"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "x.jsonl", "x.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "x.json", "x.jsonl", "x.npy"]
     assert run("embed", tmp_path / "in" / "broken.png", "-o", tmp_path / "y.npy", *MODEL).status == 1, (
         "nothing was done"
     )
@@ -238,11 +238,11 @@ def test_two_pictures_of_one_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "out", "words"),
     [
-        ("embed", "x.parquet", r"should end in \.npy; rename it"),
+        ("embed", "x.csv", r"should end in \.npy, \.safetensors, \.parquet, or be a folder"),
         ("embed", "missing/x.npy", r"no folder '.*missing' to write '.*x\.npy' to; make it first"),
-        ("embed", "there.npy", r"'.*there\.npy' exists already; give another name, or --overwrite"),
+        ("embed", "there.npy", r"'.*there\.npy' exists already, and not from embed; give another name, or overwrite"),
         ("embed", "beside.npy", r"'.*beside\.jsonl' exists already"),
-        ("embed", "folder.npy", r"'.*folder\.npy' is a folder; give a file"),
+        ("embed", "in", r"the folder '.*in' holds other things; give an empty one or another name"),
         ("features", "missing/maps", r"no folder '.*missing' to write"),
         ("features", "full", "the folder '.*full' is not empty; give another one, or --overwrite"),
         ("features", "there.npy", "is a file, and a folder is needed; give another name"),

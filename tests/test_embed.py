@@ -13,7 +13,7 @@ from pictures import complaint, photo
 from PIL import Image
 
 from dinov3_infer import Backbone, ImageError, InputError, MissingFileError
-from dinov3_infer import embed as module
+from dinov3_infer.bulk import formats
 
 SIZES = [(64, 64), (64, 96), (50, 70), (33, 120), (20, 20)]
 PICTURES = [photo(*size, seed=i) for i, size in enumerate(SIZES)]
@@ -106,7 +106,8 @@ def test_files_and_report(bb: Backbone, tmp_path: Path) -> None:
     assert [bool(x["error"]) for x in listed] == [False, True, False, True] and "item 1" in listed[1]["error"]
     assert report.path == tmp_path / "x.npy" and report.shape == (4, 64) and report.batch_size == 32
     assert [(f.row, f.path) for f in report.failures] == [(1, None), (3, str(images[3]))]
-    assert sorted(os.listdir(tmp_path)) == ["0.png", "1.png", "x.jsonl", "x.npy"]
+    assert [x["grid"] for x in listed] == [[4, 4], None, [4, 4], None]
+    assert sorted(os.listdir(tmp_path)) == ["0.png", "1.png", "x.json", "x.jsonl", "x.npy"]
 
 
 def test_nothing_is_left_of_a_run_that_fails(bb: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,11 +116,11 @@ def test_nothing_is_left_of_a_run_that_fails(bb: Backbone, tmp_path: Path, monke
         bb.embed([BROKEN], tmp_path / "x.npy")
     assert os.listdir(tmp_path) == []
 
-    def full(stream: Any, array: Any) -> None:
+    def full(stream: Any, array: Any, **_: Any) -> None:
         stream.write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(module.np, "save", full)
+    monkeypatch.setattr(formats.np, "save", full)
     with pytest.raises(OSError, match="no space left"):
         bb.embed(PICTURES, tmp_path / "x.npy", size=64)
     assert os.listdir(tmp_path) == []
@@ -128,8 +129,9 @@ def test_nothing_is_left_of_a_run_that_fails(bb: Backbone, tmp_path: Path, monke
 @pytest.mark.parametrize(
     "out, error, said",
     [
-        ("x.parquet", InputError, "does not end in .npy"), ("x", InputError, "does not end in .npy"),
+        ("x.csv", InputError, "x.csv' should end in .npy, .safetensors, .parquet, or be a folder"),
         ("here.npy", InputError, "here.npy' exists already"), ("list.npy", InputError, "list.jsonl' exists already"),
+        ("photos", InputError, "holds other things"), ("here.npy/", InputError, "is a file, and a folder is needed"),
         ("none/x.npy", MissingFileError, "none' to write 'x.npy'"),
     ],
 )  # fmt: skip
@@ -137,7 +139,9 @@ def test_wrong_targets_are_said_first(out: str, error: Any, said: str, bb: Backb
     """Before a picture is read; what is there stays."""
     (tmp_path / "here.npy").write_bytes(b"precious")
     (tmp_path / "list.jsonl").write_bytes(b"precious")
-    assert said in complaint(error, lambda: bb.embed([BROKEN], tmp_path / out))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.txt").touch()
+    assert said in complaint(error, lambda: bb.embed([BROKEN], f"{tmp_path}/{out}"))
     assert (tmp_path / "here.npy").read_bytes() == b"precious"
 
 

@@ -13,26 +13,32 @@ KERNELS = ROOT / "kernels" / "dinov3_infer_kernels"
 # A module imports from lines above its own only.  A package counts as one module.
 ORDER = (
     "errors keys",
-    "rope files",
+    "rope files packed",
     "packing attention links",
     "access places",
     "layers images",
-    "vit preprocess",
-    "facets features zoo",
-    "interfaces",
+    "vit preprocess sources",
+    "facets features zoo frozen",
+    "interfaces optimize",
     "configs hub batching",
     "weights embed",
+    "bulk",
     "extract",
-    "saving",
-    "cards",
+    "saving traced",
+    "cards export",
     "backbone",
-    "tasks",
-    "train",
+    "tasks ray",
+    "train bench",
     "torchhub cli",
     "__main__",
 )
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}
-FOREIGN = {"transformers", "timm", "torchvision", "peft", "triton"}
+FOREIGN = {"transformers", "timm", "torchvision", "peft", "triton", "onnx", "onnxruntime", "openvino", "nncf"}
+# Inside functions only: contestants are loaded when somebody asks how fast they are, an engine to check its file.
+GUESTS = {
+    "bench/contestants.py": {"transformers", "timm", "onnxruntime", "openvino", "nncf"},
+    "export.py": {"onnx", "onnxruntime"},
+}
 
 
 def sources() -> list[Path]:
@@ -46,14 +52,16 @@ def module_of(path: Path) -> str:
 
 def imports(path: Path) -> list[tuple[int, str]]:
     """(dots, dotted name) of every import statement, those inside functions too."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found += [(0, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found += [(node.level, name) for name in names]
-    return found
+    return [found for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for found in named(node)]
+
+
+def named(node: ast.AST) -> list[tuple[int, str]]:
+    """(dots, dotted name) of what a statement imports; of others nothing."""
+    if isinstance(node, ast.Import):
+        return [(0, alias.name) for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [(node.level, name) for name in ([node.module] if node.module else [a.name for a in node.names])]
+    return []
 
 
 def ours(path: Path) -> set[str]:
@@ -82,10 +90,22 @@ def test_the_table_has_no_dead_names() -> None:
 def test_foreign_and_absolute_imports(path: Path) -> None:
     """No module needs another implementation, and inside the package imports are relative and stay inside."""
     depth = len(path.relative_to(PACKAGE).parts)
+    refused = FOREIGN - GUESTS.get(path.relative_to(PACKAGE).as_posix(), set()) | {"dinov3_infer"}
     for dots, name in imports(path):
         assert dots <= depth, f"{'.' * dots}{name} leaves the package"
-        assert dots or name.split(".")[0] not in FOREIGN | {"dinov3_infer"}, name
+        assert dots or name.split(".")[0] not in refused, name
         assert dots or name != "dinov3_infer_kernels" or module_of(path) == "attention", "attention alone knows kernels"
+
+
+@pytest.mark.parametrize("path", [PACKAGE / name for name in GUESTS], ids=list(GUESTS))
+def test_guests_are_imported_when_they_are_asked_for(path: Path) -> None:
+    """Not when the module is: each is optional, and costs seconds."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {node for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and node not in inside:
+            assert not any(name.split(".")[0] in FOREIGN for dots, name in named(node) if not dots), ast.unparse(node)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -52,7 +52,8 @@ def test_a_dataset_in_a_loader(num_workers: int, bb: Backbone, album: list[str])
     assert torch.equal(torch.cat(batches), transform.batch(album).pixels)
     with torch.no_grad():
         vectors = torch.cat([bb(batch).cls_token for batch in batches])
-    assert torch.equal(vectors, torch.from_numpy(bb.embed(album, size=64)))
+    found = torch.from_numpy(bb.embed(album, size=64))
+    torch.testing.assert_close(found, vectors, rtol=0, atol=1e-5)  # the fast path rounds otherwise
 
 
 @pytest.fixture(scope="module")

@@ -246,6 +246,8 @@ def test_sheets() -> None:
     assert sizes == {1: (116, 76), 2: (224, 76), 3: (332, 76), 4: (224, 144), 8: (440, 144), 14: (548, 212)}
     assert sheet([picture], ["cat"]).size[1] > 76 and sheet([picture] * 3, columns=1).size == (116, 212)
     assert sheet([Image.new("RGB", (1024, 1024))] * 34).width <= 4096 + 8
+    last = np.asarray(sheet([picture] * 7, columns=4))[76:, :, 1].min(axis=0) == 0  # red, in the second row
+    assert np.array_equal(last, last[::-1]) and last.sum() == 300 and not last[:58].any()
     assert "at least one" in complaint(InputError, lambda: sheet([]))
 
 

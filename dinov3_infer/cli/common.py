@@ -7,10 +7,9 @@ from typing import TypedDict
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..backbone import Backbone
-from ..batching import Result
-from ..errors import InputError, ModelNotFoundError
+from ..errors import Dinov3Error, InputError, ModelNotFoundError
+from ..features import Features
 from ..preprocess import Fit
-from ..vit import resolve_layers
 from .main import FAILED, OK, SKIPPED
 
 __all__ = ["Geometry", "geometry", "load_backbone", "results", "status"]
@@ -47,13 +46,12 @@ def load_backbone(args: argparse.Namespace) -> Backbone:
 
 def results(
     bb: Backbone, paths: list[str], args: argparse.Namespace, layers: list[int] | None = None
-) -> Iterable[Result]:
-    """One result per picture, in order, under a bar where stderr is a terminal.  Wrong options are refused at once."""
-    batcher = bb._batcher(
-        **geometry(args), blocks=resolve_layers(layers, bb.config.depth), pooling="cls", facet="token",
-        batch_size=args.batch_size, num_workers=args.workers,
-    )  # fmt: skip
-    return tqdm(batcher(paths), total=len(paths), unit="img", disable=None)  # type: ignore[no-any-return]
+) -> Iterable[Features | Dinov3Error]:
+    """One per picture, in order, under a bar where stderr is a terminal.  Wrong options are refused at once."""
+    found = bb.iter_features(
+        paths, **geometry(args), layers=layers, batch_size=args.batch_size, num_workers=args.workers, on_error="return"
+    )
+    return tqdm(found, total=len(paths), unit="img", disable=None)  # type: ignore[no-any-return]
 
 
 def status(count: int, skipped: int) -> int:

@@ -40,6 +40,6 @@ def _dtype(path: str | os.PathLike[str]) -> torch.dtype:
     tensors = open_checkpoint(path).tensors
     numbers: Counter[torch.dtype] = Counter()
     for name, shape in tensors.shapes.items():
-        numbers[tensors.dtypes[name]] += math.prod(shape)
-    floating = [dtype for dtype, _ in numbers.most_common() if dtype.is_floating_point]
-    return floating[0] if floating else torch.float32
+        if (dtype := tensors.dtypes[name]) is not None:
+            numbers[dtype] += math.prod(shape)
+    return numbers.most_common(1)[0][0] if numbers else torch.float32

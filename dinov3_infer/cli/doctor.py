@@ -23,7 +23,7 @@ from ..zoo import MODELS
 from .golden import FORMULA, by_formula, compute, difference, known
 from .main import FAILED, OK, say
 
-__all__ = ["run"]
+__all__ = ["cpu_name", "run"]
 
 _REQUIRED = ("torch", "numpy", "pillow", "safetensors", "huggingface-hub", "tqdm")
 _OPTIONAL = ("triton", "dinov3-infer", "transformers", "timm", "peft", "torchvision", "kernels")
@@ -63,7 +63,7 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> Iterator[str]:
-    yield f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
+    yield f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     if not torch.cuda.is_available():
         yield f"no GPU; this torch was built with {built}"
@@ -72,7 +72,8 @@ def _devices() -> Iterator[str]:
         yield f"cuda:{i} {p.name}, {p.total_memory / 2**30:.0f} GiB, capability {p.major}.{p.minor}, {built}"
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """As its maker calls it."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else ():
         if line.startswith("model name"):

@@ -1,35 +1,55 @@
 """`dinov3-infer embed`: one vector per picture."""
 
 import argparse
+import math
 import os
-from pathlib import Path
 
-from ..backbone import Backbone
-from ..embed import EmbedReport
+from ..bulk import Target
+from ..places import address_scheme, read_list
+from ..sources import Files, Source, joined, open_source, picture_suffixes
 from .common import geometry, load_backbone, status
-from .main import tell
-from .sources import check_file, find_pictures, whole
+from .main import OK, tell
 
 __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
-    pictures = [picture.path for picture in find_pictures(args.sources)]
-    out = check_file(args.out, args.overwrite, (".npy",))
-    listing = check_file(str(out.with_suffix(".jsonl")), args.overwrite, (".jsonl",))
-    report = _write(load_backbone(args), pictures, out, listing, args)
-    skipped = len(report.failures)
-    left_out = f"; {skipped} could not be read, their rows are NaN, see '{listing}'" if skipped else ""
-    tell(f"wrote '{out}': {report.shape[0]} vectors of {report.shape[1]} numbers{left_out}")
-    return status(len(pictures), skipped)
+    target = Target.find(args.out, args.overwrite)  # before a model is loaded
+    pictures = _sources(args.sources)
+    report = load_backbone(args).embed(
+        pictures, args.out, **geometry(args), kind=args.kind, pooling=args.pooling, normalize=args.normalize,
+        out_dtype=args.out_dtype, decode=args.decode, batch_size=args.batch_size, shard_size=args.shard_size,
+        num_workers=args.workers, on_error=args.on_error, overwrite=args.overwrite,
+    )  # fmt: skip
+    count, skipped = report.shape[0], len(report.failures)
+    numbers = f" of {math.prod(report.shape[1:])} numbers" if len(report.shape) > 1 else ""
+    resumed = f", of which {report.resumed} were there" if report.resumed else ""
+    lists = target.path if target.is_folder or not target.format.sides else target.path.with_suffix(".jsonl")
+    left_out = f"; {skipped} could not be read, their rows are NaN, see '{lists}'" if skipped else ""
+    tell(f"wrote '{target.path}': {count} vectors{numbers}{resumed}{left_out}")
+    if "WORLD_SIZE" in os.environ:  # torchrun ends all processes where one does not return 0
+        return OK
+    return status(count, skipped)
 
 
-def _write(bb: Backbone, pictures: list[str], out: Path, listing: Path, args: argparse.Namespace) -> EmbedReport:
-    """Both files under other names first, so that what is there is replaced by something whole or not at all."""
-    with whole(out) as beside:
-        report = bb.embed(
-            pictures, beside, **geometry(args), pooling=args.pooling, normalize=args.normalize,
-            batch_size=args.batch_size, num_workers=args.workers, on_error=args.on_error,
-        )  # fmt: skip
-        os.replace(beside.with_suffix(".jsonl"), listing)
-    return report
+def _sources(given: list[str]) -> Source:
+    """All pictures that are meant, in the order given."""
+    found: list[Source] = []
+    single: list[str] = []  # neighbours that are one picture each: a pattern that the shell has resolved
+
+    def end() -> None:
+        if single:
+            found.append(Files("pictures", single))
+            single.clear()
+
+    for text in given:
+        is_list = text.startswith("@")
+        source = Files(text, read_list(text[1:])) if is_list else open_source(text)
+        is_single = not is_list and (address_scheme(text) or text.lower().endswith(tuple(picture_suffixes())))
+        if is_single and isinstance(source, Files) and len(source) == 1:
+            single.append(text)
+            continue
+        end()
+        found.append(source)
+    end()
+    return joined(found)

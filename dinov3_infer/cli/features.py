@@ -11,9 +11,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from ..backbone import Backbone
-from ..batching import Result
 from ..errors import Dinov3Error, InputError, PrecisionError
 from ..features import Features
+from ..places import name_of
 from ..vit import resolve_layers
 from .common import load_backbone, results, status
 from .main import tell
@@ -38,15 +38,16 @@ def run(args: argparse.Namespace) -> int:
     beside = folder / f".{INDEX}.{uuid.uuid4().hex[:8]}"
     try:
         with open(beside, "w", encoding="utf-8") as index:
-            for name, result in zip(names, stream, strict=True):
-                line = dict(file=name, path=result.path, error="")
-                if not isinstance(result.features, Dinov3Error):
-                    _write(folder / name, _maps(result.features, blocks, args.half), _facts(bb, result))
+            for name, picture, found in zip(names, pictures, stream, strict=True):
+                path = name_of(picture.path) or ""
+                line: dict[str, str | None] = dict(file=name, path=path, error="")
+                if not isinstance(found, Dinov3Error):
+                    _write(folder / name, _maps(found, blocks, args.half), _facts(bb, found, path))
                 elif args.on_error == "raise":
-                    raise result.features
+                    raise found
                 else:
                     skipped += 1
-                    line |= dict(file=None, error=str(result.features))
+                    line |= dict(file=None, error=str(found))
                 index.write(json.dumps(line) + "\n")
                 done += 1
     finally:  # interrupted too: what is finished stays, and is in the list
@@ -86,12 +87,11 @@ def _maps(features: Features, blocks: list[int], half: bool) -> Arrays:
     return {name: np.ascontiguousarray(tensor[0].numpy()) for name, tensor in tensors.items()}
 
 
-def _facts(bb: Backbone, result: Result) -> dict[str, str]:
+def _facts(bb: Backbone, features: Features, path: str) -> dict[str, str]:
     """What a .safetensors file says of itself."""
-    assert isinstance(result.features, Features)
-    sizes = dict(original_size=result.features.original_sizes[0], input_size=result.features.input_size)
+    sizes = dict(original_size=features.original_sizes[0], input_size=features.input_size)
     shown = {name: f"{height}x{width}" for name, (height, width) in sizes.items()}
-    path = (result.path or "").encode("utf-8", "backslashreplace").decode()
+    path = path.encode("utf-8", "backslashreplace").decode()
     return {"model": bb.info.name if bb.info else "", "patch_size": str(bb.patch_size), "path": path, **shown}
 
 

@@ -56,7 +56,8 @@ def _run(command: str, arguments: object, rest: list[str]) -> int:
     if command == "train":
         status = import_module("..train.cli", __package__).main(rest)
     else:
-        status = import_module(f".{command}", __package__).run(arguments)
+        module = command.split()[-1]  # of "embed search" search
+        status = import_module(f".{module}", __package__).run(arguments)
     sys.stdout.flush()  # a closed pipe shows here, not when Python ends
     return int(status)
 
@@ -96,9 +97,9 @@ def tell(text: str) -> None:
     _write(f"dinov3-infer: {printable(text)}", sys.stderr)
 
 
-def say(text: str) -> None:
-    """A line of the result, on stdout."""
-    _write(printable(text), sys.stdout)
+def say(*columns: str) -> None:
+    """A line of the result, on stdout, with tabs between columns."""
+    _write("\t".join(map(printable, columns)), sys.stdout)
 
 
 def _write(line: str, stream: TextIO) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 
 from .. import __version__
 
@@ -19,7 +20,7 @@ _FORMATS = ("hf", "meta", "timm")
 
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    found = argparse.ArgumentParser(
+    found = _Commands(
         prog="dinov3-infer",
         description="Features from images with the DINO family of vision backbones.",
         epilog=_EPILOG,
@@ -27,7 +28,9 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     found.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = found.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = found.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser
+    )
 
     def command(name: str, text: str, parents: tuple[argparse.ArgumentParser, ...] = ()) -> argparse.ArgumentParser:
         description = text[0].upper() + text[1:] + "."
@@ -35,15 +38,30 @@ def make_parser() -> argparse.ArgumentParser:
             name, help=text, description=description, parents=[*parents, _debug()], allow_abbrev=False
         )
 
-    _embed(command("embed", "one vector per picture, in a .npy file", (_sources(), _model(), _batches())))
-    _features(command("features", "dense feature maps, one file per picture", (_sources(), _model(), _batches())))
+    _embed(command("embed", "one vector per picture, in a file or in shards", (_sources(), _model(), _batches(None))))
+    _search(command("embed search", "the pictures most like a given one", (_model(),)))
+    _dedup(command("embed dedup", "a list of pictures without near-duplicates"))
+    _curate(command("embed curate", "a list that is balanced over what there is, or like seed pictures"))
+    _features(command("features", "dense feature maps, one file per picture", (_sources(), _model(), _batches(32))))
     _show(command("show", "a picture of what the features hold"))
     _models(command("models", "the models that can be named"))
     _convert(command("convert", "weights in the layout of another library"))
+    _export(command("export", "a file for another engine, checked in that engine"))
+    _bench(command("bench", "how fast this is here, beside everything else that is installed"))
     command("doctor", "what this installation is and whether it works: for bug reports")
     _verify(command("verify", "whether weights are what they claim to be"))
     commands.add_parser("train", help="train a backbone on pictures without labels", add_help=False)
     return found
+
+
+class _Commands(argparse.ArgumentParser):
+    """Takes "embed search" for one command; a folder of that name is ./search."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        given = list(sys.argv[1:] if args is None else args)
+        if " ".join(given[:2]) in ("embed search", "embed dedup", "embed curate"):
+            given[:2] = [" ".join(given[:2])]
+        return super().parse_known_args(given, namespace)
 
 
 # --- what commands share -------------------------------------------------------------------------------------------
@@ -73,10 +91,15 @@ def _model() -> argparse.ArgumentParser:
     return found
 
 
-def _batches() -> argparse.ArgumentParser:
+def _batches(default: int | None) -> argparse.ArgumentParser:
     found = _group()
-    found.add_argument("-b", "--batch-size", type=_count, default=32, metavar="N", help="pictures per pass (32)")
-    found.add_argument("-j", "--workers", type=int, metavar="N", help="threads that read pictures (0; CUDA: up to 8)")
+    shown = default or "what is found to be fastest"
+    found.add_argument(
+        "-b", "--batch-size", type=_count, default=default, metavar="N", help=f"pictures per pass ({shown})"
+    )
+    found.add_argument(
+        "-j", "--workers", type=int, metavar="N", help="threads that read pictures (those of torch; CUDA: up to 8)"
+    )
     return found
 
 
@@ -104,11 +127,62 @@ def _overwrite(found: argparse.ArgumentParser) -> None:
 
 
 def _embed(found: argparse.ArgumentParser) -> None:
-    _out(found, "array to write; beside it a .jsonl says which row is which picture", "OUT.npy")
+    _out(
+        found, ".npy, .safetensors or .parquet; with a slash behind it, or without suffix, a folder of shards. A rerun "
+        "adds what is missing", "OUT",
+    )  # fmt: skip
     _geometry(found, dense=False)
+    found.add_argument(
+        "--kind", choices=("embedding", "patches", "map"), default="embedding", help="what is kept (embedding)"
+    )
     found.add_argument("--pooling", choices=("cls", "mean", "cls_mean"), default="cls", help="what the vector is (cls)")
     found.add_argument("--normalize", action="store_true", help="vectors of length 1")
+    found.add_argument(
+        "--out-dtype", choices=("float32", "float16"), default="float32", help="of the numbers in the file (float32)"
+    )
+    found.add_argument(
+        "--decode", choices=("exact", "fast"), default="exact",
+        help="fast: large JPEGs are made smaller by their decoder, which changes vectors a little (exact)",
+    )  # fmt: skip
+    found.add_argument("--shard-size", type=_count, metavar="N", help="pictures written at a time (10,000 or 256 MiB)")
     _on_error(found)
+
+
+def _vectors(found: argparse.ArgumentParser) -> None:
+    found.add_argument("vectors", metavar="VECTORS", help="file or folder of embed")
+
+
+def _search(found: argparse.ArgumentParser) -> None:
+    found.add_argument("query", metavar="QUERY", help="picture, or a folder of some")
+    _vectors(found)
+    found.add_argument("-k", "--count", type=_count, default=20, metavar="N", help="pictures to find (20)")
+    found.add_argument(
+        "-o", "--out", action="append", metavar="OUT", help="a sheet of them (.png .jpg .webp), or a list (.txt)"
+    )
+    _overwrite(found)
+
+
+def _dedup(found: argparse.ArgumentParser) -> None:
+    _vectors(found)
+    _out(found, "list of the pictures that stay; the others go to stdout, each with the one that stays", "LIST.txt")
+    found.add_argument("--threshold", type=float, default=0.75, metavar="COSINE", help="above it they are alike (0.75)")
+    found.add_argument("--plain", action="store_true", help="cosine of the vectors as they are, not whitened")
+    found.add_argument("--against", metavar="VECTORS", help="of a test set: what is like it does not stay either")
+    found.add_argument("--against-threshold", type=float, metavar="COSINE", help="for that (the same)")
+
+
+def _curate(found: argparse.ArgumentParser) -> None:
+    _vectors(found)
+    _out(found, "list of the pictures chosen", "LIST.txt")
+    found.add_argument("-n", "--count", type=_count, metavar="N", help="how many; with --seeds at most")
+    found.add_argument("--within", metavar="LIST.txt", help="choose among these, such as those that dedup has kept")
+    found.add_argument("--clusters", type=_numbers, metavar="N,N,...", help="of each level, the finest first")
+    found.add_argument("--seeds", metavar="VECTORS", help="of seed pictures: choose what is like them")
+    found.add_argument(
+        "--nearest", type=_count, metavar="K",
+        help="the K nearest of each seed (4 for 10,000 seeds and more; for fewer the clusters that they fall into)",
+    )  # fmt: skip
+    found.add_argument("--seed", type=int, default=0, help="of the random numbers (0)")
 
 
 def _features(found: argparse.ArgumentParser) -> None:
@@ -161,6 +235,42 @@ def _convert(found: argparse.ArgumentParser) -> None:
     _overwrite(found)
 
 
+def _export(found: argparse.ArgumentParser) -> None:
+    found.add_argument("model", metavar="MODEL", help=_MODEL.removesuffix(" (nano)"))
+    found.add_argument("out", metavar="OUT", help=".onnx, or .pt2 for torch without this package")
+    found.add_argument("--size", type=_pixels, help="SIDE or HEIGHTxWIDTH in pixels (that of the model)")
+    free = found.add_mutually_exclusive_group()
+    free.add_argument(
+        "--fixed", dest="dynamic", action="store_const", const=False, default="batch",
+        help="one picture at a time (any number of them)",
+    )  # fmt: skip
+    free.add_argument(
+        "--dynamic", action="store_const", const=True, default="batch", help="height and width of any whole patches too"
+    )
+    found.add_argument("--opset", type=_count, default=18, metavar="N", help="of ONNX (18)")
+    found.add_argument("--dtype", default="auto", help="of the weights: float32 or float16 (auto: float32)")
+    _overwrite(found)
+
+
+def _bench(found: argparse.ArgumentParser) -> None:
+    found.add_argument(
+        "model", nargs="?", default="vits16", metavar="MODEL",
+        help="name, folder or weights file (vits16); a name whose weights are not here gets random ones",
+    )  # fmt: skip
+    found.add_argument("--size", type=_pixels, default=224, help="SIDE or HEIGHTxWIDTH in pixels (224)")
+    found.add_argument("-b", "--batch", type=_count, default=1, metavar="N", help="pictures per pass (1)")
+    found.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (auto: cuda if there is one)")
+    found.add_argument(
+        "--dtype", choices=("all", "float32", "bfloat16", "int8"), default="all", help="of products (all)"
+    )
+    found.add_argument("--threads", type=_count, metavar="N", help="of each contestant (those of torch)")
+    found.add_argument("--rounds", type=_count, default=9, metavar="N", help="in which all run once (9)")
+    found.add_argument("--compile", action="store_true", help="torch.compile in its modes too, which takes minutes")
+    found.add_argument("--reference", metavar="DIR", help="Meta's code too, from a checkout of it")
+    found.add_argument("--json", metavar="FILE", help="write the record of every round")
+    _overwrite(found)
+
+
 def _verify(found: argparse.ArgumentParser) -> None:
     found.add_argument("weights", metavar="WEIGHTS", help=_MODEL.removesuffix(" (nano)"))
     found.add_argument("--model", metavar="NAME", help="the model that it should be")
@@ -177,6 +287,14 @@ def _size(text: str) -> int | tuple[int, int] | str:
         raise argparse.ArgumentTypeError(f"a size is SIDE or HEIGHTxWIDTH in pixels, or own; got {text!r}")
     sides = [int(side) for side in text.split("x")]
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _pixels(text: str) -> int | tuple[int, int]:
+    """The side, or (height, width)."""
+    found = _size(text)
+    if isinstance(found, str):
+        raise argparse.ArgumentTypeError(f"a size is SIDE or HEIGHTxWIDTH in pixels; got {text!r}")
+    return found
 
 
 def _numbers(text: str) -> list[int]:

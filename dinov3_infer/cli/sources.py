@@ -2,7 +2,6 @@
 
 import glob
 import os
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from ..errors import InputError, MissingFileError
-from ..places import address_scheme, is_collection, list_pictures, name_of
+from ..places import address_scheme, is_collection, list_pictures, name_of, read_list
 
 __all__ = ["Picture", "check_file", "check_folder", "find_pictures", "whole"]
 
@@ -35,7 +34,7 @@ def find_pictures(sources: list[str]) -> list[Picture]:
     found: list[tuple[str, str | None]] = []  # path, and the folder that its name begins below
     for source in sources:
         if source.startswith("@"):
-            found += [(path, None) for path in _read_list(source[1:])]
+            found += [(path, None) for path in read_list(source[1:])]
         elif is_collection(source):
             found += [(path, _base(source)) for path in list_pictures(source)]
         elif address_scheme(source) or os.path.isfile(source):
@@ -47,19 +46,6 @@ def find_pictures(sources: list[str]) -> list[Picture]:
     ]
     common = os.path.commonpath(single) if single else ""
     return [Picture(path, _name(path, common if base is None else base)) for path, base in found]
-
-
-def _read_list(path: str) -> list[str]:
-    """Paths in a file, one per line, or between zero bytes if there are any; relative to where the program runs."""
-    try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise MissingFileError(f"the list '{path}' cannot be read ({error.strerror}); check the path") from None
-    lines = content.split(b"\0") if b"\0" in content else content.splitlines()
-    found = [os.fsdecode(line) for line in lines if line.strip()]
-    if not found:
-        raise InputError(f"the list '{path}' is empty; give one path per line")
-    return found
 
 
 def _base(source: str) -> str:

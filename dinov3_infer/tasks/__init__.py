@@ -1,1 +1,38 @@
-"""What people do with the features."""
+"""What people do with the features: on what the backbone gave once, in the field's terms.
+
+Labels are whole numbers from 0; in masks 0 is the background and 255 is left out.  All that is fitted has `fit`,
+`predict`, `save` and `load`, and goes with the weights of one backbone.
+"""
+
+from .attentive import AttentiveProbe
+from .dense import dense_features
+from .overlay import at_pixels, attention_picture, overlay, panel, sheet
+from .pca import foreground, pca_picture, pca_rgb
+from .probes import KNN, LinearProbe, LogisticProbe, Probe, nearest
+from .pyramid import Pyramid
+from .segmentation import OneShotSegmenter, SegmentationHead
+from .similarity import patch_weights, region_vector, similarity_map
+
+__all__ = [
+    "KNN",
+    "AttentiveProbe",
+    "LinearProbe",
+    "LogisticProbe",
+    "OneShotSegmenter",
+    "Probe",
+    "Pyramid",
+    "SegmentationHead",
+    "at_pixels",
+    "attention_picture",
+    "dense_features",
+    "foreground",
+    "nearest",
+    "overlay",
+    "panel",
+    "patch_weights",
+    "pca_picture",
+    "pca_rgb",
+    "region_vector",
+    "sheet",
+    "similarity_map",
+]

@@ -141,7 +141,10 @@ def attention_picture(
 
 
 def sheet(pictures: Sequence[Image.Image], captions: Sequence[str] = (), columns: int | None = None) -> Image.Image:
-    """Pictures in rows, each with its caption below, on white; shrunk where they would come to more than 4,096 wide."""
+    """Pictures in rows, each with its caption below, on white; shrunk where they would come to more than 4,096 wide.
+
+    A last row that is not full stands in the middle.
+    """
     if not pictures:
         raise InputError("sheet got no pictures; give at least one")
     if columns is None:  # about as many as rows, with few places left empty
@@ -153,9 +156,11 @@ def sheet(pictures: Sequence[Image.Image], captions: Sequence[str] = (), columns
     text = max(14, width // 28)
     step = (width + GAP, height + GAP + (text * 3 // 2 if captions else 0))
     made = Image.new("RGB", (columns * step[0] + GAP, -(-len(shown) // columns) * step[1] + GAP), "white")
-    draw = ImageDraw.Draw(made)
+    draw, lacking = ImageDraw.Draw(made), -len(shown) % columns
     for i, picture in enumerate(shown):
         x, y = GAP + i % columns * step[0], GAP + i // columns * step[1]
+        if i >= len(shown) + lacking - columns:
+            x += lacking * step[0] // 2
         made.paste(picture, (x, y))
         if i < len(captions):
             draw.text((x, y + picture.height), captions[i], fill="black", font=ImageFont.load_default(text))

@@ -72,7 +72,7 @@ def patch_weights(mask: Tensor, placement: Placement, grid: tuple[int, int]) -> 
     resized = F.interpolate(mask[None, None].float(), size=placement.resized, mode="area")[0, 0]
     seen = resized[top : top + height, left : left + width]
     seen = F.pad(seen, (0, width - seen.shape[1], 0, height - seen.shape[0]))
-    return F.avg_pool2d(seen[None], (height // grid[0], width // grid[1]))[0]
+    return F.adaptive_avg_pool2d(seen[None], grid)[0]  # a finer grid, of an upsampler, need not divide the window
 
 
 def _mask_of(box: Sequence[float], size: tuple[int, int]) -> Tensor:

@@ -4,7 +4,6 @@ All models of a cell have the same random weights, and are judged by ours in flo
 """
 
 import copy
-import json
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import Cell, Settings, relative_error
 from operators import Plan
-from peers import OP, imported
-from safetensors.torch import load_file
+from peers import OP
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from dinov3_infer import Backbone
+from dinov3_infer.bench.contest import Cell, Settings, imported, relative_error
+from dinov3_infer.bench.contestants import timm_model
 from dinov3_infer.configs import hf_config
 from dinov3_infer.zoo import ARCHITECTURES
 
@@ -75,15 +74,11 @@ def built(name: str, settings: Settings, dtype: torch.dtype, timm: bool = True) 
             ours = Backbone.from_config(config)
             ours.init_weights(layerscale=1.0)
         ours = ours.to(settings.device, dtype)
-    if timm and (create_model := imported("timm", "create_model")) is not None:
+    if timm and imported("timm", "create_model") is not None:
         with tempfile.TemporaryDirectory() as folder:
-            written = ours.save_pretrained(Path(folder) / name, layout="timm")
-            architecture = json.loads((written / "config.json").read_text())["architecture"]
-            with torch.device(settings.device):
-                theirs = create_model(architecture, num_classes=0)
-            theirs.load_state_dict(load_file(written / "model.safetensors"), strict=True)
-        theirs.forward = theirs.forward_features  # all tokens
-        found["timm"] = theirs.to(settings.device, dtype).eval()
+            found["timm"] = timm_model(ours.save_pretrained(Path(folder) / name, layout="timm"), settings.device).to(
+                dtype
+            )
     return found | {"ours": ours}
 
 

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from contest import Cell, Settings, copies, relative_error
-from peers import OP, Attention, Inputs, auto, contestants, differentiable, fused, imported, rotation_and_sdpa, table
+from peers import OP, Attention, Inputs, auto, contestants, differentiable, fused, rotation_and_sdpa, table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dinov3_infer.attention import eager_attention, sdpa_attention
+from dinov3_infer.bench.contest import Cell, Settings, copies, imported, relative_error
 
 Plan = tuple[dict[str, Any], Callable[[], Cell]]
 TOKENS = 16384  # of a batch, about: enough to fill a GPU

@@ -4,7 +4,6 @@ Where transformers or timm can be imported, their own rotation is called; the eq
 What a model computes once for all its blocks (tables of sine and cosine) is part of the inputs.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from dinov3_infer.attention import rope_attention
+from dinov3_infer.bench.contest import imported
 from dinov3_infer.rope import rope_periods, rope_table
 
 PREFIX = 5  # class token and four registers
@@ -48,14 +48,6 @@ Attention = Callable[[Inputs], Tensor]
 def table(grid: tuple[int, int], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of a picture of h x w patches."""
     return rope_table(grid, rope_periods(width).to(device), PREFIX)
-
-
-def imported(module: str, name: str) -> Any:
-    """None for what is not installed, or is and cannot be imported: others go on without it."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception:
-        return None
 
 
 # --- eager, as models are written ----------------------------------------------------------------------------------

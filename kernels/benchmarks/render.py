@@ -6,11 +6,16 @@ after ± is half the distance between the quartiles of those ratios.
 
 import json
 import re
+import sys
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent.parent))  # the package, where it is not installed
+
+from dinov3_infer.bench.contest import ratios, spread  # noqa: E402
+
 README = HERE.parent / "README.md"
 RECORDS = HERE / "records"
 TITLES = {
@@ -27,22 +32,6 @@ COMPILED = re.compile(
     r"(?P<dtype>\w+) +(?P<tile>\d+x\d+) +(?P<warps>\d) warps +(?P<stages>\d) stages: +(?P<registers>\d+) registers +"
     r"(?P<shared>\d+) KiB"
 )
-
-
-# --- statistics ----------------------------------------------------------------------------------------------------
-
-
-def ratios(peer: list[float], ours: list[float]) -> list[float]:
-    """Per round."""
-    return [a / b for a, b in zip(peer, ours, strict=True)]
-
-
-def spread(values: list[float]) -> float:
-    """Half the distance between the quartiles."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return (high - low) / 2
 
 
 def baseline(cell: dict[str, Any]) -> str:

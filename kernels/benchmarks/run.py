@@ -30,7 +30,10 @@ KERNELS = HERE.parent / "dinov3_infer_kernels"
 MEASURED = (
     KERNELS,
     HERE,
-    *(ROOT / "dinov3_infer" / f"{name}.py" for name in ("attention", "layers", "packing", "rope", "vit")),
+    *(
+        ROOT / "dinov3_infer" / f"{name}.py"
+        for name in ("attention", "layers", "packing", "rope", "vit", "bench/contest")
+    ),
 )
 # part -> its share of the time; seconds if all of them have 25 minutes
 PARTS = dict(tests=280, weights=40, tune=240, op=280, mixed=50, backward=130, model=360, training=120)
@@ -115,7 +118,8 @@ def run_part(args: argparse.Namespace) -> int:
         sys.path.append(str(ROOT / "tests"))
         import conftest  # noqa: F401  (lets a CUDA build of torchvision be imported beside a CPU build of torch)
     import torch
-    from contest import Settings
+
+    from dinov3_infer.bench.contest import Settings
 
     if not args.dry_run and not torch.cuda.is_available():
         print("this needs a GPU; --dry-run rehearses on the CPU")
@@ -158,7 +162,8 @@ def compare_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]
     """Cell after cell while the next one, judged by the longest so far, still fits."""
     import render
     import torch
-    from contest import contest
+
+    from dinov3_infer.bench.contest import contest
 
     if args.part in ("op", "mixed", "backward"):
         import operators
@@ -212,7 +217,8 @@ def weights_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]
 
 def environment(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
     import torch
-    from contest import clocks, smi
+
+    from dinov3_infer.bench.contest import clocks, smi
 
     found: dict[str, Any] = {"commit": args.commit or _commit()}
     found |= {"source_sha256": _sources(*MEASURED), "kernels_sha256": _sources(KERNELS)}

@@ -1,23 +1,33 @@
 """The method: contestants are judged first, then timed in interleaved rounds over rotating inputs.
 
 A wrong contestant is reported and not timed.  On a GPU time is that between CUDA events; short operations are replayed
-from a CUDA graph, so that it is the kernels that are compared and not Python.  On a CPU everything runs once or twice
-with a plain clock: that is a rehearsal, not a measurement.
+from a CUDA graph, so that it is the kernels that are compared and not Python.  On a CPU it is a plain clock.
 """
 
+import importlib
 import random
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import quantiles
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+__all__ = [
+    "Cell", "Run", "Settings", "clocks", "contest", "copies", "imported", "interleaved", "ratios", "reason",
+    "relative_error", "replayed", "smi", "spread",
+]  # fmt: skip
+
 L2_BYTES = 60 << 20  # of an H200; inputs rotate through three times as much
 Run = Callable[[], Any]
+
+
+def say_nothing(what: str) -> None:
+    """A function with a name, since settings go to other processes."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,8 @@ class Settings:
     device: torch.device
     rounds: int = 9
     least_ms: float = 6.0  # of one measurement
+    kernels: bool = True  # look which take the time
+    tell: Callable[[str], None] = say_nothing  # of progress
 
     @property
     def cuda(self) -> bool:
@@ -39,7 +51,7 @@ class Cell:
     inputs: Sequence[Any]
     contestants: Mapping[str, Callable[[Any], Any]]
     judge: Callable[[Any], float]  # relative error of what the first input gave
-    limit: float  # of that error
+    limit: float | Mapping[str, float]  # of that error, for all or for each
     flops: float = 0.0  # of one call
     replay: bool = True  # from a CUDA graph
     notes: dict[str, Any] = field(default_factory=dict)
@@ -58,12 +70,17 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
 
 
 def contest(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """The record of a cell: error, memory, longest kernels and times of each contestant, or why it has none."""
+    """The record of a cell: error, memory, longest kernels and times of each contestant, or why it has none.
+
+    `rounds_ms` are the milliseconds of one input in each round.
+    """
     found: dict[str, dict[str, Any]] = {}
     runs: dict[str, tuple[Run, int]] = {}
     for name, call in cell.contestants.items():
+        settings.tell(name)
+        limit = cell.limit if isinstance(cell.limit, float) else cell.limit[name]
         try:
-            found[name] = entry = _judged(call, cell, settings)
+            found[name] = entry = _judged(call, cell, limit, settings)
             if "refused" not in entry:
                 runs[name] = (_prepared(call, cell, settings, entry), len(cell.inputs))
         except Exception as error:  # a contestant that cannot run is a result
@@ -79,11 +96,11 @@ def contest(cell: Cell, settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _judged(call: Callable[[Any], Any], cell: Cell, settings: Settings) -> dict[str, Any]:
+def _judged(call: Callable[[Any], Any], cell: Cell, limit: float, settings: Settings) -> dict[str, Any]:
     """Error, memory and kernels; the first call compiles, the second is looked at."""
     error = cell.judge(call(cell.inputs[0]))
-    if not error <= cell.limit:
-        return {"error": error, "refused": f"wrong: error {error:.2g}, {cell.limit:.2g} is allowed"}
+    if not error <= limit:
+        return {"error": error, "refused": f"wrong: error {error:.2g}, {limit:.2g} is allowed"}
     entry: dict[str, Any] = {"error": error}
     if settings.cuda:
         torch.cuda.synchronize()
@@ -92,7 +109,8 @@ def _judged(call: Callable[[Any], Any], cell: Cell, settings: Settings) -> dict[
         call(cell.inputs[0])
         torch.cuda.synchronize()
         entry["peak_mib"] = round((torch.cuda.max_memory_allocated() - held) / 2**20, 1)
-    entry["kernels"] = longest_kernels(lambda: call(cell.inputs[0]), settings)
+    if settings.kernels:
+        entry["kernels"] = longest_kernels(lambda: call(cell.inputs[0]), settings)
     return entry
 
 
@@ -135,7 +153,8 @@ def interleaved(runs: Mapping[str, Run], settings: Settings, seed: int = 0) -> d
         repeats[name] = max(1, min(200, round(settings.least_ms / max(1e-3, elapsed(run, 1, settings)))))
     order, draw = list(runs), random.Random(seed)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(settings.rounds):
+    for number in range(settings.rounds):
+        settings.tell(f"round {number + 1} of {settings.rounds}")
         draw.shuffle(order)
         for name in order:
             times[name].append(elapsed(runs[name], repeats[name], settings))
@@ -156,6 +175,19 @@ def elapsed(run: Run, repeats: int, settings: Settings) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / repeats
+
+
+def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """Of the times of each round."""
+    return [a / b for a, b in zip(theirs, ours, strict=True)]
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half the distance between the quartiles."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2
 
 
 def longest_kernels(run: Run, settings: Settings, count: int = 3) -> list[str]:
@@ -184,6 +216,14 @@ def smi(query: str) -> str | None:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"]
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def imported(module: str, name: str) -> Any:
+    """None for what is not installed, or is and cannot be imported: others go on without it."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception:
         return None
 
 

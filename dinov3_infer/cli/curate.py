@@ -1,0 +1,38 @@
+"""`dinov3-infer embed curate`: a list that is balanced over what there is, or like seed pictures."""
+
+import argparse
+
+import numpy as np
+import torch
+
+from ..bulk import Store
+from ..bulk.clusters import hierarchy, retrieve
+from ..bulk.lists import listed_in, write_list
+from ..errors import InputError
+from .main import OK, tell
+from .sources import check_file
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.seeds is None and args.count is None:
+        raise InputError("nothing says what to choose; give -n for a balanced sample, or --seeds")
+    out = check_file(args.out, args.overwrite, (".txt",))
+    store = Store(args.vectors)
+    within = None if args.within is None else listed_in(store, args.within)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.seeds is not None:
+        numbers = retrieve(
+            store, Store(args.seeds), args.nearest or 4, by_cluster=False if args.nearest else None, seed=args.seed,
+            device=device,
+        )  # fmt: skip
+        numbers = numbers if within is None else numbers[within[numbers]]
+        if args.count is not None and args.count < len(numbers):
+            numbers = np.sort(np.random.default_rng(args.seed).choice(numbers, args.count, replace=False))
+    else:
+        levels = hierarchy(store, args.clusters, within, args.seed, device=device)
+        numbers = levels.sample(args.count, args.seed)
+    count = write_list(out, (store.paths[int(number)] for number in numbers))
+    tell(f"wrote '{out}': {count} of {len(store)} pictures")
+    return OK

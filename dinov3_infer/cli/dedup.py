@@ -1,0 +1,37 @@
+"""`dinov3-infer embed dedup`: a list without near-duplicates."""
+
+import argparse
+
+import numpy as np
+import torch
+
+from ..bulk import Store
+from ..bulk.lists import write_list
+from ..bulk.neighbours import duplicates
+from .main import OK, say, tell
+from .sources import check_file
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    out = check_file(args.out, args.overwrite, (".txt",))
+    store = Store(args.vectors)
+    against = None if args.against is None else Store(args.against)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = duplicates(store, args.threshold, against, args.against_threshold, not args.plain, device)
+    kept = found.kept(store)
+    alike = np.flatnonzero(store.good & (found.group != np.arange(len(store))) & ~found.foreign)
+    foreign = np.flatnonzero(store.good & found.foreign)
+    for number in alike:
+        say(store.paths[int(number)], store.paths[int(found.group[number])])
+    for number in foreign:
+        say(store.paths[int(number)], args.against)
+    write_list(out, (store.paths[int(number)] for number in kept))
+    parts = [f"{len(alike)} are like others"]
+    if against is not None:
+        parts.append(f"{len(foreign)} like those of '{args.against}'")
+    if failed := int((~store.good).sum()):
+        parts.append(f"{failed} have no vector")
+    tell(f"wrote '{out}': {len(kept)} of {len(store)} pictures; {', '.join(parts)}")
+    return OK

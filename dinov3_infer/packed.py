@@ -1,0 +1,180 @@
+"""Linear layers with the weights packed as oneDNN computes with them, for inference on a CPU.
+
+torch's own `linear` repacks its weights in every call, and in float32 hands them to a library that on many CPUs uses
+half of their vectors.  Here they are packed once, and activation or residual are part of the product.  A row of the
+result depends on its own row of the input alone, bit for bit, whatever rows are beside it.
+
+The operators are those that torch's compiler calls.  They are no public interface of torch, so each is tried once
+against the plain form, and is not used where it is missing, raises or differs.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["PackedLinear", "QuantisedLinear", "runs_bfloat16", "smoothed", "why_not_int8", "why_not_packed"]
+
+Activation = Literal["none", "gelu", "swish"]  # gelu: by the error function
+
+
+class PackedLinear:
+    """x W^T + b with x and W in float32 or bfloat16."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
+        self.bias = None if bias is None else bias.detach().to(dtype, copy=True)
+        self.product: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+        self.joined: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __call__(self, x: Tensor, activation: Activation = "none") -> Tensor:
+        """[T, K] as `taken` gives it -> [T, C]."""
+        return self.product(x, self.weight, self.bias, activation, [], "none")
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """(x W^T + b) * other."""
+        return self.joined(x, other, self.weight, self.bias, "mul")
+
+    def onto(self, stream: Tensor, x: Tensor) -> Tensor:
+        """stream + x W^T + b, in the dtype of the stream."""
+        if stream.dtype == self.dtype:
+            return self.joined(x, stream, self.weight, self.bias, "add")
+        return stream + self(x)
+
+    def entering(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight [K, ...] and bias [K] of the affine step before, so that it gives what `taken` takes."""
+        return weight, bias
+
+    def taken(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+class QuantisedLinear:
+    """x W^T + b in 8 bits.
+
+    Channel k of x lies on the grid middle[k] + size[k] (n - 128), n from 0 to 255, and what is beyond it is clipped.
+    Each row of W, times these sizes, has one scale.  The bias holds the rest of the grid, and what W loses by rounding
+    times the mean of x.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,  # [C, K]
+        bias: Tensor | None,
+        middle: Tensor,  # [K]
+        size: Tensor,  # [K]
+        mean: Tensor,  # [K] of x
+        dtype: torch.dtype = torch.float32,  # of the result
+    ) -> None:
+        self.middle, self.size = middle, size
+        rows = weight.detach() * size
+        self.scales = rows.abs().amax(1).clamp_min(1e-12) / 127
+        whole = (rows / self.scales[:, None]).round()
+        kept = whole * self.scales[:, None]
+        base = kept @ (middle / size - 128) + (rows - kept) @ (mean / size)
+        self.bias = base if bias is None else base + bias.detach()
+        self.weight = torch.ops.onednn.qlinear_prepack(whole.to(torch.int8), None)
+        self.zeros = torch.zeros(len(rows), dtype=torch.int64)
+        self.out: tuple[float, int, torch.dtype] = (1.0, 0, dtype)  # scale, zero and dtype of the result
+        self.product: Callable[..., Tensor] = torch.ops.onednn.qlinear_pointwise.default
+        self.joined: Callable[..., Tensor] = torch.ops.onednn.qlinear_pointwise.binary
+
+    def __call__(self, x: Tensor, activation: Activation = "none") -> Tensor:
+        """[T, K] uint8 -> [T, C]."""
+        return self.product(
+            x, 1.0, 0, self.weight, self.scales, self.zeros, self.bias, *self.out, activation, [], "none"
+        )
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        return self(x).mul_(other)
+
+    def onto(self, stream: Tensor, x: Tensor) -> Tensor:
+        into: tuple[Any, ...] = (1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "")
+        return self.joined(x, 1.0, 0, self.weight, self.scales, self.zeros, stream, self.bias, *into)
+
+    def entering(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        size = self.size if weight.ndim == 1 else self.size[:, None]
+        return weight / size, ((0.0 if bias is None else bias) - self.middle) / self.size
+
+    def taken(self, x: Tensor) -> Tensor:
+        """Conversion cuts what is behind the point, so half a step more rounds."""
+        if x.dtype == torch.uint8:
+            return x
+        return (x.float() + 128.5).clamp_(0, 255).to(torch.uint8)
+
+
+def smoothed(low: Tensor, high: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Middle and size of each channel's grid: differences of range are shared between x and the columns of W.
+
+    Source: SmoothQuant (arXiv 2211.10438), equation 4 with alpha 0.5, about the middle of each channel.
+    """
+    reach = ((high - low) / 2).clamp_min(1e-6)
+    share = (reach / weight.detach().abs().amax(0).clamp_min(1e-6)).sqrt()
+    return (low + high) / 2, share * (reach / share).amax() / 127
+
+
+# --- what runs here ------------------------------------------------------------------------------------------------
+
+
+@cache
+def why_not_packed(dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `PackedLinear` cannot be used here, or None if it can."""
+    if not torch.backends.mkldnn.is_available():
+        return "this torch is built without oneDNN"
+    if dtype == torch.bfloat16 and not runs_bfloat16():
+        return "this CPU has no products in bfloat16"
+
+    def pairs() -> list[tuple[Tensor, Tensor]]:
+        x, weight, bias, other = _examples(dtype)
+        plain = F.linear(x.float(), weight.float(), bias.float())
+        linear = PackedLinear(weight, bias, dtype)
+        found = [(linear(x), plain), (linear(x, "gelu"), F.gelu(plain)), (linear(x, "swish"), F.silu(plain))]
+        found += [(linear.times(x, other), plain * other), (linear.onto(other, x), plain + other)]
+        turned = torch.ops.mkldnn._linear_pointwise(x, weight.T.contiguous().T, None, "none", [], "")
+        return [*found, (turned, plain - bias.float())]
+
+    return _why_not(pairs, 1e-5 if dtype == torch.float32 else 0.1)
+
+
+@cache
+def why_not_int8() -> str | None:
+    """Why `QuantisedLinear` cannot be used here, or None if it can."""
+    test: Any = getattr(torch.cpu, "_is_vnni_supported", None)
+    if test is None or not test():
+        return "this CPU has no products in 8 bits"
+
+    def pairs() -> list[tuple[Tensor, Tensor]]:
+        x, weight, bias, other = _examples(torch.float32)
+        plain = F.linear(x, weight, bias)
+        linear = QuantisedLinear(weight, bias, *smoothed(x.amin(0), x.amax(0), weight), x.mean(0))
+        x = linear.taken((x - linear.middle) / linear.size)
+        found = [(linear(x), plain), (linear(x, "gelu"), F.gelu(plain)), (linear.onto(other, x), plain + other)]
+        linear.out = (0.05, 100, torch.uint8)
+        return [*found, ((linear(x).float() - 100) * 0.05, plain.clamp(-5, 7.75))]
+
+    return _why_not(pairs, 0.15)
+
+
+def _examples(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((24, 48), (32, 48), (32,), (24, 32))
+    return tuple((torch.randn(shape, generator=draw) / 4).to(dtype) for shape in shapes)
+
+
+def _why_not(pairs: Callable[[], list[tuple[Tensor, Tensor]]], limit: float) -> str | None:
+    try:
+        wrong = any(not torch.allclose(a.float(), b.float(), atol=limit, rtol=limit) for a, b in pairs())
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+        return f"torch {torch.__version__} has no such operator ({str(error).splitlines()[0][:80]})"
+    return "its operators give other numbers than the plain form" if wrong else None
+
+
+@cache
+def runs_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16, rather than imitating it."""
+    tests: list[Any] = [getattr(torch.cpu, f"_is_{what}_supported", None) for what in ("avx512_bf16", "amx_tile")]
+    return any(test is not None and test() for test in tests)

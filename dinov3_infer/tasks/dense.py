@@ -1,0 +1,147 @@
+"""Dense features of one picture at any resolution: in tiles, at several scales, mirrored too, and made finer."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+from ..features import Features
+from ..images import ImageLike, load_image
+from ..vit import as_map
+
+if TYPE_CHECKING:
+    from ..backbone import Backbone
+
+__all__ = ["Upsampler", "dense_features"]
+
+# (features [1, C, h, w], the picture [1, 3, H_px, W_px] normalised as the model sees it) -> [1, C, h', w'], finer
+Upsampler: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def dense_features(
+    backbone: "Backbone",
+    image: ImageLike,
+    *,
+    size: int | None = 768,
+    layers: int | Sequence[int] | None = None,
+    tile: int | None = None,
+    overlap: float = 0.5,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    upsampler: Upsampler | None = None,
+) -> Features:
+    """Features of one picture, a batch of 1 on the CPU, on the grid of the whole picture at `size`, its aspect kept.
+
+    `size`: pixels of the long side; None for the picture's own.
+    `layers`: as in `extract_features`; the features of several are side by side, [1, P, C * layers].
+    `tile`: pixels of the side of the square windows that the model sees, whole patches; None shows it all at once.
+    `overlap`: share of a tile that the next one covers too; there the two fade into each other.
+    `scales`: the mean over the picture at these multiples of `size`; `flip`: and mirrored, turned back.
+    `upsampler`: makes the map finer, as AnyUp, JAFAR, LoftUp or FeatUp do: called once, on the device of the backbone,
+    with the map and the normalised picture.  The result is on its grid, whatever that is; the channels stay.
+
+    Class token and registers are means over all windows.  A linear head on these features gives the mean of what it
+    would say in each window: sliding-window inference.
+
+    Raises: as `extract_features`; InputError for tiles that are not whole patches, and for what an upsampler got wrong.
+    """
+    _check(backbone.patch_size, tile, overlap, scales)
+    picture = load_image(image)
+    own = size if size is not None else max(picture.shape[1:])
+    shown = replace(backbone.preprocess.with_options(own, "native"), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    pixels, placement = shown.place(picture)
+    grid = (pixels.shape[1] // backbone.patch_size, pixels.shape[2] // backbone.patch_size)
+    maps, prefixes = [], []
+    for scale in scales:
+        resized = pixels if scale == 1 else shown.with_options(max(1, round(own * scale))).place(picture)[0]
+        for mirrored in (False, True) if flip else (False,):
+            given = resized.clamp(0, 1)  # cubic filters overshoot
+            dense, prefix = _in_tiles(backbone, given.flip(-1) if mirrored else given, layers, tile, overlap)
+            dense = dense.flip(-1) if mirrored else dense
+            if dense.shape[1:] != grid:
+                dense = F.interpolate(dense[None], size=grid, mode="bilinear", antialias=True)[0]
+            maps.append(dense)
+            prefixes.append(prefix)
+    dense, prefix = torch.stack(maps).mean(dim=0)[None], torch.stack(prefixes).mean(dim=0)[None]
+    if upsampler is not None:
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (backbone.preprocess.mean, backbone.preprocess.std))
+        dense = _upsampled(upsampler, dense.to(backbone.device), ((pixels - mean) / std)[None].to(backbone.device))
+    cls_token, registers = prefix[:, 0], prefix[:, 1:]
+    tokens = dense.flatten(2).mT.contiguous()
+    return Features(cls_token, cls_token, registers, tokens, (dense.shape[2], dense.shape[3]), (placement,))
+
+
+def _check(patch_size: int, tile: int | None, overlap: float, scales: Sequence[float]) -> None:
+    if tile is not None and (tile < patch_size or tile % patch_size):
+        nearest = max(1, round(tile / patch_size)) * patch_size
+        raise InputError(f"tile is {tile} pixels and patches have {patch_size}; give whole patches, such as {nearest}")
+    if not 0 <= overlap < 1:
+        raise InputError(f"overlap is a share of a tile, got {overlap}; give 0 to below 1")
+    if not scales or not all(0 < scale < math.inf for scale in scales):
+        raise InputError(f"scales are multiples of size, got {list(scales)}; give one or more above 0, such as (1.0,)")
+
+
+def _in_tiles(
+    backbone: "Backbone",
+    pixels: Tensor,  # [3, H_px, W_px] in 0..1, whole patches
+    layers: int | Sequence[int] | None,
+    tile: int | None,
+    overlap: float,
+) -> tuple[Tensor, Tensor]:
+    """The map [C, h, w], and the mean of class token and registers [1 + R, C]."""
+    patch = backbone.patch_size
+    sides = [min(tile or side, side) // patch for side in pixels.shape[1:]]  # of a tile, in patches
+    grid = [side // patch for side in pixels.shape[1:]]
+    starts = [_starts(length, side, overlap) for length, side in zip(grid, sides, strict=True)]
+    corners = [(top, left) for top in starts[0] for left in starts[1]]
+    windows = (
+        pixels[:, top * patch : (top + sides[0]) * patch, left * patch : (left + sides[1]) * patch]
+        for top, left in corners
+    )
+    down, across = (_fade(side) if len(s) > 1 else torch.ones(side) for side, s in zip(sides, starts, strict=True))
+    fade = down[:, None] * across
+    total, weights, prefix = torch.empty(0), torch.zeros(*grid), torch.empty(0)
+    found = backbone.iter_features(windows, size=max(sides) * patch, fit="native", layers=layers)
+    for (top, left), one in zip(corners, found, strict=True):
+        parts = one.layers or (one,)
+        tokens = torch.cat([part.patch_tokens[0] for part in parts], dim=-1)
+        ahead = torch.cat([torch.cat((part.cls_token[:, None], part.register_tokens), 1)[0] for part in parts], dim=-1)
+        if not total.numel():
+            total, prefix = tokens.new_zeros(tokens.shape[1], *grid), torch.zeros_like(ahead)
+        total[:, top : top + sides[0], left : left + sides[1]] += as_map(tokens[None], (sides[0], sides[1]))[0] * fade
+        weights[top : top + sides[0], left : left + sides[1]] += fade
+        prefix += ahead / len(corners)
+    return total / weights, prefix
+
+
+def _starts(length: int, side: int, overlap: float) -> list[int]:
+    """Where tiles begin, in patches: as few as overlap by that much, evenly spread, the last at the very end."""
+    step = max(1, math.floor(side * (1 - overlap)))
+    count = math.ceil((length - side) / step) + 1
+    return [round(i * (length - side) / max(1, count - 1)) for i in range(count)]
+
+
+def _fade(side: int) -> Tensor:
+    """Weight of each patch along a tile: most in the middle, never nothing."""
+    return torch.sin(math.pi * (torch.arange(side) + 0.5) / side) ** 2
+
+
+def _upsampled(upsampler: Upsampler, dense: Tensor, pixels: Tensor) -> Tensor:
+    """What it made of the map, on the CPU, checked."""
+    with torch.no_grad():
+        made = upsampler(dense, pixels)
+    shape = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
+    fits = isinstance(made, Tensor) and made.ndim == 4 and made.shape[:2] == dense.shape[:2]
+    if not fits or made.shape[2] < dense.shape[2] or made.shape[3] < dense.shape[3]:
+        raise InputError(
+            f"the upsampler got a map {list(dense.shape)} and gave {shape}; it has to give [1, {dense.shape[1]}, h, w] "
+            f"with at least {dense.shape[2]} x {dense.shape[3]}"
+        )
+    if not bool(made.isfinite().all()):
+        raise InputError("the upsampler gave values that are not finite; run it in float32")
+    return made.float().cpu()

@@ -1,0 +1,266 @@
+"""Classifiers on cached features: neighbours, and linear layers under the two published protocols."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+from .fitted import Fitted
+
+__all__ = ["KNN", "LinearProbe", "LogisticProbe", "Probe", "nearest"]
+
+Array: TypeAlias = Tensor | np.ndarray
+CELLS = 2**26  # numbers of one matrix of cosines
+MOST_CLASSES = 2**16
+HELD_OUT = 0.1  # share of the examples that choose a learning rate or a penalty
+
+
+def nearest(queries: Array, bank: Array, k: int) -> tuple[Tensor, Tensor]:
+    """The k vectors of a bank [N, C] that are most like each query [M, C]: cosines [M, k], best first, and their rows.
+
+    Raises: InputError for widths that differ, values that are not finite, or a bank of fewer than k vectors.
+    """
+    asked, known = as_features(queries, "queries"), as_features(bank, "bank")
+    if asked.shape[1] != known.shape[1]:
+        raise InputError(
+            f"the queries have {asked.shape[1]} numbers and the bank {known.shape[1]}; use one model and one pooling"
+        )
+    if not 1 <= k <= len(known):
+        raise InputError(f"k is {k} and the bank holds {len(known)} vectors; give a k from 1 to {len(known)}")
+    known = F.normalize(known, dim=-1)
+    parts = F.normalize(asked.to(known.device), dim=-1).split(max(1, CELLS // len(known)))
+    found = [torch.topk(part @ known.T, k) for part in parts]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+class Probe(Fitted):
+    """Base of the classifiers.  Classes are whole numbers from 0; K is one more than the largest."""
+
+    dims: ClassVar[int] = 2  # of the features
+
+    def fit(self, features: Array, targets: Array | Sequence[int]) -> Self:
+        """Learns from features [N, C] (`AttentiveProbe`: [N, P, C]) and their classes [N].
+
+        Raises: InputError for other shapes, features that are not finite, classes out of range, or only one class.
+        """
+        known = as_features(features, "features", self.dims)
+        classes = as_targets(targets, len(known))
+        if len(classes.unique()) < 2:
+            raise InputError(f"all {len(classes)} targets are class {int(classes[0])}; a classifier needs two or more")
+        self.tensors = self._fit(known, classes.to(known.device), int(classes.max()) + 1)
+        return self
+
+    def predict(self, features: Array) -> Tensor:
+        """The class of each, [N] int64."""
+        return self.predict_proba(features).argmax(dim=-1)
+
+    def predict_proba(self, features: Array) -> Tensor:
+        """How probable each class is, [N, K] float32."""
+        self._check_fitted()
+        asked = as_features(features, "features", self.dims)
+        width, device = self._width(), next(iter(self.tensors.values())).device
+        if asked.shape[-1] != width:
+            raise InputError(
+                f"this probe was fitted to features of {width} numbers, got {asked.shape[-1]}; "
+                "take the same model, layers and pooling"
+            )
+        rows = max(1, CELLS // 16 // asked[0].numel())
+        with torch.no_grad():
+            return torch.cat([self._probabilities(part.to(device).float()) for part in asked.split(rows)])
+
+    def score(self, features: Array, targets: Array | Sequence[int]) -> float:
+        """The share of them that is told right, 0 to 1."""
+        found = self.predict(features)
+        return float((found == as_targets(targets, len(found)).to(found.device)).double().mean())
+
+    def _fit(self, features: Tensor, targets: Tensor, num_classes: int) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _width(self) -> int:
+        return self.tensors["weight"].shape[1]
+
+    def _probabilities(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.tensors["weight"], self.tensors["bias"]).softmax(dim=-1)
+
+
+@dataclass(repr=False)
+class KNN(Probe):
+    """The classes of the k nearest examples by cosine, weighted by a softmax over them.
+
+    Source: reference code of DINO, DINOv2 and DINOv3 (k of 10, 20, 100 or 200, temperature 0.07, class token).
+    """
+
+    k: int = 20
+    temperature: float = 0.07
+
+    names = ("features", "targets")
+
+    def _fit(self, features: Tensor, targets: Tensor, num_classes: int) -> dict[str, Tensor]:
+        if not 1 <= self.k <= len(features):
+            raise InputError(f"k is {self.k} and there are {len(features)} examples; give a k from 1 to that many")
+        return {"features": F.normalize(features, dim=-1), "targets": targets}
+
+    def _width(self) -> int:
+        return self.tensors["features"].shape[1]
+
+    def _probabilities(self, features: Tensor) -> Tensor:
+        targets = self.tensors["targets"]
+        cosines, rows = nearest(features, self.tensors["features"], self.k)
+        votes = cosines.new_zeros(len(cosines), int(targets.max()) + 1)
+        return votes.scatter_add_(1, targets[rows], (cosines / self.temperature).softmax(dim=-1))
+
+
+@dataclass(repr=False)
+class LinearProbe(Probe):
+    """A linear layer by SGD, momentum 0.9, cosine decay to 0: one for each learning rate, side by side.
+
+    A tenth of the examples chooses the rate, and the layer is fitted anew to all of them with it.  Rates are for
+    batches of 256 and are scaled to `batch_size`; `learning_rate` is what was chosen.
+
+    Source: DINOv2 and DINOv3, reference code: 13 rates, 10 passes of 1,250 steps of 128 pictures per device, weights
+    from N(0, 0.01).  That trains on augmented pictures; cached features are what they are.
+    """
+
+    learning_rates: Sequence[float] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+    steps: int = 12_500
+    batch_size: int = 128
+    seed: int = 0
+
+    names = ("weight", "bias", "learning_rate")
+
+    def _fit(self, features: Tensor, targets: Tensor, num_classes: int) -> dict[str, Tensor]:
+        rates = torch.tensor(self.learning_rates, device=features.device, dtype=torch.float32)
+        if len(rates) > 1:
+            part, held = held_out(len(features), self.seed)
+            weight, bias = self._train(features[part], targets[part], num_classes, rates)
+            logits = torch.einsum("nc,lkc->lnk", features[held], weight) + bias[:, None]
+            rates = rates[best(logits, targets[held])][None]
+        weight, bias = self._train(features, targets, num_classes, rates)
+        return {"weight": weight[0], "bias": bias[0], "learning_rate": rates}
+
+    def _train(
+        self, features: Tensor, targets: Tensor, num_classes: int, rates: Tensor
+    ) -> tuple[Tensor, Tensor]:  # [L, K, C], [L, K] for L rates
+        generator = torch.Generator().manual_seed(self.seed)
+        weight = torch.randn(num_classes, features.shape[1] + 1, generator=generator).to(features.device) * 0.01
+        weight[:, -1] = 0  # the bias
+        weight = weight.repeat(len(rates), 1)  # [L * K, C + 1]
+        momentum = torch.zeros_like(weight)
+        scaled = rates.repeat_interleave(num_classes)[:, None]
+        size = min(self.batch_size, len(features))
+        for step in range(self.steps):
+            start = step % (len(features) // size) * size
+            if start == 0:
+                order = torch.randperm(len(features), generator=generator).to(features.device)
+            rows = order[start : start + size]
+            x, y = F.pad(features[rows], (0, 1), value=1.0), targets[rows]
+            error = (x @ weight.T).view(size, len(rates), num_classes).softmax(dim=-1)
+            error[torch.arange(size, device=y.device), :, y] -= 1  # now the gradient of the cross-entropy
+            momentum.mul_(0.9).add_(error.flatten(1).T @ x, alpha=1 / size)
+            weight -= scaled * momentum * (size / 256 * (1 + math.cos(math.pi * step / self.steps)) / 2)
+        found = weight.view(len(rates), num_classes, -1)
+        return found[..., :-1], found[..., -1]
+
+
+@dataclass(repr=False)
+class LogisticProbe(Probe):
+    """Logistic regression with an L2 penalty by L-BFGS in float64: the minimum of C * sum of losses + |weight|^2 / 2.
+
+    `C`: None takes the one of 45 from 1e-6 to 1e5 that does best on a tenth of the examples, and fits anew to all;
+    `strength` is what was chosen.  While choosing, each C starts where the last one ended and takes 100 steps at most.
+
+    Source: DINOv2, reference code, which takes scikit-learn's; the same minimum.
+    """
+
+    C: float | None = None
+    max_iter: int = 1000
+    tolerance: float = 1e-6  # of the largest gradient, of the mean loss
+    seed: int = 0
+
+    names = ("weight", "bias", "strength")
+
+    def _fit(self, features: Tensor, targets: Tensor, num_classes: int) -> dict[str, Tensor]:
+        mean = features.double().mean(dim=0)  # the bias takes it up, and the minimum is found much sooner
+        x = F.pad(features.double() - mean, (0, 1), value=1.0)
+        chosen, start = self.C, x.new_zeros(num_classes, x.shape[1])
+        if chosen is None:
+            part, held = held_out(len(x), self.seed)
+            sweep = torch.logspace(-6, 5, 45, dtype=torch.float64).tolist()
+            fits = [start := self._minimum(x[part], targets[part], start, C, min(100, self.max_iter)) for C in sweep]
+            number = best(torch.stack([x[held] @ fit.T for fit in fits]), targets[held])
+            chosen, start = sweep[number], fits[number]
+        both = self._minimum(x, targets, start, chosen, self.max_iter)
+        weight, bias = both[:, :-1].float(), (both[:, -1] - both[:, :-1] @ mean).float()
+        return {"weight": weight, "bias": bias, "strength": weight.new_tensor([chosen])}
+
+    def _minimum(self, x: Tensor, targets: Tensor, start: Tensor, strength: float, max_iter: int) -> Tensor:
+        weight = start.clone().requires_grad_()
+        truth = F.one_hot(targets, len(start)).double()
+        penalty = torch.ones_like(start) / (strength * len(x))
+        penalty[:, -1] = 0  # of the bias
+        solver = torch.optim.LBFGS(
+            [weight], max_iter=max_iter, tolerance_grad=self.tolerance, tolerance_change=1e-14, history_size=10,
+            line_search_fn="strong_wolfe",
+        )  # fmt: skip
+
+        def loss() -> Tensor:
+            logs = F.log_softmax(x @ weight.detach().T, dim=-1)
+            weight.grad = (logs.exp() - truth).T @ x / len(x) + penalty * weight.detach()
+            return -(truth * logs).sum() / len(x) + (penalty * weight.detach() ** 2).sum() / 2
+
+        solver.step(loss)
+        return weight.detach()
+
+
+def held_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to learn from, and a tenth of them, at least one, to choose by."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held = max(1, round(count * HELD_OUT))
+    return order[held:], order[:held]
+
+
+def best(logits: Tensor, targets: Tensor) -> int:  # [L, N, K], [N]
+    """The one of L with the most hits, among equals the one with the least cross-entropy; diverged ones never."""
+    hits = (logits.argmax(dim=-1) == targets).double().mean(dim=-1)
+    losses = torch.stack([F.cross_entropy(one.double(), targets) for one in logits])
+    if not losses.isfinite().any():
+        raise InputError("no learning rate converged; the features are very large, so bring them to length 1 before")
+    hits = hits.masked_fill(~losses.isfinite(), -1.0)
+    return int(torch.where(hits == hits.max(), losses, torch.inf).argmin())
+
+
+def as_features(given: Any, what: str, dims: int = 2) -> Tensor:
+    """A float tensor of so many dimensions with something in it, finite; float32 where it has two.
+
+    Raises: InputError for anything else.
+    """
+    tensor = torch.as_tensor(given).detach()
+    shape = ("[N, C]", "[N, P, C]")[dims - 2]
+    if tensor.ndim != dims or not tensor.numel() or not tensor.is_floating_point():
+        raise InputError(f"{what} are float {shape}, one row for each, got {tensor.dtype} {list(tensor.shape)}")
+    finite = tensor.flatten(1).sum(dim=1, dtype=torch.float32).isfinite()
+    if not finite.all():
+        raise InputError(
+            f"{int((~finite).sum())} of {len(finite)} rows of the {what} are not finite, the first is number "
+            f"{int(finite.int().argmin())}; drop the pictures that could not be read"
+        )
+    return tensor.float() if dims == 2 else tensor
+
+
+def as_targets(given: Any, count: int) -> Tensor:
+    """One class for each of `count` rows, [N] int64.  Raises InputError for anything else."""
+    tensor = torch.as_tensor(given)
+    if tensor.ndim != 1 or len(tensor) != count or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise InputError(
+            f"targets are whole numbers, one for each of {count} rows, got {tensor.dtype} {list(tensor.shape)}"
+        )
+    low, high = int(tensor.min()), int(tensor.max())
+    if low < 0 or high >= MOST_CLASSES:
+        raise InputError(f"targets reach from {low} to {high}; number the classes from 0 on, below {MOST_CLASSES:,}")
+    return tensor.long()

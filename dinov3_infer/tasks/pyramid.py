@@ -1,0 +1,113 @@
+"""Maps at several strides, for detectors and other necks and heads that were built for pyramids."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..backbone import Backbone
+
+__all__ = ["Level", "Pyramid"]
+
+
+class Level(NamedTuple):
+    """One map of a pyramid; the names are those of detectron2's ShapeSpec."""
+
+    channels: int
+    stride: int  # pixels
+
+
+class Pyramid(nn.Module):
+    """A simple feature pyramid over the last map of a backbone: an ordered dict of maps, one for each stride.
+
+    `strides` are powers of 2.  Patches of 14 pixels are made to have stride 16: the backbone sees the picture at 14/16
+    of its size.  `freeze` keeps the backbone as it is, in eval mode and without gradients; the new layers are trained.
+    torchvision's detectors take it as their backbone (give them `image_mean` and `image_std` of `backbone.preprocess`),
+    and `output_shape` and `size_divisibility` are detectron2's.
+
+    Source: ViTDet (arXiv 2203.16527), section 3: transposed convolutions and pooling of one map, then 1 x 1 and 3 x 3
+    convolutions, each with a norm over channels.
+    """
+
+    def __init__(
+        self,
+        backbone: "Backbone",
+        out_channels: int = 256,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        names: Sequence[str] = ("0", "1", "2", "3"),
+        freeze: bool = True,
+    ) -> None:
+        """Raises: InputError for strides that are no powers of 2, or another number of names."""
+        super().__init__()
+        if not strides or any(s < 1 or s & (s - 1) for s in strides) or len(set(names)) != len(strides):
+            raise InputError(
+                f"a pyramid has strides that are powers of 2 and a name for each, got {list(strides)} and {list(names)}"
+            )
+        self.backbone, self.freeze, self.out_channels = backbone, freeze, out_channels
+        self.strides = dict(zip(names, strides, strict=True))
+        self.stride = 1 << round(math.log2(backbone.patch_size))  # of the map that all are made of
+        self.levels = nn.ModuleDict(
+            {name: _level(backbone.embed_dim, out_channels, self.stride, s) for name, s in self.strides.items()}
+        )
+        backbone.requires_grad_(not freeze)
+
+    @property
+    def size_divisibility(self) -> int:
+        """Sides that are multiples of this are not padded inside."""
+        return max(self.stride, *self.strides.values())
+
+    def output_shape(self) -> dict[str, Level]:
+        """Channels and stride of each map, by name."""
+        return {name: Level(self.out_channels, stride) for name, stride in self.strides.items()}
+
+    def forward(self, pixels: Tensor) -> "OrderedDict[str, Tensor]":
+        """Normalised pixels [B, 3, H_px, W_px] of any size -> maps [B, out_channels, H_px / stride, W_px / stride].
+
+        Sides are rounded up; what was padded is cut off again.
+        """
+        height, width = pixels.shape[2:]
+        whole = [-(-side // self.size_divisibility) * self.size_divisibility for side in (height, width)]
+        padded = F.pad(pixels, (0, whole[1] - width, 0, whole[0] - height))
+        if self.stride != self.backbone.patch_size:
+            size = [side // self.stride * self.backbone.patch_size for side in whole]
+            padded = F.interpolate(padded, size=size, mode="bilinear", antialias=True)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            tokens = self.backbone(padded).patch_tokens
+        dense = tokens.mT.unflatten(2, (whole[0] // self.stride, whole[1] // self.stride)).float()
+        return OrderedDict(
+            (name, self.levels[name](dense)[..., : -(-height // stride), : -(-width // stride)])
+            for name, stride in self.strides.items()
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.backbone.train(mode and not self.freeze)
+        return self
+
+
+class _ChannelNorm(nn.LayerNorm):
+    """A layer norm over the channels of a map."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _level(channels: int, out_channels: int, have: int, want: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    while have > want:  # up by 2, with half the channels each time
+        layers += [nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)]
+        have, channels = have // 2, channels // 2
+        if have > want:
+            layers += [_ChannelNorm(channels), nn.GELU()]
+    if have < want:
+        layers += [nn.MaxPool2d(want // have)]
+    layers += [nn.Conv2d(channels, out_channels, 1, bias=False), _ChannelNorm(out_channels)]
+    layers += [nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), _ChannelNorm(out_channels)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,239 @@
+"""A class for every pixel: from one marked picture or a few, or by a linear layer trained on many."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+from ..features import Features
+from .fitted import Fitted
+from .overlay import at_pixels
+from .probes import nearest
+from .similarity import patch_weights
+
+__all__ = ["IGNORE", "OneShotSegmenter", "SegmentationHead", "Segmenter"]
+
+Masks: TypeAlias = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
+IGNORE = 255  # in a mask: nobody says what this pixel is
+CHUNK = 8  # classes that are enlarged at a time
+
+
+class Segmenter(Fitted):
+    """Base: learns from features and masks, gives a class for every pixel of the original picture.
+
+    A mask is [height, width] like the original picture, bool or whole numbers: 0 is the background, 255 is left out.
+    """
+
+    def fit(self, features: Features | Sequence[Features], masks: Masks) -> Self:
+        """Learns from pictures, a batch or a list of such, and one mask for each.
+
+        Raises: InputError for masks of another number, size or kind, and where they mark nothing or everything.
+        """
+        self.tensors = self._fit(*_examples(features, masks))
+        return self
+
+    def predict(self, features: Features | Sequence[Features]) -> list[Tensor]:
+        """The class of every pixel, [height, width] int64 for each picture; 255 where fit="crop" cut it away."""
+        found = []
+        for one in _each(features):
+            maps = self._maps(one)
+            size = one.placements[0].original
+            best, labels = torch.full(size, -torch.inf), torch.full(size, IGNORE)
+            for start in range(0, len(maps), CHUNK):
+                values, index = at_pixels(maps[start : start + CHUNK], one.placements[0], size).max(dim=0)
+                better = values > best  # never of NaN
+                best, labels = torch.where(better, values, best), torch.where(better, index + start, labels)
+            found.append(labels)
+        return found
+
+    def scores(self, features: Features | Sequence[Features]) -> list[Tensor]:
+        """What `predict` takes the largest of, at every pixel, [K, height, width] float32 for each picture."""
+        return [at_pixels(self._maps(one), one.placements[0], one.placements[0].original) for one in _each(features)]
+
+    def _maps(self, features: Features) -> Tensor:
+        self._check_fitted()
+        width, found = self._width(), features.patch_tokens.shape[-1]
+        if found != width:
+            raise InputError(
+                f"this {type(self).__name__} was fitted to features of {width} numbers, got {found}; "
+                "take the same model and layers"
+            )
+        device = next(iter(self.tensors.values())).device
+        maps: Tensor = self._score(features.patch_tokens[0].to(device).float()).T.unflatten(1, features.grid)
+        return maps.cpu()
+
+    def _fit(self, features: list[Features], masks: list[Tensor], num_classes: int) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _width(self) -> int:
+        raise NotImplementedError
+
+    def _score(self, tokens: Tensor) -> Tensor:  # [P, C] -> [P, K]
+        raise NotImplementedError
+
+
+@dataclass(repr=False)
+class OneShotSegmenter(Segmenter):
+    """Finds what is marked in one or a few reference pictures in others.
+
+    `k`: None takes for every patch the class whose mean patch is most like it, by cosine; a number takes the vote of
+    that many nearest patches of the references, which needs more of them to be good.
+    """
+
+    k: int | None = None
+
+    names = ("patches", "shares")
+
+    def _fit(self, features: list[Features], masks: list[Tensor], num_classes: int) -> dict[str, Tensor]:
+        shares = torch.cat([_shares(one, mask, num_classes) for one, mask in zip(features, masks, strict=True)])
+        patches = torch.cat([F.normalize(one.patch_tokens[0].cpu().float(), dim=-1) for one in features])
+        known = shares.any(dim=1)
+        if int(shares.any(dim=0).sum()) < 2:
+            raise InputError("what is marked was cropped away; use fit='native', or mark more of the picture")
+        if self.k is not None and not 1 <= self.k <= int(known.sum()):
+            raise InputError(f"k is {self.k} and the references have {int(known.sum())} patches; give a k from 1 on")
+        return {"patches": patches[known], "shares": shares[known]}
+
+    def _width(self) -> int:
+        return self.tensors["patches"].shape[1]
+
+    def _score(self, tokens: Tensor) -> Tensor:
+        patches, shares = self.tensors["patches"], self.tensors["shares"]
+        if self.k is not None:
+            return shares[nearest(tokens, patches, self.k)[1]].mean(dim=1)
+        found = F.normalize(tokens, dim=-1) @ F.normalize(shares.T @ patches, dim=-1).T
+        return found.masked_fill(~shares.any(dim=0), -1.0)  # a number between two classes that is in no mask
+
+
+@dataclass(repr=False)
+class SegmentationHead(Segmenter):
+    """A linear layer on each patch, trained on pixels.
+
+    Each step draws pixels of all pictures and takes the cross-entropy of the scores there, bilinear between patches: a
+    sample of that of scores enlarged to the size of the mask.  For inference in a sliding window see `dense_features`.
+
+    Source: the linear ADE20K protocol of DINOv2 and DINOv3, reference code: batch norm (here by the exact mean and
+    spread of all patches, and folded into the layer), weights from N(0, 0.01), AdamW with these rates, warm-up and
+    cosine.  That draws crops and drops channels; cached features are what they are.
+    """
+
+    steps: int = 2000
+    pixels: int = 1024  # of a step
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-3
+    seed: int = 0
+
+    names = ("weight", "bias")
+
+    def predict_proba(self, features: Features | Sequence[Features]) -> list[Tensor]:
+        """How probable each class is at every pixel, [K, height, width] float32 for each picture."""
+        return [one.softmax(dim=0) for one in self.scores(features)]
+
+    def _fit(self, features: list[Features], masks: list[Tensor], num_classes: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens = torch.cat([one.patch_tokens[0].float() for one in features])
+        seen = tokens[torch.cat([_shares(f, m, num_classes).any(dim=1) for f, m in zip(features, masks, strict=True)])]
+        mean, std = seen.mean(dim=0), seen.std(dim=0, correction=0).clamp(min=1e-5)
+        draw = _Pixels(features, masks)
+        weight = (torch.randn(num_classes, len(mean), generator=generator) * 0.01).to(mean.device).requires_grad_()
+        bias = torch.zeros_like(weight[:, 0]).requires_grad_()
+        solver = torch.optim.AdamW([weight, bias], lr=self.learning_rate, weight_decay=self.weight_decay)
+        for step in range(self.steps):
+            rows, shares, targets = (part.to(mean.device) for part in draw(self.pixels, generator))
+            x = (torch.einsum("nt,ntc->nc", shares, tokens[rows]) - mean) / std
+            warm = min(1.0, (step + 1) / (0.04 * self.steps))
+            for group in solver.param_groups:
+                group["lr"] = self.learning_rate * warm * (1 + math.cos(math.pi * step / self.steps)) / 2
+            loss = F.cross_entropy(F.linear(x, weight, bias), targets, ignore_index=IGNORE, reduction="sum")
+            solver.zero_grad()
+            (loss / (targets != IGNORE).sum().clamp(min=1)).backward()
+            solver.step()
+        folded = weight.detach() / std
+        return {"weight": folded, "bias": bias.detach() - folded @ mean}
+
+    def _width(self) -> int:
+        return self.tensors["weight"].shape[1]
+
+    def _score(self, tokens: Tensor) -> Tensor:
+        return F.linear(tokens, self.tensors["weight"], self.tensors["bias"])
+
+
+class _Pixels:
+    """Draws pixels of many pictures, as many of each, from the part that the model saw."""
+
+    def __init__(self, features: list[Features], masks: list[Tensor]) -> None:
+        self.labels = torch.cat([mask.flatten().to(torch.uint8) for mask in masks])
+        first = torch.tensor([0, *(mask.numel() for mask in masks[:-1])]).cumsum(0)
+        patches = torch.tensor([0, *(math.prod(one.grid) for one in features[:-1])]).cumsum(0)
+        rows = []
+        for one in features:  # for both axes: start, length and share seen of the window, size before it, size, patches
+            place = one.placements[0]
+            for axis in (0, 1):
+                start, length, resized = place.window[axis], place.window[axis + 2], place.resized[axis]
+                seen = min(length, resized - start) / length
+                rows.append((start, length, seen, resized, place.original[axis], one.grid[axis]))
+        self.first, self.patches = first, patches
+        self.axes = torch.tensor(rows, dtype=torch.float64).view(len(features), 2, 6)
+
+    def __call__(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The 4 patches around each pixel [count, 4], counted over all pictures, their weights, and the labels."""
+        picture = torch.randint(len(self.axes), (count,), generator=generator)
+        start, length, seen, resized, size, patches = self.axes[picture].unbind(-1)  # [count, 2] each
+        at = torch.rand(count, 2, generator=generator, dtype=torch.float64) * seen
+        pixel = ((at * length + start) / resized * size).floor().clamp(max=size - 1).long()
+        labels = self.labels[self.first[picture] + pixel[:, 0] * size[:, 1].long() + pixel[:, 1]].long()
+        place = (at * patches - 0.5).clamp(min=0)
+        low = place.floor().clamp(max=patches - 1)
+        high, share = (low + 1).clamp(max=patches - 1), place - low
+        ends = [(low, 1 - share), (high, share)]
+        rows = [v[:, 0] * patches[:, 1] + h[:, 1] for v, _ in ends for h, _ in ends]
+        weights = [v[:, 0] * h[:, 1] for _, v in ends for _, h in ends]
+        return torch.stack(rows, 1).long() + self.patches[picture][:, None], torch.stack(weights, 1).float(), labels
+
+
+def _each(features: Features | Sequence[Features]) -> Iterator[Features]:
+    """Picture by picture."""
+    for batch in [features] if isinstance(features, Features) else features:
+        yield from batch
+
+
+def _shares(features: Features, mask: Tensor, num_classes: int) -> Tensor:
+    """How much of each patch each class has, [P, K]; rows are 0 where less than half a patch has a label."""
+    place = features.placements[0]
+    shares = torch.stack([patch_weights(mask == c, place, features.grid).flatten() for c in range(num_classes)], dim=1)
+    known = shares.sum(dim=1, keepdim=True)
+    return torch.where(known >= 0.5, shares / known.clamp(min=1e-6), 0.0)
+
+
+def _examples(features: Features | Sequence[Features], masks: Masks) -> tuple[list[Features], list[Tensor], int]:
+    """One picture and one mask [height, width] of whole numbers each, and the number of classes with the background."""
+    pictures = list(_each(features))
+    given = [masks] if isinstance(masks, (Tensor, np.ndarray)) and masks.ndim == 2 else list(masks)
+    if len(given) != len(pictures) or not pictures:
+        raise InputError(f"there are {len(pictures)} pictures and {len(given)} masks; give one mask for each picture")
+    found = []
+    for number, (one, mask) in enumerate(zip(pictures, map(torch.as_tensor, given), strict=True)):
+        size = one.placements[0].original
+        if tuple(mask.shape) != size:
+            raise InputError(
+                f"mask {number} is {list(mask.shape)} and its picture {list(size)} (height, width); "
+                "give it at the size of the picture, turned upright like it"
+            )
+        if mask.is_floating_point() or int(mask.min()) < 0 or int(mask.max()) > IGNORE:
+            raise InputError(
+                f"mask {number} holds {mask.dtype} from {mask.min():g} to {mask.max():g}; give bool, or whole numbers: "
+                "0 for the background, 1 to 254 for classes, 255 for what is to be left out"
+            )
+        found.append(mask.cpu().long())
+    labels = torch.cat([mask.unique() for mask in found]).unique()
+    labels = labels[labels != IGNORE].tolist()
+    if len(labels) < 2:
+        held = f"are {labels[0] if labels else IGNORE} at every pixel"
+        raise InputError(f"the masks {held}; mark a part of a picture, and leave the rest 0")
+    return pictures, found, labels[-1] + 1

@@ -1,0 +1,79 @@
+"""What in one picture is what in another: dense and sparse matches, and points carried over.
+
+    python examples/matching.py A.jpg B.jpg --out matches.jpg
+    python examples/matching.py A.jpg B.jpg --point 120,80 --point 200,90     # carries these points over
+
+Above: patches that are each other's nearest, spread over the picture, or the points given and where they went.  Below:
+A in colours by place, and each patch of B in the colour of its nearest in A.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import centres, layer_features, load, numbers, parser, run, save, tied, upright
+from PIL import Image
+from torch import Tensor
+
+from dinov3_infer import Features, InputError
+from dinov3_infer.tasks import sheet
+
+
+def dense(a: Features, b: Features) -> tuple[Tensor, Tensor, Tensor]:
+    """For each patch of `a` its nearest in `b` [P] and their cosine [P], and whether that finds it back [P] bool."""
+    cosines = F.normalize(a.patch_tokens[0], dim=-1) @ F.normalize(b.patch_tokens[0], dim=-1).T
+    best, there = cosines.max(dim=1)
+    return there, best, cosines.argmax(dim=0)[there] == torch.arange(len(there))
+
+
+def sparse(a: Features, b: Features, count: int = 40) -> tuple[Tensor, Tensor]:
+    """The surest mutual matches (x, y) in both pictures, [n, 2] each, none close to another in the first."""
+    there, best, mutual = dense(a, b)
+    places, kept = centres(a), list[int]()
+    apart = 0.5 * (a.original_sizes[0][0] * a.original_sizes[0][1] / count) ** 0.5  # pixels
+    for i in best.masked_fill(~mutual, -1).argsort(descending=True)[: int(mutual.sum())].tolist():
+        if len(kept) < count and all((places[i] - places[j]).norm() >= apart for j in kept):
+            kept.append(i)
+    return places[kept], centres(b)[there[kept]]
+
+
+def transfer(a: Features, b: Features, points: Tensor) -> Tensor:
+    """Where points (x, y) [n, 2] of the first picture are in the second, [n, 2]; finer than a patch."""
+    size = torch.tensor(a.original_sizes[0][::-1])
+    if ((points < 0) | (points >= size)).any():
+        raise InputError(f"points lie in a picture {size[0]} wide and {size[1]} high, got {points.tolist()}")
+    grid = (points / size * 2 - 1)[None, None].float()
+    asked = F.grid_sample(a.feature_map, grid, align_corners=False, padding_mode="border")[0, :, 0].T
+    cosines = F.normalize(asked, dim=-1) @ F.normalize(b.patch_tokens[0], dim=-1).T
+    places, patch = centres(b), b.original_sizes[0][0] / b.grid[0]  # pixels
+    near = torch.cdist(places[cosines.argmax(dim=1)], places) < 1.5 * patch  # the best patch and its neighbours
+    return (cosines / 0.02).masked_fill(~near, -torch.inf).softmax(dim=-1) @ places
+
+
+def placed(a: Features, b: Features, pictures: list[Image.Image]) -> list[Image.Image]:
+    """The first picture tinted by place, the second by where in the first each patch belongs."""
+    x, y = np.meshgrid(np.linspace(0, 1, a.grid[1]), np.linspace(0, 1, a.grid[0]))
+    tints = (np.stack((x, y, 1 - (x + y) / 2), axis=-1) * 255).astype(np.uint8)
+    back = tints.reshape(-1, 3)[dense(b, a)[0]].reshape(*b.grid, 3)
+    shown = [Image.fromarray(t).resize(p.size) for t, p in zip((tints, back), pictures, strict=True)]
+    return [Image.blend(picture, tint, 0.75) for picture, tint in zip(pictures, shown, strict=True)]
+
+
+def main() -> None:
+    options = parser(__doc__, "matches.jpg", "first", "second", layer=True)
+    options.add_argument("--point", action="append", default=[], metavar="X,Y", help="pixel of the first picture")
+    options.add_argument("--count", type=int, default=40, help="matches to draw (40)")
+    args = options.parse_args()
+    a, b = layer_features(load(args), (args.first, args.second), args.layer, args.size)
+    if args.point:
+        here = torch.tensor([numbers("--point", point, "X,Y") for point in args.point])
+        there = transfer(a, b, here)
+    else:
+        here, there = sparse(a, b, args.count)
+    for start, end in zip(here.tolist(), there.tolist(), strict=True):
+        print("({:.0f}, {:.0f}) -> ({:.0f}, {:.0f})".format(*start, *end))
+    pictures = [upright(picture) for picture in (args.first, args.second)]
+    save(sheet([tied(*pictures, here, there), sheet(placed(a, b, pictures), columns=2)], columns=1), args.out)
+
+
+if __name__ == "__main__":
+    run(main)

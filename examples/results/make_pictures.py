@@ -1,0 +1,194 @@
+"""Makes the pictures of examples/README.md, all of them of photographs and drawings in the public domain or CC0.
+
+python examples/results/make_pictures.py [NAME ...]
+"""
+
+import io
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import anomaly
+import depth
+import detection
+import discovery
+import foreground
+import masks
+import matching
+import normals
+import numpy as np
+import retrieval
+import sets
+import torch
+import tracking
+import video
+from common import colours, layer_features, paint, tied
+from heads import layers_of
+from models import model_of
+from PIL import Image, ImageDraw, ImageOps
+from tasks import maps  # puts examples/ on the path
+
+from dinov3_infer.tasks import AttentiveProbe, nearest, overlay, sheet
+
+OUT = Path(__file__).parent.parent / "pictures"
+WIDEST, SIZE = 960, 448  # pixels of a picture, pixels that the model sees
+CAT = Image.open(OUT.parent / "cat.jpg").convert("RGB")
+
+
+def drawing(name: str) -> Image.Image:
+    """One of the Open Clip Art Library, RGBA."""
+    found = next(data for path, data in sets.files(sets.DRAWINGS).items() if path.endswith(f"/{name}.png"))
+    picture = Image.open(io.BytesIO(found)).convert("RGBA")
+    picture = picture.crop(picture.getchannel("A").getbbox())
+    picture.thumbnail((480, 480))
+    return picture
+
+
+def retrieved() -> Image.Image:
+    photographs = sets.landscapes()
+    bank = retrieval.embed(model_of("real", 0), photographs, 224)
+    rows, values = [], []
+    for query in (12, 79, 93):
+        cosines, found = nearest(bank[query : query + 1], bank, 6)  # the first is the query itself
+        rows.append([photographs[i] for i in found[0].tolist()])
+        values.append(cosines[0, 1:])
+    return retrieval.contact_sheet(rows, torch.stack(values))
+
+
+def split() -> Image.Image:
+    photographs = [CAT, *(sets.fetch.photographs()[name] for name in ("coffee", "astronaut"))]
+    features = [model_of("real", 0).extract_features(p, size=SIZE, fit="native") for p in photographs]
+    found = [foreground.split([f])[0] for f in features]
+    pairs = [(p, foreground.cut_out(np.asarray(p), mask)) for p, mask in zip(photographs, found, strict=True)]
+    shown = [ImageOps.fit(side, (360, 300)) for side in [p for p, _ in pairs] + [cut for _, cut in pairs]]
+    return sheet(shown, columns=3)
+
+
+def discovered() -> Image.Image:
+    shown = sets.fetch.photographs()["astronaut"]
+    things = discovery.discover(model_of("real", 0).extract_features(shown, size=SIZE, fit="native"), 2)
+    for thing, colour in zip(things, colours(2), strict=True):
+        ImageDraw.Draw(shown).rectangle(discovery.box_of(thing, shown.size[::-1]), outline=tuple(colour), width=5)
+    return shown
+
+
+def matched() -> Image.Image:
+    """Points of a cat carried over to a tiger, and what each patch of the tiger is of the cat."""
+    head = drawing("tiger_graig_ryan_smith_-_01")
+    tiger = Image.new("RGB", (head.width + 40, head.height + 40), "white")
+    tiger.paste(head, (20, 20), head)
+    (a,), (b,) = (layer_features(model_of("real", 0), [p], 8, size) for p, size in ((CAT, 560), (tiger, 448)))
+    here = torch.tensor([[178.0, 115], [333, 140], [255, 235], [218, 225], [155, 30], [400, 20]])
+    above = tied(CAT, tiger, here, matching.transfer(a, b, here))
+    return sheet([above, sheet(matching.placed(a, b, [CAT, tiger]), columns=2)], columns=1)
+
+
+def odd() -> Image.Image:
+    brick, draw = sets.textures()[0], random.Random(3)
+    places = [(draw.randint(0, 256), draw.randint(0, 256)) for _ in range(9)]
+    parts = [brick.crop((x, y, x + 256, y + 256)).resize((SIZE, SIZE)) for x, y in places]
+    bug = drawing("lumaca_architetto_france_01").convert("LA").convert("RGBA").resize((70, 70))
+    parts[-1].paste(bug, (250, 120), bug)
+    features = list(layer_features(model_of("real", 0), parts, size=SIZE))
+    bank = anomaly.MemoryBank(features[:-1])
+    heat = overlay(parts[-1], bank.distances(features[-1]), limits=(0, 2 * bank.limit()))
+    return sheet([parts[0], parts[-1], heat.resize((SIZE, SIZE))], ["good", "to look at", "how odd it is"], columns=3)
+
+
+def tracked() -> list[Image.Image]:
+    pool = [(drawing(name), 0) for name in ("elefante01_architetto_fr_01", "cavallo_architetto_franc_07")]
+    clip = sets.clip(random.Random(2), True, 10, 2, 240, pool)
+    features = layer_features(model_of("real", 0), clip.frames, size=280)
+    found = tracking.track(features, clip.labels[0])
+    return [paint(frame, labels, 0.5) for frame, labels in zip(clip.frames, found, strict=True)]
+
+
+def drawn(held_out: bool, number: int) -> list[sets.Scene]:
+    return sets.scenes(number, 1, held_out, pool=sets.drawings(held_out))
+
+
+def four_layers(pictures: list[Image.Image]) -> torch.Tensor:
+    bb = model_of("real", 0)
+    return maps(bb, pictures, 224, layers_of("dpt", bb.config.depth))
+
+
+def detected() -> Image.Image:
+    train, test = drawn(False, 160), drawn(True, 6)
+    known, asked = (four_layers([s.picture for s in part]) for part in (train, test))
+    torch.manual_seed(0)
+    detector = detection.train(known, [(s.boxes, s.classes) for s in train], len(sets.DRAWN), steps=600)
+    shown = []
+    for scene, (scores, boxes, classes) in zip(test, detection.detect(detector, asked), strict=True):
+        shown.append(detection.draw(scene.picture, scores, boxes, classes, list(sets.DRAWN)))
+    return sheet(shown, columns=3)
+
+
+def cut_out() -> Image.Image:
+    train, test = drawn(False, 160), drawn(True, 6)
+    known, asked = (four_layers([s.picture for s in part]) for part in (train, test))
+    torch.manual_seed(0)
+    truth = []
+    for scene in train:
+        numbers = scene.numbers[::2, ::2]
+        classes = torch.cat((torch.zeros(1, dtype=torch.long), scene.classes + 1))
+        truth.append((numbers == torch.arange(len(classes))[:, None, None], classes))
+    head = masks.train(known, truth, len(sets.DRAWN) + 1, steps=600)
+    shown = []
+    for scene, found in zip(test, masks.instances(head, asked, (sets.SIDE, sets.SIDE)), strict=True):
+        labels, names = masks.panoptic(*found)
+        things = torch.cat((torch.zeros(1, dtype=torch.long), torch.arange(1, len(names) + 1) * (names > 0)))
+        shown.append(paint(scene.picture, things[labels].numpy()))  # the background stays clear
+    return sheet(shown, columns=3)
+
+
+def surfaces() -> Image.Image:
+    """Depth and normals of coffee, by heads that have seen Aloe and Motorcycle alone."""
+    parts, photo = [*sets.tiles(0, False), *sets.tiles(1, False)], sets.fetch.photographs()["coffee"]
+    known, asked = four_layers([p for p, *_ in parts]), four_layers([photo])
+    torch.manual_seed(0)
+    deep = depth.train(known, torch.stack([d for _, d, _ in parts]))
+    right, sure = (torch.cat(n) for n in zip(*(normals.normals_of(d[None], f) for _, d, f in parts), strict=True))
+    facing = normals.train(known, right, sure)
+    with torch.no_grad():
+        heat, normal = overlay(photo, -deep(asked)[0]), normals.at_size(facing(asked), (400, 600))[0]
+    colour = Image.fromarray(((normal.permute(1, 2, 0).numpy() + 1) * 127.5).astype(np.uint8))
+    return sheet([photo, heat.resize(photo.size), colour.resize(photo.size)], columns=3)
+
+
+def moving() -> Image.Image:
+    draw, bb, made = random.Random(0), model_of("real", 0), []
+    clips = [sets.clip(draw, held_out, 6, 1, 224, sets.drawings(held_out)) for held_out in [False] * 120 + [True] * 3]
+    made = torch.stack([video.tokens(bb, clip.frames, 6, 112) for clip in clips])
+    probe = AttentiveProbe(epochs=60).fit(made[:120], torch.tensor([clip.direction for clip in clips[:120]]))
+    rows, captions = [], []
+    for clip, chances in zip(clips[120:], probe.predict_proba(made[120:]), strict=True):
+        rows += [clip.frames[i] for i in (0, 2, 3, 5)]
+        captions += [f"{('right', 'down', 'left', 'up')[int(chances.argmax())]}, {chances.max():.0%}", "", "", ""]
+    return sheet(rows, captions, columns=4)
+
+
+MADE: dict[str, Callable[[], Image.Image | list[Image.Image]]] = {
+    "retrieval.jpg": retrieved, "foreground.jpg": split, "discovery.jpg": discovered, "matching.jpg": matched,
+    "anomaly.jpg": odd, "tracking.gif": tracked, "detection.jpg": detected, "masks.jpg": cut_out,
+    "surfaces.jpg": surfaces, "video.jpg": moving,
+}  # fmt: skip
+
+
+def main() -> None:
+    OUT.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or MADE:
+        made = MADE[name]()
+        frames = made if isinstance(made, list) else [made]
+        for frame in frames:
+            frame.thumbnail((WIDEST, WIDEST))
+        if name.endswith(".gif"):
+            small = [frame.quantize(32, dither=Image.Dither.NONE) for frame in frames]
+            small[0].save(OUT / name, save_all=True, append_images=small[1:], duration=150, loop=0, optimize=True)
+        else:
+            frames[0].save(OUT / name, quality=80, optimize=True)
+        print(f"{name}: {(OUT / name).stat().st_size // 1024} kB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

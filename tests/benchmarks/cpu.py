@@ -1,0 +1,153 @@
+"""From pixels to features on a CPU: ours in every mode against whatever else is installed.
+
+    pip install transformers timm onnx onnxruntime openvino nncf
+    python tests/benchmarks/cpu.py [--models S B] [--sizes 224 512] [--batches 1 8] [--rounds 9] [--compile]
+                                   [--reference DIR] [--name NAME]
+
+Contestants and method are those of `dinov3-infer bench`: every contestant's tokens are judged first, then all are timed
+in interleaved rounds in one process on the same pixels, and a ratio is the median of those of the rounds.  The weights
+are random, those of ViT-S/16 and ViT-B/16 of DINOv3 in shape.  A cell where a ratio falls short of its goal has a table
+of what the time of ours goes to.  The record is written to records/NAME.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dinov3_infer import Backbone
+from dinov3_infer.bench.contest import Settings, contest, ratios, spread
+from dinov3_infer.bench.contestants import MODES as OURS
+from dinov3_infer.bench.contestants import Setup, cell_of, contestants
+
+HERE = Path(__file__).parent
+MODELS = {"S": "dinov3_vits16", "B": "dinov3_vitb16"}
+# (class, what the label of a contestant begins with): how many times as fast as the best of these ours should be
+GOALS = {
+    ("float32", "transformers"): 2.0,
+    ("float32", "timm"): 2.0,
+    ("float32", "reference"): 2.0,
+    ("float32", "openvino"): 1.0,
+    ("bfloat16", "transformers"): 1.5,
+    ("bfloat16", "openvino"): 1.0,
+    ("int8", "openvino"): 1.0,
+}
+LIBRARIES = ("torch", "transformers", "timm", "onnxruntime", "openvino", "nncf", "numpy")
+
+
+def results(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Ours against the fastest contestant of each library and class of a cell."""
+    times = {label: entry["rounds_ms"] for label, entry in record["contestants"].items() if "rounds_ms" in entry}
+    found: dict[str, dict[str, Any]] = {}
+    for (kind, library), goal in GOALS.items():
+        ours = times.get(f"ours, extract_features {OURS[kind]}, {kind}")
+        theirs = {label: ms for label, ms in times.items() if label.startswith(library) and label.endswith(kind)}
+        if ours is None or not theirs:
+            continue
+        best = min(theirs, key=lambda label: statistics.median(theirs[label]))
+        each = ratios(theirs[best], ours)
+        found[f"{kind}, {library}"] = {
+            "goal": goal, "ratio": round(statistics.median(each), 3), "spread": round(spread(each), 3),
+            "ours_ms": round(statistics.median(ours), 2), "theirs": best,
+            "theirs_ms": round(statistics.median(theirs[best]), 2),
+        }  # fmt: skip
+    return found
+
+
+def operators(setup: Setup, mode: str, count: int = 14) -> list[dict[str, Any]]:
+    """What a call of ours spends its time in, by operator and shapes."""
+    model = Backbone.from_pretrained(setup.written("hf"), device="cpu", mode=mode)  # type: ignore[arg-type]
+    pixels = torch.rand(setup.batch, 3, *setup.size)
+    run = lambda: model.extract_features(pixels, size=setup.size, fit="squash")  # noqa: E731
+    run()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        run()
+    events = sorted(profiler.key_averages(group_by_input_shape=True), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    return [
+        {
+            "operator": event.key, "shapes": str([s for s in event.input_shapes if s])[:120], "calls": event.count,
+            "ms": round(event.self_cpu_time_total / 1e3, 3), "share": round(event.self_cpu_time_total / total, 3),
+        }
+        for event in events[:count]
+    ]  # fmt: skip
+
+
+def cell(setup: Setup, settings: Settings, what: dict[str, Any]) -> dict[str, Any]:
+    record = contest(cell_of(setup, contestants(setup)), settings)
+    record["cell"] = what
+    record["load_average"] = os.getloadavg()[0]
+    record["results"] = results(record)
+    short = {name.split(",")[0] for name, found in record["results"].items() if found["ratio"] < found["goal"]}
+    record["operators"] = {OURS[kind]: operators(setup, OURS[kind]) for kind in sorted(short)}
+    return record
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "cpu": name or platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(), "platform": platform.platform(),
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "not installed"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 512])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes for each cell")
+    parser.add_argument("--reference", type=Path, help="a checkout of Meta's code")
+    parser.add_argument("--name", default="cpu", help="of the record")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    settings = Settings(
+        torch.device("cpu"), rounds=args.rounds, kernels=False, tell=lambda what: print("  ", what, file=sys.stderr)
+    )
+    record: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": args.rounds, "cells": []}
+    target = HERE / "records" / f"{args.name}.json"
+    for letter in args.models:
+        model = Backbone.from_config(MODELS[letter], seed=0)
+        with torch.no_grad():
+            for block in model.blocks:  # LayerScale of training's beginning would hide what the blocks do
+                block.ls1.gamma.fill_(0.3), block.ls2.gamma.fill_(0.3)
+        for size in args.sizes:
+            for batch in args.batches:
+                with tempfile.TemporaryDirectory() as folder:
+                    setup = Setup(
+                        model, (size, size), batch, Path(folder), args.threads, compile=args.compile,
+                        reference=args.reference,
+                    )  # fmt: skip
+                    found = cell(setup, settings, {"model": MODELS[letter], "pixels": size, "batch": batch})
+                record["cells"].append(found)
+                target.parent.mkdir(exist_ok=True)
+                target.write_text(json.dumps(record, indent=1) + "\n")  # after each, for it takes its time
+                for name, result in found["results"].items():
+                    print(f"{letter} {size} x{batch}, {name}: {result['ratio']} (goal {result['goal']})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Nothing is lost: embed, killed at random moments and started again, writes what an undisturbed run writes.
+
+    python tests/benchmarks/embed_kill.py WEIGHTS
+
+20,000 files, CIFAR-10 as PNG and JPEG and parts of photographs in many sizes and modes, 1 % of them broken in twenty
+ways, in shards of 200.  One run is left alone; the other is killed with SIGKILL 20 times, at a random moment after it
+has written at least one new shard, and then runs to its end.  Both have to hold every file once, with the same bytes of
+its vector and the same error.  The record goes to records/embed_kill.json.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT), str(ROOT / "kernels"), str(ROOT / "examples" / "nano")]
+
+from albums import BREAKAGES, write_album  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from dinov3_infer.bulk.formats import FORMATS  # noqa: E402
+
+START = "import sys; sys.path[:0] = sys.argv.pop(1).split('|'); from dinov3_infer.cli import main; sys.exit(main())"
+
+
+def command(weights: Path, album: Path, out: str, shard_size: int, *options: str) -> list[str]:
+    paths = f"{ROOT}|{ROOT / 'kernels'}"
+    call = ["embed", str(album), "-o", out, "-m", str(weights), "--shard-size", str(shard_size), "--device", "cpu"]
+    return [sys.executable, "-c", START, paths, *call, *options]
+
+
+def shards(out: str) -> list[Path]:
+    """Those that are whole."""
+    path = Path(out)
+    folder = path if out.endswith("/") else path.with_name(f"{path.name}.parts")
+    return sorted(folder.glob("[0-9]*" + (path.suffix or ".npy")))
+
+
+def killed(call: list[str], out: str, rng: random.Random, at_most: float = 2.0) -> int:
+    """Runs until there is a new shard and a random while longer, kills, and says how many are new."""
+    before = len(shards(out))
+    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while len(shards(out)) <= before:
+        if process.poll() is not None:
+            assert process.stderr is not None
+            raise RuntimeError(f"ended before a new shard: {process.stderr.read().decode()[-500:]}")
+        time.sleep(0.005)
+    time.sleep(rng.random() * at_most)
+    process.kill()
+    process.wait()
+    return len(shards(out)) - before
+
+
+def contents(out: str) -> dict[str, tuple[bytes, str]]:
+    """path -> (bytes of its vector, error).  Raises ValueError where one comes twice."""
+    path = Path(out)
+    form = FORMATS[path.suffix or ".npy"]()
+    found: dict[str, tuple[bytes, str]] = {}
+    for file in shards(out) if out.endswith("/") else [path]:
+        rows = zip(form.vectors(file), form.listing(file), strict=True)
+        for vector, (name, error) in rows:
+            if name in found:
+                raise ValueError(f"'{name}' comes twice")
+            found[str(name)] = vector.tobytes(), error
+    return found
+
+
+def experiment(
+    weights: Path, album: Path, paths: list[Path], folder: Path, form: str, kills: int, shard_size: int,
+    seed: int, *options: str, at_most: float = 2.0,
+) -> dict[str, Any]:  # fmt: skip
+    """Both runs, and what they have in common.  `form`: of the output, such as ".npy" or "/"."""
+    alone, disturbed = f"{folder}/alone{form}", f"{folder}/disturbed{form}"
+    begun = time.perf_counter()
+    subprocess.run(command(weights, album, alone, shard_size, *options), check=False, stderr=subprocess.DEVNULL)
+    seconds = time.perf_counter() - begun
+    rng = random.Random(seed)
+    call = command(weights, album, disturbed, shard_size, *options)
+    new = [killed(call, disturbed, rng, at_most) for _ in range(kills)]
+    last = subprocess.run(call, capture_output=True, text=True)
+    if last.returncode not in (0, 3):
+        raise RuntimeError(last.stderr[-500:])
+    first, second = contents(alone), contents(disturbed)
+    left = [str(p.name) for p in Path(folder).rglob("*.tmp")]
+    return dict(
+        pictures=len(paths), shard_size=shard_size, kills=kills, new_shards_before_each_kill=new, output=form,
+        seconds_undisturbed=round(seconds, 1), failed=sum(bool(error) for _, error in first.values()),
+        kinds_of_errors=len(Counter(error.split("'")[-1][:40] for _, error in first.values() if error)),
+        every_input_once=set(first) == {str(path) for path in paths}, equal=first == second, left_behind=left,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--made-up", action="store_true", help="pictures of noise, for which nothing is fetched")
+    parser.add_argument("--count", type=int, default=20_000)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--shard-size", type=int, default=200)
+    parser.add_argument("--form", default="/", help="of the output: /, .npy, .safetensors, .parquet, .parquet/")
+    parser.add_argument("--size", default="32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_kill.json")
+    args = parser.parse_args()
+    small, pictures = None, [Image.open(ROOT / "examples" / "cat.jpg").convert("RGB")]
+    if not args.made_up:
+        from evaluate import cifar10
+        from fetch import photographs
+
+        small, pictures = cifar10(args.count, 1)[0], list(photographs().values())
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_album(Path(folder) / "album", args.count, small, pictures, seed=args.seed)
+        record = experiment(
+            args.weights, Path(folder) / "album", paths, Path(folder), args.form, args.kills, args.shard_size,
+            args.seed, "--size", args.size, "-j", "0", at_most=0.5,
+        )  # fmt: skip
+    record |= dict(ways_of_breaking=len(BREAKAGES), seed=args.seed)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+    sys.exit(not (record["equal"] and record["every_input_once"] and not record["left_behind"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Memory does not grow with the number of pictures: embed of 2,000 and of 20,000, a process each.
+
+    python tests/benchmarks/embed_memory.py WEIGHTS
+
+The peak of the larger run may be that of the smaller one and 50 MB and the names of the files.  The record goes to
+records/embed_memory.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE)]
+
+from albums import write_album  # noqa: E402
+from embed_kill import command  # noqa: E402
+
+RUN = """
+import resource, sys
+sys.path[:0] = sys.argv.pop(1).split("|")
+from dinov3_infer.cli import main
+assert main() in (0, 3)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def peak(call: list[str]) -> int:
+    """Bytes that the process had in memory at most."""
+    done = subprocess.run([call[0], "-c", RUN, *call[3:]], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-500:])
+    return int(done.stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--counts", type=int, nargs=2, default=(2_000, 20_000))
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_memory.json")
+    args = parser.parse_args()
+    peaks, names = [], 0
+    for count in args.counts:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = write_album(Path(folder) / "album", count)
+            names = sum(len(str(path)) for path in paths)
+            call = command(args.weights, Path(folder) / "album", f"{folder}/x.npy", 1000, "--size", "64")
+            peaks.append(peak(call))
+    limit = peaks[0] + 50e6 + names
+    record = dict(counts=list(args.counts), peak_bytes=peaks, bytes_of_names=names, within=peaks[1] <= limit)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+    sys.exit(not record["within"])
+
+
+if __name__ == "__main__":
+    main()

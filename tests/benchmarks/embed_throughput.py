@@ -1,0 +1,217 @@
+"""From files on disk to a file of vectors: embed against transformers, timm and dinotool.
+
+    pip install timm torchvision transformers
+    OMP_NUM_THREADS=2 python tests/benchmarks/embed_throughput.py
+
+One ViT-S/16 of DINOv3 with random weights, saved for each library in its own format; 224 pixels squashed, float32, the
+same threads for all.  Two sets: 3,000 JPEGs of 500 pixels, and 300 of 12 megapixels, cut from photographs.  Every
+measurement is a process of its own that loads the model, and counts from then until the vectors are in a file.  Each
+contestant first tries 0, 1, 2 ... workers on a tenth of a set and keeps the best number.  Then all take turns.
+
+"bound" is what the work costs at least: the passes of our model over batches that are there already, and the CPU time
+of decoding and resizing by one thread, divided by the cores.  dinotool loads weights by name from a hub only, so it is
+named as not run.  The record goes to records/embed_throughput.json.
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(HERE.parent), str(ROOT), str(ROOT / "kernels")]
+
+SIZE, BATCH = 224, 16
+COMMON = f"""
+import json, os, sys, time
+from pathlib import Path
+import numpy as np, torch
+if not torch.cuda.is_available():  # a torchvision built for CUDA beside a CPU build of torch misses these
+    schemas = torch.library.Library("torchvision", "FRAGMENT")
+    schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+weights, album, out, workers = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+paths = sorted(str(path) for path in Path(album).iterdir())[: int(sys.argv[5]) or None]
+torch.set_grad_enabled(False)
+SIZE, BATCH, TRANSFORMED = {SIZE}, {BATCH}, None
+"""
+END = """
+print(json.dumps(dict(seconds=time.perf_counter() - begun, rows=len(found), width=len(found[0]))))
+"""
+OURS = """
+from dinov3_infer import Backbone
+bb = Backbone.from_pretrained(weights + "/hf", device="cpu")
+begun = time.perf_counter()
+bb.embed(paths, out, size=SIZE, batch_size=BATCH, num_workers=workers, decode="DECODE")
+found = np.load(out)
+"""
+LOOP = """
+rows = []
+for batch in loader:
+    rows.append(model(batch).numpy())
+found = np.concatenate(rows)
+np.save(out, found)
+"""
+SCRIPTS = {
+    "ours": OURS.replace("DECODE", "exact"),
+    "ours, fast": OURS.replace("DECODE", "fast"),
+    "transformers pipeline": """
+from transformers import pipeline
+found_by = pipeline("image-feature-extraction", weights + "/hf", pool=True, batch_size=BATCH, num_workers=workers)
+begun = time.perf_counter()
+found = np.array([row[0] for row in found_by(paths)], np.float32)
+np.save(out, found)
+""",
+    "DataLoader + transformers": """
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+processor, net = AutoImageProcessor.from_pretrained(weights + "/hf"), AutoModel.from_pretrained(weights + "/hf").eval()
+class Pictures(torch.utils.data.Dataset):
+    def __len__(self): return len(paths)
+    def __getitem__(self, i):
+        return processor(Image.open(paths[i]).convert("RGB"), return_tensors="pt")["pixel_values"][0]
+model = lambda batch: net(batch).pooler_output
+begun = time.perf_counter()
+loader = torch.utils.data.DataLoader(Pictures(), BATCH, num_workers=workers)
+""" + LOOP,
+    "timm": """
+import timm
+from PIL import Image
+from timm.data import create_loader
+net = timm.create_model("vit_small_patch16_dinov3", pretrained=False, num_classes=0, global_pool="token",
+                        dynamic_img_size=True)
+from safetensors.torch import load_file
+net.load_state_dict(load_file(weights + "/timm/model.safetensors"))
+net.eval()
+class Pictures(torch.utils.data.Dataset):
+    transform = None
+    def __len__(self): return len(paths)
+    def __getitem__(self, i): return self.transform(Image.open(paths[i]).convert("RGB")), 0
+begun = time.perf_counter()
+loader = create_loader(Pictures(), (3, SIZE, SIZE), BATCH, num_workers=workers, use_prefetcher=False, crop_pct=1.0,
+                       crop_mode="squash", interpolation="bilinear", persistent_workers=False)
+model = lambda batch: net(batch[0])
+""" + LOOP,
+}  # fmt: skip
+BOUND = """
+from dinov3_infer import Backbone, load_image
+bb = Backbone.from_pretrained(weights + "/hf", device="cpu")
+transform = bb.preprocess.with_options(SIZE)
+blank = [torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)]
+batches = [transform.batch(blank * min(BATCH, len(paths) - first)) for first in range(0, len(paths), BATCH)]
+bb._features(batches[:1], [], "cls", "token")  # sets things up
+begun = time.perf_counter()
+for batch in batches:
+    bb._features([batch], [], "cls", "token")
+model = time.perf_counter() - begun
+torch.set_num_threads(1)
+cpu = time.process_time()
+for path in paths:
+    transform.place(load_image(path))
+print(json.dumps(dict(model=model, decoding=time.process_time() - cpu)))
+"""
+
+
+def write_sets(folder: Path, counts: tuple[int, int]) -> dict[str, Path]:
+    """Cut-outs of photographs at 500 pixels, and at 12 megapixels."""
+    from fetch import photographs
+    from PIL import Image
+
+    rng, pictures = random.Random(0), list(photographs().values())
+    sets = {}
+    for name, count, size in (("500 px", counts[0], (500, 375)), ("12 MP", counts[1], (4000, 3000))):
+        sets[name] = folder / name.replace(" ", "_")
+        sets[name].mkdir()
+        for i in range(count):
+            whole = pictures[i % len(pictures)]
+            left, top = rng.randrange(whole.width // 3), rng.randrange(whole.height // 3)
+            box = (left, top, left + whole.width // 2, top + whole.height // 2)
+            stream = io.BytesIO()
+            whole.resize(size, Image.Resampling.BICUBIC, box).save(stream, "JPEG", quality=92)
+            (sets[name] / f"{i:05d}.jpg").write_bytes(stream.getvalue())
+    return sets
+
+
+def measured(script: str, weights: Path, album: Path, workers: int, first: int = 0) -> dict[str, Any]:
+    """One process; "refused" and why where it fails."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        call = [sys.executable, "-c", COMMON + script, weights, album, f"{folder}/x.npy", workers, first]
+        done = subprocess.run([str(c) for c in call], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        return dict(refused=(done.stderr.strip().splitlines() or ["?"])[-1][:200])
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def contest(weights: Path, album: Path, rounds: int, most_workers: int, tenth: int) -> dict[str, Any]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, script in SCRIPTS.items():
+        trials = [measured(script + END, weights, album, n, tenth) for n in range(most_workers + 1)]
+        times = {n: trial["seconds"] for n, trial in enumerate(trials) if "seconds" in trial}
+        found[name] = dict(workers=min(times, key=times.__getitem__), trials=times, rounds=[]) if times else trials[0]
+    names = [name for name in found if "rounds" in found[name]]
+    bounds = []
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            found[name]["rounds"].append(
+                measured(SCRIPTS[name] + END, weights, album, found[name]["workers"])["seconds"]
+            )
+        bounds.append(measured(BOUND, weights, album, 0))
+    cores = len(os.sched_getaffinity(0))
+    lower = [bound["model"] + bound["decoding"] / cores for bound in bounds]
+
+    def ratios(over: str) -> dict[str, float]:
+        rounds = {name: zip(found[name]["rounds"], found[over]["rounds"], strict=True) for name in names}
+        return {name: statistics.median(theirs / ours for theirs, ours in pairs) for name, pairs in rounds.items()}
+
+    over = statistics.median(a / b for a, b in zip(found["ours"]["rounds"], lower, strict=True))
+    return dict(
+        contestants=found | {"dinotool": dict(refused="loads weights by name from a hub, not from a local directory")},
+        bound=bounds, ours_over_bound=over, theirs_over_ours=ratios("ours"), theirs_over_ours_fast=ratios("ours, fast"),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--counts", type=int, nargs=2, default=(3000, 300))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="at most")
+    parser.add_argument("--model", default="vits16")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_throughput.json")
+    args = parser.parse_args()
+    import torch
+
+    from dinov3_infer import Backbone
+
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights"
+        bb = Backbone.from_config(args.model, seed=0)
+        bb.preprocess = bb.preprocess.with_options(SIZE)  # goes to preprocessor_config.json
+        bb.save_pretrained(weights / "hf")
+        bb.save_pretrained(weights / "timm", layout="timm")
+        sets = write_sets(Path(folder), args.counts)
+        cells = {
+            name: contest(weights, album, args.rounds, args.workers, max(1, count // 10))
+            for (name, album), count in zip(sets.items(), args.counts, strict=True)
+        }
+    record = dict(
+        model=args.model, size=SIZE, batch=BATCH, counts=list(args.counts), rounds=args.rounds,
+        cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads(), machine=platform.processor(),
+        torch=torch.__version__, cells=cells,
+    )  # fmt: skip
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    for name, cell in cells.items():
+        print(name, {key: cell[key] for key in ("ours_over_bound", "theirs_over_ours", "theirs_over_ours_fast")})
+
+
+if __name__ == "__main__":
+    main()

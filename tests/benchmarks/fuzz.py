@@ -1,0 +1,72 @@
+"""Damaged and hostile pictures and checkpoints, as many as one likes: none may end in anything but a plain sentence.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/fuzz.py --images 100000 --checkpoints 100000 --seed 1
+
+See tests/fuzzing.  The record, with every error branch and how often it was met, is written to records/fuzz.json; the
+exit status is 1 if there is a fault, or an error branch of the readers that no case met.  `--only checkpoints:17` runs
+one drawn case by its number in the record and says how it ends.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import PIL
+import safetensors
+import torch
+
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from fuzzing import runner
+    from fuzzing.kinds import CHECKPOINT, PICTURE
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--checkpoints", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--only", metavar="KIND:NUMBER")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "fuzz.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable()
+    kinds = {kind.name: kind for kind in (PICTURE, CHECKPOINT)}
+    if args.only:
+        name, _, number = args.only.partition(":")
+        with tempfile.TemporaryDirectory() as place:
+            Path(place, "one").mkdir()
+            print(*runner.one(kinds[name], args.seed, int(number), Path(place, "one")), sep="\n")
+        return 0
+    record = {
+        "seed": args.seed,
+        "allowed": {"CPU s": runner.SECONDS, "wall s": runner.PATIENCE, "MiB": runner.BYTES >> 20},
+        "environment": {"python": platform.python_version(), "pillow": PIL.__version__, "torch": torch.__version__,
+                        "safetensors": safetensors.__version__},
+    }  # fmt: skip
+    good = True
+    for kind, count in ((PICTURE, args.images), (CHECKPOINT, args.checkpoints)):
+        started = time.perf_counter()
+        found = runner.run(kind, count, args.seed, args.workers)
+        found["wall s"] = round(time.perf_counter() - started, 1)
+        record[kind.name] = found
+        good &= found["all ended"] and not found["faults"] and not found["branches not hit"]
+        shown = {name: value for name, value in found.items() if name != "branches"}
+        print(kind.name, json.dumps(shown, indent=1))
+    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The contest of speed that users run: who takes part, who is right, what is said of it."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_runs import Ran, refused, run, small_model
+
+from dinov3_infer import Backbone
+from dinov3_infer.bench import contestants as module
+from dinov3_infer.bench.contest import ratios, spread
+from dinov3_infer.cli import bench
+
+# Stands for a checkout of the reference: an entry with Meta's names and Meta's outputs.
+HUBCONF = """
+from torch import nn
+from dinov3_infer.torchhub import HubBackbone
+
+class Reference(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = HubBackbone.from_config("nano")
+
+    def load_state_dict(self, state, strict):
+        import tempfile, torch
+        assert strict and "storage_tokens" in state
+        with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+            torch.save(state, file.name)
+            LOAD
+
+    def forward_features(self, pixels):
+        return self.model.forward_features(pixels)
+
+def nano(pretrained):
+    assert pretrained is False
+    return Reference()
+"""
+LOAD = 'self.model = HubBackbone.from_pretrained("nano", weights=file.name, device="cpu")'
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "LEAST_MS", 0.0)
+
+
+def measured(folder: Path, *argv: object) -> tuple[Ran, dict[str, Any]]:
+    out = folder / "record.json"
+    ran = run("bench", "--size", "32", "--rounds", "2", "--threads", "1", "--json", out, *argv)
+    assert ran.status == 0, ran.err
+    return ran, json.loads(out.read_text())
+
+
+def settings(record: dict[str, Any], library: str) -> dict[tuple[str, str], dict[str, Any]]:
+    entries = record["contestants"].values()
+    return {(e["setting"], e["precision"]): e for e in entries if e["library"] == library}
+
+
+def test_ours_and_transformers(tmp_path: Path) -> None:
+    """Random weights where there are none; every way is right, and is timed in every round."""
+    pytest.importorskip("transformers")
+    threads = torch.get_num_threads()
+    ran, record = measured(tmp_path, "dinov3_vits16", "--batch", "2")  # gated: no machine of tests has its weights
+    assert torch.get_num_threads() == threads
+    assert (record["weights"], record["threads"], record["cell"]) == ("random", 1, {"pixels": [32, 32], "batch": 2})
+    theirs = settings(record, "transformers")
+    ways = {("", "float32"), ("cast", "bfloat16"), ("autocast", "bfloat16")}
+    assert set(theirs) == {(", ".join(filter(None, (kind, way))), p) for kind in ("sdpa", "eager") for way, p in ways}
+    ours = settings(record, "ours")
+    assert {("extract_features exact", "float32"), ("extract_features fast", "bfloat16")} < set(ours)
+    for (_, precision), entry in (theirs | {k: e for k, e in ours.items() if "module" in k[0]}).items():
+        assert len(entry["rounds_ms"]) == 2, entry
+        assert entry["error"] <= module.LIMITS[precision]
+        assert precision == "float32" or entry["error"] > 1e-7  # it is another arithmetic indeed
+    lines = ran.out.splitlines()
+    assert lines[0] == "dinov3_vits16, weights random (speed does not depend on them), 32x32 pixels, batch 2"
+    for precision in ("float32", "bfloat16"):
+        start = next(i for i, line in enumerate(lines) if line.startswith(precision))
+        speeds = []
+        for line in lines[start + 1 :]:
+            if not (found := re.fullmatch(r"  (\S.*?)  +([\d.]+) +[\d.]+ ±[\d.]+ +[\d.]+ ±[\d.]+ +[\d.]+", line)):
+                break
+            speeds.append(float(found[2]))
+        assert len(speeds) >= 3 and speeds == sorted(speeds, reverse=True)
+        assert re.search("transformers at its best takes .* times as long as ours", ran.out)
+    assert "torch.compile took no part" in ran.err
+
+
+def test_one_class_of_arithmetic(tmp_path: Path) -> None:
+    _, record = measured(tmp_path, small_model(), "--dtype", "float32")
+    assert {entry["precision"] for entry in record["contestants"].values()} == {"float32"}
+    assert record["weights"] == "as given"
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+def test_the_reference_comes_from_a_checkout(wrong: bool, tmp_path: Path) -> None:
+    """A contestant that computes something else is named with its error, and not timed."""
+    (tmp_path / "hubconf.py").write_text(HUBCONF.replace("LOAD", "pass" if wrong else LOAD))
+    ran, record = measured(tmp_path, "nano", "--dtype", "float32", "--reference", tmp_path)
+    (entry,) = settings(record, "reference").values()
+    assert ("rounds_ms" in entry) is not wrong and (entry["error"] > 1e-3) is wrong
+    assert bool(re.search("not timed\n.*reference, float32: wrong: error", ran.out, re.DOTALL)) is wrong
+
+
+def test_a_mode_that_gives_way_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs instead has a row of its own."""
+
+    def warn(self: Any, *_: Any, **__: Any) -> None:
+        if self.mode == "int8":
+            logging.getLogger("dinov3_infer").warning("mode='int8' gives way to 'fast': it is far off")
+
+    extract = Backbone.extract_features
+    monkeypatch.setattr(Backbone, "extract_features", lambda self, *a, **k: warn(self) or extract(self, *a, **k))
+    _, record = measured(tmp_path, "nano")
+    entry = settings(record, "ours")["extract_features int8", "int8"]
+    assert entry["refused"].startswith("UnsupportedError: mode='int8' gives way") and "rounds_ms" not in entry
+
+
+def test_what_cannot_be_measured(tmp_path: Path) -> None:
+    refused(1, "unknown model 'vitx'", "bench", "vitx")
+    refused(1, "not a multiple of the patch size 16", "bench", "nano", "--size", "33")
+    refused(1, "a checkout with a hubconf.py", "bench", "nano", "--size", "32", "--reference", tmp_path)
+    refused(1, r"should end in \.json", "bench", "nano", "--json", tmp_path / "x.txt")
+    refused(2, "invalid choice", "bench", "nano", "--dtype", "int4")
+
+
+def test_ratios_are_of_each_round() -> None:
+    """Their median is not the ratio of medians."""
+    assert ratios([3.0, 2.0, 8.0], [1.0, 2.0, 4.0]) == [3.0, 1.0, 2.0]
+    assert spread([3.0, 1.0, 2.0]) == 0.5 and spread([3.0]) == 0.0
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("model", ["dinov3_vits16", "dinov2_vits14_reg", "dinov2_vits14", "dino_vits16"])
+def test_every_library_that_is_installed(model: str, tmp_path: Path) -> None:
+    """All of them take part in all families, and are right."""
+    ran, record = measured(tmp_path, model, "--size", "112")
+    libraries = {"transformers", "timm"}
+    libraries |= {name for name in ("onnxruntime", "openvino") if record["environment"][name]}
+    for library in libraries:
+        for way, entry in settings(record, library).items():
+            assert "rounds_ms" in entry, (library, way, entry["refused"])
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path: Path) -> None:
+    """Compiled ways take part when they are asked for, and are other calls than those that are not."""
+    pytest.importorskip("transformers")
+    _, record = measured(tmp_path, "nano", "--compile", "--dtype", "float32")
+    for library, kind in (("ours", "module"), ("transformers", "sdpa")):
+        for mode in module.COMPILE["cpu"]:
+            entry = settings(record, library)[f"{kind}, compiled {mode}", "float32"]
+            assert "rounds_ms" in entry, entry
