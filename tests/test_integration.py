@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import pickle
 import re
 import shutil
@@ -194,6 +195,13 @@ class Pictures(Dataset[Tensor]):
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_preprocess_in_workers(start: str) -> None:
+    """In a process of its own: other tests leave threads of other libraries behind, beside which nobody should fork."""
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "kernels", ROOT / "tests"))
+    script = f"import test_integration; test_integration.check_workers({start!r})"
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, check=True)
+
+
+def check_workers(start: str) -> None:
     """`preprocess` as the transform of a Dataset gives the same pixels in a worker process, and the same features."""
     model, _ = setup()
     transform = model.preprocess.with_options(32)
