@@ -201,6 +201,14 @@ def test_centred_softmax_is_a_softmax_of_differences() -> None:
             assert float(out[k]) == pytest.approx(weight / sum(weights), abs=1e-9)
 
 
+def test_share_of_entropy() -> None:
+    """1 for the uniform distribution, 0 for certainty, and the mean between them."""
+    uniform, certain = torch.full((8,), 1 / 8), torch.eye(8)[0]
+    assert float(losses.share_of_entropy(uniform)) == pytest.approx(1.0)
+    assert float(losses.share_of_entropy(certain)) == 0.0
+    assert float(losses.share_of_entropy(torch.stack((uniform, certain)))) == pytest.approx(0.5)
+
+
 def test_sinkhorn_does_not_overflow() -> None:
     """Logits of a few units at a small temperature are far beyond exp in float32."""
     assert losses.sinkhorn_knopp(draw(6, 4, scale=50.0).float(), 0.04).isfinite().all()

@@ -13,7 +13,7 @@ from dinov3_infer import Backbone
 from dinov3_infer.errors import InputError
 from dinov3_infer.train.cli import main, parse
 from dinov3_infer.train.config import PRESETS, TrainConfig
-from dinov3_infer.train.heads import ProjectionHead
+from dinov3_infer.train.heads import ProjectionHead, Standardise
 from dinov3_infer.train.optim import parameter_groups, set_rates
 from dinov3_infer.train.schedules import ramp, warmup_cosine
 
@@ -110,14 +110,15 @@ def test_rates_of_a_vit_small() -> None:
     assert decays["backbone.cls_token"] and decays["backbone.blocks.3.mlp.fc1.weight"]
     not_decayed = ("blocks.3.mlp.fc1.bias", "blocks.3.norm1.weight", "blocks.3.ls1.gamma", "norm.bias")
     assert not any(decays[f"backbone.{name}"] for name in not_decayed)
-    assert rate["dino_head.prototypes.weight"] == 1.0
+    assert rate["dino_head.prototypes.weight"] == rate["dino_head.mlp.0.bias"] == 5.0
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
 def test_rates_in_the_course_of_a_run() -> None:
-    """Warm-up, freeze and ramp of the backbone, prototypes held at first."""
+    """Warm-up, freeze and ramp of the backbone, heads at a rate of their own, prototypes held at first."""
     config = TrainConfig(steps=100, warmup_share=0.1, freeze_share=0.2, ramp_share=0.09, freeze_prototypes_share=0.05,
-                         weight_decay_end=0.4, batch_size=1024, lr_at_1024=1.0, layer_decay=1.0)  # fmt: skip
+                         weight_decay_end=0.4, batch_size=1024, lr_at_1024=1.0, layer_decay=1.0,
+                         head_lr=2.0)  # fmt: skip
     model = student()
     optimizer = torch.optim.AdamW(parameter_groups(model, config))
     of = {p: group for group in optimizer.param_groups for p in group["params"]}
@@ -127,8 +128,8 @@ def test_rates_in_the_course_of_a_run() -> None:
         set_rates(optimizer, config, step)
         seen[step] = [of[p]["lr"] for p in (block, head.mlp[0].weight, head.prototypes.weight)]
     assert seen == {
-        0: [0, 0, 0], 4: [0, 0.4, 0], 5: [0, 0.5, 0.5], 10: [0, 1, 1], 19: [0, 1, 1],
-        20: pytest.approx([0.1, 1, 1]), 24: pytest.approx([0.5, 1, 1]), 29: [1, 1, 1], 99: [1, 1, 1],
+        0: [0, 0, 0], 4: [0, 0.8, 0], 5: [0, 1, 1], 10: [0, 2, 2], 19: [0, 2, 2],
+        20: pytest.approx([0.1, 2, 2]), 24: pytest.approx([0.5, 2, 2]), 29: [1, 2, 2], 99: [1, 2, 2],
     }  # fmt: skip
     assert of[block]["weight_decay"] == pytest.approx(0.4)
     assert of[model.backbone.norm.weight]["weight_decay"] == 0.0
@@ -152,6 +153,24 @@ def test_scores_are_dot_products_with_a_direction() -> None:
             head.prototypes.weight.copy_(3.0 * torch.eye(5, 4))
         scores = head(torch.randn(7, 6))
         assert torch.allclose(scores.norm(dim=-1), torch.full((7,), 1.0 if unit else 3.0))
+
+
+def test_heads_see_standardised_tokens() -> None:
+    """Exactly so for as long as the window grows; then what is new replaces what is old.  Rounding is not magnified."""
+    scale = Standardise(5).double()
+    steps = [(step % 7) + torch.randn(6, 2, 5, dtype=torch.float64) for step in range(100)]
+    for step, tokens in enumerate(steps):
+        scale.learn(tokens, step)
+    every = torch.cat(steps).flatten(0, 1)
+    seen = scale(every)
+    assert torch.allclose(seen.mean(0), torch.zeros(5, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(seen.var(0, correction=0), torch.ones(5, dtype=torch.float64))
+    for step in range(100, 800):
+        scale.learn(steps[step % 100] + 50.0, step)
+    assert (scale.mean - every.mean(0) - 50.0).abs().max() < 0.2
+    same = Standardise(5)
+    same.learn(torch.ones(4, 5) + 1e-7 * torch.randn(4, 5), 0)
+    assert same(torch.ones(4, 5)).abs().max() < 1e-4
 
 
 # --- the command line --------------------------------------------------------------------------------------------

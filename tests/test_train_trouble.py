@@ -133,6 +133,8 @@ def test_verdicts(pictures: Path) -> None:
         ({"rank_me": 0.05 * first["rank_me"]}, "collapsing"),
         ({"knn": 0.6}, "forgetting"),
         ({"patch_drift": 0.4}, "forgetting"),
+        ({"teacher_entropy": 0.9999}, "collapsing"),
+        ({"teacher_entropy": 0.95}, "healthy"),
     ]
     for change, verdict in cases:
         assert health.judge(health.first | change, 3)[0] == verdict, change

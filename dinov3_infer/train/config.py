@@ -75,12 +75,13 @@ class TrainConfig:
     ibot_prototypes: int = 16_384
     head_hidden: int = 2048  # v3
     head_bottleneck: int = 256  # v3
-    unit_prototypes: bool = False  # True: DINO v1
+    unit_prototypes: bool = True  # DINO v1; free ones (v3) take thousands of steps to say anything
+    standardise: bool = True  # the heads see tokens of mean 0 and variance 1
     centring: Literal["sinkhorn", "centre"] = "sinkhorn"  # v3
     centre_momentum: float = 0.9  # DINO v1
     student_temperature: float = 0.1  # v3
     teacher_temperature_start: float = 0.04  # v3
-    teacher_temperature: float = 0.07  # v3
+    teacher_temperature: float = 0.04  # v3 0.07
     teacher_temperature_share: float = 0.1  # v3
 
     # what is trained
@@ -98,6 +99,7 @@ class TrainConfig:
     # optimiser (AdamW)
     lr_at_1024: float = 2e-4  # times sqrt(batch_size / 1024); v3 writes a quarter of it and multiplies by 4
     lr_end_share: float = 1.0  # of the last learning rate: 1 is constant after the warm-up; v3
+    head_lr: float = 5.0  # of the heads, over that of the backbone: they are new
     warmup_share: float = 0.1  # v3
     weight_decay: float = 0.04  # v3
     weight_decay_end: float = 0.04  # v3
@@ -201,7 +203,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         from_scratch=True, steps=125_000, batch_size=2048, dino_prototypes=65_536, ibot_prototypes=65_536,
         freeze_share=0.0, ramp_share=0.0, freeze_prototypes_share=0.01, drop_path=0.3, lr_at_1024=4e-3,
         lr_end_share=1.8e-4, weight_decay_end=0.4, betas=(0.9, 0.999), layer_decay=0.9, ema_momentum=0.992,
-        ema_momentum_end=1.0, teacher_temperature_share=0.3,
+        ema_momentum_end=1.0, teacher_temperature=0.07, teacher_temperature_share=0.3, head_lr=1.0,
+        unit_prototypes=False, standardise=False,
     ),
     # Feature form, AM-RADIO (arXiv 2312.06709): released teachers have no heads, without which the published form
     # (DINOv3 paper, section 5.2: the student's own heads against the teacher's) cannot be computed.
@@ -209,7 +212,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         from_scratch=True, model="nano", steps=20_000, batch_size=64, global_px=128, num_local=0, distortions=False,
         dino_weight=0.0, ibot_weight=0.0, koleo_weight=0.0, feature_weight=1.0, relation_weight=1.0,
         freeze_share=0.0, ramp_share=0.0, rope_rescale=1.0, lr_at_1024=4e-3, lr_end_share=0.0, warmup_share=0.05,
-        betas=(0.9, 0.999), layer_decay=1.0, patch_lr=1.0, ema_momentum=0.99, ema_momentum_end=0.9999,
+        betas=(0.9, 0.999), layer_decay=1.0, patch_lr=1.0, ema_momentum=0.99, ema_momentum_end=0.9999, head_lr=1.0,
     ),
 }  # fmt: skip
 
@@ -228,7 +231,7 @@ _ABOVE_0 = ("steps", "batch_size", "accumulate", "global_px", "dino_prototypes",
             "head_bottleneck", "lr_at_1024", "clip", "log_steps", "checkpoint_steps", "keep_checkpoints",
             "student_temperature", "teacher_temperature", "teacher_temperature_start", "lora_rank", "tune_blocks",
             "health_steps", "health_pictures", "gram_renew_steps", "sigreg_slices", "layer_decay",
-            "patch_lr")  # fmt: skip
+            "patch_lr", "head_lr")  # fmt: skip
 _SHARES = ("mask_share", "gram_begin_share", "gram_ramp_share", "freeze_share", "ramp_share", "warmup_share",
            "freeze_prototypes_share", "teacher_temperature_share", "ema_momentum", "ema_momentum_end", "flip",
            "drop_path", "centre_momentum")  # fmt: skip

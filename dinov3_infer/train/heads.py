@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ProjectionHead", "linear_projection"]
+from .distributed import mean_over
+
+__all__ = ["ProjectionHead", "Standardise", "linear_projection"]
 
 
 class ProjectionHead(nn.Module):
@@ -50,6 +52,39 @@ class ProjectionHead(nn.Module):
         if not self.unit_prototypes:
             return self.prototypes(narrow)  # type: ignore[no-any-return]
         return F.linear(narrow, F.normalize(self.prototypes.weight, dim=-1))
+
+
+# of a variance: random weights give all pictures the same token, and their rounding errors are nothing to magnify
+LEAST = 1e-4
+
+
+class Standardise(nn.Module):
+    """Tokens -> tokens of mean 0 and variance 1 per channel, by the mean and variance of the last hundred steps or so.
+
+    What released features have in common is much larger than what tells two pictures apart; new heads take hundreds of
+    steps to see past it.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(embed_dim))
+        self.register_buffer("variance", torch.zeros(embed_dim))
+
+    @torch.no_grad()
+    def learn(self, tokens: Tensor, step: int) -> None:
+        """Folds the tokens [..., C] of all processes at step 0, 1, ... into mean and variance."""
+        tokens = tokens.flatten(0, -2).to(self.mean.dtype)
+        mean = mean_over(tokens)
+        spread = mean_over((tokens - mean) ** 2)
+        share = 1.0 / min(step + 1, 100)
+        self.variance.lerp_(spread, share).add_((mean - self.mean) ** 2, alpha=share * (1.0 - share))
+        self.mean.lerp_(mean, share)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [..., C]
+        return (tokens - self.mean) / self.variance.clamp(min=LEAST).sqrt()
 
 
 def linear_projection(embed_dim: int, target_dim: int) -> nn.Linear:

@@ -88,6 +88,11 @@ class Health:
                 f"all pictures get nearly the same features (spread {found['spread']:.3f}, RankMe "
                 f"{found['rank_me']:.1f}); lower lr_at_1024, raise koleo_weight or batch_size"
             )
+        if found.get("teacher_entropy", 0.0) > 0.995 and step >= 0.25 * self.config.steps:
+            return "collapsing", (
+                f"the heads tell no picture from another (entropy of the targets {found['teacher_entropy']:.4f} of its "
+                "maximum); raise head_lr, or lower teacher_temperature"
+            )
         if started and "knn" in found and found["knn"] < first["knn"] - 0.1:
             return "forgetting", (
                 f"20-NN fell from {first['knn']:.2f} to {found['knn']:.2f}; lower lr_at_1024, or tune='last' or 'lora'"

@@ -173,7 +173,7 @@ class Run:
                 bar.update()
                 looks = self._due(config.health_steps)
                 if looks:
-                    metrics |= self.look()
+                    metrics |= self.look(metrics.get("teacher_entropy", 0.0))
                 if looks or self._due(config.log_steps):
                     speed = count / (time.perf_counter() - since)
                     self.record(metrics | {"broken_pictures": len(stream.broken), "images_per_second": speed})
@@ -253,10 +253,10 @@ class Run:
         if self.failures >= _PATIENCE:
             self.stop(f"diverged: {names} not finite in {_PATIENCE} steps in a row; lower lr_at_1024")
 
-    def look(self) -> dict[str, Any]:
+    def look(self, teacher_entropy: float) -> dict[str, Any]:
         """Health now."""
         found = self.health.look(self.method.average)
-        verdict, reason = self.health.judge(found, self.step)
+        verdict, reason = self.health.judge(found | {"teacher_entropy": teacher_entropy}, self.step)
         self.unwell = self.unwell + 1 if verdict == "collapsing" else 0
         if verdict != "healthy":
             log.warning("step %d, %s: %s", self.step, verdict, reason)

@@ -28,6 +28,7 @@ __all__ = [
     "gram_loss",
     "ibot_loss",
     "koleo",
+    "share_of_entropy",
     "sigreg",
     "sinkhorn_knopp",
 ]
@@ -100,6 +101,13 @@ def centred_softmax(
 ) -> Tensor:
     """Softmax of logits less their running mean, [n, K].  Source: DINO (arXiv 2104.14294), section 3.1."""
     return ((_wide(logits) - centre) / temperature).softmax(-1)
+
+
+@torch.no_grad()
+@_without_autocast
+def share_of_entropy(distributions: Tensor) -> Tensor:  # [..., K]
+    """Mean entropy over that of the uniform distribution: at 1 the targets tell no picture from another."""
+    return torch.special.entr(_wide(distributions)).sum(-1).mean() / math.log(max(distributions.shape[-1], 2))
 
 
 # --- cross-entropy against them ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from .backbones import add_adapters
 from .config import TrainConfig
 from .distributed import group, local, mean_over
 from .draws import generator
-from .heads import ProjectionHead, linear_projection
+from .heads import ProjectionHead, Standardise, linear_projection
 from .schedules import ramp, warmup_cosine
 from .views import Batch
 
@@ -56,15 +56,15 @@ class Method(nn.Module):
     """`targets` on all parts of a step's batch, then `forward` and a backward pass for each part, then `update_ema`.
 
     `student` and `ema` hold the same parts: backbone, dino_head, ibot_head, cls_projection, patch_projection, as far as
-    the objectives need them.
+    the objectives need them.  `scales` brings the moving average's tokens, the student's and those of a distillation's
+    teacher to mean 0 and variance 1.
     """
 
     student: nn.ModuleDict
     ema: nn.ModuleDict
     teacher: Backbone | None
     gram_teacher: Backbone | None
-    feature_mean: Tensor
-    feature_variance: Tensor
+    scales: nn.ModuleDict
 
     def __init__(self, config: TrainConfig, backbone: Backbone, teacher: Backbone | None = None) -> None:
         super().__init__()
@@ -89,9 +89,10 @@ class Method(nn.Module):
         if config.centring == "centre":
             for name, count in prototypes.items():
                 self.register_buffer(f"{name}_centre", torch.zeros(int(count)))
-        if teacher is not None:  # running mean and variance of its features: class token, patches
-            self.register_buffer("feature_mean", torch.zeros(2, teacher.embed_dim))
-            self.register_buffer("feature_variance", torch.zeros(2, teacher.embed_dim))
+        widths = {head: width for head, count in prototypes.items() if count and config.standardise}
+        if teacher is not None:
+            widths |= {"teacher_cls": teacher.embed_dim, "teacher_patches": teacher.embed_dim}
+        self.scales = nn.ModuleDict({name: Standardise(of) for name, of in widths.items()})
 
     @property
     def backbone(self) -> Backbone:
@@ -139,9 +140,9 @@ class Method(nn.Module):
             if config.dino_weight or config.ibot_weight or config.gram == "ema":
                 out: BackboneOutput = self.average(batch.global_crops)
                 if config.dino_weight:
-                    dino.append(self.ema["dino_head"](out.cls_token))
+                    dino.append(out.cls_token)
                 if config.ibot_weight:
-                    ibot.append(self.ema["ibot_head"](out.patch_tokens[batch.masks]))
+                    ibot.append(out.patch_tokens[batch.masks])
                 if config.gram == "ema":
                     gram.append(out.patch_tokens)
             crops = batch.global_crops if batch.gram_crops is None else batch.gram_crops
@@ -153,7 +154,8 @@ class Method(nn.Module):
                 cls.append(out.cls_token)
                 patches.append(out.patch_tokens)
         if cls:
-            self.learn_scale(torch.cat(cls), torch.cat(patches), step)
+            self.learn("teacher_cls", cls, step)
+            self.learn("teacher_patches", patches, step)
         nothing: list[None] = [None] * len(batches)
         columns = (
             [s.unflatten(0, (2, -1)) for s in self.assign(dino, "dino_head", step)] if dino else nothing,
@@ -164,9 +166,11 @@ class Method(nn.Module):
         )
         return [Targets(*row) for row in zip(*columns, strict=True)]
 
-    def assign(self, scores: list[Tensor], head: str, step: int) -> list[Tensor]:
-        """Logits of all parts -> distributions of all parts."""
+    def assign(self, tokens: list[Tensor], head: str, step: int) -> list[Tensor]:
+        """Tokens of all parts -> distributions of all parts."""
         config = self.config
+        self.learn(head, tokens, step)
+        scores = [self.scores(self.ema, head, part) for part in tokens]
         joined = torch.cat(scores)
         temperature = self.teacher_temperature(step)
         if config.centring == "sinkhorn":
@@ -177,22 +181,24 @@ class Method(nn.Module):
             centre.lerp_(mean_over(joined.to(centre.dtype)), 1.0 - config.centre_momentum)
         return list(found.split([len(part) for part in scores]))
 
-    def learn_scale(self, cls: Tensor, patches: Tensor, step: int) -> None:
-        """Folds this step into the mean and variance of the teacher's features over all steps."""
-        for i, tokens in enumerate((cls, patches.flatten(0, 1))):
-            running, variance = self.feature_mean[i], self.feature_variance[i]
-            tokens = tokens.to(running.dtype)
-            mean = mean_over(tokens)
-            spread = mean_over((tokens - mean) ** 2)
-            share = 1.0 / (step + 1)
-            variance.lerp_(spread, share).add_((mean - running) ** 2, alpha=share * (1.0 - share))
-            running.lerp_(mean, share)
+    def learn(self, scale: str, parts: list[Tensor], step: int) -> None:
+        if scale in self.scales:
+            cast(Standardise, self.scales[scale]).learn(torch.cat(parts), step)
+
+    def scores(self, model: nn.ModuleDict, head: str, tokens: Tensor) -> Tensor:
+        """[..., K] of a head of student or moving average."""
+        if head in self.scales:
+            tokens = self.scales[head](tokens)
+        return model[head](tokens)  # type: ignore[no-any-return]
 
     # --- the student ---------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, targets: Targets, step: int) -> dict[str, Tensor]:
-        """Every term, and "loss", their weighted sum; the mean over the parts of a batch is that of the whole batch."""
-        config, student = self.config, self.student
+        """Every term, "loss", their weighted sum, and what else is to be recorded.
+
+        The mean over the parts of a batch is that of the whole batch.
+        """
+        config = self.config
         crops, masks = [batch.global_crops], [batch.masks if config.masks else None]
         if len(batch.local_crops):
             crops, masks = [*crops, batch.local_crops], [*masks, None]
@@ -211,8 +217,9 @@ class Method(nn.Module):
         seen = outputs[0]
         if targets.dino is not None:
             self.add_dino(outputs, targets.dino, add)
+            terms["teacher_entropy"] = losses.share_of_entropy(targets.dino)
         if targets.ibot is not None:
-            scores = student["ibot_head"](seen.patch_tokens[batch.masks])
+            scores = self.scores(self.student, "ibot_head", seen.patch_tokens[batch.masks])
             ibot = losses.ibot_loss(scores, targets.ibot, batch.masks, config.student_temperature)
             add("ibot", config.ibot_weight, ibot)
         # groups divide the pictures, so none holds two crops of one picture, which would be nearest neighbours
@@ -236,7 +243,8 @@ class Method(nn.Module):
     def add_dino(self, outputs: Sequence[BackboneOutput], targets: Tensor, add: Add) -> None:
         """Global crops against the other one, local crops against both, each pair counting alike."""
         config, batch = self.config, targets.shape[1]
-        scores = self.student["dino_head"](torch.cat([out.cls_token for out in outputs])).unflatten(0, (-1, batch))
+        tokens = torch.cat([out.cls_token for out in outputs])
+        scores = self.scores(self.student, "dino_head", tokens).unflatten(0, (-1, batch))
         num_local = len(scores) - 2
         of_all = 2 + 2 * num_local
         add("dino_global", config.dino_weight * 2 / of_all,
@@ -254,11 +262,10 @@ class Method(nn.Module):
                 "gram_px so that both have the same grid"
             )
         if config.feature_weight:
-            std = self.feature_variance.clamp(min=1e-12).sqrt()
-            ours = (student["cls_projection"](seen.cls_token), student["patch_projection"](seen.patch_tokens))
-            for i, (name, theirs) in enumerate((("feature_cls", cls), ("feature_patch", patches))):
-                target = (theirs.to(std.dtype) - self.feature_mean[i]) / std[i]
-                add(name, config.feature_weight, losses.feature_loss(ours[i], target))
+            ours = student["cls_projection"](seen.cls_token), student["patch_projection"](seen.patch_tokens)
+            targets = self.scales["teacher_cls"](cls), self.scales["teacher_patches"](patches)
+            for name, found, wanted in zip(("feature_cls", "feature_patch"), ours, targets, strict=True):
+                add(name, config.feature_weight, losses.feature_loss(found, wanted))
         if config.relation_weight:
             add("relation_patch", config.relation_weight, losses.gram_loss(seen.patch_tokens, patches))
             size = min(config.spread_group, len(cls) // 2)

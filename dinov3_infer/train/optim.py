@@ -17,7 +17,8 @@ def parameter_groups(student: nn.ModuleDict, config: TrainConfig) -> list[dict[s
     """Parameters that learn alike, together.
 
     The last block learns at `layer_decay` of the full rate, each one before it at that share of the next; what comes
-    before the blocks follows on, the patch embedding at `patch_lr` of that.  Biases, norms and gammas do not decay.
+    before the blocks follows on, the patch embedding at `patch_lr` of that.  Heads learn at `head_lr` times the full
+    rate.  Biases, norms and gammas do not decay.
 
     Source: dinov3/train/param_groups.py at 6876159.
     """
@@ -27,7 +28,7 @@ def parameter_groups(student: nn.ModuleDict, config: TrainConfig) -> list[dict[s
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            rate = _rate(name, depth, config) if part == "backbone" else 1.0
+            rate = _rate(name, depth, config) if part == "backbone" else config.head_lr
             decays = not (name.endswith("bias") or "norm" in name or "gamma" in name)
             key = (part == "backbone", "prototypes" in name, rate, decays)
             group = groups.setdefault(
