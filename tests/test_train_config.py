@@ -61,6 +61,9 @@ def test_views_follow_the_patches() -> None:
     assert views.jitter_probability == views.grey == views.solarize == views.local_blur == views.mask_probability == 0
     [(_, views)] = TrainConfig().view_configs(14, 14, (0, 0, 0), (1, 1, 1))
     assert (views.global_px, views.local_px, views.gram_px) == (224, 98, None)
+    assert views.local_blur and views.grey and views.solarize
+    [(_, views)] = TrainConfig(blur=False).view_configs(14, 14, (0, 0, 0), (1, 1, 1))
+    assert views.local_blur == sum(views.global_blur) == 0 and views.grey and views.solarize
     mixed = TrainConfig(gram="start", sizes=("512/112/768:0.3", "768/336/1152:0.05"))
     found = mixed.view_configs(16, 16, (0, 0, 0), (1, 1, 1))
     assert [(p, v.global_px, v.local_px, v.gram_px) for p, v in found] == [(0.3, 512, 112, 768), (0.05, 768, 336, 1152)]

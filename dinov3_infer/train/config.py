@@ -47,6 +47,7 @@ class TrainConfig:
     local_scale: Pair = (0.05, 0.32)  # v3
     flip: float = 0.5
     distortions: bool = True  # of colours, blur, solarisation
+    blur: bool = True  # its strength is in pixels, too much for pictures of 32
     mask_share: float = 0.5  # of the global crops; v3
     mask_ratio: Pair = (0.1, 0.5)  # share of the patches of a masked crop; v3
 
@@ -161,7 +162,11 @@ class TrainConfig:
         """(probability, views) for each resolution; sides are rounded to whole patches of the student."""
         wanted = [_sizes(text) for text in self.sizes] or [(self.global_px, self.local_px, self.gram_px, 1.0)]
         others = self.distils or self.gram in ("start", "renew")  # a teacher with crops of its own
-        plain = dict(global_blur=(0.0, 0.0), local_blur=0.0, solarize=0.0, jitter_probability=0.0, grey=0.0)
+        changes: dict[str, Any] = {}
+        if not (self.blur and self.distortions):
+            changes |= dict(global_blur=(0.0, 0.0), local_blur=0.0)
+        if not self.distortions:
+            changes |= dict(solarize=0.0, jitter_probability=0.0, grey=0.0)
         found = []
         for global_px, local_px, gram_px, probability in wanted:
             patches = max(1, round(global_px / patch_size))
@@ -179,7 +184,7 @@ class TrainConfig:
                 patch_size=patch_size,
                 mask_probability=self.mask_share if self.masks else 0.0,
                 mask_ratio=self.mask_ratio,
-                **({} if self.distortions else plain),  # type: ignore[arg-type]
+                **changes,
             )
             found.append((probability, views))
         return found

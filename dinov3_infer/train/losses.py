@@ -107,7 +107,8 @@ def centred_softmax(
 @_without_autocast
 def share_of_entropy(distributions: Tensor) -> Tensor:  # [..., K]
     """Mean entropy over that of the uniform distribution: at 1 the targets tell no picture from another."""
-    return torch.special.entr(_wide(distributions)).sum(-1).mean() / math.log(max(distributions.shape[-1], 2))
+    entropy: Tensor = torch.special.entr(_wide(distributions)).sum(-1).mean()
+    return entropy / math.log(max(distributions.shape[-1], 2))
 
 
 # --- cross-entropy against them ----------------------------------------------------------------------------------
