@@ -28,6 +28,8 @@ def main() -> None:
         steps=steps or max(300, 10 * len(data) // batch_size),  # ten times through the pictures
         batch_size=batch_size,
         gram="start",  # similarities between patches stay near those of the start
+        ema_momentum=0.95,  # the result is an average over the last hundred steps
+        ema_momentum_end=0.99,
         health_steps=50,
     )
     print(f"{len(data)} pictures, {config.steps} steps of {config.batch_size}; watch {out}/metrics.jsonl")
@@ -37,14 +39,12 @@ def main() -> None:
         print(stopped)
 
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    looks = [row for row in rows if "verdict" in row]
-    for row in looks:
+    for row in (row for row in rows if "verdict" in row):
         accuracy = f", 20-NN {row['knn']:.3f}" if "knn" in row else ""
         print(f"step {row['step']:5d}: {row['verdict']}: {row['reason']}{accuracy}")
 
-    adapted = Backbone.from_pretrained(Path(out) / "backbone")
-    embedding = adapted.extract_features(data[0]).embedding
-    print(f"{out}/backbone gives embeddings of width {embedding.shape[1]}; curves are in {out}/curves.png")
+    width = Backbone.from_pretrained(Path(out) / "backbone").extract_features(data[0]).embedding.shape[1]
+    print(f"{out}/backbone gives embeddings of width {width}; curves are in {out}/curves.png")
 
 
 if __name__ == "__main__":

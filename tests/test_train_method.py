@@ -169,7 +169,7 @@ def test_a_whole_step_of_the_optimiser_and_the_average() -> None:
         decay = 0.0 if name.endswith("bias") or "norm" in name or "gamma" in name else 0.04
         moved = before[name] * (1 - rate * decay) - rate * gradient / (gradient.abs() + 1e-8)  # both moments corrected
         assert torch.allclose(parameter, moved, rtol=1e-9, atol=1e-12), name
-        expected = 0.994 * average[name] + 0.006 * moved
+        expected = 0.98 * average[name] + 0.02 * moved
         assert torch.allclose(method.ema.get_parameter(name), expected, rtol=1e-9, atol=1e-12), name
 
 

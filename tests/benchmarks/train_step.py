@@ -52,7 +52,8 @@ def settings(args: argparse.Namespace) -> TrainConfig:
         batch_size=args.batch, centring="centre", unit_prototypes=True, freeze_share=0.0, ramp_share=0.0,
         rope_rescale=1.0, spread_group=args.batch, steps=100, teacher_temperature_share=0.0, warmup_share=0.0,
         dino_prototypes=PROTOTYPES, ibot_prototypes=PROTOTYPES, layer_decay=1.0, patch_lr=1.0, weight_decay=0.0,
-        weight_decay_end=0.0, ema_momentum_end=0.994,
+        weight_decay_end=0.0, ema_momentum=0.994, ema_momentum_end=0.994, standardise=False, head_lr=1.0,
+        teacher_temperature=0.07,
     )  # fmt: skip
 
 
