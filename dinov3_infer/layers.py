@@ -180,7 +180,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(config.ffn_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _project(self.fc2, F.gelu(_project(self.fc1, x)))
+        return self.contract(_project(self.fc1, x))
+
+    def contract(self, hidden: Tensor) -> Tensor:
+        return _project(self.fc2, F.gelu(hidden))
 
 
 class GatedMlp(nn.Module):
@@ -192,7 +195,10 @@ class GatedMlp(nn.Module):
         self.down = nn.Linear(config.ffn_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = _project(self.gate_up, x).chunk(2, dim=-1)
+        return self.contract(_project(self.gate_up, x))
+
+    def contract(self, hidden: Tensor) -> Tensor:
+        gate, up = hidden.chunk(2, dim=-1)
         return _project(self.down, _silu(gate) * up)
 
 
