@@ -16,7 +16,8 @@ from .configs import layout_hint, same_architecture
 from .errors import CheckpointError, InputError, InputTypeError
 from .export import Dynamic, export_model
 from .extract import FeatureExtractor
-from .files import Checkpoint, TensorsInMemory, open_checkpoint
+from .files import CONFIG, PROCESSOR, Checkpoint, TensorsInMemory, open_checkpoint
+from .fused import start_compiler
 from .hub import HubOptions, locate, locate_file
 from .optimize import Mode, check_mode, drop_plan
 from .preprocess import Preprocess
@@ -79,6 +80,8 @@ class Backbone(FeatureExtractor):
         target_device = _device(device)
         cast = _dtype(dtype)
         check_mode(mode)
+        if target_device.type == "cpu" and cast in (None, torch.float32):
+            start_compiler()  # it is done when the weights are read
         resolve_attention(attn_implementation)  # typos are found before gigabytes are read
         if rope_periods not in (None, *get_args(Periods)):
             raise InputError(f"rope_periods is 'exact', 'bfloat16' (as in Meta's files) or None; got {rope_periods!r}")
@@ -293,10 +296,15 @@ def _transform(config: ViTConfig, info: ModelInfo | None, style: Style | None = 
 def _with_stored_statistics(transform: Preprocess, checkpoint: Checkpoint) -> Preprocess:
     """The same with mean and std of what lies beside the weights, where that says so."""
     timm = checkpoint.config.get("pretrained_cfg")
-    for source in (checkpoint.processor, timm if isinstance(timm, Mapping) else {}, checkpoint.config):
+    sources = (checkpoint.processor, timm if isinstance(timm, Mapping) else {}, checkpoint.config)
+    for source in sources:
         mean, std = source.get("image_mean", source.get("mean")), source.get("image_std", source.get("std"))
         if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) == 3:
-            return replace(transform, mean=tuple(mean), std=tuple(std))
+            try:
+                return replace(transform, mean=tuple(mean), std=tuple(std))
+            except InputError as error:
+                file = PROCESSOR if source is checkpoint.processor else CONFIG
+                raise CheckpointError(f"{file} of '{checkpoint.path}' is wrong: {error}; mend it") from None
     return transform
 
 

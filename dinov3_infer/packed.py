@@ -1,7 +1,7 @@
 """Linear layers with the weights packed as oneDNN computes with them, for inference on a CPU.
 
 torch's own `linear` repacks its weights in every call, and in float32 hands them to a library that on many CPUs uses
-half of their vectors.  Here they are packed once, and activation or residual are part of the product.  A row of the
+half of their vectors.  Here they are packed once, and the activation is part of the product.  A row of the
 result depends on its own row of the input alone, bit for bit, whatever rows are beside it.
 
 The operators are those that torch's compiler calls.  They are no public interface of torch, so each is tried once
@@ -25,7 +25,7 @@ class PackedLinear:
     """x W^T + b with x and W in float32 or bfloat16."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
+        self.dtype = self.takes = dtype
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
         self.bias = None if bias is None else bias.detach().to(dtype, copy=True)
         self.product: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
@@ -38,12 +38,6 @@ class PackedLinear:
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """(x W^T + b) * other."""
         return self.joined(x, other, self.weight, self.bias, "mul")
-
-    def onto(self, stream: Tensor, x: Tensor) -> Tensor:
-        """stream + x W^T + b, in the dtype of the stream."""
-        if stream.dtype == self.dtype:
-            return self.joined(x, stream, self.weight, self.bias, "add")
-        return stream + self(x)
 
     def entering(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight [K, ...] and bias [K] of the affine step before, so that it gives what `taken` takes."""
@@ -78,10 +72,10 @@ class QuantisedLinear:
         base = kept @ (middle / size - 128) + (rows - kept) @ (mean / size)
         self.bias = base if bias is None else base + bias.detach()
         self.weight = torch.ops.onednn.qlinear_prepack(whole.to(torch.int8), None)
+        self.takes = torch.uint8
         self.zeros = torch.zeros(len(rows), dtype=torch.int64)
         self.out: tuple[float, int, torch.dtype] = (1.0, 0, dtype)  # scale, zero and dtype of the result
         self.product: Callable[..., Tensor] = torch.ops.onednn.qlinear_pointwise.default
-        self.joined: Callable[..., Tensor] = torch.ops.onednn.qlinear_pointwise.binary
 
     def __call__(self, x: Tensor, activation: Activation = "none") -> Tensor:
         """[T, K] uint8 -> [T, C]."""
@@ -91,10 +85,6 @@ class QuantisedLinear:
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         return self(x).mul_(other)
-
-    def onto(self, stream: Tensor, x: Tensor) -> Tensor:
-        into: tuple[Any, ...] = (1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "")
-        return self.joined(x, 1.0, 0, self.weight, self.scales, self.zeros, stream, self.bias, *into)
 
     def entering(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         size = self.size if weight.ndim == 1 else self.size[:, None]
@@ -133,7 +123,7 @@ def why_not_packed(dtype: torch.dtype = torch.float32) -> str | None:
         plain = F.linear(x.float(), weight.float(), bias.float())
         linear = PackedLinear(weight, bias, dtype)
         found = [(linear(x), plain), (linear(x, "gelu"), F.gelu(plain)), (linear(x, "swish"), F.silu(plain))]
-        found += [(linear.times(x, other), plain * other), (linear.onto(other, x), plain + other)]
+        found.append((linear.times(x, other), plain * other))
         turned = torch.ops.mkldnn._linear_pointwise(x, weight.T.contiguous().T, None, "none", [], "")
         return [*found, (turned, plain - bias.float())]
 
@@ -148,11 +138,11 @@ def why_not_int8() -> str | None:
         return "this CPU has no products in 8 bits"
 
     def pairs() -> list[tuple[Tensor, Tensor]]:
-        x, weight, bias, other = _examples(torch.float32)
+        x, weight, bias, _ = _examples(torch.float32)
         plain = F.linear(x, weight, bias)
         linear = QuantisedLinear(weight, bias, *smoothed(x.amin(0), x.amax(0), weight), x.mean(0))
         x = linear.taken((x - linear.middle) / linear.size)
-        found = [(linear(x), plain), (linear(x, "gelu"), F.gelu(plain)), (linear.onto(other, x), plain + other)]
+        found = [(linear(x), plain), (linear(x, "gelu"), F.gelu(plain))]
         linear.out = (0.05, 100, torch.uint8)
         return [*found, ((linear(x).float() - 100) * 0.05, plain.clamp(-5, 7.75))]
 

@@ -11,6 +11,7 @@ import torch
 from cli_runs import Ran, refused, run, small_model
 
 from dinov3_infer import Backbone
+from dinov3_infer.bench import contest
 from dinov3_infer.bench import contestants as module
 from dinov3_infer.bench.contest import ratios, spread
 from dinov3_infer.cli import bench
@@ -154,3 +155,27 @@ def test_compiled(tmp_path: Path) -> None:
         for mode in module.COMPILE["cpu"]:
             entry = settings(record, library)[f"{kind}, compiled {mode}", "float32"]
             assert "rounds_ms" in entry, entry
+
+
+def test_a_torchvision_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it misses is defined, and others are left alone."""
+    made: list[str] = []
+
+    class Library:
+        def __init__(self, *_: str) -> None:
+            pass
+
+        def define(self, schema: str) -> None:
+            made.append(schema.split("(")[0])
+
+    def broken(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(contest, "_KEPT", [])
+    monkeypatch.setattr(torch.library, "Library", Library)
+    monkeypatch.setattr(contest.importlib, "import_module", broken)
+    contest.mend_torchvision()
+    assert made == ["nms", "qnms"] and len(contest._KEPT) == 1
+    monkeypatch.setattr(contest.importlib, "import_module", lambda name: None)
+    contest.mend_torchvision()
+    assert len(contest._KEPT) == 1

@@ -31,7 +31,7 @@ def scripts() -> Iterator[Any]:
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, SCRIPTS / "run.py", *arguments]
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=550)
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=1800)
 
 
 # --- the README ----------------------------------------------------------------------------------------------------

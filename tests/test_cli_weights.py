@@ -207,6 +207,8 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
         rf"versions +torch {re.escape(torch.__version__)}, ",
         r"devices .* cores, \d+ threads of torch",
         r"attention +(the Triton kernel|torch's SDPA; the Triton kernel cannot serve: )",
+        r"CPU plan +exact (works|not: .*), fast (works|not: .*), int8 (works|not: .*)",
+        r"CPU plan +attention and norms are (compiled|torch's: .*)",
         r"cache .* GiB free",
         r"cache +weights in it: ",
         r"hub +https?://\S+, a token is stored",
@@ -222,7 +224,7 @@ def test_doctor_goes_on_after_what_fails(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(doctor_command, "difference", lambda *_: 0.3)
     monkeypatch.setattr(doctor_command.shutil, "disk_usage", lambda _: 1 / 0)
     ran = run("doctor")
-    assert ran.status == 1 and verdict(ran) == "2 of 7 checks failed"
+    assert ran.status == 1 and verdict(ran) == "2 of 8 checks failed"
     assert "cache         FAILED: ZeroDivisionError" in ran.out
     assert (
         "forward       FAILED: RuntimeError('on cpu the features are 3.0e-01 away from the recorded ones')" in ran.out

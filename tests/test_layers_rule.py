@@ -14,7 +14,7 @@ KERNELS = ROOT / "kernels" / "dinov3_infer_kernels"
 ORDER = (
     "errors keys",
     "rope files packed",
-    "packing attention links",
+    "packing attention links fused",
     "access places",
     "layers images",
     "vit preprocess sources",

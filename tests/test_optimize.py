@@ -18,6 +18,7 @@ import dinov3_infer.optimize
 import dinov3_infer.packed
 from dinov3_infer import Backbone, InputError, ViTConfig
 from dinov3_infer.frozen import Plan, spans_of
+from dinov3_infer.fused import why_not_fused
 from dinov3_infer.optimize import Precision, compare, plan_of
 from dinov3_infer.packed import PackedLinear, QuantisedLinear, smoothed, why_not_int8, why_not_packed
 
@@ -25,6 +26,10 @@ WHY_NOT = {"exact": why_not_packed(), "fast": why_not_packed(torch.bfloat16), "i
 MODES = [
     pytest.param(mode, marks=pytest.mark.skipif(reason is not None, reason=f"{mode}: {reason}"))
     for mode, reason in WHY_NOT.items()
+]
+HOW = [
+    pytest.param("fused", marks=pytest.mark.skipif(why_not_fused() is not None, reason=f"fused: {why_not_fused()}")),
+    "torch",
 ]
 pytestmark = pytest.mark.skipif(WHY_NOT["exact"] is not None, reason=f"no plan here: {WHY_NOT['exact']}")
 PICTURES = [photo(*size, seed=i) for i, size in enumerate([(64, 64), (64, 96), (16, 16), (50, 70), (64, 64), (16, 32)])]
@@ -55,13 +60,14 @@ def features(bb: Backbone, picture: Any) -> Tensor:
 # --- the numbers --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", SMALL)
-def test_exact_equals_plain(name: str, no_grad: None) -> None:
+def test_exact_equals_plain(name: str, how: str, no_grad: None) -> None:
     """Within 1e-5 for every architecture, several sizes in one pass, every layer, one patch alone among them."""
-    bb = backbone(name)
+    bb = backbone(replace(SMALL[name], num_heads=2 if how == "fused" else 4))  # of 32 channels, and of 16
     plan, side = planned(bb), bb.patch_size
     pixels = [torch.randn(shape) for shape in ((2, 3, 4 * side, 5 * side), (1, 3, side, side), (3, 3, side, 7 * side))]
-    assert plan is not None
+    assert plan is not None and plan.fused is (how == "fused")
     for found, batch in zip(plan(bb, pixels, [1, 0]), pixels, strict=True):
         expected = bb(batch, layers=[1, 0])
         for ours, theirs in zip((found[:3], *found.layers), (expected[:3], *expected.layers), strict=True):
@@ -70,11 +76,12 @@ def test_exact_equals_plain(name: str, no_grad: None) -> None:
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("name", SMALL)
-def test_fewer_bits_stay_near(name: str, mode: str, no_grad: None) -> None:
+def test_fewer_bits_stay_near(name: str, mode: str, how: str, no_grad: None) -> None:
     """bfloat16 within a cosine of 0.999, 8 bits within 0.99, on every token."""
-    bb = backbone(name)
+    bb = backbone(replace(SMALL[name], num_heads=2 if how == "fused" else 4))
     pixels = bb.preprocess.batch(PICTURES[:2] + PICTURES[3:5]).pixels
     spans = spans_of(bb, pixels) if mode == "int8" else None
     for dtype in (torch.bfloat16, torch.float32) if mode == "int8" else (torch.bfloat16,):
@@ -84,7 +91,8 @@ def test_fewer_bits_stay_near(name: str, mode: str, no_grad: None) -> None:
 
 
 def test_large_pictures_go_in_parts(monkeypatch: pytest.MonkeyPatch, no_grad: None) -> None:
-    """How many rows go at a time, in attention and in the FFN, changes nothing but rounding."""
+    """How many scores and pictures go at a time, where attention is made of products, changes nothing but rounding."""
+    monkeypatch.setattr(dinov3_infer.frozen, "why_not_fused", lambda *_: "no compiler")
     bb = backbone()
     pixels = torch.randn(3, 3, 80, 112)
     expected = [Plan(bb, dtype)(bb, [pixels])[0].patch_tokens for dtype in (torch.float32, torch.bfloat16)]
@@ -104,7 +112,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("width, heads, gated", [(384, 6, False), (768, 12, False), (256, 4, True)])
+@pytest.mark.parametrize("width, heads, gated", [(384, 6, False), (768, 12, False), (256, 4, True), (256, 16, False)])
 def test_neighbours_do_not_matter(width: int, heads: int, gated: bool, mode: str, threads: int) -> None:
     """Bit for bit, at the widths of released models: any batch, order and mixture of sizes."""
     bb = backbone(ViTConfig(width, 1, heads, 4 * width, gated=gated), mode)
@@ -131,9 +139,9 @@ def test_a_row_depends_on_itself_alone(count: int) -> None:
         )
     for linear, dtype in linears:
         taken, beside = linear.taken(x), other.to(dtype)
-        whole = (linear(taken), linear(taken, "gelu"), linear.times(taken, beside), linear.onto(other, taken))
+        whole = (linear(taken), linear(taken, "gelu"), linear.times(taken, beside))
         few, some = taken[:count], beside[:count]
-        part = (linear(few), linear(few, "gelu"), linear.times(few, some), linear.onto(other[:count], few))
+        part = (linear(few), linear(few, "gelu"), linear.times(few, some))
         assert all(torch.equal(a[:count], b) for a, b in zip(whole, part, strict=True))
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = [
-    "Cell", "Run", "Settings", "clocks", "contest", "copies", "imported", "interleaved", "ratios", "reason",
-    "relative_error", "replayed", "smi", "spread",
+    "Cell", "Run", "Settings", "clocks", "contest", "copies", "imported", "interleaved", "mend_torchvision", "ratios",
+    "reason", "relative_error", "replayed", "smi", "spread",
 ]  # fmt: skip
 
 L2_BYTES = 60 << 20  # of an H200; inputs rotate through three times as much
@@ -225,6 +225,22 @@ def imported(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except Exception:
         return None
+
+
+def mend_torchvision() -> None:
+    """Makes a torchvision importable whose own library does not fit this torch, and so transformers and timm."""
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:  # it describes two operators that the library should have brought
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)
+    except ImportError:  # whoever needs it says so
+        return
+
+
+_KEPT: list[Any] = []  # what a library defines goes with it
 
 
 def reason(error: Exception) -> str:

@@ -25,7 +25,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..backbone import Backbone
 from ..errors import InputError, UnsupportedError
-from .contest import Cell
+from .contest import Cell, mend_torchvision
 
 __all__ = ["Contestant", "Precision", "Setup", "cell_of", "contestants", "timm_model"]
 
@@ -232,6 +232,7 @@ def _transformers(setup: Setup) -> Iterator[Contestant]:
         return
 
     def load(attention: str) -> Any:
+        mend_torchvision()
         import transformers
 
         with _quiet("transformers"):  # it speaks of a pooler that nobody asked for
@@ -258,6 +259,7 @@ class _Called(nn.Module):
 
 def timm_model(written: Path, device: torch.device, size: tuple[int, int] | None = None) -> Any:
     """timm's model with the weights of a folder in its layout; called with pixels it gives all tokens."""
+    mend_torchvision()
     timm: Any = importlib.import_module("timm")
     architecture = json.loads((written / "config.json").read_text())["architecture"]
     options: dict[str, Any] = {} if size is None else dict(img_size=size)

@@ -17,8 +17,10 @@ from ..access import HubOptions, explain
 from ..attention import why_not_triton
 from ..errors import Dinov3Error
 from ..files import CONFIG
+from ..fused import why_not_fused
 from ..hub import locate
 from ..links import client_error, queries_cut, reach, reason, without_query
+from ..packed import why_not_int8, why_not_packed
 from ..zoo import MODELS
 from .golden import FORMULA, by_formula, compute, difference, known
 from .main import FAILED, OK, say
@@ -26,7 +28,9 @@ from .main import FAILED, OK, say
 __all__ = ["cpu_name", "run"]
 
 _REQUIRED = ("torch", "numpy", "pillow", "safetensors", "huggingface-hub", "tqdm")
-_OPTIONAL = ("triton", "dinov3-infer", "transformers", "timm", "peft", "torchvision", "kernels")
+_OPTIONAL = (
+    "triton", "dinov3-infer", "transformers", "timm", "peft", "torchvision", "kernels", "onnxruntime", "openvino",
+)  # fmt: skip
 _VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE",
     "MKL_NUM_THREADS", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_HOME", "TRITON_INTERPRET",
@@ -85,6 +89,14 @@ def _attention() -> Iterator[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reason = why_not_triton(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 64)
     yield "the Triton kernel" if reason is None else f"torch's SDPA; the Triton kernel cannot serve: {reason}"
+
+
+def _plan() -> Iterator[str]:
+    """What of the fast path on a CPU can be used."""
+    lacking = {"exact": why_not_packed(), "fast": why_not_packed(torch.bfloat16), "int8": why_not_int8()}
+    yield ", ".join(f"{mode} {'works' if reason is None else f'not: {reason}'}" for mode, reason in lacking.items())
+    reason = why_not_fused()
+    yield "attention and norms are compiled" if reason is None else f"attention and norms are torch's: {reason}"
 
 
 def _cache() -> Iterator[str]:
@@ -148,6 +160,6 @@ def _forward() -> Iterator[str]:
 
 
 _CHECKS: tuple[tuple[str, Callable[[], Iterator[str]]], ...] = (
-    ("versions", _versions), ("devices", _devices), ("attention", _attention), ("cache", _cache), ("hub", _hub),
-    ("environment", _environment), ("forward", _forward),
+    ("versions", _versions), ("devices", _devices), ("attention", _attention), ("CPU plan", _plan), ("cache", _cache),
+    ("hub", _hub), ("environment", _environment), ("forward", _forward),
 )  # fmt: skip

@@ -1,0 +1,250 @@
+/* What the plan of frozen.py computes between two products, each in one pass: attention with RoPE, and layer norm with
+   the residual before it.  Scores never leave the first cache (FlashAttention, arXiv 2205.14135).  A row of a result
+   depends on its own row of the input alone, bit for bit.  fused.py compiles this for the CPU at hand. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512F__)
+enum { W = 16, COLS = 4 }; /* floats of a vector; vectors in a row of a tile, so that the tile fills the registers */
+#elif defined(__AVX__)
+enum { W = 8, COLS = 2 };
+#else
+enum { W = 4, COLS = 4 };
+#endif
+enum { ROWS = 6, QUERIES = 2 * ROWS, KEYS = 64, WIDEST = 128, LINES = 32 }; /* tile; at a time; head; rows of a norm */
+enum { FLOAT, HALF, BYTE }; /* float32, bfloat16, uint8 about 128 */
+
+#define VECTOR(type, lanes) type __attribute__((vector_size(sizeof(type) * (lanes)), aligned(sizeof(type)), may_alias))
+typedef VECTOR(float, W) vec;
+typedef VECTOR(int32_t, W) ints;
+typedef VECTOR(uint16_t, W) halves;
+typedef VECTOR(uint8_t, W) bytes;
+typedef VECTOR(float, 4) four; typedef VECTOR(int32_t, 4) four_ints;
+typedef float __attribute__((may_alias)) word; /* a float, or two of bfloat16: neighbouring channels, or keys */
+#define INLINE static inline __attribute__((always_inline))
+#define AT(p) (*(vec *)(p))
+#define UNROLL _Pragma("GCC unroll 8") for (int
+
+/* --- vectors ---------------------------------------------------------------------------------------------------- */
+
+INLINE vec all(float x) { return x - (vec){0}; }
+INLINE vec larger(vec a, vec b) {
+#ifdef __AVX__
+    __asm__("vmaxps %2, %1, %0" : "=v"(a) : "v"(a), "v"(b));
+    return a;
+#else
+    return (vec)(((ints)a & (a > b)) | ((ints)b & ~(a > b)));
+#endif
+}
+
+INLINE float sum_of(vec x) {
+    four a = *(four *)&x;
+    for (int i = 4; i < W; i += 4) a += *(four *)((float *)&x + i);
+    return (a[0] + a[1]) + (a[2] + a[3]);
+}
+
+INLINE float largest_of(vec x) {
+    four a = *(four *)&x;
+    for (int i = 4; i < W; i += 4) {
+        const four b = *(four *)((float *)&x + i);
+        a = (four)(((four_ints)a & (a > b)) | ((four_ints)b & ~(a > b)));
+    }
+    const float p = a[0] > a[1] ? a[0] : a[1], q = a[2] > a[3] ? a[2] : a[3];
+    return p > q ? p : q;
+}
+
+INLINE vec read(const void *p, long i, int kind) {
+    if (kind == FLOAT) return AT((const float *)p + i);
+    return (vec)(__builtin_convertvector(*(const halves *)((const uint16_t *)p + i), ints) << 16);
+}
+
+INLINE void write(vec x, void *p, long i, int kind) {
+    if (kind == FLOAT) AT((float *)p + i) = x;
+#ifdef __AVX512BF16__
+    if (kind == HALF) __asm__("vcvtneps2bf16 %1, %0" : "=v"(*(halves *)((uint16_t *)p + i)) : "v"(x));
+#endif
+    if (kind == BYTE) { /* what is behind the point is cut off, so half a step more rounds */
+        const vec cut = -larger(-larger(x + 128.5f, all(0)), all(-255));
+        *(bytes *)((uint8_t *)p + i) = __builtin_convertvector(__builtin_convertvector(cut, ints), bytes);
+    }
+}
+
+/* 2^x for x <= 0, to 8e-8 of it, or 8e-5 where bfloat16 follows */
+INLINE vec power(vec x, int half) {
+    x = larger(x, all(-126));
+    const vec whole = x + 12582912.0f, f = x - (whole - 12582912.0f); /* 1.5 * 2^23, whose last bit is 1 */
+    const vec p = half ? ((0.055088684f * f + 0.242604051f) * f + 0.693276242f) * f + 0.999928940f
+                       : ((((0.00132669704f * f + 0.00967545975f) * f + 0.0555074262f) * f + 0.240221218f) * f +
+                          0.693146949f) * f + 1.0f;
+    return (vec)((ints)p + ((ints)whole << 23));
+}
+
+/* --- c = a b, or c += a b: ROWS rows of a, `cols` vectors of b, `steps` words of each --------------------------- */
+
+INLINE void tile(int half, int cols, int more, long steps, const word *a, const word *b, long ldb, float *c, long ldc) {
+    vec sum[ROWS][COLS], y[COLS];
+    UNROLL i = 0; i < ROWS; i++) UNROLL j = 0; j < cols; j++) sum[i][j] = more ? AT(c + i * ldc + j * W) : all(0);
+    for (long s = 0; s < steps; s++) {
+        UNROLL j = 0; j < cols; j++) y[j] = AT(b + s * ldb + j * W);
+        UNROLL i = 0; i < ROWS; i++) {
+            const vec x = all(a[i * WIDEST + s]);
+            UNROLL j = 0; j < cols; j++)
+#ifdef __AVX512BF16__
+                if (half) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum[i][j]) : "v"(y[j]), "v"(x));
+                else
+#endif
+                    sum[i][j] += x * y[j];
+        }
+    }
+    UNROLL i = 0; i < ROWS; i++) UNROLL j = 0; j < cols; j++) AT(c + i * ldc + j * W) = sum[i][j];
+}
+
+#define CASE(half, cols) \
+    case half * 8 + cols: tile(half, cols < COLS ? cols : COLS, more, steps, a, b, ldb, c, ldc); break;
+
+static __attribute__((noinline)) void product(int half, int more, long n, long steps, const word *a, const word *b,
+                                              long ldb, float *c, long ldc) {
+    for (; n > 0; n -= COLS * W, b += COLS * W, c += COLS * W)
+        switch (half * 8 + (n < COLS * W ? (n + W - 1) / W : COLS)) {
+            CASE(FLOAT, 1) CASE(FLOAT, 2) CASE(FLOAT, 3) CASE(FLOAT, 4)
+            CASE(HALF, 1) CASE(HALF, 2) CASE(HALF, 3) CASE(HALF, 4)
+        }
+}
+
+/* --- attention --------------------------------------------------------------------------------------------------- */
+
+struct attention {
+    const char *qkv;    /* [B, N, 3, H, D] float32 or bfloat16 */
+    const float *turns; /* [N, 2, D/2], cosines and sines of each token; or nothing */
+    void *out;          /* [B, N, H, D] */
+    char *space;        /* `room` bytes for each thread */
+    int64_t room, pictures, tokens, heads, width, half, kind, chunk; /* queries at a time */
+};
+
+/* The channels of one head, turned and times a number, as words */
+INLINE void turned(const struct attention *job, int half, const char *from, long n, float scale, word *to) {
+    const long D = job->width, h = D / 2;
+    const float *const cos = job->turns + n * D, *const sin = cos + h;
+    for (long i = 0; i < h; i += W) {
+        const vec a = read(from, i, half) * scale, b = read(from, i + h, half) * scale;
+        const vec c = job->turns ? AT(cos + i) : all(1), s = job->turns ? AT(sin + i) : all(0);
+        write(a * c - b * s, to, i, half);
+        write(b * c + a * s, to, i + h, half);
+    }
+}
+
+/* The weights of some keys, in place of their scores, [KEYS]; what went before is made smaller where one is larger */
+INLINE void weighed(int half, float *w, long count, float *top, vec *total, float *out, long D) {
+    const long wide = (count + W - 1) / W * W;
+    for (long j = count; j < wide; j++) w[j] = -INFINITY;
+    vec most = AT(w);
+    for (long j = W; j < wide; j += W) most = larger(most, AT(w + j));
+    const float high = largest_of(most);
+    if (high > *top) {
+        const vec less = power(all(*top - high), 0);
+        for (long d = 0; d < D; d += W) AT(out + d) *= less;
+        *total *= less, *top = high;
+    }
+    for (long j = 0; j < wide; j += W) {
+        const vec p = power(AT(w + j) - *top, half);
+        *total += p;
+        write(p, w, j, half);
+    }
+}
+
+INLINE void attend(const struct attention *job, int half, char *space, long unit) {
+    const long D = job->width, N = job->tokens, H = job->heads, words = half ? D / 2 : D;
+    const long size = half ? 2 : 4, row = 3 * H * D * size;
+    const long chunks = (N + job->chunk - 1) / job->chunk, head = unit / chunks % H, picture = unit / chunks / H;
+    const long first = unit % chunks * job->chunk, last = first + job->chunk < N ? first + job->chunk : N;
+    const char *const q = job->qkv + picture * N * row + head * D * size, *const k = q + row / 3, *v = k + row / 3;
+    word *const keys = (word *)space, *const values = keys + (N + KEYS - 1) / KEYS * KEYS * words;
+    for (long n = 0; n < N; n++) {
+        word one[WIDEST], *const to = keys + n / KEYS * KEYS * words + n % KEYS;
+        turned(job, half, k + n * row, n, 1, one);
+        for (long s = 0; s < words; s++) to[s * KEYS] = one[s];
+    }
+    for (long n = 0; n < N; n += half ? 2 : 1, v += half ? 2 * row : row)
+        for (long i = 0; i < D; i += W) {
+            if (half) {
+                const ints low = (ints)read(v, i, HALF), high = n + 1 < N ? (ints)read(v + row, i, HALF) : (ints){0};
+                AT(values + n / 2 * D + i) = (vec)((low >> 16 & 0xffff) | high);
+            } else AT(values + n * D + i) = read(v, i, FLOAT);
+        }
+    for (long begin = first; begin < last; begin += QUERIES) {
+        word some[QUERIES][WIDEST];
+        float top[QUERIES], out[QUERIES][WIDEST], weights[QUERIES][WIDEST];
+        vec total[QUERIES];
+        const long rows = last - begin < QUERIES ? last - begin : QUERIES, tiled = (rows + ROWS - 1) / ROWS * ROWS;
+        for (long i = 0; i < tiled; i++) {
+            const long n = begin + (i < rows ? i : 0);
+            turned(job, half, q + n * row, n, 1.44269504f, some[i]); /* log2 e: the weights are powers of 2 */
+            top[i] = -INFINITY, total[i] = all(0), memset(out[i], 0, D * 4);
+        }
+        for (long block = 0; block < N; block += KEYS) {
+            const long count = N - block < KEYS ? N - block : KEYS;
+            const word *const some_values = values + (half ? block / 2 : block) * D;
+            for (long i = 0; i < tiled; i += ROWS)
+                product(half, 0, count, words, some[i], keys + block * words, KEYS, weights[i], WIDEST);
+            for (long i = 0; i < tiled; i++) weighed(half, weights[i], count, top + i, total + i, out[i], D);
+            for (long i = 0; i < tiled; i += ROWS)
+                product(half, 1, D, half ? (count + 1) / 2 : count, weights[i], some_values, D, out[i], WIDEST);
+        }
+        for (long i = 0; i < rows; i++) {
+            const long to = ((picture * N + begin + i) * H + head) * D;
+            for (long d = 0; d < D; d += W) write(AT(out[i] + d) / sum_of(total[i]), job->out, to + d, job->kind);
+        }
+    }
+}
+
+/* --- layer norm -------------------------------------------------------------------------------------------------- */
+
+struct norm {
+    float *x;         /* [T, C]; what is added stays in it */
+    const void *more; /* [T, C] to add, float32 or bfloat16; or nothing */
+    const float *weight, *bias;
+    void *out;
+    int64_t rows, width, half, kind;
+    double eps;
+};
+
+INLINE void normed(const struct norm *job, int half, long n) {
+    const long C = job->width;
+    float *const x = job->x + n * C;
+    vec total = all(0), squares = all(0);
+    for (long i = 0; i < C; i += W) {
+        if (job->more) AT(x + i) += read(job->more, n * C + i, half);
+        total += AT(x + i);
+    }
+    const float mean = sum_of(total) / C;
+    for (long i = 0; i < C; i += W) squares += (AT(x + i) - mean) * (AT(x + i) - mean);
+    const float scale = 1 / sqrtf(sum_of(squares) / C + (float)job->eps);
+    for (long i = 0; i < C; i += W)
+        write((AT(x + i) - mean) * scale * AT(job->weight + i) + AT(job->bias + i), job->out, n * C + i, job->kind);
+}
+
+/* --- threads: who is free takes the next piece ------------------------------------------------------------------- */
+
+struct work {
+    void (*run)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel of the OpenMP that torch runs on */
+    const void *job;
+    int64_t norm, threads, next, workers;
+};
+
+static void take(void *given) {
+    struct work *const work = given;
+    const struct norm *const n = work->job;
+    const struct attention *const a = work->job; /* one of them */
+    char *const space = work->norm ? 0 : a->space + __atomic_fetch_add(&work->workers, 1, __ATOMIC_RELAXED) * a->room;
+    const long count = work->norm ? (n->rows + LINES - 1) / LINES
+                                  : a->pictures * a->heads * ((a->tokens + a->chunk - 1) / a->chunk);
+    for (long i; (i = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < count;)
+        if (!work->norm) a->half ? attend(a, HALF, space, i) : attend(a, FLOAT, space, i);
+        else for (long line = i * LINES; line < n->rows && line < (i + 1) * LINES; line++)
+            n->half ? normed(n, HALF, line) : normed(n, FLOAT, line);
+}
+
+void fused(struct work *work) {
+    if (work->run && work->threads > 1) work->run(take, work, work->threads, 0);
+    else take(work);
+}

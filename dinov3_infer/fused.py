@@ -1,0 +1,218 @@
+"""What a plan computes between two products, each in one pass: `fused.c`, compiled once for the CPU at hand and kept.
+
+It takes a C compiler (`cc`, or what CC names); without one a plan runs on the operators of torch, see `frozen`.  The
+library is compared with the plain form before it is used.  `DINOV3_INFER_PLAN=torch` does without it.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_double, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
+
+from .packed import runs_bfloat16
+
+__all__ = ["attended", "normed", "start_compiler", "why_not_fused"]
+
+_SOURCE = Path(__file__).with_name("fused.c")
+_TARGET = {"arm64": "-mcpu=native", "aarch64": "-mcpu=native"}
+_SECONDS = 60  # that a compiler may take; one does
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+_QUERIES, _KEYS, _WIDEST = 12, 64, 128  # as in the source
+_ONE = Lock()  # of several threads waits for the compiler
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("qkv", "turns", "out", "space")),
+        *((name, c_int64) for name in ("room", "pictures", "tokens", "heads", "width", "half", "kind", "chunk")),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "more", "weight", "bias", "out")),
+        *((name, c_int64) for name in ("rows", "width", "half", "kind")),
+        ("eps", c_double),
+    ]
+
+
+class _Work(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("run", "job")),
+        *((name, c_int64) for name in ("norm", "threads", "next", "workers")),
+    ]
+
+
+def attended(
+    qkv: Tensor,  # [B*N, 3*H*D] float32 or bfloat16, the softmax scale in q
+    turns: Tensor | None,  # [N, D] float32: cosines and sines of each token
+    count: int,  # B pictures
+    heads: int,
+    dtype: torch.dtype,  # of the result; uint8: whole numbers about 128
+) -> Tensor:
+    """Softmax attention of turned q and k, [B*N, H*D]."""
+    tokens, width, threads = len(qkv) // count, qkv.shape[1] // (3 * heads), torch.get_num_threads()
+    out = torch.empty(len(qkv), heads * width, dtype=dtype)
+    parts = -(-4 * threads // (count * heads)) if threads > 1 else 1  # of the queries of a head, so that none waits
+    chunk = -(-tokens // (parts * _QUERIES)) * _QUERIES
+    room = -(-tokens // _KEYS) * _KEYS * width * 2 * qkv.element_size()
+    space = torch.empty(threads * room, dtype=torch.uint8)
+    job = _Attention(
+        qkv.data_ptr(), None if turns is None else turns.data_ptr(), out.data_ptr(), space.data_ptr(), room,
+        count, tokens, heads, width, qkv.dtype == torch.bfloat16, _KINDS[dtype], chunk,
+    )  # fmt: skip
+    _run(job, 0, threads)
+    return out
+
+
+def normed(
+    x: Tensor,  # [T, C] float32
+    more: Tensor | None,  # [T, C] float32 or bfloat16, added to x in place
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,  # of the result, as above
+) -> Tensor:
+    """The layer norm of x and what is added, [T, C]."""
+    out = torch.empty(x.shape, dtype=dtype)
+    job = _Norm(
+        x.data_ptr(), None if more is None else more.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(),
+        *x.shape, more is not None and more.dtype == torch.bfloat16, _KINDS[dtype], eps,
+    )  # fmt: skip
+    _run(job, 1, torch.get_num_threads())
+    return out
+
+
+def _run(job: ctypes.Structure, norm: int, threads: int) -> None:
+    library, parallel = _loaded()
+    library.fused(ctypes.byref(_Work(parallel, ctypes.addressof(job), norm, threads, 0, 0)))
+
+
+# --- what runs here ------------------------------------------------------------------------------------------------
+
+
+def why_not_fused(dtype: torch.dtype = torch.float32, embed_dim: int = 64, head_dim: int = 64) -> str | None:
+    """Why it cannot be used here, or None if it can."""
+    tiles: Any = getattr(torch.cpu, "_is_amx_tile_supported", bool)
+    if dtype == torch.bfloat16 and tiles():
+        return "this CPU multiplies whole tiles of bfloat16, which torch knows how to use"
+    if embed_dim % 16 or head_dim % 32 or head_dim > _WIDEST:
+        return f"it is made for heads of 32, 64, 96 or {_WIDEST} channels, and these have {head_dim}"
+    with _ONE:
+        return _why_not()
+
+
+@cache
+def _why_not() -> str | None:
+    try:
+        wrong = any(not torch.allclose(a, b, atol=most, rtol=min(most, 0.1)) for a, b, most in _pairs())
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return "its numbers are not those of the plain form" if wrong else None
+
+
+def _pairs() -> list[tuple[Tensor, Tensor, float]]:
+    """What it gives, what it should, and how far these may be apart."""
+    draw, found = torch.Generator().manual_seed(0), list[tuple[Tensor, Tensor, float]]()
+    count, tokens, heads, width = 2, 71, 2, 32
+    wide = torch.randn(count * tokens, 3 * heads * width, generator=draw)
+    angles = torch.randn(tokens, width // 2, generator=draw)
+    turns, turn = torch.cat((angles.cos(), angles.sin()), 1), torch.polar(torch.ones_like(angles), angles)
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 0.1))[: 1 + runs_bfloat16()]:
+        qkv = wide.to(dtype)
+        q, k, v = qkv.float().view(count, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
+        pairs = (torch.complex(*t.chunk(2, -1)) * turn for t in (q, k))
+        q, k = (torch.cat((t.real, t.imag), -1) for t in pairs)
+        plain = scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(count * tokens, -1)
+        found.append((attended(qkv, turns, count, heads, dtype).float(), plain, most))
+        whole, exact = (attended(qkv * 20, None, count, heads, to) for to in (torch.uint8, torch.float32))
+        found.append((whole - 128.0, exact.clamp(-128, 127), 0.51))
+        x, weight, bias = wide.clone(), wide[0].clone(), wide[1].clone()
+        plain = layer_norm(x + qkv.float(), (x.shape[1],), weight, bias)
+        found += [(normed(x, qkv, weight, bias, 1e-5, dtype).float(), plain, most), (x, wide + qkv.float(), 1e-6)]
+    return found
+
+
+@cache
+def _loaded() -> tuple[Any, int | None]:
+    """The library, and what runs a function in the threads that torch computes with."""
+    library = ctypes.CDLL(str(_made()))
+    library.fused.restype = None
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    return library, None if parallel is None else ctypes.cast(parallel, c_void_p).value
+
+
+# --- the compiler --------------------------------------------------------------------------------------------------
+
+
+class _Compiler(NamedTuple):
+    process: subprocess.Popen[str]
+    folder: Any  # what it writes to, gone after it
+    library: Path  # where that belongs
+
+
+def start_compiler() -> None:
+    """Has the library made while something else is done, where it is not there yet; nobody has to call this."""
+    if os.environ.get("DINOV3_INFER_PLAN") not in ("0", "torch"):
+        try:
+            _started()
+        except OSError:
+            return  # which `why_not_fused` tells
+
+
+def _made() -> Path:
+    """The library of this source, compiler and CPU."""
+    if os.environ.get("DINOV3_INFER_PLAN") == "torch":
+        raise OSError("DINOV3_INFER_PLAN=torch does without it")
+    found = _started()
+    if isinstance(found, Path):
+        return found
+    if found.library.exists():  # by now: another process was first
+        return found.library
+    said = found.process.communicate(timeout=_SECONDS)[1]
+    if found.process.returncode:
+        raise OSError(f"the C compiler fails: {said.strip()}")
+    (Path(found.folder.name) / found.library.name).replace(found.library)
+    found.folder.cleanup()
+    return found.library
+
+
+@cache
+def _started() -> Path | _Compiler:
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    if compiler is None or os.name != "posix":
+        raise OSError("there is no C compiler")
+    command = [compiler, "-O3", _TARGET.get(platform.machine(), "-march=native"), "-fPIC", "-shared", str(_SOURCE)]
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else [platform.processor()]
+    cpu = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), *(part.encode() for part in (*command[:-1], cpu)))))
+    library = _private_folder() / f"fused_{key.hexdigest()[:20]}.so"
+    if library.exists():
+        return library
+    folder = tempfile.TemporaryDirectory(dir=library.parent)
+    command += ["-o", f"{folder.name}/{library.name}", "-lm"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return _Compiler(process, folder, library)
+
+
+def _private_folder() -> Path:
+    """For the library, which is code: nobody else can write to it."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dinov3_infer"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = folder.stat()
+    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+        raise OSError(f"others can write to '{folder}': chmod go-w on it")
+    return folder

@@ -1,0 +1,196 @@
+"""The compiled passes of a plan: their numbers, their threads, and who does without them for which reason."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
+
+from dinov3_infer import fused
+from dinov3_infer.fused import attended, normed, why_not_fused
+from dinov3_infer.packed import runs_bfloat16
+from dinov3_infer.rope import apply_rope
+
+compiled = pytest.mark.skipif(why_not_fused() is not None, reason=f"{why_not_fused()}")
+DTYPES = [torch.float32, *([torch.bfloat16] if runs_bfloat16() else [])]
+FAR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # root mean square, of values about 1
+
+
+def plain(qkv: Tensor, angles: Tensor | None, count: int, heads: int) -> Tensor:
+    """Attention as the model has it, in float64."""
+    parts = qkv.double().unflatten(0, (count, -1)).unflatten(-1, (3, heads, -1))
+    q, k, v = parts.unbind(2)
+    if angles is not None:
+        q, k = (apply_rope(t, angles.cos().double(), angles.sin().double()) for t in (q, k))
+    found = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=1.0)
+    return found.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).square().mean().sqrt().item()
+
+
+def table(angles: Tensor) -> Tensor:
+    return torch.cat((angles.cos(), angles.sin()), 1)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "count, tokens, heads, width",
+    [(3, 1, 1, 32), (1, 5, 2, 64), (2, 64, 1, 64), (1, 65, 3, 96), (2, 131, 2, 128), (1, 201, 6, 64), (1, 1029, 1, 64)],
+)
+def test_attention(count: int, tokens: int, heads: int, width: int, dtype: torch.dtype) -> None:
+    """Every length of the last block of keys, with a rotation and without, against float64."""
+    qkv, angles = torch.randn(count * tokens, 3 * heads * width), torch.randn(tokens, width // 2)
+    qkv[:, : heads * width] *= 2 * width**-0.5
+    qkv = qkv.to(dtype)
+    for turns in (None, angles):
+        found = attended(qkv, None if turns is None else table(turns), count, heads, dtype)
+        assert found.dtype == dtype
+        assert apart(found, plain(qkv, turns, count, heads)) < FAR[dtype]
+
+
+@compiled
+def test_large_scores() -> None:
+    """One key above all, at the end of a row of keys, by more than a float can hold the power of; and all alike."""
+    qkv = torch.zeros(130, 3 * 64)
+    qkv[:, 0], qkv[129, 64], qkv[:, 128:] = 30.0, 30.0, torch.randn(130, 64)
+    torch.testing.assert_close(attended(qkv, None, 1, 1, torch.float32), qkv[129:, 128:].expand(130, -1))
+    qkv[:, :64] = -1000.0
+    qkv[:, 64:128] = 10.0
+    found = attended(qkv, None, 1, 1, torch.float32)
+    torch.testing.assert_close(found, qkv[:, 128:].mean(0, keepdim=True).expand(130, -1), rtol=0, atol=1e-6)
+
+
+@compiled
+def test_attention_in_8_bits() -> None:
+    """Rounded to the nearest whole number about 128, and cut off."""
+    qkv = torch.randn(70, 3 * 64) * torch.tensor([1.0, 1.0, 120.0]).repeat_interleave(64)
+    exact, found = (attended(qkv, None, 1, 1, dtype) for dtype in (torch.float32, torch.uint8))
+    assert found.min() == 0 and found.max() == 255
+    assert ((found - 128.0) - exact.clamp(-128, 127)).abs().max() <= 0.5 + 1e-4
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, width", [(1, 16), (3, 384), (33, 1024), (70, 4096)])
+def test_norm(rows: int, width: int, dtype: torch.dtype) -> None:
+    """Of the stream and what is added, which stays in it."""
+    stream, more, weight, bias = (torch.randn(shape) for shape in ((rows, width), (rows, width), (width,), (width,)))
+    more = more.to(dtype)
+    for added in (None, more):
+        x, expected = stream.clone(), stream if added is None else stream + added.float()
+        found = normed(x, added, weight, bias, 1e-5, dtype)
+        assert torch.equal(x, expected) and found.dtype == dtype
+        assert apart(found, layer_norm(expected.double(), (width,), weight.double(), bias.double())) < FAR[dtype]
+    far = normed(stream + 1000.0, None, weight, bias, 1e-5, torch.float32)  # a mean far above the deviation
+    expected = layer_norm((stream + 1000.0).double(), (width,), weight.double(), bias.double())
+    assert apart(far, expected) < 1e-3
+
+
+@pytest.fixture
+def many_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_and_neighbours_change_no_bit(dtype: torch.dtype, many_threads: None) -> None:
+    """However the queries are cut up, and whatever other pictures there are."""
+    qkv, turns = torch.randn(3 * 150, 3 * 128).to(dtype), table(torch.randn(150, 32))
+    x, weight, bias = torch.randn(200, 64), torch.randn(64), torch.randn(64)
+    torch.set_num_threads(1)
+    one = attended(qkv, turns, 3, 2, dtype), normed(x, None, weight, bias, 1e-6, dtype)
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        assert torch.equal(attended(qkv, turns, 3, 2, dtype), one[0])
+        assert torch.equal(normed(x, None, weight, bias, 1e-6, dtype), one[1])
+        assert torch.equal(attended(qkv[150:300].contiguous(), turns, 1, 2, dtype), one[0][150:300])
+
+
+# --- who does without --------------------------------------------------------------------------------------------
+
+ASK = "from dinov3_infer.fused import why_not_fused; print(why_not_fused())"
+
+
+def asked(folder: Path, code: str = ASK, **variables: str) -> str:
+    """What a new process says, with a cache of its own."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"} | variables
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    return done.stdout.strip()
+
+
+def script(path: Path, body: str) -> str:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.skipif(
+    shutil.which("cc") is None or "DINOV3_INFER_PLAN" in os.environ, reason="there is no C compiler, or no wish for it"
+)
+def test_a_compiler_is_enough() -> None:
+    """Where there is one, nothing of this file is skipped."""
+    assert why_not_fused() is None
+
+
+def test_it_can_be_turned_off(tmp_path: Path) -> None:
+    assert "DINOV3_INFER_PLAN=torch" in asked(tmp_path, DINOV3_INFER_PLAN="torch")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_compiler(tmp_path: Path) -> None:
+    assert asked(tmp_path, PATH="") == "there is no C compiler"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script stands in for the compiler")
+def test_a_compiler_that_fails(tmp_path: Path) -> None:
+    """Its first line is the reason, and nothing is left behind."""
+    compiler = script(tmp_path / "broken", "echo 'no such thing' >&2; echo more >&2; exit 1")
+    assert asked(tmp_path, CC=compiler) == "the C compiler fails: no such thing"
+    assert not list((tmp_path / "dinov3_infer").iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_a_folder_that_others_write_to(tmp_path: Path) -> None:
+    """What lies there would be run."""
+    (tmp_path / "dinov3_infer").mkdir(mode=0o700)
+    (tmp_path / "dinov3_infer").chmod(0o777)
+    assert "others can write to" in asked(tmp_path)
+
+
+@compiled
+def test_it_is_compiled_once(tmp_path: Path) -> None:
+    """In a folder of one's own; the second process finds it, without a compiler."""
+    assert asked(tmp_path) == "None"
+    (library,) = (tmp_path / "dinov3_infer").iterdir()
+    assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    before = library.stat().st_mtime_ns
+    start = "from dinov3_infer.fused import start_compiler, _started; start_compiler(); print(_started())"
+    assert asked(tmp_path, start) == str(library) and library.stat().st_mtime_ns == before
+
+
+@compiled
+def test_wrong_numbers_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that computes something else is not used."""
+
+    def other(x: Tensor, *arguments: Any) -> Tensor:
+        return normed(x, *arguments) * 1.001
+
+    monkeypatch.setattr(fused, "normed", other)
+    assert fused._why_not.__wrapped__() == "its numbers are not those of the plain form"
+
+
+def test_heads_that_it_is_not_made_for() -> None:
+    assert "48" in str(why_not_fused(head_dim=48)) and "256" in str(why_not_fused(head_dim=256))
