@@ -31,6 +31,7 @@ __all__ = [
     "Result",
     "check_choice",
     "count_of",
+    "in_order",
     "items_of",
 ]
 
@@ -227,6 +228,18 @@ class Batcher(Generic[T]):
 def _one_thread() -> None:
     """In a thread that decodes: as many threads of torch's own below each would be far too many."""
     torch.set_num_threads(1)
+
+
+def in_order(results: Iterable[Result[T]], on_error: OnError) -> Iterator[T | Dinov3Error | None]:
+    """What became of each picture, with errors raised, returned or left out with a line in the log."""
+    for result in results:
+        if not isinstance(result.found, Dinov3Error) or on_error == "return":
+            yield result.found
+        elif on_error == "raise":
+            raise result.found
+        else:
+            log.warning("skipped item %d: %s", result.number, result.found)
+            yield None
 
 
 def count_of(name: str, value: int, least: int) -> int:

@@ -4,21 +4,46 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch.nn.functional as F
 
-from .batching import Result
+from .batching import Decode, Result, check_choice, count_of
 from .errors import Dinov3Error, InputError
-from .features import Features
+from .features import Features, Pooling, check_pooling
+from .preprocess import Fit
 
-__all__ = ["EmbedReport", "Failure", "Kind", "OutDtype", "Vector", "collect", "vectors_of"]
+__all__ = ["Asked", "EmbedReport", "Failure", "Kind", "OutDtype", "Vector", "collect", "vectors_of"]
 
 log = logging.getLogger("dinov3_infer")
 
 Kind = Literal["embedding", "patches", "map"]
 OutDtype = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How vectors are made, as `embed` takes it; wrong options are refused before a picture is read."""
+
+    kind: Kind = "embedding"
+    pooling: Pooling = "cls"
+    normalize: bool = False
+    out_dtype: OutDtype = "float32"
+    size: int | tuple[int, int] | None = None
+    fit: Fit | None = None
+    decode: Decode = "exact"
+    batch_size: int | None = None
+    shard_size: int | None = None
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        check_pooling(self.pooling)
+        check_choice("kind", self.kind, get_args(Kind))
+        check_choice("out_dtype", self.out_dtype, get_args(OutDtype))
+        for name, value in (("batch_size", self.batch_size), ("shard_size", self.shard_size)):
+            if value is not None:
+                count_of(name, value, 1)
 
 
 @dataclass(frozen=True)

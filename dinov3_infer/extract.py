@@ -1,6 +1,5 @@
 """Pictures in, named features out."""
 
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -12,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batching import MAX_TOKENS, Batcher, Decode, OnError, Reading, Result, check_choice, items_of
-from .bulk import Model, Plan, Target, recipe_of, write
-from .embed import EmbedReport, Kind, OutDtype, Vector, collect, vectors_of
+from .batching import MAX_TOKENS, Batcher, Decode, OnError, Reading, check_choice, in_order, items_of
+from .bulk import Model, Plan, Recipe, Target, recipe_of, write
+from .embed import Asked, EmbedReport, Kind, OutDtype, Vector, collect, vectors_of
 from .errors import Dinov3Error, InputError, PrecisionError
 from .facets import Facet, attention_rows, check_facet, facet_of
 from .features import Features, Pooling, check_pooling, features_of
@@ -26,8 +25,6 @@ from .sources import Numbered, Source, open_pictures
 from .vit import BackboneOutput, ViTConfig, resolve_layers
 
 __all__ = ["FeatureExtractor"]
-
-log = logging.getLogger("dinov3_infer")
 
 Pictures: TypeAlias = ImageLike | Iterable[ImageLike]
 Collection: TypeAlias = Pictures | Source | Numbered
@@ -133,7 +130,7 @@ class FeatureExtractor(DropInTransformer):
         transform = self.preprocess.with_options(size, fit)
         forward = partial(self._on_cpu, blocks=blocks, pooling=pooling, facet=facet)
         batcher = Batcher(transform, forward, batch_size, self._max_tokens(), self._reading(num_workers))
-        return _in_order(batcher(items_of(split_batch(images))), on_error)
+        return in_order(batcher(items_of(split_batch(images))), on_error)
 
     @overload
     def embed(self, images: Collection, out: None = None, **options: Unpack[_EmbedOptions]) -> np.ndarray[Any, Any]: ...
@@ -179,21 +176,15 @@ class FeatureExtractor(DropInTransformer):
         Raises: as `iter_features`; InputError where patches or maps differ in shape, or where what is at `out` was made
         in another way or from other pictures.
         """
-        check_pooling(pooling)
         check_choice("on_error", on_error, ("raise", "skip"))
-        check_choice("kind", kind, get_args(Kind))
-        check_choice("out_dtype", out_dtype, get_args(OutDtype))
+        asked = Asked(
+            kind=kind, pooling=pooling, normalize=normalize, out_dtype=out_dtype, size=size, fit=fit, decode=decode,
+            batch_size=batch_size, shard_size=shard_size, num_workers=num_workers,
+        )  # fmt: skip
         target = None if out is None else Target.find(out, overwrite)
-        transform = self.preprocess.with_options(size, fit)
-        forward = partial(self._vectors, kind=kind, pooling=pooling, normalize=normalize)
-        model = Model(transform, forward, self._reading(num_workers, decode), self._max_tokens())
-        plan, raises = Plan(shard_size, batch_size), on_error == "raise"
-        pictures = open_pictures(images)
+        model, raises, pictures = self._model(asked), on_error == "raise", open_pictures(images)
         if target is not None:
-            recipe = recipe_of(
-                self, pictures, transform, plan, self._products(), kind=kind, pooling=pooling, normalize=normalize,
-                out_dtype=out_dtype, decode=decode,
-            )  # fmt: skip
+            recipe = self._recipe(asked, pictures)
             return write(target, pictures, recipe, model, raises=raises, progress=progress, overwrite=overwrite)
         batcher = model.batcher(Plan(batch_size=batch_size or 32), halves=True)
         width = self.embed_dim * (2 if pooling == "cls_mean" else 1)
@@ -258,6 +249,16 @@ class FeatureExtractor(DropInTransformer):
             raise InputError(f"facet={facet!r} is that of layers; say which, e.g. layers=[-1]")
         return blocks
 
+    def _model(self, asked: Asked) -> Model:
+        transform = self.preprocess.with_options(asked.size, asked.fit)
+        forward = partial(self._vectors, kind=asked.kind, pooling=asked.pooling, normalize=asked.normalize)
+        return Model(transform, forward, self._reading(asked.num_workers, asked.decode), self._max_tokens())
+
+    def _recipe(self, asked: Asked, pictures: Source | Iterable[ImageLike]) -> Recipe:
+        """Takes a while: all weights and all names are hashed."""
+        transform = self.preprocess.with_options(asked.size, asked.fit)
+        return recipe_of(self, pictures, transform, asked, self._products())
+
     def _reading(self, num_workers: int | None, decode: Decode = "exact") -> Reading:
         on_cpu = self.device.type == "cpu"
         if num_workers is None:
@@ -286,9 +287,7 @@ class FeatureExtractor(DropInTransformer):
                 outputs = plan(self, pixels, blocks)
             elif facet != "token":
                 outputs = [self._with_facet(p, blocks, facet) for p in pixels]
-            elif (
-                len(pixels) == 1 or self.training
-            ):  # in training the packed pass norms all but its first size otherwise
+            elif len(pixels) == 1 or self.training:  # whose packed pass norms all but its first size otherwise
                 outputs = [self(p, layers=blocks) for p in pixels]
             else:
                 outputs = self.forward_packed(pixels, layers=blocks)
@@ -320,7 +319,11 @@ class FeatureExtractor(DropInTransformer):
         """What vectors depend on beside the dtype of the parameters."""
         if self._autocasts():
             return ", products in bfloat16"
-        return "" if self.mode == "exact" or self.device.type != "cpu" else f", mode {self.mode}"
+        if self.mode == "exact" or self.device.type != "cpu":
+            return ""
+        with self._inference():  # the plan knows whether another mode had to take its place
+            plan = plan_of(self, self.mode, self._samples)
+        return "" if plan is None or plan.mode == "exact" else f", mode {plan.mode}"
 
     def _check_finite(self, *tensors: Tensor) -> None:
         """Never NaN without a word."""
@@ -332,17 +335,6 @@ class FeatureExtractor(DropInTransformer):
                 f"the features are not finite in {dtype}: activations left its range; load with dtype=torch.float32"
             )
         raise PrecisionError("the features are not finite: the weights hold NaN or infinity; load another checkpoint")
-
-
-def _in_order(results: Iterator[Result[Features]], on_error: OnError) -> Iterator[Features | Dinov3Error | None]:
-    for result in results:
-        if not isinstance(result.found, Dinov3Error) or on_error == "return":
-            yield result.found
-        elif on_error == "raise":
-            raise result.found
-        else:
-            log.warning("skipped item %d: %s", result.number, result.found)
-            yield None
 
 
 def _point(query: Any) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import stat
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import BinaryIO, TypeAlias
 from urllib.parse import urlsplit
@@ -19,7 +20,7 @@ from torch import Tensor
 from .errors import ImageError, InputTypeError, MissingFileError, one_line
 from .places import address_scheme, is_collection, list_pictures, name_of, read_address
 
-__all__ = ["FORMATS", "MAX_BYTES", "ImageLike", "from_hwc", "load_image", "split_batch"]
+__all__ = ["FORMATS", "MAX_BYTES", "ImageLike", "from_hwc", "load_image", "open_picture", "split_batch"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -39,8 +40,10 @@ _TURN = {  # EXIF orientation -> whether rows are stored as columns, and the ste
 # Pillow reads more kinds: one runs a program (EPS), one unpacks whatever there is (FITS), most are hardly ever tried.
 # The first five come without loading all of Pillow; HEIF and JXL are there if their plugin is.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "HEIF", "JXL")
-_HUNGRY = ("WEBP", "JPEG2000", "CMYK")  # formats and a mode that are decoded in 12 bytes a pixel and more
-MAX_BYTES = 2**28  # of a file; at Pillow's limit of 89 million pixels, decoding stays below 1 GiB
+# Bytes that a pixel takes while it is decoded, ours among them, as measured; of formats that are not here, AT_MOST.
+_BYTES = {"JPEG": 7, "MPO": 7, "PNG": 7, "BMP": 7, "PPM": 7, "GIF": 7, "TIFF": 10, "WEBP": 24, "JPEG2000": 24}
+_AT_MOST, _PROGRESSIVE = 12, 10  # a progressive JPEG keeps all its coefficients
+MAX_BYTES = 2**28  # of a file
 _STRIP = 2**20  # pixels that are converted at a time
 _first = iter((True,))  # for what is said once
 _ALONE = "the picture"  # what a picture without a number is called
@@ -136,21 +139,43 @@ def _too_large(label: str) -> ImageError:
 
 def _from_file(stream: BinaryIO, label: str) -> Tensor:
     def read() -> Tensor:
-        with _opened(stream) as picture:
-            cost = 2 if picture.format in _HUNGRY or picture.mode in _HUNGRY else 1
-            if math.prod(picture.size) * cost > (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise Image.DecompressionBombError
+        with open_picture(stream) as picture:
             return _from_pil(picture, label)
 
     return _decoded(read, label)
 
 
-def _opened(stream: BinaryIO) -> Image.Image:
-    try:
-        return Image.open(stream, formats=FORMATS[:5])
-    except UnidentifiedImageError:
-        Image.init()
-        return Image.open(stream, formats=[name for name in FORMATS[5:] if name in Image.OPEN])
+def open_picture(stream: BinaryIO) -> Image.Image:
+    """The header of a picture of our formats.  Not by Image.open, which warns of a camera's 100 megapixels.
+
+    Raises: DecompressionBombError where decoding would take more than 1 GiB; that is 12 bytes for each of the
+    MAX_IMAGE_PIXELS of Pillow, which a user may raise.  UnidentifiedImageError.
+    """
+    stream.seek(0)
+    prefix = stream.read(16)
+    Image.preinit()
+    for name in FORMATS:
+        if name not in Image.OPEN:
+            Image.init()
+        if name not in Image.OPEN:
+            continue
+        reader, accepts = Image.OPEN[name]
+        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # what readers say to other formats
+            fits = accepts is None or accepts(prefix)
+            if fits and not isinstance(fits, str):  # a text says which library is missing
+                stream.seek(0)
+                picture = reader(stream, "")
+                if math.prod(picture.size) * _bytes_of(picture) > 12 * (Image.MAX_IMAGE_PIXELS or math.inf):
+                    raise Image.DecompressionBombError
+                return picture
+    raise UnidentifiedImageError
+
+
+def _bytes_of(picture: Image.Image) -> int:
+    found = _BYTES.get(picture.format or "", _AT_MOST)
+    if picture.mode == "CMYK":
+        return max(found, _AT_MOST)
+    return _PROGRESSIVE if found == _BYTES["JPEG"] and picture.info.get("progressive") else found
 
 
 def _decoded(read: Callable[[], Tensor], label: str) -> Tensor:
@@ -161,7 +186,8 @@ def _decoded(read: Callable[[], Tensor], label: str) -> Tensor:
         raise
     except Image.DecompressionBombError:
         raise ImageError(
-            f"{label} has more pixels than Pillow trusts; raise PIL.Image.MAX_IMAGE_PIXELS if you do"
+            f"{label} has so many pixels that decoding takes more than 1 GiB; make it smaller, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         ) from None
     except UnidentifiedImageError:
         raise ImageError(f"{label} is not a picture that Pillow can read safely; convert it to PNG or JPEG") from None

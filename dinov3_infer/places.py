@@ -36,7 +36,7 @@ def list_pictures(source: str | os.PathLike[str]) -> list[str]:
     """
     path = os.fsdecode(source)
     if not os.path.isdir(path):
-        found = sorted(name for name in glob.iglob(path, recursive=True) if os.path.isfile(name))
+        found = sorted({name for name in _fitting(path) if os.path.isfile(name)})
         if not found:
             raise MissingFileError(f"no folder and no file at '{os.path.abspath(path)}'; check the path or pattern")
         return found
@@ -51,12 +51,31 @@ def list_pictures(source: str | os.PathLike[str]) -> list[str]:
     return sorted(names)
 
 
+def _fitting(pattern: str) -> Iterator[str]:
+    """What fits a pattern.  `**` is every folder that `walk` enters; glob's own way through loops has no end."""
+    parts = (pattern.replace(os.altsep, os.sep) if os.altsep else pattern).split(os.sep)
+    if "**" not in parts:
+        yield from glob.iglob(pattern)
+        return
+    at = parts.index("**")
+    rest = [part for part in parts[at + 1 :] if part] or ["*"]
+    for top in glob.iglob(os.sep.join([*parts[:at], ""])) if at else [""]:
+        for folder, _ in _walk(top or os.curdir):
+            found = folder if top else folder[2:]  # without "./"
+            yield from _fitting(os.path.join(glob.escape(found), *rest))
+
+
 def walk(folder: str) -> Iterator[str]:
     """Files under a folder, to the bottom, without hidden ones.
 
     Links to folders are followed after all real folders, and no folder is entered twice: loops end, nothing comes twice
     by another name, and what is found does not depend on the order in which the disk lists it.
     """
+    return (os.path.join(where, name) for where, files in _walk(folder) for name in files)
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Each folder, and the names of its files."""
     entered: set[tuple[int, int]] = set()
     waiting = [folder]
     while waiting:
@@ -70,7 +89,7 @@ def walk(folder: str) -> Iterator[str]:
                 entered.add(identity)
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
                 links += (path for name in folders if os.path.islink(path := os.path.join(where, name)))
-                yield from (os.path.join(where, name) for name in files if not name.startswith("."))
+                yield where, [name for name in files if not name.startswith(".")]
         waiting = links
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from .backbone import Backbone
-from .bulk import Target
+from .bulk import Target, write
+from .embed import Asked
 from .errors import Dinov3Error, InputError, UnsupportedError
 from .features import Pooling
 from .preprocess import Fit
@@ -120,7 +121,7 @@ def embed_dataset(
     `pictures`: as in `embed`, at paths that every machine of the cluster can read.
     `out`: a folder that every machine can write to; its suffix says the format (see `embed`).
     `actors`: processes that hold the model, each with `num_cpus` and `num_gpus`.
-    `options`: of `embed`; `on_error` is "skip".
+    `options`: of `embed` that say how vectors are made; a picture that cannot be read is a row of NaN.
 
     Raises: InputError where the actors would take the whole cluster, or what is at `out` does not match; Dinov3Error
     where shards are missing in the end.
@@ -139,8 +140,8 @@ def embed_dataset(
     if not todo:
         return 0
     given = dict(
-        model=str(model), pictures=source, out=f"{path}{os.sep}", count=count, device=device, dtype=dtype,
-        options=dict(on_error="skip", progress=False, shard_size=shard_size) | options,
+        model=str(model), pictures=source, target=target, device=device, dtype=dtype,
+        asked=Asked(shard_size=shard_size, **options),
     )  # fmt: skip
     tasks = ray.data.from_items([{"shard": k} for k in todo], override_num_blocks=len(todo))
     resources = dict(num_cpus=num_cpus) | (dict(num_gpus=num_gpus) if num_gpus else {})
@@ -155,18 +156,18 @@ def embed_dataset(
 class _Shards:
     """An actor: numbers of shards in, and the number of rows in each out."""
 
-    def __init__(
-        self, model: str, pictures: Source, out: str, count: int, device: str, dtype: str, options: dict[str, Any]
-    ) -> None:
-        self._bb = Backbone.from_pretrained(model, device=device, dtype=dtype)
-        self._pictures, self._out, self._count, self._options = pictures, out, count, options
+    def __init__(self, model: str, pictures: Source, target: Target, asked: Asked, device: str, dtype: str) -> None:
+        bb = Backbone.from_pretrained(model, device=device, dtype=dtype)
+        self._pictures, self._target = pictures, target
+        self._model, self._recipe = bb._model(asked), bb._recipe(asked, pictures)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         rows = []
         for shard in batch["shard"]:
-            # as one of so many processes under torchrun, whose share is this shard
-            os.environ |= {"RANK": str(shard), "WORLD_SIZE": str(self._count)}
-            rows.append(self._bb.embed(self._pictures, self._out, **self._options).shape[0])
+            report = write(
+                self._target, self._pictures, self._recipe, self._model, raises=False, progress=False, only=[int(shard)]
+            )
+            rows.append(report.shape[0])
         return {"shard": batch["shard"], "rows": np.array(rows)}
 
 

@@ -1,5 +1,6 @@
 """What a Backbone knows of itself, and what it says of wrong options before it reads gigabytes."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,16 @@ def test_a_saved_model_keeps_its_name_and_its_mean(tmp_path: Path) -> None:
     bb.preprocess = replace(bb.preprocess, mean=MODELS["dinov3_vitl16_sat493m"].mean)
     loaded = Backbone.from_pretrained(bb.save_pretrained(tmp_path))
     assert loaded.info is MODELS["nano"] and loaded.preprocess == bb.preprocess
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "config.json"])
+def test_a_wrong_mean_is_said_with_its_file(file: str, tmp_path: Path) -> None:
+    Backbone.from_config("nano", seed=0).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    stored = json.loads(path.read_text()) if (path := tmp_path / file).exists() else {}
+    path.write_text(json.dumps(stored | {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.2, 0, 0.2]}))
+    with pytest.raises(CheckpointError, match=rf"^{file} of '{tmp_path}' is wrong: std is three numbers.*got"):
+        Backbone.from_pretrained(tmp_path)
 
 
 def test_an_architecture_of_ones_own_has_a_transform_too() -> None:

@@ -13,8 +13,10 @@ from cli_runs import small_model, write_pictures
 from pictures import complaint
 
 from dinov3_infer import Backbone, InputError
-from dinov3_infer.bulk import Store
-from dinov3_infer.ray import Embedder, check_cluster, embed_dataset
+from dinov3_infer.bulk import Store, Target, recipe
+from dinov3_infer.embed import Asked
+from dinov3_infer.ray import Embedder, _Shards, check_cluster, embed_dataset
+from dinov3_infer.sources import open_pictures
 
 ROOT = Path(__file__).parent.parent
 OPTIONS: dict[str, Any] = dict(size=32, on_error="skip", shard_size=3)
@@ -64,6 +66,23 @@ def test_an_embedder_takes_what_ray_gives(album: Path) -> None:
         np.testing.assert_array_equal(found, expected)
         assert [bool(e) for e in table.column("error").to_pylist()] == [False] * 9 + [True]
     assert "this one has label" in complaint(InputError, lambda: embedder({"label": np.arange(3)}))
+
+
+def test_an_actor_hashes_weights_and_names_once(album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many shards it writes; they are those of one process, which can go on with the folder."""
+    hashed: list[str] = []
+    for name in ("fingerprint", "digest"):
+        whole = getattr(recipe, name)
+        monkeypatch.setattr(recipe, name, lambda *given, name=name, whole=whole: hashed.append(name) or whole(*given))
+    asked = Asked(size=32, shard_size=3)
+    source, target = open_pictures(album), Target.find(f"{tmp_path}/x/")
+    actor = _Shards(str(small_model()), source, target, asked, "cpu", "auto")  # type: ignore[arg-type]
+    for shards in ([2, 0], [3], [1]):
+        actor({"shard": shards})
+    assert sorted(hashed) == ["digest", "fingerprint"]
+    Backbone.from_pretrained(small_model(), device="cpu").embed(album, f"{tmp_path}/alone/", **OPTIONS)
+    assert contents(tmp_path / "x") == contents(tmp_path / "alone")
+    assert Backbone.from_pretrained(small_model(), device="cpu").embed(album, f"{tmp_path}/x/", **OPTIONS).resumed == 10
 
 
 @pytest.mark.slow

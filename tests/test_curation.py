@@ -188,6 +188,16 @@ def test_kmeans_finds_what_is_apart(tmp_path: Path) -> None:
     assert torch.equal(found, again[0])
 
 
+@pytest.mark.parametrize("places, copies, k", [(150, 4, 150), (3, 40, 100)], ids=["many", "copies"])
+def test_kmeans_with_more_centres_than_steps(places: int, copies: int, k: int) -> None:
+    """Where several are drawn at a time, most places still get one of their own; of copies alone there are enough."""
+    rows = torch.from_numpy(np.repeat(directions(places, 64), copies, 0)).float()
+    found, cluster = kmeans(lambda: iter(rows.split(50)), k, torch.Generator().manual_seed(0), 5)
+    assert found.shape == (k, 64) and found.isfinite().all()
+    assert len(set(cluster.tolist())) >= min(places, 0.8 * k)
+    assert (rows - found[cluster]).square().sum(1).mean() < 0.25
+
+
 def long_tailed(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Ten classes of 400 down to 4 around directions of their own, shuffled."""
     sizes = np.geomspace(400, 4, 10).round().astype(int)

@@ -13,7 +13,11 @@ from pictures import complaint, photo
 from PIL import Image
 
 from dinov3_infer import Backbone, ImageError, InputError, MissingFileError
-from dinov3_infer.bulk import formats
+from dinov3_infer.bulk import Store, formats
+from dinov3_infer.bulk.formats import FORMATS
+from dinov3_infer.bulk.lists import listed_in, write_list
+from dinov3_infer.optimize import drop_plan
+from dinov3_infer.packed import why_not_int8, why_not_packed
 
 SIZES = [(64, 64), (64, 96), (50, 70), (33, 120), (20, 20)]
 PICTURES = [photo(*size, seed=i) for i, size in enumerate(SIZES)]
@@ -155,6 +159,50 @@ def test_wrong_targets_are_said_first(out: str, error: Any, said: str, bb: Backb
 )  # fmt: skip
 def test_wrong_options_are_said(options: dict[str, Any], said: str, bb: Backbone) -> None:
     assert said in complaint(InputError, lambda: bb.embed(PICTURES, **options))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_name_is_found_again(suffix: str, bb: Backbone, tmp_path: Path) -> None:
+    """Names that are not UTF-8, and those that look as these are spelled, in files of vectors and in lists."""
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    folder = tmp_path / "album"
+    folder.mkdir()
+    names = [
+        os.fsdecode(b"caf\xe9.png"),
+        r"caf\xe9.png",
+        r"caf\x5cxe9.png",
+        "a\nb.png",
+        "caf\u00e9.png",
+        os.fsdecode(b"\\\xff.png"),
+    ]
+    for name in names:
+        Image.fromarray(photo(20, 20)).save(folder / name)
+    expected = sorted(str(folder / name) for name in names)
+    out = tmp_path / f"x{suffix}"
+    for resumed in (0, 6):
+        report = bb.embed(folder, out, size=32)
+        assert report.resumed == resumed and not report.failures
+        assert list(Store(out).paths) == expected
+    assert write_list(tmp_path / "kept.txt", Store(out).paths) == 6
+    assert listed_in(Store(out), tmp_path / "kept.txt").all()
+    again = bb.embed(tmp_path / "kept.txt", tmp_path / f"y{suffix}", size=32)
+    assert not again.failures and list(Store(tmp_path / f"y{suffix}").paths) == expected
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast", "int8"])
+def test_the_record_says_which_mode_was_in_effect(mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one that was asked for, if this machine or this model is not good for that."""
+    fast = Backbone.from_pretrained("nano", device="cpu", mode=mode)
+    fast.embed([photo(20, 20)], tmp_path / "x.npy", size=32)
+    here = {"exact": None, "fast": why_not_packed(torch.bfloat16), "int8": why_not_int8()}[mode] is None
+    recorded = Store(tmp_path / "x.npy").recipe.dtype
+    assert recorded == ("float32" if mode == "exact" else f"float32, mode {mode}") or not here
+    monkeypatch.setattr("dinov3_infer.optimize.why_not_int8", lambda: "no such CPU")
+    monkeypatch.setattr("dinov3_infer.optimize.why_not_packed", lambda dtype=None: dtype and "no such CPU")
+    drop_plan(fast)
+    fast.embed([photo(20, 20)], tmp_path / "y.npy", size=32)
+    assert Store(tmp_path / "y.npy").recipe.dtype == "float32"
 
 
 @pytest.mark.parametrize("progress, shown", [(True, True), (False, False), (None, False)])

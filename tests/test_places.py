@@ -167,6 +167,26 @@ def test_a_pattern_is_what_fits_it(pattern: str, names: list[str], album: Path) 
     assert found == [str(album / name) for name in names]
 
 
+@pytest.mark.parametrize(
+    "pattern, names",
+    [
+        ("**/*.*", ["a.JPG", "b.png", "in/c.webp", "in/deep/d.tiff", "notes.txt"]),
+        ("**", ["a.JPG", "b.png", "in/c.webp", "in/deep/d.tiff", "notes.txt"]),
+        ("in/**", ["in/c.webp", "in/deep/d.tiff", "in/loop/a.JPG", "in/loop/b.png", "in/loop/notes.txt"]),
+        ("**/deep/**/*.tiff", ["in/deep/d.tiff"]),
+        ("[i]?/**/d*", ["in/deep/d.tiff"]), ("**/.git/*", [".git/e.png"]),
+    ],
+)  # fmt: skip
+def test_patterns_of_folders_end(pattern: str, names: list[str], album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where links lead back, there are more ways to each file than anybody can go; one of them is taken."""
+    for i in range(8):
+        os.symlink(album, album / f"again{i}")
+        os.symlink(album / "in", album / "in" / "deep" / f"up{i}")
+    assert list_pictures(str(album / pattern)) == [str(album / name) for name in names]
+    monkeypatch.chdir(album)
+    assert list_pictures(pattern) == names
+
+
 def test_streams_take_folders_and_patterns(album: Path) -> None:
     """In the order of `list_pictures`; the report has the paths."""
     bb = Backbone.from_config(SMALL["dinov3"], seed=0)

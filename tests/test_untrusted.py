@@ -23,6 +23,7 @@ from dinov3_infer.errors import ImageError, InputError, InputTypeError, MissingF
 from dinov3_infer.files import MAX_JSON, open_checkpoint
 from dinov3_infer.images import load_image
 from dinov3_infer.keys import normalise
+from dinov3_infer.sources import decode
 
 STATE = meta_named(hf_model(SOURCES["dinov3"]).state_dict(), SOURCES["dinov3"])
 
@@ -60,18 +61,32 @@ def test_long_messages_keep_both_ends() -> None:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_pixels_of_all_are_limited_and_of_hungry_formats_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """WebP takes twice the memory that PNG takes; the limit is Pillow's own, which a user can raise or drop."""
+@pytest.mark.filterwarnings("error")
+def test_pixels_are_limited_by_what_their_decoder_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 bytes for each of Pillow's pixels, which a user can raise or drop: 153 megapixels of a PNG, without a word."""
     picture = Image.fromarray(photo(30, 30))
-    png, webp = encoded(picture), encoded(picture, "webp", lossless=True)
-    for limit, read in ((899, ()), (900, (png,)), (1799, (png,)), (1800, (png, webp)), (None, (png, webp))):
+    contents = {
+        525: encoded(picture), 750: encoded(picture, "jpeg", progressive=True),
+        900: encoded(picture.convert("CMYK"), "jpeg"), 1800: encoded(picture, "webp", lossless=True),
+    }  # fmt: skip
+    for limit in (524, 525, 749, 750, 899, 900, 1799, 1800, None):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        for content in (png, webp):
-            if content in read:
+        for needed, content in contents.items():
+            if limit is None or limit >= needed:
                 assert load_image(content).shape == (3, 30, 30)
             else:
                 assert "MAX_IMAGE_PIXELS" in complaint(ImageError, lambda content=content: load_image(content))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_pixels_are_limited_before_a_decoder_makes_them_fewer(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JPEG that would come at an eighth is not opened either: its header is no more to be trusted for that."""
+    content = encoded(Image.fromarray(photo(300, 400)), form)
+    assert decode(content, "it", lambda height, width: (40, 50)).image.shape == (
+        (3, 75, 100) if form == "JPEG" else (3, 300, 400)
+    )
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 69_999)
+    assert "MAX_IMAGE_PIXELS" in complaint(ImageError, lambda: decode(content, "it", lambda height, width: (40, 50)))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "CMYK"])

@@ -22,6 +22,7 @@ Points: TypeAlias = Callable[[], Iterator[Tensor]]  # blocks [n, C], the same at
 
 SAMPLE = 1 << 16  # rows among which the first centres are drawn
 ROUNDS = 10  # of resampling, on all levels but the first
+STEPS = 64  # in which the first centres are drawn
 SEEDS = 3  # more than so many seed pictures make a cluster count
 
 
@@ -159,19 +160,23 @@ def _assigned(points: Points, centres: Tensor) -> tuple[Array, Array]:
 
 
 def _first_centres(points: Points, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007) among a sample; points that are drawn are far from those before."""
-    blocks = list(_sampled(points, generator, max(SAMPLE, 4 * k)))
-    rows = torch.cat(blocks)
-    chosen = [int(torch.randint(len(rows), (), generator=generator))]
+    """k-means++ (Arthur and Vassilvitskii 2007) among a sample: points are drawn by how far they are from those before.
+
+    For a large k many at a time, as in k-means|| (Bahmani et al., arXiv 1203.6402): one by one takes hours.
+    """
+    rows = torch.cat(list(_sampled(points, generator, max(SAMPLE, 4 * k))))
+    chosen = torch.randint(len(rows), (1,), generator=generator)
+    new, step = chosen, -(-k // STEPS)
     distance = torch.full((len(rows),), torch.inf, device=rows.device)
+    same = 1e-6 * rows.square().sum(1).mean()  # to rounding
     while len(chosen) < k:
-        distance = torch.minimum(distance, (rows - rows[chosen[-1]]).square().sum(1))
-        ends = distance.double().cumsum(0).cpu()
-        if ends[-1] <= 0:  # all the rest are copies
-            chosen.append(int(torch.randint(len(rows), (), generator=generator)))
-            continue
-        drawn = torch.rand((), generator=generator, dtype=torch.float64) * ends[-1]
-        chosen.append(min(int(torch.searchsorted(ends, drawn)), len(rows) - 1))
+        distance = torch.minimum(distance, _nearest_centres(rows, rows[new])[1])
+        weights = torch.where(distance > same, distance, 0).cpu()
+        wanted = min(step, k - len(chosen))
+        if int(weights.count_nonzero()) < wanted:  # all the rest are copies
+            weights = torch.ones_like(weights)
+        new = torch.multinomial(weights, wanted, replacement=len(weights) < wanted, generator=generator)
+        chosen = torch.cat((chosen, new))
     return rows[chosen].clone()
 
 

@@ -2,10 +2,15 @@
 
 One schema: path, embedding, grid, error.  In Parquet these are columns; beside the other two a .jsonl holds a line
 with row, path, grid and error for each.  A picture that could not be read has a row of NaN.
+
+What is read again is the name of the file, whatever bytes it has.  JSON escapes those that are not UTF-8; in Parquet
+each of them is written as \\x and two digits, and in such a path, or one that holds \\x itself, so is the backslash.
 """
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import uuid
 from abc import ABC, abstractmethod
@@ -208,10 +213,10 @@ class Parquet(Format):
             width = int(np.prod(vectors.shape[1:]))
             column = arrow.FixedSizeListArray.from_arrays(arrow.array(vectors.reshape(-1)), width)
         columns = dict(
-            path=arrow.array([None if path is None else _utf8(path) for path in rows.paths], arrow.string()),
+            path=arrow.array(list(map(_spelled, rows.paths)), arrow.string()),
             embedding=column,
             grid=arrow.array([None if g is None else list(g) for g in rows.grids], arrow.list_(arrow.int32(), 2)),
-            error=arrow.array([_utf8(error) for error in rows.errors], arrow.string()),
+            error=arrow.array([e.encode("utf-8", "backslashreplace").decode() for e in rows.errors], arrow.string()),
         )
         table = arrow.table(columns, metadata={KEY: recipe})
         with whole(target) as beside:
@@ -240,16 +245,32 @@ class Parquet(Format):
 
     def listing(self, path: Path) -> Iterator[tuple[str | None, str]]:
         for batch in self._arrow.parquet.ParquetFile(path).iter_batches(columns=["path", "error"]):
-            yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
+            yield from zip(map(_path, batch.column(0).to_pylist()), batch.column(1).to_pylist(), strict=True)
 
 
 # vectors do not compress, and looking them up in a dictionary takes longer than reading them
 _AS_IT_IS: dict[str, Any] = dict(use_dictionary=["path"], compression="none")
 
 
-def _utf8(text: str) -> str:
-    """Names that are not UTF-8 are spelled out, since Parquet holds no others."""
-    return text.encode("utf-8", "backslashreplace").decode()
+def _spelled(path: str | None) -> str | None:
+    """As UTF-8, which Parquet wants."""
+    if path is None:
+        return None
+    try:
+        content = os.fsencode(path)
+    except UnicodeEncodeError:  # no file is called that
+        content = path.encode("utf-8", "surrogatepass")
+    with contextlib.suppress(UnicodeDecodeError):
+        if b"\\x" not in content:
+            return content.decode()
+    return content.replace(b"\\", b"\\x5c").decode("utf-8", "backslashreplace")
+
+
+def _path(spelled: str | None) -> str | None:
+    if spelled is None or "\\x" not in spelled:
+        return spelled
+    found = re.sub(rb"\\x([0-9a-f]{2})", lambda match: bytes.fromhex(match[1].decode()), spelled.encode())
+    return os.fsdecode(found)
 
 
 FORMATS: dict[str, type[Format]] = {kind.suffix: kind for kind in (Npy, Safetensors, Parquet)}

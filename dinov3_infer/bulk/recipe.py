@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from .. import __version__
 from ..batching import count_of
+from ..embed import Asked
 from ..errors import InputError
 from ..images import ImageLike
 from ..preprocess import Preprocess
@@ -98,12 +99,11 @@ def recipe_of(
     model: VisionTransformer,
     pictures: Source | Iterable[ImageLike],
     transform: Preprocess,
-    plan: Plan,
+    asked: Asked,
     products: str,  # what vectors depend on beside the dtype of the parameters
-    **options: Any,
 ) -> Recipe:
     """What the vectors of these pictures will depend on."""
-    width = model.config.embed_dim * (2 if options["kind"] == "embedding" and options["pooling"] == "cls_mean" else 1)
+    width = model.config.embed_dim * (2 if asked.kind == "embedding" and asked.pooling == "cls_mean" else 1)
     periods, info = model.rope_periods, getattr(model, "info", None)
     return Recipe(
         version=__version__,
@@ -112,11 +112,15 @@ def recipe_of(
         architecture=asdict(model.config) | {"rope_periods": None if periods is None else periods.tolist()},
         preprocess=asdict(transform),
         dtype=str(model.patch_embed.proj.weight.dtype).removeprefix("torch.") + products,
-        shape=row_shape(transform, options["kind"], width),
+        decode=asked.decode,
+        kind=asked.kind,
+        pooling=asked.pooling,
+        normalize=asked.normalize,
+        out_dtype=asked.out_dtype,
+        shape=row_shape(transform, asked.kind, width),
         count=len(pictures) if isinstance(pictures, Source) else None,
         inputs=digest(pictures) if isinstance(pictures, Source) else None,
-        plan=plan,
-        **options,
+        plan=Plan(asked.shard_size, asked.batch_size),
     )
 
 

@@ -72,9 +72,12 @@ def write(
     *,
     raises: bool,
     progress: bool | None,
-    overwrite: bool,
+    overwrite: bool = False,
+    only: Sequence[int] | None = None,
 ) -> EmbedReport:
     """Writes what is missing.  A stream, which has no length, is written once and cannot be gone on with.
+
+    `only`: the shards of a folder to write, where others write the rest; under torchrun each process has its part.
 
     Raises: InputError where what is there was made in another way; with `raises` the error of the first bad picture.
     """
@@ -84,9 +87,10 @@ def write(
             "or use fit='squash'"
         )
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1 and (not target.is_folder or overwrite or recipe.count is None):
+    shared = ranks > 1 or only is not None
+    if shared and (not target.is_folder or overwrite or recipe.count is None):
         what = "overwrites" if overwrite else "takes a list of files" if target.is_folder else "writes a folder"
-        raise InputError(f"{ranks} processes share the work, which {what} only with one; give a folder of shards")
+        raise InputError(f"several processes share the work, which {what} only with one; give a folder of shards")
     if overwrite:
         target.clear()
     elif (there := target.recorded()) is not None:
@@ -96,7 +100,7 @@ def write(
             return _report(target, recipe, [target.path], recipe.count or 0)
     recipe = target.begin(replace(recipe, plan=_plan(recipe, model)))
     shards = list(recipe.shards())
-    mine = range(rank, len(shards), ranks)
+    mine: Sequence[int] = range(rank, len(shards), ranks) if only is None else only
     todo = [k for k in mine if not target.shard(k).is_file()]
     target.forget(todo)
     before = sum(len(shards[k]) for k in mine) - sum(len(shards[k]) for k in todo)
@@ -111,7 +115,7 @@ def write(
                 mine = range(len(list(recipe.shards())))
     except BaseException as error:
         left = [k for k in mine if not target.shard(k).is_file()]
-        if ranks == 1:
+        if not shared:
             target.abandon()
         if not isinstance(error, Exception) and recipe.count is not None and left:
             log.warning("%d of %d shards are whole; the same call goes on from there", len(mine) - len(left), len(mine))

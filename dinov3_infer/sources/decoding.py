@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from torch import Tensor
 
-from ..images import ImageLike, load_image
+from ..images import ImageLike, load_image, open_picture
 
 __all__ = ["Loaded", "Wanted", "decode"]
 
@@ -48,7 +48,7 @@ def _smaller(picture: ImageLike, label: str, wanted: Wanted) -> Loaded | None:
         if stream.read(2) != b"\xff\xd8":
             return None
         stream.seek(0)
-        opened = stack.enter_context(Image.open(stream, formats=("JPEG",)))
+        opened = stack.enter_context(open_picture(stream))  # whose limit counts whatever is made of it
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         width, height = reversed(opened.size) if turned else opened.size
         target = wanted(height, width)

@@ -4,10 +4,15 @@
     python tests/benchmarks/curation.py
 
 CIFAR-10 with 100 times as many pictures of the first class as of the last, embedded by a real ViT-S/14.  Recorded are
-the entropies of the classes in the balanced sample and in random ones.  Then copies of some pictures are planted that
-were saved as JPEG, cut at the border, made lighter or darker, or scaled: dedup should find them and nothing else.
-Pairs of CIFAR-10 itself that are nearly the same picture are counted as found rightly only if their pixels are close
-too.  The record goes to records/curation.json.
+the entropies of the classes in balanced samples and in random ones, on one level and on two: of the class token as it
+is, centred and whitened, of the mean of the patches, and of both.  "labelled" is what no sampling of these vectors can
+be expected to exceed: equal numbers from each class that a linear classifier, trained with the labels of the others,
+takes a picture for.
+
+Then copies of some pictures are planted, enlarged to 128 pixels and there saved as JPEG, cut at the borders, made
+lighter or darker, or scaled: dedup should find them and nothing else.  CIFAR-10 itself holds near-duplicates, mirrored
+and shifted ones too: a pair counts as right if its pixels correlate when one is laid over the other.  The record goes
+to records/curation.json.
 """
 
 import argparse
@@ -15,7 +20,9 @@ import io
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -26,8 +33,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(ROOT), str(ROOT / "kernels"), s
 
 from dinov3_infer import Backbone  # noqa: E402
 from dinov3_infer.bulk import Store  # noqa: E402
-from dinov3_infer.bulk.clusters import hierarchy  # noqa: E402
+from dinov3_infer.bulk.clusters import default_clusters, hierarchy  # noqa: E402
 from dinov3_infer.bulk.neighbours import duplicates  # noqa: E402
+
+WAYS = ("JPEG", "crop", "light", "size")
+SIDE = 128  # pixels that a copy has before it is changed
+ALIKE = 0.8  # correlation of pixels
 
 
 def long_tail(labels: np.ndarray, most: int, factor: float, rng: np.random.Generator) -> np.ndarray:
@@ -37,96 +48,195 @@ def long_tail(labels: np.ndarray, most: int, factor: float, rng: np.random.Gener
     return rng.permutation(np.concatenate(chosen))
 
 
-def changed(pixels: np.ndarray, way: int) -> np.ndarray:
-    """Nearly the same picture."""
-    picture = Image.fromarray(pixels)
-    if way == 0:
+# --- near-duplicates -----------------------------------------------------------------------------------------------
+
+
+def changed(pixels: np.ndarray, way: str, rng: np.random.Generator) -> Image.Image:
+    """Nearly the same picture: JPEG of quality 60 to 95, up to 3 % less at each border, a twentieth to a fifth lighter
+    or darker, or 64 to 192 pixels.
+    """
+    picture = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    if way == "JPEG":
         stream = io.BytesIO()
-        picture.save(stream, "JPEG", quality=90)
-        picture = Image.open(stream)
-    elif way == 1:
-        picture = picture.crop((1, 0, 32, 31)).resize((32, 32), Image.Resampling.BICUBIC)
-    elif way == 2:
-        picture = ImageEnhance.Brightness(picture).enhance(1.1)
-    elif way == 3:
-        picture = ImageEnhance.Brightness(picture).enhance(0.9)
-    else:
-        picture = picture.resize((40, 40), Image.Resampling.BICUBIC)
-    return np.asarray(picture)
+        picture.save(stream, "JPEG", quality=int(rng.integers(60, 96)))
+        return Image.open(stream).convert("RGB")
+    if way == "crop":
+        left, top, right, bottom = (int(v) for v in rng.integers(0, 5, 4))
+        return picture.crop((left, top, SIDE - right, SIDE - bottom))
+    if way == "light":
+        return ImageEnhance.Brightness(picture).enhance(1 + float(rng.choice([1, -1]) * rng.uniform(0.05, 0.2)))
+    side = int(rng.integers(SIDE // 2, SIDE * 3 // 2 + 1))
+    return picture.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def entropy(labels: np.ndarray) -> float:
-    shares = np.bincount(labels, minlength=10) / len(labels)
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Of the colours of two pictures [32, 32, 3] without their means, the best over mirroring, scales and shifts."""
+    best = -1.0
+    for turned in (other, other[:, ::-1]):
+        for side in (32, 36, 40, 45):
+            for fixed, moved in ((one, turned), (turned, one)) if side > 32 else ((one, turned),):
+                large = np.asarray(Image.fromarray(np.ascontiguousarray(moved)).resize((side, side)), np.float32)
+                large = np.pad(large, ((4, 4), (4, 4), (0, 0)), "edge")
+                small = fixed.astype(np.float32)
+                small = small - small.mean((0, 1))
+                for top in range(0, side - 32 + 9, 2 if side > 32 else 1):
+                    for left in range(0, side - 32 + 9, 2 if side > 32 else 1):
+                        part = large[top : top + 32, left : left + 32]
+                        part = part - part.mean((0, 1))
+                        length = np.sqrt((small * small).sum() * (part * part).sum()) + 1e-6
+                        best = max(best, float((small * part).sum() / length))
+    return best
+
+
+def dedup(store: Any, pixels: np.ndarray, planted: dict[int, int], thresholds: list[float]) -> list[dict[str, Any]]:
+    """For each threshold the share of planted copies that are found, and of pictures that are dropped rightly: for a
+    copy of theirs, or a picture whose pixels say so.  A group has to be right in every picture that it drops.
+    """
+    found, known = [], dict[tuple[int, int], bool]()
+    count = len(pixels)
+
+    def alike(a: int, b: int) -> bool:
+        a, b = sorted((planted.get(a, a), planted.get(b, b)))
+        if a != b and (a, b) not in known:
+            known[a, b] = correlation(pixels[a], pixels[b]) >= ALIKE
+        return a == b or known[a, b]
+
+    for threshold in thresholds:
+        group = duplicates(store, threshold).group
+        hit = [group[copy] == group[original] for copy, original in planted.items()]
+        dropped = np.flatnonzero(group != np.arange(len(group))).tolist()
+        wrong = [
+            a for a in dropped if not any(alike(a, int(b)) for b in np.flatnonzero(group == group[a])[:50] if b != a)
+        ]
+        by_way = {way: float(np.mean(hit[i :: len(WAYS)])) for i, way in enumerate(WAYS)}
+        found.append(
+            dict(
+                threshold=threshold, recall=float(np.mean(hit)), recall_by_way=by_way, dropped=len(dropped),
+                of_the_set_itself=sum(a < count for a in dropped), precision=1 - len(wrong) / max(1, len(dropped)),
+                wrong=[[a, int(group[a])] for a in wrong[:50]],
+            )
+        )  # fmt: skip
+        print(found[-1], flush=True)
+    return found
+
+
+# --- a balanced sample ---------------------------------------------------------------------------------------------
+
+
+class Part:
+    """Some columns of a store's vectors, as they are, centred or whitened, as a store."""
+
+    def __init__(self, store: Store, columns: slice, change: str = "as they are", count: int | None = None) -> None:
+        rows = np.concatenate([block for _, block in store.blocks()])[:count, columns]
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        if change != "as they are":
+            rows = rows - rows.mean(0)
+        if change == "whitened":  # 64 directions, as more are noise
+            values, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
+            rows = rows @ (vectors[:, -64:] / np.sqrt(values[-64:] + 0.1 * values[-64:].mean()))
+        self.rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        self.good, self.width = store.good[:count], self.rows.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def blocks(self, rows: int = 16384) -> Iterator[tuple[int, np.ndarray]]:
+        return ((first, self.rows[first : first + rows]) for first in range(0, len(self.rows), rows))
+
+
+def entropy(shares: np.ndarray) -> float:
     return float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum())
 
 
-def balance(store: Store, labels: np.ndarray, count: int, clusters: list[int] | None, seeds: int) -> dict[str, object]:
-    balanced, drawn = [], []
-    within = np.arange(len(store)) < len(labels)  # without what was planted
-    for seed in range(seeds):
-        numbers = hierarchy(store, clusters, within, seed).sample(count, seed)
-        balanced.append(entropy(labels[numbers]))
-        drawn.append(entropy(np.random.default_rng(seed).permutation(labels)[:count]))
-    return dict(count=count, needed=0.9 * np.log(10), of_all=entropy(labels), balanced=balanced, random=drawn)
+def entropy_of(labels: np.ndarray) -> float:
+    return entropy(np.bincount(labels, minlength=10) / len(labels))
 
 
-def dedup(store: Store, pixels: list[np.ndarray], planted: dict[int, int], thresholds: list[float]) -> list[object]:
-    """For each threshold the share of planted copies that are found, and of pictures that are dropped rightly."""
-    found = []
-    small = [np.asarray(Image.fromarray(p).resize((8, 8), Image.Resampling.BOX), np.float32) for p in pixels]
-    for threshold in thresholds:
-        group = duplicates(store, threshold).group
-        hit = sum(group[copy] == group[original] for copy, original in planted.items())
-        alike = np.flatnonzero(group != np.arange(len(group)))
-        right = sum(
-            (a in planted and group[planted[a]] == group[a])
-            or any(np.abs(small[a] - small[b]).mean() < 12 for b in np.flatnonzero(group == group[a]) if b != a)
-            for a in alike.tolist()
-        )
-        precision = right / max(1, len(alike))
-        found.append(dict(threshold=threshold, recall=hit / len(planted), precision=precision, dropped=len(alike)))
-    return found
+def labelled(rows: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Entropy of equal shares of each predicted class, and mean recall; least squares in which classes weigh alike."""
+    rows, fold = np.pad(rows, ((0, 0), (0, 1)), constant_values=1.0), np.arange(len(rows)) % 5
+    predicted, weight = np.zeros(len(rows), int), 1 / np.bincount(labels)[labels, None]
+    for part in range(5):
+        known = fold != part
+        products = rows[known].T @ (rows[known] * weight[known])
+        ridge = 1e-3 * np.trace(products) / len(products) * np.eye(len(products))
+        answer = np.linalg.solve(products + ridge, rows[known].T @ (np.eye(10)[labels[known]] * weight[known]))
+        predicted[~known] = (rows[~known] @ answer).argmax(1)
+    table = np.zeros((10, 10))
+    np.add.at(table, (predicted, labels), 1)
+    shares = (table / np.maximum(1, table.sum(1, keepdims=True)))[table.sum(1) > 0].mean(0)
+    return entropy(shares), float((np.diag(table) / table.sum(0)).mean())
+
+
+def balance(store: Store, labels: np.ndarray, counts: list[int], seeds: int) -> dict[str, Any]:
+    levels, width = default_clusters(len(labels)), store.width // 2
+    parts = {"class token": slice(width), "mean of patches": slice(width, None), "both": slice(None)}
+    drawn = {c: [entropy_of(np.random.default_rng(s).permutation(labels)[:c]) for s in range(seeds)] for c in counts}
+    record: dict[str, Any] = dict(needed=0.9 * np.log(10), of_all=entropy_of(labels), random=drawn, variants=[])
+    for name, columns in parts.items():
+        for change in ("as they are", "centred", "whitened") if name == "class token" else ("as they are",):
+            part = Part(store, columns, change, len(labels))
+            for clusters in (levels, levels[-1:]):
+                trees = [hierarchy(part, clusters, seed=s, iterations=15) for s in range(seeds)]  # type: ignore[arg-type]
+                found = {c: [entropy_of(labels[t.sample(c, s)]) for s, t in enumerate(trees)] for c in counts}
+                means = {c: float(np.mean(found[c])) for c in counts}
+                record["variants"].append(
+                    dict(vectors=name, change=change, clusters=clusters, mean=means, entropies=found)
+                )
+                print(name, change, clusters, means, flush=True)
+        bound, recall = labelled(Part(store, columns, "centred", len(labels)).rows, labels)
+        record[f"labelled, {name}"] = dict(entropy=bound, mean_recall=recall)
+    return record
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most", type=int, default=5000, help="pictures of the first class")
     parser.add_argument("--planted", type=int, default=500)
-    parser.add_argument("--count", type=int, default=500, help="of the sample")
-    parser.add_argument("--clusters", type=int, nargs="*")
+    parser.add_argument("--counts", type=int, nargs="+", default=[100, 500], help="of the samples")
+    parser.add_argument("--classes", type=int, nargs=10, default=range(10), help="from the most frequent one on")
     parser.add_argument("--size", type=int, default=112, help="pixels")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--weights", type=Path, help="other weights than those that the tests fetch")
+    parser.add_argument("--folder", type=Path, help="keeps pictures and vectors there, and goes on with those")
     parser.add_argument("--out", type=Path, default=HERE / "records" / "curation.json")
     args = parser.parse_args()
     from evaluate import cifar10
 
     images, targets, *_ = cifar10(50_000, 1)
-    labels = targets.numpy()
+    labels = np.argsort(args.classes)[targets.numpy()]
     rng = np.random.default_rng(0)
     chosen = long_tail(labels, args.most, 100, rng)
-    with tempfile.TemporaryDirectory() as folder:
+    pixels = np.asarray(images)[chosen]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
         weights = args.weights
         if weights is None:
             from fetch import write_dinov2_vits14
 
-            weights = write_dinov2_vits14(Path(folder))[0]
+            weights = write_dinov2_vits14(Path(temporary))[0]
         bb = Backbone.from_pretrained(weights)
-        originals = rng.choice(len(chosen), args.planted, replace=False)
-        pixels = [np.asarray(images[i]) for i in chosen]
-        pixels += [changed(pixels[number], i % 5) for i, number in enumerate(originals.tolist())]
-        planted = {len(chosen) + i: int(number) for i, number in enumerate(originals)}
-        album = Path(folder) / "album"
-        album.mkdir()
-        for i, one in enumerate(pixels):
-            Image.fromarray(one).save(album / f"{i:06d}.png")
-        bb.embed(album, Path(folder) / "x.npy", size=args.size, progress=True)
-        store = Store(Path(folder) / "x.npy")
-        found = dedup(store, pixels, planted, [0.65, 0.7, 0.75, 0.8, 0.85, 0.9])
-        sample = balance(store, labels[chosen], args.count, args.clusters, args.seeds)
-    record = dict(pictures=len(chosen), size=args.size, dedup=found, balance=sample)
+        originals = rng.choice(len(chosen), args.planted, replace=False).tolist()
+        planted = {len(chosen) + i: number for i, number in enumerate(originals)}
+        album = folder / "album"
+        if not album.is_dir():
+            album.mkdir(parents=True)
+            pictures = [Image.fromarray(one) for one in pixels]
+            pictures += [changed(pixels[n], WAYS[i % len(WAYS)], rng) for i, n in enumerate(originals)]
+            for i, one in enumerate(pictures):
+                one.save(album / f"{i:06d}.png")
+        bb.embed(album, folder / "vectors.npy", size=args.size, pooling="cls_mean", shard_size=1000, progress=True)
+        store = Store(folder / "vectors.npy")
+        width = store.width // 2
+        record: dict[str, Any] = dict(pictures=len(chosen), planted=args.planted, size=args.size)
+        thresholds = [0.7, 0.75, 0.8]
+        record["dedup"] = {
+            name: dedup(Part(store, columns), pixels, planted, thresholds)
+            for name, columns in (("class token", slice(width)), ("both", slice(None)))
+        }
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        record["balance"] = balance(store, labels[chosen], args.counts, args.seeds)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

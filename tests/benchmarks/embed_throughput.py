@@ -9,8 +9,9 @@ measurement is a process of its own that loads the model, and counts from then u
 contestant first tries 0, 1, 2 ... workers on a tenth of a set and keeps the best number.  Then all take turns.
 
 "bound" is what the work costs at least: the passes of our model over batches that are there already, and the CPU time
-of decoding and resizing by one thread, divided by the cores.  dinotool loads weights by name from a hub only, so it is
-named as not run.  The record goes to records/embed_throughput.json.
+of decoding and resizing by one thread, divided by the cores.  Beside the wall time stands the CPU time of each process
+and its workers, which on one core is the same where nobody else uses it.  dinotool 0.4 takes the name of a repository
+on a hub and no folder of weights, so it is named as not run.  The record goes to records/embed_throughput.json.
 """
 
 import argparse
@@ -32,9 +33,12 @@ sys.path[:0] = [str(HERE.parent), str(ROOT), str(ROOT / "kernels")]
 
 SIZE, BATCH = 224, 16
 COMMON = f"""
-import json, os, sys, time
+import json, os, resource, sys, time
 from pathlib import Path
 import numpy as np, torch
+def cpu():
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 if not torch.cuda.is_available():  # a torchvision built for CUDA beside a CPU build of torch misses these
     schemas = torch.library.Library("torchvision", "FRAGMENT")
     schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -45,12 +49,14 @@ torch.set_grad_enabled(False)
 SIZE, BATCH, TRANSFORMED = {SIZE}, {BATCH}, None
 """
 END = """
-print(json.dumps(dict(seconds=time.perf_counter() - begun, rows=len(found), width=len(found[0]))))
+seconds = time.perf_counter() - begin
+loader = None  # its workers have to end to be counted
+print(json.dumps(dict(seconds=seconds, cpu=cpu() - used, rows=len(found), width=len(found[0]))))
 """
 OURS = """
 from dinov3_infer import Backbone
 bb = Backbone.from_pretrained(weights + "/hf", device="cpu")
-begun = time.perf_counter()
+begin, used = time.perf_counter(), cpu()
 bb.embed(paths, out, size=SIZE, batch_size=BATCH, num_workers=workers, decode="DECODE")
 found = np.load(out)
 """
@@ -67,7 +73,7 @@ SCRIPTS = {
     "transformers pipeline": """
 from transformers import pipeline
 found_by = pipeline("image-feature-extraction", weights + "/hf", pool=True, batch_size=BATCH, num_workers=workers)
-begun = time.perf_counter()
+begin, used = time.perf_counter(), cpu()
 found = np.array([row[0] for row in found_by(paths)], np.float32)
 np.save(out, found)
 """,
@@ -80,7 +86,7 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return processor(Image.open(paths[i]).convert("RGB"), return_tensors="pt")["pixel_values"][0]
 model = lambda batch: net(batch).pooler_output
-begun = time.perf_counter()
+begin, used = time.perf_counter(), cpu()
 loader = torch.utils.data.DataLoader(Pictures(), BATCH, num_workers=workers)
 """ + LOOP,
     "timm": """
@@ -96,7 +102,7 @@ class Pictures(torch.utils.data.Dataset):
     transform = None
     def __len__(self): return len(paths)
     def __getitem__(self, i): return self.transform(Image.open(paths[i]).convert("RGB")), 0
-begun = time.perf_counter()
+begin, used = time.perf_counter(), cpu()
 loader = create_loader(Pictures(), (3, SIZE, SIZE), BATCH, num_workers=workers, use_prefetcher=False, crop_pct=1.0,
                        crop_mode="squash", interpolation="bilinear", persistent_workers=False)
 model = lambda batch: net(batch[0])
@@ -109,15 +115,15 @@ transform = bb.preprocess.with_options(SIZE)
 blank = [torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)]
 batches = [transform.batch(blank * min(BATCH, len(paths) - first)) for first in range(0, len(paths), BATCH)]
 bb._features(batches[:1], [], "cls", "token")  # sets things up
-begun = time.perf_counter()
+begin, used = time.perf_counter(), cpu()
 for batch in batches:
     bb._features([batch], [], "cls", "token")
-model = time.perf_counter() - begun
+model, model_cpu = time.perf_counter() - begin, cpu() - used
 torch.set_num_threads(1)
-cpu = time.process_time()
+used = cpu()
 for path in paths:
     transform.place(load_image(path))
-print(json.dumps(dict(model=model, decoding=time.process_time() - cpu)))
+print(json.dumps(dict(model=model, model_cpu=model_cpu, decoding=cpu() - used)))
 """
 
 
@@ -162,22 +168,29 @@ def contest(weights: Path, album: Path, rounds: int, most_workers: int, tenth: i
     bounds = []
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            found[name]["rounds"].append(
-                measured(SCRIPTS[name] + END, weights, album, found[name]["workers"])["seconds"]
-            )
+            found[name]["rounds"].append(measured(SCRIPTS[name] + END, weights, album, found[name]["workers"]))
         bounds.append(measured(BOUND, weights, album, 0))
     cores = len(os.sched_getaffinity(0))
-    lower = [bound["model"] + bound["decoding"] / cores for bound in bounds]
 
-    def ratios(over: str) -> dict[str, float]:
-        rounds = {name: zip(found[name]["rounds"], found[over]["rounds"], strict=True) for name in names}
-        return {name: statistics.median(theirs / ours for theirs, ours in pairs) for name, pairs in rounds.items()}
+    def ratio(of: list[float], over: list[float]) -> float:
+        return statistics.median(a / b for a, b in zip(of, over, strict=True))
 
-    over = statistics.median(a / b for a, b in zip(found["ours"]["rounds"], lower, strict=True))
-    return dict(
-        contestants=found | {"dinotool": dict(refused="loads weights by name from a hub, not from a local directory")},
-        bound=bounds, ours_over_bound=over, theirs_over_ours=ratios("ours"), theirs_over_ours_fast=ratios("ours, fast"),
-    )  # fmt: skip
+    def rounds(name: str, what: str) -> list[float]:
+        return [one[what] for one in found[name]["rounds"]]
+
+    record: dict[str, Any] = dict(
+        contestants=found | {"dinotool": dict(refused="takes the name of a repository on a hub, not a local folder")},
+        bound=bounds,
+    )
+    for what, model in (("seconds", "model"), ("cpu", "model_cpu")):
+        share = cores if what == "seconds" else 1
+        lower = [bound[model] + bound["decoding"] / share for bound in bounds]
+        record[what] = dict(
+            ours_over_bound=ratio(rounds("ours", what), lower),
+            theirs_over_ours={name: ratio(rounds(name, what), rounds("ours", what)) for name in names},
+            theirs_over_ours_fast={name: ratio(rounds(name, what), rounds("ours, fast", what)) for name in names},
+        )
+    return record
 
 
 def main() -> None:
@@ -210,7 +223,7 @@ def main() -> None:
     )  # fmt: skip
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     for name, cell in cells.items():
-        print(name, {key: cell[key] for key in ("ours_over_bound", "theirs_over_ours", "theirs_over_ours_fast")})
+        print(name, json.dumps({what: cell[what] for what in ("seconds", "cpu")}, indent=1))
 
 
 if __name__ == "__main__":
