@@ -176,7 +176,7 @@ def layer_features(
 ) -> Iterator[Features]:
     """Features whose patches are those of one block; None for that at two thirds of the depth.
 
-    There patches know best what exactly they show; later ones know more of the whole (see README.md for numbers).
+    There patches know best what exactly they show; later ones know more of the whole.
     """
     block = bb.config.depth * 2 // 3 - 1 if layer is None else layer
     for found in bb.iter_features(pictures, layers=[block], size=size, fit=fit, batch_size=1):

@@ -59,7 +59,9 @@ def draw(picture: Image.Image, scores: Tensor, boxes: Tensor, classes: Tensor, n
         if score > 0.3:
             place, colour = (box.view(2, 2) * torch.tensor(shown.size)).flatten().tolist(), tuple(palette[number])
             pen.rectangle(place, outline=colour, width=4)
-            pen.text((place[0] + 8, place[1] + 6), f"{names[number]} {score:.2f}", fill=colour, font_size=20)
+            text, corner = f" {names[number]} {score:.2f} ", (place[0], place[1])
+            pen.rectangle(pen.textbbox(corner, text, font_size=20), fill=colour)
+            pen.text(corner, text, fill="white", font_size=20)
     return shown
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTH, FUSED, BINS = 192, 32, 64  # numbers of a query, channels of DPT, depths to choose from
+WIDTH, FINE, FUSED, BINS = 192, 64, 32, 64  # numbers of a query and of a pixel, channels of DPT, depths to choose from
 SEEN = 0.01  # score that all queries start with: most patches answer for nothing
 
 
@@ -72,11 +72,11 @@ class Depth(nn.Module):
 class Queries(nn.Module):
     """Maps [B, C, h, w] -> patches that have seen each other [B, P, WIDTH], scores [B, P, K], places (x, y) [P, 2]."""
 
-    def __init__(self, channels: int, classes: int, depth: int = 2) -> None:
+    def __init__(self, channels: int, classes: int, depth: int = 1) -> None:
         super().__init__()
         self.project = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, WIDTH))
         self.place = nn.Sequential(nn.Linear(2, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
-        layer = nn.TransformerEncoderLayer(WIDTH, 6, 4 * WIDTH, 0.1, "gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(WIDTH, 6, 2 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(layer, depth, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
         self.score = nn.Linear(WIDTH, classes)
         nn.init.constant_(self.score.bias, float(torch.tensor(SEEN).logit()))
@@ -108,12 +108,12 @@ class MaskQueries(nn.Module):
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         self.queries = Queries(channels, classes)
-        self.vector = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        self.vector = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, FINE))
         self.finer = nn.Sequential(
-            nn.ConvTranspose2d(WIDTH, WIDTH, 2, stride=2), nn.GELU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+            nn.ConvTranspose2d(WIDTH, FINE, 2, stride=2), nn.GELU(), nn.Conv2d(FINE, FINE, 3, padding=1)
         )
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         queries, scores, _ = self.queries(maps)
         pixels = self.finer(queries.mT.unflatten(2, maps.shape[2:]))
-        return scores, torch.einsum("bpc,bchw->bphw", self.vector(queries), pixels) * WIDTH**-0.5
+        return scores, torch.einsum("bpc,bchw->bphw", self.vector(queries), pixels) * FINE**-0.5

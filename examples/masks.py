@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from common import fit, load, maps, paint, parser, run, save, upright
 from heads import MaskQueries, layers_of
-from set_prediction import assign, class_cost, class_loss, mask_loss, read_segments
+from set_prediction import assign, class_cost, class_loss, mask_cost, read_segments
 from torch import Tensor
 
 from dinov3_infer import list_pictures
@@ -26,9 +26,8 @@ def loss(head: MaskQueries, maps: Tensor, segments: Sequence[Segments]) -> Tenso
     for score, mask, (true, classes) in zip(scores, masks, segments, strict=True):
         share = F.interpolate(true[:, None].float(), size=mask.shape[1:], mode="area").flatten(1)
         with torch.no_grad():
-            cost = mask_loss(mask.flatten(1)[None], share[:, None])  # of every query for every segment, [n, P]
-            chosen.append(assign(2 * class_cost(score, classes) + cost))
-        shape = shape + mask_loss(mask.flatten(1)[chosen[-1]], share).sum()
+            chosen.append(assign(2 * class_cost(score, classes) + mask_cost(mask.flatten(1), share)))
+        shape = shape + mask_cost(mask.flatten(1)[chosen[-1]], share).diagonal().sum()
     return 2 * class_loss(scores, [c for _, c in segments], chosen) + shape / max(1, sum(map(len, chosen)))
 
 

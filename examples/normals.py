@@ -18,11 +18,11 @@ from dinov3_infer import InputError, list_pictures
 from dinov3_infer.tasks import sheet
 
 
-def normals_of(depths: Tensor, focal: float, radius: int = 4) -> tuple[Tensor, Tensor]:
+def normals_of(depths: Tensor, focal: float, radius: int = 6) -> tuple[Tensor, Tensor]:
     """Unit normals [N, 3, H, W] (right, up, to the camera) of depths [N, H, W], and where they are known [N, H, W].
 
     The inverse depth of a plane is linear in the picture, r = a u + b v + c with (u, v) in focal lengths from the
-    middle; (a, b, c) is its normal.  It is fitted to the known pixels of a window.
+    middle; (a, b, c) is its normal.  It is fitted to the known pixels of a window, and known where it fits to 1 %.
     """
     if not focal > 0:
         raise InputError(f"the focal length is in widths of a picture and above 0, got {focal}")
@@ -37,11 +37,12 @@ def normals_of(depths: Tensor, focal: float, radius: int = 4) -> tuple[Tensor, T
         return F.avg_pool2d((x * known).double(), window, 1, radius) / share
 
     uu, uv, vv = (mean(x * y) - mean(x) * mean(y) for x, y in ((u, u), (u, v), (v, v)))
-    ur, vr = (mean(x * inverse) - mean(x) * mean(inverse) for x in (u, v))
+    ur, vr, rr = (mean(x * inverse) - mean(x) * mean(inverse) for x in (u, v, inverse.double()))
     scale = uu * vv - uv * uv
     a, b = (vv * ur - uv * vr) / scale, (uu * vr - uv * ur) / scale
     c = mean(inverse) - a * mean(u) - b * mean(v)
-    sure = F.avg_pool2d(known, 2 * radius + 1, 1, radius) * known > 0.5
+    fits = rr - a * ur - b * vr < (0.01 * mean(inverse)) ** 2
+    sure = fits & (F.avg_pool2d(known, 2 * radius + 1, 1, radius) * known > 0.5)
     return F.normalize(torch.stack((-a, b, c), dim=1), dim=1).float().nan_to_num(), sure  # the camera looks along +z
 
 

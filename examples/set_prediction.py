@@ -73,14 +73,15 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
     return both / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
 
 
-def mask_loss(masks: Tensor, share: Tensor) -> Tensor:
-    """Cross-entropy and Dice loss of masks before the sigmoid with the share of each pixel that is true, [..., pixels].
+def mask_cost(masks: Tensor, share: Tensor) -> Tensor:
+    """Cross-entropy and Dice loss of masks [P, pixels] before the sigmoid with the share of each pixel that each of n
+    segments has, [n, pixels]: [n, P].
 
     Source: weights of Mask2Former (arXiv 2112.01527).
     """
     chance = masks.sigmoid()
-    cross = (F.softplus(masks) - masks * share).mean(dim=-1)
-    dice = 1 - (2 * (chance * share).sum(dim=-1) + 1) / (chance.sum(dim=-1) + share.sum(dim=-1) + 1)
+    cross = F.softplus(masks).mean(dim=-1) - share @ masks.T / masks.shape[1]
+    dice = 1 - (2 * share @ chance.T + 1) / (chance.sum(dim=-1) + share.sum(dim=-1, keepdim=True) + 1)
     return 5 * cross + 5 * dice
 
 

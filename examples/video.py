@@ -2,8 +2,8 @@
 
     python examples/video.py VIDEOS CLIP --out video.jpg          # VIDEOS/<class>/<video, GIF or folder of frames>
 
-The backbone sees each frame alone, once.  The probe attends to all patches of all frames together; a code of the time
-of its frame is added to each, so that the probe can tell what comes first.
+The backbone sees each frame alone, once.  The probe attends to the patches of all frames together, averaged in cells; a
+code of the time of its frame is added to each, so that the probe can tell what comes first.
 
 Source: attentive probing of frozen features as in V-JEPA (arXiv 2404.08471); time by sines as in "Attention Is All You
 Need" (arXiv 1706.03762), section 3.5.
@@ -22,6 +22,7 @@ from dinov3_infer import Backbone, InputError
 from dinov3_infer.tasks import AttentiveProbe, sheet
 
 CELLS = 4  # a side: the patches of a frame are averaged to as many cells squared
+STRENGTH = 3.0  # of the code of time; what is seen has much in common with all that is seen
 
 
 def tokens(bb: Backbone, frames: Sequence[Image.Image], count: int, size: int) -> Tensor:
@@ -38,7 +39,13 @@ def tokens(bb: Backbone, frames: Sequence[Image.Image], count: int, size: int) -
 def time_code(count: int, channels: int) -> Tensor:
     """Sines and cosines of the share of the video that has passed, [count, channels]."""
     passed = torch.linspace(0, 1, count)[:, None] * torch.logspace(0, 1.5, channels // 2)
-    return torch.cat((passed.sin(), passed.cos()), dim=1)
+    return torch.cat((passed.sin(), passed.cos()), dim=1) * STRENGTH
+
+
+def train(features: Tensor, classes: Tensor, seed: int = 0) -> AttentiveProbe:
+    """A probe for videos [N, T, C] as `tokens` gives them, and their classes [N]."""
+    epochs = max(10, 3600 // len(features))  # videos are few, so batches are small and many
+    return AttentiveProbe(learning_rates=(1e-3,), epochs=epochs, batch_size=16, seed=seed).fit(features, classes)
 
 
 def main() -> None:
@@ -52,7 +59,7 @@ def main() -> None:
     bb, clip = load(args), read_frames(args.clip)
     known = [(path, number) for number, name in enumerate(names) for path in sorted((videos / name).iterdir())]
     features = torch.stack([tokens(bb, read_frames(str(path)), args.frames, args.size) for path, _ in known])
-    probe = AttentiveProbe().fit(features, torch.tensor([number for _, number in known]))
+    probe = train(features, torch.tensor([number for _, number in known]))
     chances = probe.predict_proba(tokens(bb, clip, args.frames, args.size)[None])[0].tolist()
     for name, chance in sorted(zip(names, chances, strict=True), key=lambda pair: -pair[1]):
         print(f"{chance:6.1%}  {name}")

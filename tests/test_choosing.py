@@ -36,12 +36,15 @@ def test_tables_of_a_record(script: Any) -> None:
         "model": "some_model", "fingerprint": "f" * 64, "train": 3000, "test": 1000, "pairs": 60,
         "cells": {
             "classification, 8 patches a side": {"11": scores},
-            "segmentation, 32, and mirrored": {"11": [0.51, 0.02], "last 4": [0.4, 0.03]},
+            "segmentation, 32 patches a side": {"11": [0.4, 0.6], "last 4": [0.5, 0.7]},
+            "segmentation, 32, and mirrored": {"11": [0.45, 0.65], "last 4": [0.4, 0.7]},
         },
     }  # fmt: skip
     text = script.filled(script.PAGE.read_text(encoding="utf-8"), record)
     assert "(ffffffffffff), 3,000 + 1,000 pictures" in text and "| 8 | 11 | 0.500 | 0.600 |" in text
-    assert "| input | layer 11 | last 4 |" in text and "| 32, and mirrored | 0.510 ±0.020 | 0.400 ±0.030 |" in text
+    assert "accuracy ± 0.016 at most" in text
+    assert "| input | layer 11 | last 4 |" in text and "| 32 patches a side | 0.500 ± 0.100 | 0.600 ± 0.100 |" in text
+    assert "| 32, and mirrored | 0.550 ± 0.100 (+0.050 ± 0.000) | 0.550 ± 0.150 (-0.050 ± 0.050) |" in text
     assert script.filled(text, {}).count("Not measured yet.") == 2
 
 

@@ -74,7 +74,8 @@ def test_overlap_of_boxes(a: tuple[int, ...], b: tuple[int, ...], expected: floa
 def test_losses_are_least_for_what_is_right() -> None:
     truth = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
     right, wrong = (truth * 2 - 1) * 9, (1 - truth * 2) * 9
-    assert set_prediction.mask_loss(right, truth) < 0.01 < 5 < set_prediction.mask_loss(wrong, truth)
+    assert set_prediction.mask_cost(right, truth) < 0.01 < 5 < set_prediction.mask_cost(wrong, truth)
+    assert set_prediction.mask_cost(torch.cat((wrong, right)), truth).argmin(dim=1).tolist() == [1]
     assert set_prediction.focal(right, truth).max() < 1e-6 < 1 < set_prediction.focal(wrong, truth).min()
     scores = torch.tensor([[-9.0, 9.0], [-9.0, -9.0], [9.0, -9.0]])
     cost = set_prediction.class_cost(scores, torch.tensor([1, 0]))
@@ -233,7 +234,12 @@ def test_labels_follow_what_moves() -> None:
 
 def test_a_probe_can_tell_the_order_of_frames() -> None:
     code = video.time_code(5, 64)
-    assert torch.cdist(code, code).add(torch.eye(5) * 99).min() > 0.5
+    assert torch.cdist(code, code).add(torch.eye(5) * 99).min() > 0.5 * video.STRENGTH
+    frames = 8 * unlike(64)[torch.stack([torch.randperm(16) for _ in range(40)])]  # 40 videos of 4 frames of 4 patches
+    frames[:20, 1], frames[20:, 14] = 8 * unlike(64)[20], 8 * unlike(64)[20]  # something in the first, or in the last
+    videos = (frames.unflatten(1, (4, 4)) + video.time_code(4, 64)[:, None]).flatten(1, 2)
+    classes = (torch.arange(40) >= 20).long()
+    assert video.train(videos[::2], classes[::2]).score(videos[1::2], classes[1::2]) > 0.9
     with pytest.raises(InputError, match="no frames"):
         video.tokens(None, [], 4, 64)
 

@@ -1,6 +1,8 @@
 """Tiles, scales, mirrors, upsamplers and pyramids: the right number at the right place."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,10 @@ from torch import Tensor, nn
 from dinov3_infer import Backbone, InputError
 from dinov3_infer.tasks import Pyramid, dense_features, pca_rgb, region_vector, similarity_map
 from dinov3_infer.tasks.dense import _fade, _starts
-from dinov3_infer.tasks.metrics import iou
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "results"))
+
+from metrics import iou  # noqa: E402
 
 PHOTO = photo(150, 230)
 

@@ -1,5 +1,7 @@
 """Segmentation from a few marked pictures, and by a trained layer."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,11 @@ from torch import Tensor
 from dinov3_infer import Features, InputError
 from dinov3_infer.preprocess import Placement
 from dinov3_infer.tasks import OneShotSegmenter, SegmentationHead
-from dinov3_infer.tasks.metrics import iou, mean_iou
 from dinov3_infer.tasks.segmentation import _Pixels
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "results"))
+
+from metrics import iou, mean_iou  # noqa: E402
 
 CENTRES = F.normalize(torch.randn(4, 24, generator=torch.Generator().manual_seed(7)), dim=-1) * 5
 

@@ -29,7 +29,7 @@ from models import model_of
 from PIL import Image, ImageDraw, ImageOps
 from tasks import maps  # puts examples/ on the path
 
-from dinov3_infer.tasks import AttentiveProbe, nearest, overlay, sheet
+from dinov3_infer.tasks import nearest, overlay, sheet
 
 OUT = Path(__file__).parent.parent / "pictures"
 WIDEST, SIZE = 960, 448  # pixels of a picture, pixels that the model sees
@@ -78,8 +78,8 @@ def matched() -> Image.Image:
     head = drawing("tiger_graig_ryan_smith_-_01")
     tiger = Image.new("RGB", (head.width + 40, head.height + 40), "white")
     tiger.paste(head, (20, 20), head)
-    (a,), (b,) = (layer_features(model_of("real", 0), [p], 8, size) for p, size in ((CAT, 560), (tiger, 448)))
-    here = torch.tensor([[178.0, 115], [333, 140], [255, 235], [218, 225], [155, 30], [400, 20]])
+    a, b = layer_features(model_of("real", 0), (CAT, tiger), size=448)
+    here = torch.tensor([[178.0, 115], [333, 140], [255, 235], [218, 225], [400, 20]])
     above = tied(CAT, tiger, here, matching.transfer(a, b, here))
     return sheet([above, sheet(matching.placed(a, b, [CAT, tiger]), columns=2)], columns=1)
 
@@ -105,19 +105,23 @@ def tracked() -> list[Image.Image]:
 
 
 def drawn(held_out: bool, number: int) -> list[sets.Scene]:
-    return sets.scenes(number, 1, held_out, pool=sets.drawings(held_out))
+    """Always the same drawings, three of a kind; the photographs and where the drawings are on them are held out."""
+    pool = [
+        thing for kind in range(len(sets.DRAWN)) for thing in [t for t in sets.drawings(False) if t[1] == kind][::9][:3]
+    ]
+    return sets.scenes(number, 1, held_out, count=(1, 3), sizes=(0.3, 0.6), pool=pool)
 
 
-def four_layers(pictures: list[Image.Image]) -> torch.Tensor:
+def four_layers(pictures: list[Image.Image], size: int = 224) -> torch.Tensor:
     bb = model_of("real", 0)
-    return maps(bb, pictures, 224, layers_of("dpt", bb.config.depth))
+    return maps(bb, pictures, size, layers_of("dpt", bb.config.depth))
 
 
 def detected() -> Image.Image:
-    train, test = drawn(False, 160), drawn(True, 6)
-    known, asked = (four_layers([s.picture for s in part]) for part in (train, test))
+    train, test = drawn(False, 240), drawn(True, 6)
+    known, asked = (four_layers([s.picture for s in part], 168) for part in (train, test))
     torch.manual_seed(0)
-    detector = detection.train(known, [(s.boxes, s.classes) for s in train], len(sets.DRAWN), steps=600)
+    detector = detection.train(known, [(s.boxes, s.classes) for s in train], len(sets.DRAWN), steps=300)
     shown = []
     for scene, (scores, boxes, classes) in zip(test, detection.detect(detector, asked), strict=True):
         shown.append(detection.draw(scene.picture, scores, boxes, classes, list(sets.DRAWN)))
@@ -125,15 +129,15 @@ def detected() -> Image.Image:
 
 
 def cut_out() -> Image.Image:
-    train, test = drawn(False, 160), drawn(True, 6)
-    known, asked = (four_layers([s.picture for s in part]) for part in (train, test))
+    train, test = drawn(False, 240), drawn(True, 6)
+    known, asked = (four_layers([s.picture for s in part], 168) for part in (train, test))
     torch.manual_seed(0)
     truth = []
     for scene in train:
-        numbers = scene.numbers[::2, ::2]
+        numbers = scene.numbers[::4, ::4]
         classes = torch.cat((torch.zeros(1, dtype=torch.long), scene.classes + 1))
         truth.append((numbers == torch.arange(len(classes))[:, None, None], classes))
-    head = masks.train(known, truth, len(sets.DRAWN) + 1, steps=600)
+    head = masks.train(known, truth, len(sets.DRAWN) + 1, steps=900)
     shown = []
     for scene, found in zip(test, masks.instances(head, asked, (sets.SIDE, sets.SIDE)), strict=True):
         labels, names = masks.panoptic(*found)
@@ -142,36 +146,82 @@ def cut_out() -> Image.Image:
     return sheet(shown, columns=3)
 
 
+def room(draw: random.Random, side: int = 224, focal: float = 1.0) -> tuple[Image.Image, torch.Tensor]:
+    """Balls on a floor before a wall, in the textures of `sets.textures`, and their depth [side, side]."""
+    brick, grass, gravel = (np.array(t.convert("L"), np.float32) / 255 for t in sets.textures())
+    v, u = np.mgrid[:side, :side] / side - 0.5
+    turn = draw.uniform(-0.4, 0.4)
+    ray = np.stack((u / focal, v / focal, np.ones_like(u)), axis=-1)  # x right, y down, z away
+    across = np.array([np.cos(turn), 0, np.sin(turn)])
+    back = np.array([-np.sin(turn), 0, np.cos(turn)])
+    shapes = [(back, draw.uniform(4, 6), brick, (200, 120, 90)), (np.array([0, 1, 0]), 1.0, gravel, (190, 180, 160))]
+    depth, shown = np.full((side, side), np.inf), np.zeros((side, side, 3))
+
+    def put(
+        far: np.ndarray, texture: np.ndarray, colour: tuple[int, ...], a: np.ndarray, b: np.ndarray, light: object
+    ) -> None:
+        seen = (far > 0) & (far < depth)
+        grain = texture[(a * 200).astype(int) % 512, (b * 200).astype(int) % 512]
+        shown[seen] = ((0.4 + 0.8 * grain) * light)[seen][:, None] * np.array(colour)
+        depth[seen] = far[seen]
+
+    for normal, distance, texture, colour in shapes:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            far = distance / (ray @ normal)
+        far = np.where(np.isfinite(far), far, -1.0)
+        point = ray * far[..., None]
+        put(far, texture, colour, point @ across, point[..., 1] + point @ back, np.ones_like(far))
+    for _ in range(draw.randint(2, 4)):
+        radius = draw.uniform(0.3, 0.7)
+        middle = np.array([draw.uniform(-1.2, 1.2), 1 - radius, draw.uniform(2, 4)])
+        length = (ray**2).sum(-1)
+        half = ray @ middle / length
+        inside = half**2 - (middle @ middle - radius**2) / length
+        far = np.where(inside > 0, half - np.sqrt(np.maximum(inside, 0)), -1.0)
+        normal = (ray * far[..., None] - middle) / radius
+        light = 0.6 + 0.4 * (normal @ np.array([-0.5, -0.7, -0.5]))
+        colour = tuple(int(c) for c in colours(12)[draw.randrange(12)])
+        put(far, grass, colour, normal[..., 0], normal[..., 1], light)
+    return Image.fromarray(shown.clip(0, 255).astype(np.uint8)), torch.from_numpy(depth).float()
+
+
 def surfaces() -> Image.Image:
-    """Depth and normals of coffee, by heads that have seen Aloe and Motorcycle alone."""
-    parts, photo = [*sets.tiles(0, False), *sets.tiles(1, False)], sets.fetch.photographs()["coffee"]
-    known, asked = four_layers([p for p, *_ in parts]), four_layers([photo])
+    """Depth and normals of a rendered room, what is true above what is found."""
+    draw = random.Random(0)
+    rooms = [room(draw) for _ in range(121)]
+    known, asked = (four_layers([p for p, _ in part]) for part in (rooms[:120], rooms[120:]))
+    depths = torch.stack([d for _, d in rooms])
+    truth, sure = normals.normals_of(depths, 1.0)
     torch.manual_seed(0)
-    deep = depth.train(known, torch.stack([d for _, d, _ in parts]))
-    right, sure = (torch.cat(n) for n in zip(*(normals.normals_of(d[None], f) for _, d, f in parts), strict=True))
-    facing = normals.train(known, right, sure)
+    deep, facing = depth.train(known, depths[:120]), normals.train(known, truth[:120], sure[:120])
     with torch.no_grad():
-        heat, normal = overlay(photo, -deep(asked)[0]), normals.at_size(facing(asked), (400, 600))[0]
-    colour = Image.fromarray(((normal.permute(1, 2, 0).numpy() + 1) * 127.5).astype(np.uint8))
-    return sheet([photo, heat.resize(photo.size), colour.resize(photo.size)], columns=3)
+        found, normal = deep(asked)[0], normals.at_size(facing(asked), (224, 224))[0]
+    photo, limits = rooms[120][0], (-float(depths[120].max()), -float(depths[120].min()))
+    heat = [overlay(photo, -d, limits=limits).resize((320, 320)) for d in (depths[120], found)]
+    tints = [Image.fromarray(((n.permute(1, 2, 0).numpy() + 1) * 127.5).astype(np.uint8)) for n in (truth[120], normal)]
+    tints = [tint.resize((320, 320)) for tint in tints]
+    names = ["picture", "depth", "normals", "", "depth found", "normals found"]
+    blank = Image.new("RGB", (320, 320), "white")
+    return sheet([photo.resize((320, 320)), heat[0], tints[0], blank, heat[1], tints[1]], names, columns=3)
 
 
-def moving() -> Image.Image:
-    draw, bb, made = random.Random(0), model_of("real", 0), []
-    clips = [sets.clip(draw, held_out, 6, 1, 224, sets.drawings(held_out)) for held_out in [False] * 120 + [True] * 3]
-    made = torch.stack([video.tokens(bb, clip.frames, 6, 112) for clip in clips])
-    probe = AttentiveProbe(epochs=60).fit(made[:120], torch.tensor([clip.direction for clip in clips[:120]]))
+def happening() -> Image.Image:
+    draw, bb = random.Random(0), model_of("real", 0)
+    parts = [(False, i % 4) for i in range(120)] + [(True, number) for number in (0, 1, 2)]
+    clips = [sets.event(draw, held_out, n, 6, pool=sets.drawings(held_out)) for held_out, n in parts]
+    made = torch.stack([video.tokens(bb, clip, 6, 112) for clip in clips])
+    probe = video.train(made[:120], torch.tensor([number for _, number in parts[:120]]))
     rows, captions = [], []
     for clip, chances in zip(clips[120:], probe.predict_proba(made[120:]), strict=True):
-        rows += [clip.frames[i] for i in (0, 2, 3, 5)]
-        captions += [f"{('right', 'down', 'left', 'up')[int(chances.argmax())]}, {chances.max():.0%}", "", "", ""]
+        rows += [clip[i] for i in (0, 2, 3, 5)]
+        captions += [f"it {sets.EVENTS[int(chances.argmax())]}, {chances.max():.0%}", "", "", ""]
     return sheet(rows, captions, columns=4)
 
 
 MADE: dict[str, Callable[[], Image.Image | list[Image.Image]]] = {
     "retrieval.jpg": retrieved, "foreground.jpg": split, "discovery.jpg": discovered, "matching.jpg": matched,
     "anomaly.jpg": odd, "tracking.gif": tracked, "detection.jpg": detected, "masks.jpg": cut_out,
-    "surfaces.jpg": surfaces, "video.jpg": moving,
+    "surfaces.jpg": surfaces, "video.jpg": happening,
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ DRAWN = {
 }
 # fmt: on
 SIDE = 448  # pixels of a made picture
+Pool: TypeAlias = Sequence[tuple[Image.Image, int]] | None
 
 
 def files(source: Source) -> dict[str, bytes]:
@@ -100,16 +102,19 @@ def landscapes() -> list[Image.Image]:
 def stamps(held_out: bool) -> list[tuple[Image.Image, int]]:
     """Photographs cut out, RGBA, with their class; every third of a class is held out."""
     found = {name: data for name, data in files(STAMPS).items() if "cartoon" not in name}
-    return things(found, KINDS, held_out)
+    return things(found, KINDS, held_out, drawn=False)
 
 
 @cache
 def drawings(held_out: bool) -> list[tuple[Image.Image, int]]:
     """The same, drawn and in the public domain, of other kinds."""
-    return things(files(DRAWINGS), DRAWN, held_out)
+    return things(files(DRAWINGS), DRAWN, held_out, drawn=True)
 
 
-def things(found: dict[str, bytes], kinds: dict[str, str], held_out: bool) -> list[tuple[Image.Image, int]]:
+def things(
+    found: dict[str, bytes], kinds: dict[str, str], held_out: bool, drawn: bool
+) -> list[tuple[Image.Image, int]]:
+    """Without rectangles; of what is drawn without silhouettes and outlines."""
     result = []
     for number, globs in enumerate(kinds.values()):
         names = [name for name in sorted(found) if fnmatch.fnmatchcase(name, globs)]
@@ -119,7 +124,9 @@ def things(found: dict[str, bytes], kinds: dict[str, str], held_out: bool) -> li
                 picture = picture.convert("RGBA")
                 picture = picture.crop(picture.getchannel("A").getbbox())
                 picture.thumbnail((SIDE, SIDE))
-                if np.mean(np.array(picture.getchannel("A")) > 127) < 0.9:  # not a whole rectangle
+                solid = np.array(picture.getchannel("A")) > 127
+                tints = np.array(picture.convert("RGB").convert("HSV"))[..., 1]
+                if solid.mean() < 0.9 and not (drawn and (solid.mean() < 0.2 or tints[solid].mean() < 60)):
                     result.append((picture, number))
     return result
 
@@ -180,7 +187,7 @@ def scene(
     held_out: bool,
     count: tuple[int, int] = (1, 4),
     sizes: tuple[float, float] = (0.2, 0.5),
-    pool: Sequence[tuple[Image.Image, int]] | None = None,
+    pool: Pool = None,
 ) -> Scene:
     """One with `count` cut-outs (least, most), none hidden by more than half; `pool` instead of the stamps."""
     while True:
@@ -296,7 +303,6 @@ class Clip:
 
     frames: list[Image.Image]
     labels: list[np.ndarray]  # of each frame [height, width], 0 for the photograph, 1 to n
-    direction: int  # that the first thing goes: right, down, left, up
 
 
 def clip(
@@ -305,24 +311,40 @@ def clip(
     frames: int,
     count: int,
     side: int = 224,
-    pool: Sequence[tuple[Image.Image, int]] | None = None,
+    pool: Pool = None,
 ) -> Clip:
     photo = background(draw, held_out).resize((side, side))
     moves = []
     for number in range(count):
         cut = cut_out(draw.choice(pool or stamps(held_out))[0], draw, draw.uniform(0.25, 0.4))
         cut = cut.resize([max(1, round(n * side / SIDE)) for n in cut.size])
-        direction = draw.randrange(4)
-        way = 0.45 * side * np.array([(1, 0), (0, 1), (-1, 0), (0, -1)][direction])
+        way = 0.45 * side * np.array([(1, 0), (0, 1), (-1, 0), (0, -1)][draw.randrange(4)])
         room = side - np.array(cut.size)
         start = np.array([draw.uniform(max(0, -w), min(r, r - w)) for w, r in zip(way, room, strict=True)])
-        moves.append((cut, start, way, draw.uniform(-15, 15), direction, number + 1))
-    made = Clip([], [], moves[0][4])
+        moves.append((cut, start, way, draw.uniform(-15, 15), number + 1))
+    made = Clip([], [])
     for time in np.linspace(0, 1, frames):
         picture, labels = photo.copy(), np.zeros((side, side), np.int64)
-        for cut, start, way, turn, _, number in moves:
+        for cut, start, way, turn, number in moves:
             turned = cut.rotate(turn * time, Image.Resampling.BICUBIC)
             paste(picture, labels, turned, tuple(int(v) for v in start + way * time), number)
         made.frames.append(picture)
         made.labels.append(labels)
+    return made
+
+
+EVENTS = ("comes", "goes", "passes", "stays")
+
+
+def event(draw: random.Random, held_out: bool, number: int, frames: int, pool: Pool = None) -> list[Image.Image]:
+    """A photograph on which a cut-out does what EVENTS[number] says, from or to either side."""
+    photo = background(draw, held_out).resize((224, 224))
+    cut = cut_out(draw.choice(pool or stamps(held_out))[0], draw, draw.uniform(0.3, 0.5))
+    cut = cut.resize([max(1, round(n * 224 / SIDE)) for n in cut.size])
+    top, seen = draw.randint(0, 224 - cut.height), draw.uniform(0, 224 - cut.width)
+    near, far = draw.sample((-cut.width, 224), 2)  # just outside
+    start, end = ((near, seen), (seen, far), (near, far), (seen, seen))[number]
+    made = [photo.copy() for _ in range(frames)]
+    for frame, time in zip(made, np.linspace(0, 1, frames), strict=True):
+        frame.paste(cut, (round(start + (end - start) * time), top), cut)
     return made

@@ -1,6 +1,6 @@
 """What to choose: layer, size and pooling, by what they are worth on labelled pictures.
 
-    python tests/benchmarks/choosing.py MODEL [--train 3000 --test 1000 --pairs 60]
+    python tests/benchmarks/choosing.py MODEL [--train 500 --test 400 --pairs 12]
     python tests/benchmarks/choosing.py --render
 
 Measures what the record lacks for this model and these numbers, a cell at a time, so that it can be stopped and started
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,13 +27,14 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent.parent
 sys.path += [str(ROOT), str(ROOT / "examples" / "results")]
 
+from metrics import iou  # noqa: E402
+
 import dinov3_infer  # noqa: E402
 from dinov3_infer import Backbone, Features  # noqa: E402
 from dinov3_infer.features import pool  # noqa: E402
 from dinov3_infer.images import load_image  # noqa: E402
 from dinov3_infer.preprocess import Placement  # noqa: E402
 from dinov3_infer.tasks import KNN, LinearProbe, OneShotSegmenter, at_pixels, dense_features  # noqa: E402
-from dinov3_infer.tasks.metrics import iou  # noqa: E402
 
 RECORD = Path(__file__).parent / "records" / "choosing.json"
 PAGE = ROOT / "examples" / "CHOOSING.md"
@@ -61,7 +63,7 @@ def classification(bb: Backbone, grid: int, train: int, test: int) -> dict[str, 
         found[str(layer)] = {}
         for pooling in POOLINGS:
             a, b = x[layer, pooling], z[layer, pooling]
-            probes = {"knn": KNN(), "linear": LinearProbe(steps=1000)}
+            probes = {"knn": KNN(), "linear": LinearProbe(steps=500)}
             found[str(layer)][pooling] = {n: p.fit(a, answers).score(b, right) for n, p in probes.items()}
     return found
 
@@ -98,10 +100,13 @@ def shifted(bb: Backbone, picture: Any, layers: list[int]) -> list[Features]:
     return [*plain()(bb, picture, layers), replace(found, placements=(place,))]
 
 
+PLAIN = f"{SEEN} patches a side"
 WAYS: dict[str, Callable[[Backbone, Any, list[int]], list[Features]]] = {
-    **{f"{grid} patches a side": plain(grid) for grid in (16, 24, 32, 48)},
-    "64 patches a side (doubled)": plain(64),
+    PLAIN: plain(),
+    "16 patches a side": plain(16),
     "32, and moved by half a patch": shifted,
+    "64 patches a side (doubled)": plain(64),
+    "48 patches a side": plain(48),
     "32, and mirrored": plain(flip=True),
     "32 and 48, averaged": plain(scales=(1.0, 1.5)),
     "32, in tiles of 16": lambda bb, p, layers: plain(tile=16 * bb.patch_size)(bb, p, layers),
@@ -109,7 +114,7 @@ WAYS: dict[str, Callable[[Backbone, Any, list[int]], list[Features]]] = {
 
 
 def segmentation(bb: Backbone, way: str, pairs: int) -> dict[str, Any]:
-    """By layer the mean IoU and its standard error; "last 4" has the last four layers side by side."""
+    """By layer the IoU of each pair; "last 4" has the last four layers side by side."""
     import sets
 
     draw, each = random.Random(0), dict[str, list[float]]()
@@ -123,8 +128,8 @@ def segmentation(bb: Backbone, way: str, pairs: int) -> dict[str, Any]:
             size = tuple(second.numbers.shape)
             scores = [at_pixels(segmenter._maps(f), f.placements[0], (size[0], size[1])) for f in found]
             labels = torch.stack(scores).mean(dim=0).argmax(dim=0)
-            each.setdefault(name, []).append(float(iou(labels > 0, second.numbers > 0)))
-    return {n: [float(np.mean(v)), float(np.std(v, ddof=1)) / math.sqrt(len(v))] for n, v in each.items()}
+            each.setdefault(name, []).append(round(float(iou(labels > 0, second.numbers > 0)), 3))
+    return each
 
 
 def parts(bb: Backbone) -> Iterator[tuple[str, slice]]:
@@ -145,8 +150,9 @@ def with_channels(features: Features, part: slice) -> Features:
 def measure(model: str, train: int, test: int, pairs: int) -> None:
     bb = Backbone.from_pretrained(model)
     cells: dict[str, Callable[[], Any]] = {
-        f"classification, {g} patches a side": lambda g=g: classification(bb, g, train, test) for g in GRIDS
-    } | {f"segmentation, {way}": lambda way=way: segmentation(bb, way, pairs) for way in WAYS}  # fmt: skip
+        f"segmentation, {way}": lambda way=way: segmentation(bb, way, pairs) for way in WAYS
+    }
+    cells |= {f"classification, {g} patches a side": lambda g=g: classification(bb, g, train, test) for g in GRIDS}
     known = {
         "model": bb.info.name if bb.info else "own architecture", "fingerprint": bb.fingerprint(),
         "train": train, "test": test, "pairs": pairs,
@@ -159,7 +165,8 @@ def measure(model: str, train: int, test: int, pairs: int) -> None:
         if name not in record["cells"]:
             print(name, flush=True)
             record["cells"][name] = run()
-            RECORD.write_text(json.dumps(record, indent=1) + "\n")
+            text = json.dumps(record, indent=1) + "\n"
+            RECORD.write_text(re.sub(r"(?<=[\[\d,])\s+(?=[\d\]])", " ", text))  # lists of numbers in one line
 
 
 def recorded() -> dict[str, Any]:
@@ -183,7 +190,8 @@ def classification_table(record: dict[str, Any]) -> str:
         for layer, row in layers.items():
             values = " | ".join(f"{row[p]['knn']:.3f} | {row[p]['linear']:.3f}" for p in POOLINGS)
             lines.append(f"| {name.split()[0]} | {layer} | {values} |")
-    return told(record, "{train:,} + {test:,} pictures of CIFAR-10, accuracy", lines)
+    error = 0.5 / math.sqrt(record.get("test", 1))
+    return told(record, f"{{train:,}} + {{test:,}} pictures of CIFAR-10, accuracy ± {error:.3f} at most", lines)
 
 
 def segmentation_table(record: dict[str, Any]) -> str:
@@ -191,8 +199,19 @@ def segmentation_table(record: dict[str, Any]) -> str:
     names = next(iter(found.values()), {})
     lines = ["| input | " + " | ".join(f"layer {n}" if n.isdigit() else n for n in names) + " |"]
     lines += ["| --- " * (1 + len(names)) + "|"]
-    lines += [f"| {n} | " + " | ".join(f"{m:.3f} ±{e:.3f}" for m, e in row.values()) + " |" for n, row in found.items()]
-    return told(record, "{pairs} pairs, IoU ± standard error", lines)
+    for way, row in found.items():
+        shown = [mean_and_error(values) for values in row.values()]
+        if plain := found.get(PLAIN) if way != PLAIN else None:  # the same pairs: differences say more
+            shown = [
+                f"{text} ({mean_and_error(np.subtract(v, plain[n]), '+')})"
+                for text, (n, v) in zip(shown, row.items(), strict=True)
+            ]
+        lines.append(f"| {way} | " + " | ".join(shown) + " |")
+    return told(record, "{pairs} pairs, IoU ± standard error, and against " + PLAIN, lines)
+
+
+def mean_and_error(values: Any, sign: str = "") -> str:
+    return f"{np.mean(values):{sign}.3f} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.3f}"
 
 
 def cells(record: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -209,7 +228,7 @@ def told(record: dict[str, Any], what: str, lines: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("model", nargs="?", help="name, folder or file; without one the page is written anew")
-    for name, default in (("train", 3000), ("test", 1000), ("pairs", 60)):
+    for name, default in (("train", 500), ("test", 400), ("pairs", 12)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--render", action="store_true", help="write the page from the record, measure nothing")
     args = parser.parse_args()
