@@ -41,7 +41,7 @@ _TURN = {  # EXIF orientation -> whether rows are stored as columns, and the ste
 # The first five come without loading all of Pillow; HEIF and JXL are there if their plugin is.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "HEIF", "JXL")
 # Bytes that a pixel takes while it is decoded, ours among them, as measured; of formats that are not here, AT_MOST.
-_BYTES = {"JPEG": 7, "MPO": 7, "PNG": 7, "BMP": 7, "PPM": 7, "GIF": 7, "TIFF": 10, "WEBP": 24, "JPEG2000": 24}
+_BYTES = {"JPEG": 7, "MPO": 7, "PNG": 7, "BMP": 7, "PPM": 7, "TIFF": 10, "WEBP": 24, "JPEG2000": 24}
 _AT_MOST, _PROGRESSIVE = 12, 10  # a progressive JPEG keeps all its coefficients
 MAX_BYTES = 2**28  # of a file
 _STRIP = 2**20  # pixels that are converted at a time
