@@ -224,8 +224,7 @@ def _qkv(attn: Any, pairs: bool, proj: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias with the softmax scale in q, pairs side by side where they turn, and v as `proj` takes it."""
     weight, bias = attn.qkv.weight, attn.qkv.bias
     if isinstance(attn.qkv, MaskedKeyLinear):
-        query, key, value = bias.chunk(3)
-        bias = torch.cat((query, torch.zeros_like(key), value))
+        bias = attn.qkv.masked_bias
 
     def arranged(t: Tensor) -> Tensor:
         q, k = t.chunk(3)[:2]

@@ -146,9 +146,13 @@ class PatchEmbed(nn.Module):
 class MaskedKeyLinear(nn.Linear):
     """The qkv projection of DINOv3: the key third of its bias counts as zero and gets no gradient."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def masked_bias(self) -> Tensor:
         query, key, value = self.bias.chunk(3)
-        return F.linear(x, self.weight, torch.cat((query, torch.zeros_like(key), value)))
+        return torch.cat((query, torch.zeros_like(key), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.masked_bias)
 
 
 class Attention(nn.Module):

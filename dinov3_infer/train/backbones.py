@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..backbone import Backbone
 from ..layers import Block
 from .distributed import whole
+from .products import speed_up, without_values
 
 __all__ = ["Recompute", "add_adapters", "plain_copy", "wrap_blocks"]
 
@@ -59,17 +60,20 @@ def plain_copy(backbone: Backbone) -> Backbone:
 
 
 def wrap_blocks(backbone: Backbone, compiled: bool, recompute: Recompute) -> None:
-    """Blocks that are compiled, or that compute some of their activations again in the backward pass.
+    """Blocks whose products are fast, that are compiled, or that compute some of their activations again in the
+    backward pass.
 
     "cheap": what norms and the activation of the MLP make, a third of what a block keeps, for a hundredth of its time.
     """
     for module in backbone.blocks:
         block = cast(Block, module)
+        if not compiled:
+            speed_up(block)
         if recompute == "cheap" and not compiled:  # the compiler chooses by itself what to keep
             first, _ = block.mlp.children()
             _made_again(block.norm1, block.attn.qkv)
             _made_again(block.norm2, first)
-            block.mlp.contract = _recomputed(block.mlp.contract)  # type: ignore[method-assign]
+            block.mlp.contract = _recomputed(block.mlp.contract, _values_unused)  # type: ignore[method-assign]
         for name in ("forward", "forward_dropped"):
             function = getattr(block, name)
             function = torch.compile(function) if compiled else function
@@ -80,28 +84,38 @@ def _made_again(norm: nn.Module, linear: nn.Module) -> None:
     """The linear gets the input of the norm before it, which alone is kept."""
     normed, projected = norm.forward, linear.forward
     norm.forward = lambda x: x
-    linear.forward = _recomputed(lambda x: projected(normed(x)))
+    linear.forward = _recomputed(lambda x: projected(normed(x)), _values_unused)
 
 
-def _recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]  # of the first and the second run
+
+
+def _recomputed(
+    function: Callable[..., Tensor], contexts: Callable[..., Contexts] | None = None
+) -> Callable[..., Tensor]:
     """Keeps the arguments alone.  The second run ends with the last tensor that is needed: no product is made twice
     that nothing follows.
     """
+    contexts = contexts or _drawing_the_same
 
     def wrapped(*args: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return function(*args)
-        drawn = next((arg for arg in args if isinstance(arg, torch.Generator)), None)
         found: Tensor = checkpoint(
-            function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: _contexts(drawn)
+            function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: contexts(*args)
         )
         return found
 
     return wrapped
 
 
-def _contexts(drawn: torch.Generator | None) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of the first and the second run, which draw the same: torch replays its own generators, but not a given one."""
+def _values_unused(*_: Any) -> Contexts:
+    return nullcontext(), without_values()
+
+
+def _drawing_the_same(*args: Any) -> Contexts:
+    """torch replays its own generators, but not a given one."""
+    drawn = next((arg for arg in args if isinstance(arg, torch.Generator)), None)
     states: list[Tensor] = []
 
     @contextmanager

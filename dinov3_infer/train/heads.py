@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .distributed import mean_over
+from .products import Linear, linear
 
 __all__ = ["ProjectionHead", "Standardise", "linear_projection"]
 
@@ -27,13 +28,13 @@ class ProjectionHead(nn.Module):
     ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(embed_dim, hidden_dim),
+            Linear(embed_dim, hidden_dim),
             nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
+            Linear(hidden_dim, hidden_dim),
             nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
+            Linear(hidden_dim, bottleneck_dim),
         )
-        self.prototypes = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
+        self.prototypes = Linear(bottleneck_dim, num_prototypes, bias=False)
         self.unit_prototypes = unit_prototypes
         self.init_weights()
 
@@ -51,7 +52,7 @@ class ProjectionHead(nn.Module):
         narrow = F.normalize(narrow, dim=-1, eps=1e-6 if narrow.dtype == torch.float16 else 1e-12)
         if not self.unit_prototypes:
             return self.prototypes(narrow)  # type: ignore[no-any-return]
-        return F.linear(narrow, F.normalize(self.prototypes.weight, dim=-1))
+        return linear(narrow, F.normalize(self.prototypes.weight, dim=-1))
 
 
 # of a variance: random weights give all pictures the same token, and their rounding errors are nothing to magnify
@@ -89,7 +90,7 @@ class Standardise(nn.Module):
 
 def linear_projection(embed_dim: int, target_dim: int) -> nn.Linear:
     """From a student's width to its teacher's."""
-    projection = nn.Linear(embed_dim, target_dim)
+    projection = Linear(embed_dim, target_dim)
     nn.init.trunc_normal_(projection.weight, std=embed_dim**-0.5)
     nn.init.zeros_(projection.bias)
     return projection
