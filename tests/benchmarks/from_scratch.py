@@ -14,10 +14,14 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import conftest  # noqa: F401  (lets a CUDA build of torchvision be imported beside a CPU build of torch)
 import numpy as np
 import torch
 from cifar10 import Pictures, cifar10, knn, vectors
