@@ -204,6 +204,13 @@ def test_the_result_loads_and_has_moved(world: Path) -> None:
     assert "knn" in metrics(world / "result")[-1]
 
 
+def test_a_result_that_transformers_cannot_hold_is_written_all_the_same(world: Path) -> None:
+    start = Backbone.from_config(ViTConfig(24, 2, 2, 48, layerscale=False), seed=0)
+    made = train(settings(world, "unscaled"), backbone=start)
+    loaded = Backbone.from_pretrained(world / "unscaled" / "backbone", device="cpu")
+    assert loaded.fingerprint() == made.fingerprint() and loaded.config == made.config
+
+
 def test_adapters_are_merged_into_the_result(world: Path) -> None:
     """LoRA leaves a plain model whose linears have moved and whose norms have not."""
     train(settings(world, "lora", tune="lora", lora_rank=2))

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..backbone import Backbone
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from . import checkpoint
 from .backbones import plain_copy, wrap_blocks
 from .config import TrainConfig
@@ -303,7 +303,7 @@ class Run:
         backbone = plain_copy(self.method.average)
         if is_main():
             try:
-                backbone.float().save_pretrained(self.folder / "backbone")
+                _write_model(backbone.float(), self.folder / "backbone")
                 draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
             except OSError as error:
                 raise checkpoint.DiskError(
@@ -311,6 +311,15 @@ class Run:
                     "checkpoint of the last step is whole"
                 ) from None
         return backbone
+
+
+def _write_model(backbone: Backbone, folder: Path) -> None:
+    """As transformers loads it; under Meta's names what no model of transformers can hold."""
+    try:
+        backbone.save_pretrained(folder)
+    except UnsupportedError:
+        folder.mkdir(exist_ok=True)
+        backbone.save_pretrained(folder / "model.safetensors", layout="meta")
 
 
 def _write(path: Path, text: str) -> None:
