@@ -160,16 +160,19 @@ def test_scores_are_dot_products_with_a_direction() -> None:
 
 def test_heads_see_standardised_tokens() -> None:
     """Exactly so for as long as the window grows; then what is new replaces what is old.  Rounding is not magnified."""
-    scale = Standardise(5).double()
+    scale, endless = Standardise(5, window=100).double(), Standardise(5).double()
     steps = [(step % 7) + torch.randn(6, 2, 5, dtype=torch.float64) for step in range(100)]
     for step, tokens in enumerate(steps):
         scale.learn(tokens, step)
+        endless.learn(tokens, step)
     every = torch.cat(steps).flatten(0, 1)
     seen = scale(every)
     assert torch.allclose(seen.mean(0), torch.zeros(5, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(seen.var(0, correction=0), torch.ones(5, dtype=torch.float64))
     for step in range(100, 800):
         scale.learn(steps[step % 100] + 50.0, step)
+        endless.learn(steps[step % 100] + 50.0, step)
+    assert torch.allclose(endless.mean, every.mean(0) + 50.0 * 7 / 8)
     assert (scale.mean - every.mean(0) - 50.0).abs().max() < 0.2
     same = Standardise(5)
     same.learn(torch.ones(4, 5) + 1e-7 * torch.randn(4, 5), 0)

@@ -60,7 +60,8 @@ LEAST = 1e-4
 
 
 class Standardise(nn.Module):
-    """Tokens -> tokens of mean 0 and variance 1 per channel, by the mean and variance of the last hundred steps or so.
+    """Tokens -> tokens of mean 0 and variance 1 per channel, by the mean and variance of the last `window` steps or so,
+    or of all steps, where the model that makes the tokens does not change.
 
     What released features have in common is much larger than what tells two pictures apart; new heads take hundreds of
     steps to see past it.
@@ -69,8 +70,9 @@ class Standardise(nn.Module):
     mean: Tensor
     variance: Tensor
 
-    def __init__(self, embed_dim: int) -> None:
+    def __init__(self, embed_dim: int, window: int | None = None) -> None:
         super().__init__()
+        self.window = window
         self.register_buffer("mean", torch.zeros(embed_dim))
         self.register_buffer("variance", torch.zeros(embed_dim))
 
@@ -80,7 +82,7 @@ class Standardise(nn.Module):
         tokens = tokens.flatten(0, -2).to(self.mean.dtype)
         mean = mean_over(tokens)
         spread = mean_over((tokens - mean) ** 2)
-        share = 1.0 / min(step + 1, 100)
+        share = 1.0 / (step + 1 if self.window is None else min(step + 1, self.window))
         self.variance.lerp_(spread, share).add_((mean - self.mean) ** 2, alpha=share * (1.0 - share))
         self.mean.lerp_(mean, share)
 

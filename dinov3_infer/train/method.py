@@ -89,10 +89,11 @@ class Method(nn.Module):
         if config.centring == "centre":
             for name, count in prototypes.items():
                 self.register_buffer(f"{name}_centre", torch.zeros(int(count)))
-        widths = {head: width for head, count in prototypes.items() if count and config.standardise}
+        heads = [head for head, count in prototypes.items() if count and config.standardise]
+        scales = {head: Standardise(width, window=100) for head in heads}
         if teacher is not None:
-            widths |= {"teacher_cls": teacher.embed_dim, "teacher_patches": teacher.embed_dim}
-        self.scales = nn.ModuleDict({name: Standardise(of) for name, of in widths.items()})
+            scales |= {name: Standardise(teacher.embed_dim) for name in ("teacher_cls", "teacher_patches")}
+        self.scales = nn.ModuleDict(scales)
 
     @property
     def backbone(self) -> Backbone:
