@@ -7,7 +7,8 @@
 Contestants and method are those of `dinov3-infer bench`: every contestant's tokens are judged first, then all are timed
 in interleaved rounds in one process on the same pixels, and a ratio is the median of those of the rounds.  The weights
 are random, those of ViT-S/16 and ViT-B/16 of DINOv3 in shape.  A cell where a ratio falls short of its goal has a table
-of what the time of ours goes to.  The record is written to records/NAME.json.
+of what the time of ours goes to.  The record is written to records/NAME.json; cells that it holds already, from the
+same machine, versions and number of rounds, stay, so that the table can be measured in pieces.
 """
 
 import argparse
@@ -127,8 +128,10 @@ def main() -> None:
     settings = Settings(
         torch.device("cpu"), rounds=args.rounds, kernels=False, tell=lambda what: print("  ", what, file=sys.stderr)
     )
-    record: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": args.rounds, "cells": []}
+    record: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": args.rounds}
     target = HERE / "records" / f"{args.name}.json"
+    before = json.loads(target.read_text()) if target.is_file() else {}
+    record["cells"] = before["cells"] if record == {name: before.get(name) for name in record} else []
     for letter in args.models:
         model = Backbone.from_config(MODELS[letter], seed=0)
         with torch.no_grad():
@@ -141,8 +144,9 @@ def main() -> None:
                         model, (size, size), batch, Path(folder), args.threads, compile=args.compile,
                         reference=args.reference,
                     )  # fmt: skip
-                    found = cell(setup, settings, {"model": MODELS[letter], "pixels": size, "batch": batch})
-                record["cells"].append(found)
+                    what = {"model": MODELS[letter], "pixels": size, "batch": batch}
+                    found = cell(setup, settings, what)
+                record["cells"] = [other for other in record["cells"] if other["cell"] != what] + [found]
                 target.parent.mkdir(exist_ok=True)
                 target.write_text(json.dumps(record, indent=1) + "\n")  # after each, for it takes its time
                 for name, result in found["results"].items():
