@@ -14,7 +14,7 @@ from torch import Tensor
 from .batching import MAX_TOKENS, Batcher, Decode, OnError, Reading, check_choice, in_order, items_of
 from .bulk import Model, Plan, Recipe, Target, recipe_of, write
 from .embed import Asked, EmbedReport, Kind, OutDtype, Vector, collect, vectors_of
-from .errors import Dinov3Error, InputError, PrecisionError
+from .errors import Dinov3Error, InputError, InputTypeError, PrecisionError
 from .facets import Facet, attention_rows, check_facet, facet_of
 from .features import Features, Pooling, check_pooling, features_of
 from .images import ImageLike, split_batch
@@ -204,10 +204,13 @@ class FeatureExtractor(DropInTransformer):
         """How much a token attends to each patch, [B, H, h, w], one map per head.
 
         The softmax runs over all tokens, so a map sums to what class token and registers leave of 1.
+        `layer`: a block from 0, or from the end.
         `query`: "cls", or a point (x, y) in pixels of the original picture for the patch that covers it.
 
         Raises: as `extract_features`; InputError for a point that is outside the picture or cropped away.
         """
+        if not hasattr(layer, "__index__"):
+            raise InputTypeError(f"layer is the number of one block, got {layer!r}; call it once for each")
         (block,) = resolve_layers([layer], self.config.depth)
         batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
         grid = self.grid_of(batch.pixels)

@@ -1,5 +1,6 @@
 """What `extract_features` returns: named tokens, the grid they lie on, and the way back to the picture."""
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -97,7 +98,10 @@ class Features:
         return len(self.placements)
 
     def __getitem__(self, index: int) -> "Features":
-        """Picture number `index` alone, a batch of 1 with memory of its own, so that the batch can be freed."""
+        """Picture number `index` alone, a batch of 1 with memory of its own, so that the batch can be freed.
+
+        Raises: InputError for a number that is not there, InputTypeError for what is no whole number.
+        """
         number = self._number(index)
         return replace(self._each(lambda t: t[number : number + 1].clone()), placements=(self.placements[number],))
 
@@ -118,9 +122,13 @@ class Features:
         return replace(self, **changed(self, "embedding", *tokens), valid=valid, layers=layers)
 
     def _number(self, index: int) -> int:
+        if not hasattr(index, "__index__"):
+            raise InputTypeError(
+                f"a picture has a whole number, got {type(index).__name__}; for several take [f[i] for i in numbers]"
+            )
         if not -len(self) <= index < len(self):
             raise InputError(f"picture number {index} does not exist; these are features of {len(self)}")
-        return index % len(self)
+        return operator.index(index) % len(self)
 
     def to_patch(self, x: float, y: float, index: int = 0) -> tuple[int, int]:
         """The patch (row, column) that covers pixel (x, y) of original picture number `index`.
@@ -134,7 +142,10 @@ class Features:
         return replace(self, embedding=torch.nn.functional.normalize(self.embedding, dim=-1))
 
     def similarity(self, other: "Features") -> Tensor:
-        """Cosine of every embedding here with every one there, [B, B of other]."""
+        """Cosine of every embedding here with every one there, [B, B of other].
+
+        Raises: InputTypeError for what are no Features, InputError for embeddings of another width.
+        """
         if not isinstance(other, Features):
             raise InputTypeError(
                 f"similarity is with other Features, got {type(other).__name__}; use extract_features()"
@@ -145,7 +156,9 @@ class Features:
         return self.normalize().embedding @ other.normalize().embedding.to(self.embedding.device).T
 
     def numpy(self) -> dict[str, Any]:
-        """The tensors as arrays on the CPU, by their names; `layers` as a list of such, `valid` where there is one."""
+        """The tensors as float32 arrays on the CPU, by their names; `layers` as a list of such, `valid` where there is
+        one.
+        """
 
         def arrays(part: Any, *names: str) -> dict[str, Any]:
             return {name: getattr(part, name).detach().cpu().numpy() for name in names}

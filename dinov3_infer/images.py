@@ -7,7 +7,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import BinaryIO, TypeAlias
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -47,19 +47,23 @@ MAX_BYTES = 2**28  # of a file
 _STRIP = 2**20  # pixels that are converted at a time
 _first = iter((True,))  # for what is said once
 _ALONE = "the picture"  # what a picture without a number is called
+_BUFFERS = (bytearray, memoryview)
 _REMEDY = "repeat a grey channel three times, drop an alpha channel, or give a PIL image, which is converted"
 
 
 def split_batch(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
     """One picture, a 4-dimensional batch, or any iterable of pictures -> an iterable of pictures, not read yet.
 
-    A folder or a pattern is the list of its pictures, see `list_pictures`.
+    A folder or a pattern is the list of its pictures, see `list_pictures`; an array of paths is a list of them.
     """
     if is_collection(images):
         return list_pictures(images)  # type: ignore[arg-type]
     if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:
         return list(images)
-    if isinstance(images, (str, os.PathLike, bytes, Image.Image, Tensor, np.ndarray)) or hasattr(images, "read"):
+    if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OU":  # a column of a table
+        return images.tolist()  # type: ignore[no-any-return]
+    single = (str, os.PathLike, bytes, *_BUFFERS, Image.Image, Tensor, np.ndarray)
+    if isinstance(images, single) or hasattr(images, "read"):
         return [images]  # type: ignore[list-item]
     if not isinstance(images, Iterable) or isinstance(images, Mapping):
         raise InputTypeError(
@@ -90,12 +94,15 @@ def load_image(source: ImageLike, label: str = _ALONE) -> Tensor:
     if hasattr(source, "read"):
         return _from_file(_content(source, label), label)
     hint = ", so give the picture in it" if isinstance(source, (Mapping, tuple, list)) else ""
+    hint = ", so give bytes() of it" if isinstance(source, _BUFFERS) else hint
     raise InputTypeError(
         f"a picture is a path, bytes, PIL image, array or tensor; {label} is {type(source).__name__}{hint}"
     )
 
 
 def _from_path(path: str, label: str) -> Tensor:
+    if not path:
+        raise MissingFileError(f"{label} is an empty path; give one that leads to a picture")
     shown = f"'{name_of(path)}'" + (f" ({label})" if label != _ALONE else "")
     scheme = address_scheme(path)
     if scheme == "file":
@@ -103,7 +110,7 @@ def _from_path(path: str, label: str) -> Tensor:
     elif scheme:
         return _from_file(io.BytesIO(read_address(path)), shown)
     try:
-        status = os.stat(path or ".")
+        status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a name that no file can have
         raise MissingFileError(f"no picture at '{os.path.abspath(path)}'; check the path") from None
     if stat.S_ISDIR(status.st_mode):
@@ -123,6 +130,8 @@ def _from_path(path: str, label: str) -> Tensor:
 
 def _content(stream: BinaryIO, label: str) -> BinaryIO:
     """What is left in a stream, which may have no end."""
+    if getattr(stream, "closed", False):
+        raise _closed(label)
     content = io.BytesIO()
     while chunk := stream.read(2**20):
         if not isinstance(chunk, bytes):
@@ -135,6 +144,10 @@ def _content(stream: BinaryIO, label: str) -> BinaryIO:
 
 def _too_large(label: str) -> ImageError:
     return ImageError(f"{label} is larger than {MAX_BYTES >> 20} MiB; give the pixels, or a file of this picture alone")
+
+
+def _closed(label: str) -> ImageError:
+    return ImageError(f"{label} was closed before it was read; give it while its file is open, or call load() in time")
 
 
 def _from_file(stream: BinaryIO, label: str) -> Tensor:
@@ -193,6 +206,8 @@ def _decoded(read: Callable[[], Tensor], label: str) -> Tensor:
         raise ImageError(f"{label} is not a picture that Pillow can read safely; convert it to PNG or JPEG") from None
     except Exception as error:  # its readers of damaged files raise anything, IndexError and struct.error too
         reason = str(error).split("<")[0].strip() or type(error).__name__  # Pillow prints addresses of objects in <>
+        if isinstance(error, ValueError) and "closed" in reason:
+            raise _closed(label) from None
         raise ImageError(f"cannot decode {label}: {reason}; the file is damaged or cut short") from None
 
 
@@ -203,6 +218,8 @@ def _from_pil(picture: Image.Image, label: str) -> Tensor:
         raise ImageError(
             f"{label} has mode {picture.mode}, whose range is not 0 to 255; convert it yourself, e.g. scale to 8 bit"
         )
+    if getattr(picture, "tile", None) and getattr(picture, "fp", None) is None:  # not read yet, and nothing to read
+        raise _closed(label)
     picture.load()  # which turns a TIFF upright and takes the tag away
     turned, down, across = _TURN.get(picture.getexif().get(ExifTags.Base.Orientation, 1), (False, 1, 1))
     width, height = picture.size
@@ -237,18 +254,24 @@ def _from_array(array: np.ndarray, label: str) -> Tensor:
     shape = f"{label} has shape {list(array.shape)} {array.dtype}"
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
         swapped = array.ndim == 3 and array.shape[0] == 3
-        hint = "channels first? use a tensor, or arr.transpose(1, 2, 0)" if swapped else _REMEDY
+        hint = "channels first? use a tensor, or arr.transpose(1, 2, 0)" if swapped else _remedy(array.shape)
         raise ImageError(f"an array is [height, width, 3] RGB; {shape}; {hint}")
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise ImageError(f"pixels are uint8, or float in 0 to 1; {shape}; scale it to 0 to 255 and convert it to uint8")
     return _in_range(from_hwc(array if array.dtype == np.uint8 else array.astype(np.float32)), label)
 
 
+def _remedy(shape: Sequence[int]) -> str:
+    if 0 in shape:
+        return "it has no pixels; look where it comes from"
+    return "a batch has four dimensions and is given alone, not in a list" if len(shape) > 3 else _REMEDY
+
+
 def _from_tensor(tensor: Tensor, label: str) -> Tensor:
     shape = f"{label} has shape {list(tensor.shape)} {tensor.dtype}"
     if tensor.ndim != 3 or tensor.shape[0] != 3 or not tensor.numel():
         swapped = tensor.ndim == 3 and tensor.shape[2] == 3
-        hint = "channels last? use an array, or t.permute(2, 0, 1)" if swapped else _REMEDY
+        hint = "channels last? use an array, or t.permute(2, 0, 1)" if swapped else _remedy(tensor.shape)
         raise ImageError(f"a tensor is [3, height, width] RGB; {shape}; {hint}")
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
         raise ImageError(f"pixels are uint8, or float in 0 to 1; {shape}; scale it to 0 to 255 and convert it to uint8")

@@ -99,11 +99,17 @@ class Preprocess:
         for name in ("mean", "std"):
             values = getattr(self, name)
             low = 1e-6 if name == "std" else -1e6
-            if len(values) != 3 or not all(isinstance(v, (int, float)) and low <= v <= 1e6 for v in values):
+            if (
+                not hasattr(values, "__len__")
+                or len(values) != 3
+                or not all(isinstance(v, (int, float)) and low <= v <= 1e6 for v in values)
+            ):
                 raise InputError(
                     f"{name} is three numbers, of red, green and blue in 0 to 1{', above 0' if name == 'std' else ''}; "
                     f"got {reprlib.repr(values)}"
                 )
+        if not isinstance(self.patch_size, (int, np.integer)) or self.patch_size < 1:
+            raise InputError(f"patch_size is a whole number of pixels from 1 on; got {self.patch_size!r}")
         if self.size is None:
             if self.fit != "native":
                 raise InputError(
@@ -186,8 +192,9 @@ class Preprocess:
         placement = self._plan((height, width), label)
         if math.prod(placement.resized) > MAX_PIXELS:
             shown = "x".join(str(side) for side in placement.resized)
+            other = "" if self.fit == "squash" else ", or fit='squash'"
             raise InputError(
-                f"{label} is {height}x{width} pixels and would become {shown}; give a smaller size=, or fit='squash'"
+                f"{label} is {height}x{width} pixels and would become {shown}; give a smaller size={other}"
             )
         return placement
 

@@ -83,6 +83,7 @@ def test_as_a_module_and_its_version() -> None:
         (["show", "similarity", "a.jpg", "-o", "x.png"], "required: --point"),
         (["show", "attention", "a.jpg", "-o", "x.png", "--point", "5"], "X,Y in pixels from the upper left corner"),
         (["convert", "a", "b"], "required: --to"),
+        (["embed", "a.jpg", "-o", "x.npy", "-j", "-3"], "whole number from 0 on; got '-3'"),
         (["embed", "-weird.jpg", "-o", "x.npy"], "required: SRC"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -109,11 +110,17 @@ def test_values_that_begin_with_a_minus(tmp_path: Path) -> None:
     ("error", "words"),
     [
         (dinov3_infer.InputError("a is b; give c"), r"error: a is b; give c$"),
+        (dinov3_infer.InputError("give a smaller size=, or fit='squash'"), "give a smaller --size, or --fit squash$"),
+        (
+            dinov3_infer.InputError("see list_models(), or give weights=PATH"),
+            "see 'dinov3-infer models', or give the path of a file$",
+        ),
+        (dinov3_infer.InputError("'size=3/a' exists; give another name, or overwrite it"), "'size=3/a'.* or --over"),
         (OSError(28, "No space left on device", "x\ny.npy"), r"error: no space left on device 'x\\ny.npy'$"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "memory of the device is too small"),
         (KeyError("secret"), "KeyError where none should be: .*--debug.*doctor"),
     ],
-    ids=["ours", "system", "memory", "fault"],
+    ids=["ours", "options", "models", "a path", "system", "memory", "fault"],
 )
 def test_an_error_is_one_line(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> int:

@@ -159,6 +159,23 @@ def test_duplicates_of_a_test_set_go_with_their_group(tmp_path: Path) -> None:
     assert "come from different models" in text
 
 
+@pytest.mark.parametrize("changed", [dict(pooling="mean"), dict(preprocess=dict(size=64))], ids=["pooling", "size"])
+def test_vectors_that_were_made_in_another_way(changed: dict[str, Any], tmp_path: Path) -> None:
+    """Their cosines would mean nothing, and nobody would see it."""
+    store, other = made(tmp_path / "a", directions(8)), made(tmp_path / "b", directions(8))
+    (tmp_path / "b.npy" / "dinov3_infer.json").write_text(replace(other.recipe, **changed).to_json())
+    other = Store(tmp_path / "b.npy")
+    for call in (lambda: duplicates(store, 0.9, other), lambda: retrieve(store, other, by_cluster=False)):
+        text = complaint(InputError, call)
+        assert "cannot be compared" in text and f"with {next(iter(changed))}" in text
+
+
+@pytest.mark.parametrize("thresholds", [(75, None), (0.9, -2), (float("nan"), None)], ids=str)
+def test_a_threshold_is_a_cosine(thresholds: tuple[float, float | None], tmp_path: Path) -> None:
+    store = made(tmp_path / "a", directions(8))
+    assert "from -1 to 1" in complaint(InputError, lambda: duplicates(store, thresholds[0], None, thresholds[1]))
+
+
 # --- clusters -------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +282,8 @@ def test_lists_lead_back_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     store = made(tmp_path / "a", directions(6))
     write_list(tmp_path / "l.txt", [store.paths[2], store.paths[5]])
     assert np.flatnonzero(listed_in(store, tmp_path / "l.txt")).tolist() == [2, 5]
+    write_list(tmp_path / "l.txt", ["elsewhere.png"])
+    assert "names none of the 6 pictures" in complaint(InputError, lambda: listed_in(store, tmp_path / "l.txt"))
     assert "no names" in complaint(InputError, lambda: write_list(tmp_path / "l.txt", ["", ""]))
 
 
@@ -294,6 +313,12 @@ def test_commands(tmp_path: Path) -> None:
     assert ran.status == 0 and len(open_data(tmp_path / "c.txt")) == 4
     assert "copy.png" not in (tmp_path / "c.txt").read_text()
     refused(1, "-n for a balanced sample, or --seeds", "embed", "curate", vectors, "-o", tmp_path / "d.txt")
+    for words, command, *options in (
+        ("give --seeds too", "curate", "--nearest", "3", "-n", "2"),
+        ("leave it out, or --seeds", "curate", "--seeds", vectors, "--clusters", "3"),
+        ("give --against too", "dedup", "--against-threshold", "0.5"),
+    ):
+        refused(1, words, "embed", command, vectors, "-o", tmp_path / "d.txt", *options)
     other: Any = ("-m", tmp_path / "other", "--device", "cpu")
     from dinov3_infer import Backbone
 

@@ -9,7 +9,7 @@ from oracles import SMALL, hf_model, randomise, relative
 from pictures import complaint, photo
 from torch import Tensor
 
-from dinov3_infer import Backbone, InputError, LayerError
+from dinov3_infer import Backbone, InputError, InputTypeError, LayerError
 from dinov3_infer.facets import attention_rows
 from dinov3_infer.rope import apply_rope
 
@@ -99,6 +99,7 @@ def test_points_are_those_of_the_original_picture() -> None:
     assert "cropped away" in complaint(
         InputError, lambda: bb.attention_maps(PICTURE, query=(2, 2), size=64, fit="crop")
     )
+    assert "call it once for each" in complaint(InputTypeError, lambda: bb.attention_maps(PICTURE, [0, 1]))
     assert "130 wide and 90 high" in complaint(InputError, lambda: bb.attention_maps(PICTURE, query=(130, 2)))
 
 

@@ -8,7 +8,7 @@ import torch
 from oracles import SMALL, randomise
 from pictures import complaint, photo
 
-from dinov3_infer import Backbone, Features, InputError
+from dinov3_infer import Backbone, Features, InputError, InputTypeError
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,11 @@ def test_one_picture_of_a_batch(index: int, number: int, features: Features) -> 
 @pytest.mark.parametrize("index", [3, -4])
 def test_a_picture_that_is_not_there(index: int, features: Features) -> None:
     assert f"picture number {index} does not exist" in complaint(InputError, lambda: features[index])
+
+
+@pytest.mark.parametrize("index", [slice(0, 2), "0", 1.0], ids=str)
+def test_several_pictures_at_once(index: Any, features: Features) -> None:
+    assert type(index).__name__ in complaint(InputTypeError, lambda: features[index])
 
 
 def test_iteration_ends(features: Features) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov3_infer import images as module
-from dinov3_infer.errors import ImageError, InputTypeError, MissingFileError
+from dinov3_infer.errors import Dinov3Error, ImageError, InputTypeError, MissingFileError
 from dinov3_infer.images import load_image, split_batch
 
 
@@ -217,6 +217,31 @@ def test_arrays_of_the_other_byte_order_are_read() -> None:
     assert torch.equal(load_image((photo(6, 5) / 255).astype(">f4")), load_image((photo(6, 5) / 255).astype("f4")))
 
 
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_a_buffer_is_one_picture_and_should_be_bytes(kind: type) -> None:
+    """Not a list of numbers."""
+    text = complaint(InputTypeError, lambda: plain(64).batch(split_batch(kind(JPEG))))
+    assert f"the picture is {kind.__name__}, so give bytes() of it" in text
+
+
+def test_what_is_closed_is_not_said_to_be_damaged(tmp_path) -> None:
+    """Behind the end of a `with`, as an open picture, its file or a stream."""
+    (tmp_path / "a.png").write_bytes(PNG)
+    with Image.open(tmp_path / "a.png") as picture:
+        pass
+    with open(tmp_path / "a.png", "rb") as stream:
+        lazy = Image.open(stream)
+    for source in (picture, lazy, stream):
+        text = complaint(ImageError, lambda source=source: load_image(source, "item 1"))
+        assert "item 1 was closed before it was read" in text and "damaged" not in text
+
+
+@pytest.mark.parametrize("kind", ["U", "O"])
+def test_an_array_of_paths_is_a_list_of_them(kind: str) -> None:
+    """A column of a table."""
+    assert split_batch(np.array(["a.png", "b.png"], kind)) == ["a.png", "b.png"]
+
+
 def test_open_files_are_read(tmp_path) -> None:
     """A stream is one picture, not an iterable of its lines."""
     content = encoded(Image.fromarray(photo(20, 30)))
@@ -233,10 +258,14 @@ def test_open_files_are_read(tmp_path) -> None:
         (".", "is a folder; give it alone, or the pictures in it"),
         (np.zeros((4, 5), np.uint8), "repeat a grey channel three times"),
         (np.zeros((4, 5, 4), np.uint8), "drop an alpha channel"),
+        (np.zeros((2, 4, 5, 3), np.uint8), "given alone, not in a list"),
+        (torch.zeros(1, 2, 3, 4, 5), "given alone, not in a list"), (torch.zeros(3, 0, 5), "has no pixels"),
+        ("", "is an empty path"),
     ],
-)
+    ids=["folder", "grey", "alpha", "batch", "five dimensions", "no pixels", "no path"],
+)  # fmt: skip
 def test_remedies(source, said) -> None:
-    assert said in complaint(ImageError, lambda: load_image(source))
+    assert said in complaint(Dinov3Error, lambda: load_image(source))
 
 
 def gif(frames: int, **options: Any) -> bytes:

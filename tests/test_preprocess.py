@@ -253,6 +253,7 @@ def test_an_input_beyond_all_memory_is_said(fit, size) -> None:
     """Whoever asks for too much is told so before gigabytes are filled."""
     text = complaint(InputError, lambda: plain(size, patch_size=16, fit=fit).plan(300, 400))
     assert "300x400" in text and "would become" in text and "give a smaller size=" in text
+    assert ("or fit='squash'" in text) == (fit != "squash"), "what is no remedy"
 
 
 def test_a_thin_picture_over_the_limit_is_counted_right() -> None:
@@ -270,7 +271,8 @@ def test_a_thin_picture_over_the_limit_is_counted_right() -> None:
         (dict(size=250), "nearest is 256"), (dict(size=(250, 333)), "(256, 336)"), (dict(size=0), "got 0"),
         (dict(size=-1), "got -1"), (dict(size=(224, 0)), "(224, 0)"), (dict(size=(1, 2, 3)), "(1, 2, 3)"),
         (dict(size=2.5), "2.5"), (dict(size="big"), "'big'"), (dict(size=None), "size="), (dict(fit="zoom"), "'zoom'"),
-        (dict(size=(224, 224), fit="native"), "one size"),
+        (dict(size=(224, 224), fit="native"), "one size"), (dict(mean=0.5), "mean is three numbers"),
+        (dict(patch_size=0), "patch_size"), (dict(patch_size=1.5), "patch_size"),
     ],
     ids=str,
 )  # fmt: skip

@@ -159,6 +159,34 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     )
 
 
+def test_an_empty_path_is_not_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable of the shell that is not set."""
+    (tmp_path / "a.png").write_bytes(CONTENT[0])
+    monkeypatch.chdir(tmp_path)
+    assert "empty path" in complaint(MissingFileError, lambda: open_source(""))
+
+
+class Column:
+    """A column of a data frame that was sorted: numbers are labels, and the order is that of `to_list`."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, label: int) -> str:
+        return self._paths[-1 - label]
+
+    def to_list(self) -> list[str]:
+        return self._paths
+
+
+def test_a_column_of_a_data_frame_keeps_its_order() -> None:
+    source = open_pictures(Column(["b.png", "a.png"]))  # type: ignore[arg-type]
+    assert isinstance(source, Source) and [source.key(i) for i in range(2)] == ["b.png", "a.png"]
+
+
 # --- decoding smaller -----------------------------------------------------------------------------------------------
 
 

@@ -212,9 +212,10 @@ def retrieve(
 
     For many seeds the `k` nearest of each; few seeds would give few pictures, so for them the pictures are clustered,
     and a cluster that more than three seeds fall into gives `per_cluster` at most.
+
+    Raises: InputError for seeds that were made in another way, or that no cluster holds enough of.
     """
-    if seeds.recipe.fingerprint != store.recipe.fingerprint:
-        raise InputError(f"'{store.path}' and '{seeds.path}' come from different models; embed both with one")
+    store.check_comparable(seeds)
     asked = np.concatenate([block for _, block in seeds.blocks()])[seeds.good]
     if by_cluster is None:
         by_cluster = len(asked) < 10_000

@@ -29,7 +29,16 @@ def write_list(path: Path, names: Iterable[str]) -> int:
 
 
 def listed_in(store: Store, path: str | os.PathLike[str]) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
-    """[N] bool: pictures of a store that a list file names."""
+    """[N] bool: pictures of a store that a list file names.
+
+    Raises: MissingFileError, InputError for a list that names none of them.
+    """
     names = set(read_list(path))
     paths: Sequence[str] = store.paths
-    return np.array([p in names or os.path.abspath(p) in names for p in paths], bool)
+    found = np.array([p in names or os.path.abspath(p) in names for p in paths], bool)
+    if len(found) and not found.any():
+        raise InputError(
+            f"the list '{path}' names none of the {len(found)} pictures of '{store.path}'; give one that dedup or "
+            "curate has made of them"
+        )
+    return found

@@ -75,8 +75,14 @@ def duplicates(
 
     Every pair is compared, in tiles: the time grows with the square of their number, the memory does not.
 
-    Raises: InputError for vectors that were made in different ways.
+    Raises: InputError for vectors that were made in different ways, and for a threshold that is no cosine.
     """
+    limit = threshold if against_threshold is None else against_threshold
+    for cosine in (threshold, limit):
+        if not -1 <= cosine <= 1:
+            raise InputError(f"a threshold is a cosine, from -1 to 1; got {cosine:g}")
+    if against is not None:
+        store.check_comparable(against)
     parent = np.arange(len(store))
     change = _whitening(store, device) if whiten else None
     for start, block in _blocks(store, BLOCK, change, device):
@@ -89,9 +95,6 @@ def duplicates(
     group = _roots(parent, parent)
     foreign = np.zeros(len(store), bool)
     if against is not None:
-        if (against.recipe.fingerprint, against.width) != (store.recipe.fingerprint, store.width):
-            raise InputError(f"'{store.path}' and '{against.path}' come from different models; embed both with one")
-        limit = threshold if against_threshold is None else against_threshold
         for _, block in _blocks(against, BLOCK, change, device):
             for first, others in _blocks(store, TILE, change, device):
                 found, _ = _above(others, block, limit)

@@ -16,7 +16,7 @@ from ..sources import Source
 from ..vit import VisionTransformer
 from ..weights import fingerprint
 
-__all__ = ["Plan", "Recipe", "recipe_of"]
+__all__ = ["Plan", "Recipe", "difference", "recipe_of"]
 
 FORMAT = 1  # of what is stored
 
@@ -85,7 +85,7 @@ class Recipe:
             if mine[name] == value and not (name == "inputs" and value is None):
                 continue
             raise InputError(
-                f"'{origin}' exists already and was made {_difference(name, value, mine[name])}; give another name, or "
+                f"'{origin}' exists already and was made {difference(name, value, mine[name])}; give another name, or "
                 "overwrite it"
             )
 
@@ -145,7 +145,8 @@ def digest(source: Source) -> str | None:
     return found.hexdigest()
 
 
-def _difference(name: str, there: Any, here: Any) -> str:
+def difference(name: str, there: Any, here: Any) -> str:
+    """How a field of two recipes differs, for a sentence that ends in "was made ..."."""
     if name in ("inputs", "count") and None in (there, here):
         return "of pictures that came as objects or as a stream, which cannot be told from others"
     if name == "inputs":

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import InputError, MissingFileError
 from ..sources import Names
 from .formats import FORMATS, Format
-from .recipe import Recipe
+from .recipe import Recipe, difference
 from .target import RECORD, Target
 
 __all__ = ["Store"]
@@ -40,6 +40,18 @@ class Store:
     @property
     def width(self) -> int:
         return (self.recipe.shape or (0,))[0]
+
+    def check_comparable(self, other: "Store") -> None:
+        """Raises InputError, in one sentence, where a cosine of a vector here with one there would mean nothing."""
+        if self.recipe.fingerprint != other.recipe.fingerprint:
+            raise InputError(f"'{self.path}' and '{other.path}' come from different models; embed both with one")
+        for name in ("pooling", "preprocess"):
+            mine, theirs = getattr(self.recipe, name), getattr(other.recipe, name)
+            if mine != theirs:
+                raise InputError(
+                    f"'{self.path}' cannot be compared with '{other.path}', which was made "
+                    f"{difference(name, theirs, mine)}; embed both in one way"
+                )
 
     def blocks(self, rows: int = BLOCK) -> Iterator[tuple[int, Array]]:
         """(number of the first, float32 [n, C] of length 1), in order; a row of NaN is a picture that failed."""

@@ -18,6 +18,10 @@ __all__ = ["run"]
 def run(args: argparse.Namespace) -> int:
     if args.seeds is None and args.count is None:
         raise InputError("nothing says what to choose; give -n for a balanced sample, or --seeds")
+    if args.seeds is None and args.nearest is not None:
+        raise InputError("--nearest is said of seed pictures; give --seeds too, or leave it out")
+    if args.seeds is not None and args.clusters is not None:
+        raise InputError("--clusters is said of a balanced sample; leave it out, or --seeds")
     out = check_file(args.out, args.overwrite, (".txt",))
     store = Store(args.vectors)
     within = None if args.within is None else listed_in(store, args.within)

@@ -8,6 +8,7 @@ import torch
 from ..bulk import Store
 from ..bulk.lists import write_list
 from ..bulk.neighbours import duplicates
+from ..errors import InputError
 from .main import OK, say, tell
 from .sources import check_file
 
@@ -15,6 +16,8 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.against is None and args.against_threshold is not None:
+        raise InputError("--against-threshold is said of a test set; give --against too, or leave it out")
     out = check_file(args.out, args.overwrite, (".txt",))
     store = Store(args.vectors)
     against = None if args.against is None else Store(args.against)

@@ -25,8 +25,12 @@ def run(args: argparse.Namespace) -> int:
     numbers = f" of {math.prod(report.shape[1:])} numbers" if len(report.shape) > 1 else ""
     resumed = f", of which {report.resumed} were there" if report.resumed else ""
     lists = target.path if target.is_folder or not target.format.sides else target.path.with_suffix(".jsonl")
-    left_out = f"; {skipped} could not be read, their rows are NaN, see '{lists}'" if skipped else ""
-    tell(f"wrote '{target.path}': {count} vectors{numbers}{resumed}{left_out}")
+    left_out = (
+        f"; {skipped} could not be read, {'its row is' if skipped == 1 else 'their rows are'} NaN, see '{lists}'"
+        if skipped
+        else ""
+    )
+    tell(f"wrote '{target.path}': {count} {'vector' if count == 1 else 'vectors'}{numbers}{resumed}{left_out}")
     if "WORLD_SIZE" in os.environ:  # torchrun ends all processes where one does not return 0
         return OK
     return status(count, skipped)

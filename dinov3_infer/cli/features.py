@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
             os.replace(beside, folder / INDEX)
         beside.unlink(missing_ok=True)
     left_out = f"; {skipped} could not be read, see '{folder / INDEX}'" if skipped else ""
-    tell(f"wrote maps of {done - skipped} pictures to '{folder}'{left_out}")
+    count = done - skipped
+    tell(f"wrote maps of {count} {'picture' if count == 1 else 'pictures'} to '{folder}'{left_out}")
     return status(done, skipped)
 
 

@@ -16,6 +16,18 @@ from .parser import make_parser
 __all__ = ["FAILED", "INTERRUPTED", "OK", "SKIPPED", "main", "printable", "say", "tell"]
 
 OK, FAILED, SKIPPED, INTERRUPTED = 0, 1, 3, 130  # argparse ends with 2
+_AS_OPTIONS = tuple(  # what an error of the package says for Python, as one types it here
+    (re.compile(python), typed)
+    for python, typed in (
+        (r"\blist_models\(\)", "'dinov3-infer models'"),
+        (r"\bweights=PATH\b", "the path of a file"),
+        (r"\bor overwrite it\b", "or --overwrite"),
+        (r", and extract_features\(fit='native'\) goes there by itself", ""),
+        (r"\bfit='(\w+)'", r"--fit \1"),
+        (r"\bsize=(?=[\s,]|$)", "--size"),
+        (r"\bdtype=torch\.(\w+)", r"--dtype \1"),
+    )
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +87,10 @@ def _joined(argv: list[str]) -> list[str]:
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, Dinov3Error):
-        return str(error)
+        text = str(error)
+        for python, typed in _AS_OPTIONS:
+            text = python.sub(typed, text)
+        return text
     if isinstance(error, OSError) and error.strerror:
         at = f" '{os.fsdecode(error.filename)}'" if isinstance(error.filename, (str, bytes)) else ""
         return f"{error.strerror[0].lower()}{error.strerror[1:]}{at}"

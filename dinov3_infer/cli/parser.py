@@ -11,8 +11,9 @@ __all__ = ["make_parser"]
 _EPILOG = """\
 exit status: 0 done; 1 failed; 2 wrong usage; 3 done, but something was left out; 130 interrupted
 
-dinov3-infer COMMAND --help shows the options of a command. SRC is a file, a folder (searched to the bottom), a
-pattern, an address, or @LIST for a file with one of these per line (find -print0 is understood, @- is stdin)."""
+dinov3-infer COMMAND --help shows the options of a command, with what holds without them in parentheses. SRC is a
+file, a folder (searched to the bottom), a pattern, an address, or @LIST for a file with one of these per line (find
+-print0 is understood, @- is stdin)."""
 
 _MODEL = "name, hub id, folder, weights file or link (nano)"
 _FORMATS = ("hf", "meta", "timm")
@@ -98,7 +99,7 @@ def _batches(default: int | None) -> argparse.ArgumentParser:
         "-b", "--batch-size", type=_count, default=default, metavar="N", help=f"pictures per pass ({shown})"
     )
     found.add_argument(
-        "-j", "--workers", type=int, metavar="N", help="threads that read pictures (those of torch; CUDA: up to 8)"
+        "-j", "--workers", type=_whole, metavar="N", help="threads that read pictures (those of torch; CUDA: up to 8)"
     )
     return found
 
@@ -110,7 +111,8 @@ def _geometry(found: argparse.ArgumentParser, dense: bool) -> None:
     )
     found.add_argument(
         "--fit", choices=("squash", "crop", "pad", "native"), default="native" if dense else None,
-        help=f"how pictures become that size ({'native' if dense else 'that of the model'})",
+        help="squash: to a square; crop: the centre; pad: filled up to a square; native: with its own aspect ratio "
+        f"({'native' if dense else 'that of the model'})",
     )  # fmt: skip
 
 
@@ -133,9 +135,13 @@ def _embed(found: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _geometry(found, dense=False)
     found.add_argument(
-        "--kind", choices=("embedding", "patches", "map"), default="embedding", help="what is kept (embedding)"
-    )
-    found.add_argument("--pooling", choices=("cls", "mean", "cls_mean"), default="cls", help="what the vector is (cls)")
+        "--kind", choices=("embedding", "patches", "map"), default="embedding",
+        help="what is kept of a picture: one vector, one for each patch, or these as a map (embedding)",
+    )  # fmt: skip
+    found.add_argument(
+        "--pooling", choices=("cls", "mean", "cls_mean"), default="cls",
+        help="what the vector is: the class token, the mean of the patches, or both in a row (cls)",
+    )  # fmt: skip
     found.add_argument("--normalize", action="store_true", help="vectors of length 1")
     found.add_argument(
         "--out-dtype", choices=("float32", "float16"), default="float32", help="of the numbers in the file (float32)"
@@ -197,7 +203,10 @@ def _features(found: argparse.ArgumentParser) -> None:
 
 
 def _on_error(found: argparse.ArgumentParser) -> None:
-    found.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="at a bad picture (skip)")
+    found.add_argument(
+        "--on-error", choices=("skip", "raise"), default="skip",
+        help="a picture that cannot be read is left out, or ends the command (skip)",
+    )  # fmt: skip
 
 
 def _show(found: argparse.ArgumentParser) -> None:
@@ -312,6 +321,10 @@ def _point(text: str) -> tuple[float, float]:
 
 
 def _count(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"give a whole number from 1 on; got {text!r}")
+    return _whole(text, 1)
+
+
+def _whole(text: str, least: int = 0) -> int:
+    if not re.fullmatch(r"\d+", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"give a whole number from {least} on; got {text!r}")
     return int(text)

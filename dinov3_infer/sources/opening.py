@@ -29,6 +29,8 @@ def open_pictures(images: ImageLike | Iterable[ImageLike] | Source | Numbered) -
         return images
     if isinstance(images, (str, os.PathLike)):
         return open_source(images)
+    if hasattr(images, "to_list") and not hasattr(images, "cast_column"):  # a column of a table, which may number its
+        images = images.to_list()  # rows in an order of its own
     dataset = hasattr(images, "__getitem__") and hasattr(images, "__len__")
     if dataset and not isinstance(images, (Sequence, Mapping, np.ndarray, Tensor)):
         return Dataset(images)
@@ -49,6 +51,8 @@ def open_source(spec: Any) -> Source:
     if not isinstance(spec, (str, os.PathLike)):
         return _open_dataset(spec)
     text = os.fsdecode(spec)
+    if not text:  # such as a variable of the shell that is not set; it is not the folder one is in
+        raise MissingFileError("a source is an empty path; give a picture, folder or pattern")
     if address_scheme(text):
         return Files(name_of(text) or "", [text])
     path = Path(text).expanduser()
