@@ -216,10 +216,11 @@ def _move(source: Path, target: Path) -> None:
 
 def worst_token(ours: Tensor, theirs: Tensor) -> float:
     """The largest distance of any token of `ours` from its own of `theirs`, [..., C] each, in lengths of the latter."""
-    if ours.shape != theirs.shape or not bool(ours.isfinite().all()):
+    if ours.shape != theirs.shape or not bool((ours.isfinite() & theirs.isfinite()).all()):
         return float("inf")
     theirs = theirs.double()
-    return float(((ours.double() - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max()) if theirs.numel() else 0.0
+    lengths = theirs.norm(dim=-1).clamp_min(1e-30)  # 0/0 would be neither far nor near
+    return float(((ours.double() - theirs).norm(dim=-1) / lengths).max()) if theirs.numel() else 0.0
 
 
 def _inputs(model: VisionTransformer, grid: tuple[int, int], dynamic: Dynamic) -> Iterator[Tensor]:

@@ -45,10 +45,10 @@ class Plan:
     def __init__(self, model: VisionTransformer, dtype: torch.dtype, spans: Sequence[Spans] | None = None) -> None:
         self.config, self.dtype = model.config, dtype
         self.mode = "int8" if spans is not None else "exact" if dtype == torch.float32 else "fast"
-        torch.empty(_KEPT_BYTES, dtype=torch.uint8)
+        torch.empty(_KEPT_BYTES, dtype=torch.uint8, device="cpu")
         embed: Any = model.patch_embed.proj
         self.patches = PackedLinear(embed.weight.flatten(1), embed.bias, self.dtype)
-        self.fused = why_not_fused(dtype, self.config.embed_dim, self.config.head_dim) is None
+        self.fused = why_not_fused(dtype, self.config.head_dim) is None
         pairs = model.rope_periods is not None and not self.fused
         each: Sequence[Spans | None] = [None] * len(model.blocks) if spans is None else spans
         self.blocks = [_Block(*both, pairs, self.fused, dtype) for both in zip(model.blocks, each, strict=True)]
@@ -103,7 +103,8 @@ class Plan:
         found = self.grids.get(grid)
         if found is None:
             rope = model.rope(grid)
-            template = model.with_prefix(torch.zeros(1, grid[0] * grid[1], self.config.embed_dim), grid)
+            empty = torch.zeros(1, grid[0] * grid[1], self.config.embed_dim, dtype=torch.float32, device="cpu")
+            template = model.with_prefix(empty, grid)
             found = self.grids[grid] = (template, None if rope is None else self._turns(*rope))
             if len(self.grids) > _GRIDS:
                 self.grids.popitem(last=False)
@@ -189,7 +190,7 @@ def _attended(qkv: Tensor, turns: Tensor | None, count: int, heads: int, dtype: 
         q, k, v = parts.contiguous().flatten(1, 2)
     else:
         pairs = parts[:2].float().view(2, count, heads, length, -1, 2)
-        turned = torch.empty(pairs.shape, dtype=torch.float32)
+        turned = torch.empty(pairs.shape, dtype=torch.float32, device="cpu")
         torch.mul(torch.view_as_complex(pairs), turns, out=torch.view_as_complex(turned))
         q, k = turned.view(2, count * heads, length, -1).to(qkv.dtype)
         v = parts[2].contiguous().flatten(0, 1)
@@ -228,12 +229,14 @@ def _qkv(attn: Any, pairs: bool, proj: Any) -> tuple[Tensor, Tensor | None]:
 
     def arranged(t: Tensor) -> Tensor:
         q, k = t.chunk(3)[:2]
-        parts = [part.unflatten(0, (attn.num_heads, 2, -1)) for part in (q * (len(q) // attn.num_heads) ** -0.5, k)]
-        return torch.cat([(part.transpose(1, 2) if pairs else part).flatten(0, 2) for part in parts])
+        parts = [q * (len(q) // attn.num_heads) ** -0.5, k]
+        if pairs:
+            parts = [part.unflatten(0, (attn.num_heads, 2, -1)).transpose(1, 2).flatten(0, 2) for part in parts]
+        return torch.cat(parts)
 
     v, v_bias = proj.entering(weight.chunk(3)[2], None if bias is None else bias.chunk(3)[2])
     if bias is None and v_bias is not None:
-        bias = torch.zeros(len(weight))
+        bias = torch.zeros_like(weight[:, 0])
     return torch.cat((arranged(weight), v)), None if bias is None else torch.cat((arranged(bias), v_bias))
 
 

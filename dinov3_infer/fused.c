@@ -71,7 +71,7 @@ INLINE void write(vec x, void *p, long i, int kind) {
 
 /* 2^x for x <= 0, to 8e-8 of it, or 8e-5 where bfloat16 follows */
 INLINE vec power(vec x, int half) {
-    x = larger(x, all(-126));
+    x = larger(all(-126), x); /* in this order what is no number stays none */
     const vec whole = x + 12582912.0f, f = x - (whole - 12582912.0f); /* 1.5 * 2^23, whose last bit is 1 */
     const vec p = half ? ((0.055088684f * f + 0.242604051f) * f + 0.693276242f) * f + 0.999928940f
                        : ((((0.00132669704f * f + 0.00967545975f) * f + 0.0555074262f) * f + 0.240221218f) * f +

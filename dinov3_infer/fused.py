@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 from ctypes import c_double, c_int64, c_void_p
@@ -64,11 +65,11 @@ def attended(
 ) -> Tensor:
     """Softmax attention of turned q and k, [B*N, H*D]."""
     tokens, width, threads = len(qkv) // count, qkv.shape[1] // (3 * heads), torch.get_num_threads()
-    out = torch.empty(len(qkv), heads * width, dtype=dtype)
+    out = torch.empty(len(qkv), heads * width, dtype=dtype, device="cpu")
     parts = -(-4 * threads // (count * heads)) if threads > 1 else 1  # of the queries of a head, so that none waits
     chunk = -(-tokens // (parts * _QUERIES)) * _QUERIES
     room = -(-tokens // _KEYS) * _KEYS * width * 2 * qkv.element_size()
-    space = torch.empty(threads * room, dtype=torch.uint8)
+    space = torch.empty(threads * room, dtype=torch.uint8, device="cpu")
     job = _Attention(
         qkv.data_ptr(), None if turns is None else turns.data_ptr(), out.data_ptr(), space.data_ptr(), room,
         count, tokens, heads, width, qkv.dtype == torch.bfloat16, _KINDS[dtype], chunk,
@@ -86,7 +87,7 @@ def normed(
     dtype: torch.dtype,  # of the result, as above
 ) -> Tensor:
     """The layer norm of x and what is added, [T, C]."""
-    out = torch.empty(x.shape, dtype=dtype)
+    out = torch.empty(x.shape, dtype=dtype, device="cpu")
     job = _Norm(
         x.data_ptr(), None if more is None else more.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(),
         *x.shape, more is not None and more.dtype == torch.bfloat16, _KINDS[dtype], eps,
@@ -103,12 +104,12 @@ def _run(job: ctypes.Structure, norm: int, threads: int) -> None:
 # --- what runs here ------------------------------------------------------------------------------------------------
 
 
-def why_not_fused(dtype: torch.dtype = torch.float32, embed_dim: int = 64, head_dim: int = 64) -> str | None:
+def why_not_fused(dtype: torch.dtype = torch.float32, head_dim: int = 64) -> str | None:
     """Why it cannot be used here, or None if it can."""
     tiles: Any = getattr(torch.cpu, "_is_amx_tile_supported", bool)
     if dtype == torch.bfloat16 and tiles():
         return "this CPU multiplies whole tiles of bfloat16, which torch knows how to use"
-    if embed_dim % 16 or head_dim % 32 or head_dim > _WIDEST:
+    if head_dim % 32 or head_dim > _WIDEST:
         return f"it is made for heads of 32, 64, 96 or {_WIDEST} channels, and these have {head_dim}"
     with _ONE:
         return _why_not()
@@ -118,17 +119,18 @@ def why_not_fused(dtype: torch.dtype = torch.float32, embed_dim: int = 64, head_
 def _why_not() -> str | None:
     try:
         wrong = any(not torch.allclose(a, b, atol=most, rtol=min(most, 0.1)) for a, b, most in _pairs())
-    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+    except (OSError, RuntimeError) as error:
         return (str(error).splitlines() or [type(error).__name__])[0][:200]
     return "its numbers are not those of the plain form" if wrong else None
 
 
 def _pairs() -> list[tuple[Tensor, Tensor, float]]:
     """What it gives, what it should, and how far these may be apart."""
-    draw, found = torch.Generator().manual_seed(0), list[tuple[Tensor, Tensor, float]]()
+    draw, found = torch.Generator("cpu").manual_seed(0), list[tuple[Tensor, Tensor, float]]()
     count, tokens, heads, width = 2, 71, 2, 32
-    wide = torch.randn(count * tokens, 3 * heads * width, generator=draw)
-    angles = torch.randn(tokens, width // 2, generator=draw)
+    kind: Any = dict(generator=draw, dtype=torch.float32, device="cpu")
+    wide = torch.randn(count * tokens, 3 * heads * width, **kind)
+    angles = torch.randn(tokens, width // 2, **kind)
     turns, turn = torch.cat((angles.cos(), angles.sin()), 1), torch.polar(torch.ones_like(angles), angles)
     for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 0.1))[: 1 + runs_bfloat16()]:
         qkv = wide.to(dtype)
@@ -181,10 +183,19 @@ def _made() -> Path:
         return found
     if found.library.exists():  # by now: another process was first
         return found.library
-    said = found.process.communicate(timeout=_SECONDS)[1]
+    try:
+        said = found.process.communicate(timeout=_SECONDS)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(found.process.pid, signal.SIGKILL)  # with what it started
+        found.process.wait()
+        raise OSError(f"the C compiler takes more than {_SECONDS} s") from None
     if found.process.returncode:
         raise OSError(f"the C compiler fails: {said.strip()}")
-    (Path(found.folder.name) / found.library.name).replace(found.library)
+    try:
+        (Path(found.folder.name) / found.library.name).replace(found.library)
+    except FileNotFoundError:
+        if not found.library.exists():  # it does where a fork of this process was first
+            raise OSError("the C compiler made no library") from None
     found.folder.cleanup()
     return found.library
 
@@ -204,13 +215,19 @@ def _started() -> Path | _Compiler:
         return library
     folder = tempfile.TemporaryDirectory(dir=library.parent)
     command += ["-o", f"{folder.name}/{library.name}", "-lm"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
+        start_new_session=True,
+    )  # fmt: skip
     return _Compiler(process, folder, library)
 
 
 def _private_folder() -> Path:
     """For the library, which is code: nobody else can write to it."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dinov3_infer"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dinov3_infer"
+    except RuntimeError:
+        raise OSError("nobody's home directory is here to keep the library in: set XDG_CACHE_HOME") from None
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = folder.stat()
     if state.st_uid != os.getuid() or state.st_mode & 0o022:

@@ -8,11 +8,12 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, get_args
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _all_modules
 
 from .attention import rope_attention
 from .errors import InputError
@@ -57,6 +58,7 @@ def compare(found: BackboneOutput, plain: BackboneOutput) -> Precision:
 _PLANS: WeakKeyDictionary[VisionTransformer, tuple[Mode, tuple[int, ...], list[Tensor], Tensor, Plan]] = (
     WeakKeyDictionary()
 )
+_TOLD: WeakSet[VisionTransformer] = WeakSet()  # models whose mode cannot be had, which the log says once
 # What a plan knows how to compute.  A module of any other class, such as an adapter, runs as it is written.
 _KNOWN = {
     nn.ModuleList, nn.Conv2d, nn.Linear, MaskedKeyLinear, Attention, Block, GatedMlp, LayerNorm, Mlp, PatchEmbed,
@@ -80,11 +82,17 @@ def plan_of(model: VisionTransformer, mode: Mode, pictures: Callable[[], Tensor]
 
     `pictures`: normalised pixels [B, 3, H_px, W_px] to find the ranges of int8 with.
     """
-    if os.environ.get("DINOV3_INFER_PLAN") == "0" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    state = _state(model)
+    off = os.environ.get("DINOV3_INFER_PLAN") == "0"
+    state = None if off else _state(model)
     if state is None:
         drop_plan(model)
+        if mode != "exact" and model.device.type == "cpu" and model not in _TOLD:
+            _TOLD.add(model)
+            unknown = "it has modules, hooks or tensors that the fast path does not know"
+            reason = "DINOV3_INFER_PLAN=0" if off else why_not_packed() or unknown
+            log.warning("mode='%s' gives way to the model as it is written: %s", mode, reason)
         return None
     kept = _PLANS.get(model)
     if kept is None or kept[:2] != (mode, state) or not torch.equal(torch.cat(kept[2]), kept[3]):
@@ -123,6 +131,8 @@ def _state(model: VisionTransformer) -> tuple[int, ...] | None:
     """Changes with the parameters and buffers; None for a model that the plan does not know how to compute."""
     if why_not_packed() is not None or not _OWN.isdisjoint(model.__dict__):
         return None
+    if _all_modules._global_forward_hooks or _all_modules._global_forward_pre_hooks:
+        return None
     if any(getattr(type(model), name).__module__.split(".")[0] != __package__ for name in _OWN):
         return None
     found: list[int] = []
@@ -134,6 +144,8 @@ def _state(model: VisionTransformer) -> tuple[int, ...] | None:
         for tensor in _tensors(module):
             if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.is_inference():
                 return None
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+                return None  # such as quantised ones, which say that they are float32
             found += (tensor.data_ptr(), tensor._version)
     return tuple(found)
 
@@ -141,10 +153,11 @@ def _state(model: VisionTransformer) -> tuple[int, ...] | None:
 def _values(model: VisionTransformer) -> list[Tensor]:
     """Views of a few values of each tensor.
 
-    They show what versions do not, writing to `.data`, and keep the memory from being given to another tensor.
+    They show what versions do not, writing to `.data`, and keep the memory from being given to another tensor.  Bits
+    are compared, since NaN is not equal to itself.
     """
     flat = [tensor.detach().flatten() for module in _modules(model) for tensor in _tensors(module)]
-    return [values[len(values) // 2 :][:4] for values in flat]
+    return [values[len(values) // 2 :][:4].view(torch.int32) for values in flat]
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -73,7 +73,7 @@ class QuantisedLinear:
         self.bias = base if bias is None else base + bias.detach()
         self.weight = torch.ops.onednn.qlinear_prepack(whole.to(torch.int8), None)
         self.takes = torch.uint8
-        self.zeros = torch.zeros(len(rows), dtype=torch.int64)
+        self.zeros = torch.zeros(len(rows), dtype=torch.int64, device="cpu")
         self.out: tuple[float, int, torch.dtype] = (1.0, 0, dtype)  # scale, zero and dtype of the result
         self.product: Callable[..., Tensor] = torch.ops.onednn.qlinear_pointwise.default
 
@@ -150,9 +150,9 @@ def why_not_int8() -> str | None:
 
 
 def _examples(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator("cpu").manual_seed(0)
     shapes = ((24, 48), (32, 48), (32,), (24, 32))
-    return tuple((torch.randn(shape, generator=draw) / 4).to(dtype) for shape in shapes)
+    return tuple((torch.randn(s, generator=draw, dtype=torch.float32, device="cpu") / 4).to(dtype) for s in shapes)
 
 
 def _why_not(pairs: Callable[[], list[tuple[Tensor, Tensor]]], limit: float) -> str | None:

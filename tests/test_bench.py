@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,27 @@ def test_compiled(tmp_path: Path) -> None:
         for mode in module.COMPILE["cpu"]:
             entry = settings(record, library)[f"{kind}, compiled {mode}", "float32"]
             assert "rounds_ms" in entry, entry
+
+
+@pytest.mark.slow
+def test_no_compiled_contestant_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would stop at the eighth of one class."""
+    compiled, compile_ = [], torch.compile
+
+    class Doubling(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda model, dynamic, mode: compile_(model, dynamic=dynamic, backend=partial(backend))
+    )
+    for _ in range(10):
+        module._prepared(Doubling, "", "default", torch.device("cpu"))(torch.ones(2))
+    assert len(compiled) == 10
 
 
 def test_a_torchvision_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,10 +176,8 @@ def test_many_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("dtype", "suffix"),
-    [
-        pytest.param(torch.bfloat16, "pt2", id="bfloat16-pt2"),
-        pytest.param(torch.float16, "onnx", id="float16-onnx", marks=pytest.mark.peers),
-    ],
+    [(torch.bfloat16, "pt2"), pytest.param(torch.float16, "onnx", marks=pytest.mark.peers)],
+    ids=["bfloat16-pt2", "float16-onnx"],
 )
 def test_half_precision(dtype: torch.dtype, suffix: str, tmp_path: Path) -> None:
     """Weights are stored in it; the stream and what comes out are float32."""
@@ -194,9 +192,6 @@ def test_half_precision(dtype: torch.dtype, suffix: str, tmp_path: Path) -> None
     assert_same(opened(path)(pixels), bb, pixels, limit=module.LIMITS[dtype])
 
 
-# --- the tables of positions ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rule", ["offset", "size", "antialias"])
 @pytest.mark.parametrize("grid", [(1, 1), (5, 5), (5, 9), (3, 4), (2, 16), (11, 24)], ids=str)
 def test_positions_as_products(rule: Any, grid: tuple[int, int]) -> None:
@@ -208,6 +203,13 @@ def test_positions_as_products(rule: Any, grid: tuple[int, int]) -> None:
 
 
 # --- the check -----------------------------------------------------------------------------------------------------
+
+
+def test_a_token_of_nothing_hides_no_other() -> None:
+    """Its distance is not 0/0, which no limit would see."""
+    theirs = torch.randn(2, 3, 8).index_fill_(0, torch.tensor(0), 0.0)
+    found = [module.worst_token(factor * theirs, theirs) for factor in (1, 2)]
+    assert found == [0.0, pytest.approx(1.0)] and module.worst_token(theirs, theirs / 0) == float("inf")
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,9 +298,6 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "find_spec", lambda name: True)
     with pytest.raises(UnsupportedError, match="bfloat16 cannot be checked as '.onnx'"):
         bb.bfloat16().export(tmp_path / "m.onnx", size=32)
-
-
-# --- large shapes, other engines -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

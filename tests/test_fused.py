@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,6 +71,20 @@ def test_large_scores() -> None:
     qkv[:, 64:128] = 10.0
     found = attended(qkv, None, 1, 1, torch.float32)
     torch.testing.assert_close(found, qkv[:, 128:].mean(0, keepdim=True).expand(130, -1), rtol=0, atol=1e-6)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
+def test_what_is_not_finite_stays_so(number: float, dtype: torch.dtype) -> None:
+    """In q of one token, or in k, which all others see."""
+    qkv = torch.randn(130, 3 * 64, dtype=dtype)
+    qkv[5, 3] = number
+    found = attended(qkv, None, 1, 1, dtype).isfinite()
+    assert not found[5].any() and found[6:].all()
+    qkv[5, 64 + 3] = number
+    qkv[6:, 3] = 0.0  # which makes NaN of infinity too
+    assert not attended(qkv, None, 1, 1, dtype)[6:].isfinite().any()
 
 
 @compiled
@@ -160,6 +176,62 @@ def test_a_compiler_that_fails(tmp_path: Path) -> None:
     compiler = script(tmp_path / "broken", "echo 'no such thing' >&2; echo more >&2; exit 1")
     assert asked(tmp_path, CC=compiler) == "the C compiler fails: no such thing"
     assert not list((tmp_path / "dinov3_infer").iterdir())
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """Nothing is compiled yet, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("DINOV3_INFER_PLAN", raising=False)
+    monkeypatch.setattr(fused, "_started", fused._started.__wrapped__)
+    return monkeypatch
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script stands in for the compiler")
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("exit 0", "^the C compiler made no library$"),
+        (r"printf '\377 no text' >&2; exit 1", "^the C compiler fails: . no text$"),
+    ],
+    ids=["nothing", "bytes"],
+)
+def test_something_else_called_cc(body: str, said: str, fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setenv("CC", script(tmp_path / "other", body))
+    with pytest.raises(OSError, match=said):
+        fused._made()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script stands in for the compiler")
+def test_a_compiler_that_hangs_is_ended(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setenv("CC", script(tmp_path / "slow", f"echo $$ > {tmp_path}/pid; sleep 60; exit 1"))
+    fresh.setattr(fused, "_SECONDS", 2)
+    with pytest.raises(OSError, match="^the C compiler takes more than 2 s$"):
+        fused._made()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_fork_that_was_first(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It moved the library that both waited for."""
+    library = tmp_path / "fused.so"
+    process: Any = SimpleNamespace(communicate=lambda timeout: (library.touch(), ""), returncode=0)
+    fresh.setattr(fused, "_started", lambda: fused._Compiler(process, TemporaryDirectory(dir=tmp_path), library))
+    assert fused._made() == library
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere nothing is compiled")
+def test_without_a_home(fresh: pytest.MonkeyPatch) -> None:
+    """As of a user that the machine has no entry for: a model can be loaded all the same."""
+
+    def nobody(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    fresh.setattr(Path, "expanduser", nobody)
+    fused.start_compiler()
+    assert "set XDG_CACHE_HOME" in str(fused._why_not.__wrapped__()) or fused._loaded.cache_info().currsize
+    with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
+        fused._private_folder()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions")

@@ -76,6 +76,33 @@ def test_exact_equals_plain(name: str, how: str, no_grad: None) -> None:
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_heads_of_an_odd_width(mode: str) -> None:
+    """Which learned positions allow."""
+    bb = backbone(ViTConfig(63, 2, 3, 126, position_grid=4), mode)
+    found = torch.nn.functional.cosine_similarity(features(bb, PICTURES[0]), plain(bb, PICTURES[0]), dim=-1)
+    assert found.min() > {"exact": 1 - 1e-6, "fast": 0.999, "int8": 0.97}[mode]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_defaults_of_torch_do_not_matter(mode: str, how: str, no_grad: None) -> None:
+    """Neither the dtype nor the device of tensors that nobody gave one."""
+    bb, pixels = backbone(replace(SMALL["dinov3"], num_heads=2 if how == "fused" else 4)), torch.randn(2, 3, 32, 48)
+    half = torch.float32 if mode == "exact" else torch.bfloat16
+    spans = spans_of(bb, pixels) if mode == "int8" else None
+    expected = Plan(bb, half, spans)(bb, [pixels])[0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            reasons = why_not_packed.__wrapped__(half), why_not_int8.__wrapped__()
+            found = Plan(bb, half, spans)(bb, [pixels])[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert reasons == (why_not_packed(half), why_not_int8())
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[:3], strict=True))
+
+
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("name", SMALL)

@@ -2,9 +2,12 @@
 
 import copy
 import gc
+import logging
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +140,72 @@ def test_only_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned(backbone().to(torch.bfloat16)) is None
     bb.__class__ = type("Mine", (Backbone,), {"forward": lambda self, *a, **k: Backbone.forward(self, *a, **k)})
     assert planned(bb) is None
+
+
+@contextmanager
+def _every_hook(bb: Backbone) -> Iterator[None]:
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: out * 2 if m is bb.norm else None)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def _sparse(bb: Backbone) -> Iterator[None]:
+    layer = bb.blocks[0].mlp.fc1
+    layer.weight = nn.Parameter(2 * layer.weight.detach().to_sparse_coo(), requires_grad=False)
+    yield
+
+
+@contextmanager
+def _subclass(bb: Backbone) -> Iterator[None]:
+    """As of a quantised weight: what it holds is not what a product with it gives."""
+
+    class Doubled(Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            with torch._C.DisableTorchFunctionSubclass():
+                found = function(*args, **(kwargs or {}))
+            return 2 * found if function is torch.nn.functional.linear else found
+
+    layer = bb.blocks[0].mlp.fc1
+    weight = layer.weight.detach().as_subclass(Doubled)
+    del layer._parameters["weight"]
+    layer._parameters["weight"] = weight
+    yield
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("change", [_every_hook, _sparse, _subclass], ids=lambda f: f.__name__[1:])
+def test_what_modules_and_tensors_do_not_show(change: Any) -> None:
+    """Hooks of all modules, weights that are no plain tensors: the model runs as it is written."""
+    bb = backbone()
+    before = features(bb, PICTURES[0])
+    with change(bb):
+        found, expected = features(bb, PICTURES[0]), plain(bb, PICTURES[0])
+    assert bb not in _PLANS and torch.equal(found, expected)
+    assert (found - before).abs().max() > 1e-2
+
+
+def test_a_mode_that_cannot_be_had_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each model; the exact mode says nothing, for its numbers are the same."""
+    for mode in ("exact", "fast"):
+        bb = backbone(mode=mode)
+        _hook(bb)
+        features(bb, PICTURES[0]), features(bb, PICTURES[1])
+    monkeypatch.setenv("DINOV3_INFER_PLAN", "0")
+    features(backbone(mode="int8"), PICTURES[0])
+    hooked, off = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert hooked.startswith("mode='fast' gives way to the model as it is written: it has modules, hooks or tensors")
+    assert off.startswith("mode='int8' gives way") and off.endswith("DINOV3_INFER_PLAN=0")
+
+
+def test_nan_in_what_is_not_needed_makes_no_new_plan() -> None:
+    bb = backbone()
+    with torch.no_grad():
+        bb.mask_token.fill_(float("nan"))
+    assert planned(bb) is planned(bb) is not None
 
 
 def test_it_is_no_part_of_the_model() -> None:

@@ -182,6 +182,8 @@ def _prepared(module: Callable[[], Any], way: str, mode: str | None, device: tor
     dtype = torch.bfloat16 if way == "cast" else torch.float32
     if way == "cast":
         model = copy.deepcopy(model).to(dtype)
+    if mode is not None:  # torch compiles a function 8 times and then runs it as it is, without an error
+        importlib.import_module("torch._dynamo").config.recompile_limit = 64
     run = model if mode is None else torch.compile(model, dynamic=False, mode=mode)
     freeze = device.type == "cpu" and mode == "max-autotune"  # or weights are packed anew in every call
 

@@ -84,6 +84,7 @@ def operators(setup: Setup, mode: str, count: int = 14) -> list[dict[str, Any]]:
 
 
 def cell(setup: Setup, settings: Settings, what: dict[str, Any]) -> dict[str, Any]:
+    torch.compiler.reset()  # what was compiled for other cells
     record = contest(cell_of(setup, contestants(setup)), settings)
     record["cell"] = what
     record["load_average"] = os.getloadavg()[0]
