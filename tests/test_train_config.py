@@ -1,6 +1,7 @@
 """Settings, schedules, groups of parameters, and the command line made of them."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,24 @@ def test_examples_are_configurations(path: Path) -> None:
     """Each has its source in a comment."""
     parse(["--config", str(path), "--data", "x"])
     assert path.read_text().startswith("# ")
+
+
+def test_help_says_what_the_source_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every setting, below its heading, with its comment and its default."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"--{field.name.replace('_', '-')}" in said for field in fields(TrainConfig))
+    assert "optimiser (AdamW): --lr-at-1024 X times sqrt(batch_size / 1024)" in said
+    assert "--global-scale X X share of the picture's area; v3 (0.32 1.0)" in said
+
+
+def test_errors_name_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--data", "x", "--mask-share", "0", "--out", str(tmp_path / "mask_share")]) == 2
+    assert "set --ibot-weight 0" in capsys.readouterr().err
+    (tmp_path / "batch_size").mkdir()
+    assert main(["--data", str(tmp_path / "batch_size"), "--out", str(tmp_path / "run"), "--model", "nano"]) == 2
+    assert f"{tmp_path}/batch_size" in capsys.readouterr().err
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,7 +181,7 @@ def test_broken_and_empty_folders(pictures: Path) -> None:
         (dict(batch_size=16), "there are 8 pictures"),
         (dict(batch_size=4, accumulate=4), "KoLeo"),
         (dict(batch_size=6, spread_group=4), "KoLeo"),
-        (dict(out=""), "out is empty"),
+        (dict(out=""), "set out (--out RUN)"),
         (dict(batch_size=4, accumulate=3), "equal parts"),
     ],
     ids=lambda value: "" if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()),

@@ -32,41 +32,41 @@ class TrainConfig:
     teacher: str = ""  # of a distillation: name, path or hub id
 
     # how long, how many
-    steps: int = 2000
+    steps: int = 2000  # of the optimiser
     batch_size: int = 64  # pictures per step, of all processes and accumulation steps together
     accumulate: int = 1  # parts that the batch of a process is computed in: memory against time, same result
-    seed: int = 0
+    seed: int = 0  # of every random draw
 
     # views (see views.ViewConfig)
-    global_px: int = 224
-    local_px: int = 96
-    num_local: int = 8  # v3
+    global_px: int = 224  # side of the two global crops
+    local_px: int = 96  # side of a local crop
+    num_local: int = 8  # local crops of each picture; v3
     gram_px: int = 0  # of the Gram or distillation teacher; 0: what gives it the student's grid of patches
     sizes: tuple[str, ...] = ()  # mixed resolutions, "512/112/768:0.3": global, local, Gram crops, probability
-    global_scale: Pair = (0.32, 1.0)  # v3
-    local_scale: Pair = (0.05, 0.32)  # v3
-    flip: float = 0.5
+    global_scale: Pair = (0.32, 1.0)  # share of the picture's area; v3
+    local_scale: Pair = (0.05, 0.32)  # likewise; v3
+    flip: float = 0.5  # probability
     distortions: bool = True  # of colours, blur, solarisation
     blur: bool = True  # its strength is in pixels, too much for pictures of 32
-    mask_share: float = 0.5  # of the global crops; v3
+    mask_share: float = 0.5  # of the global crops, that patches are hidden in; v3
     mask_ratio: Pair = (0.1, 0.5)  # share of the patches of a masked crop; v3
 
     # objectives
-    dino_weight: float = 1.0  # v3
+    dino_weight: float = 1.0  # class tokens of different crops say the same; v3
     local_weight: float = 1.0  # of the local crops' part; v3, 0.5 in the Gram and high-resolution stages
-    ibot_weight: float = 1.0  # v3
-    koleo_weight: float = 0.1  # v3
-    sigreg_weight: float = 0.0  # instead of KoLeo; FINO 0.05
+    ibot_weight: float = 1.0  # hidden patches are told from the others; v3
+    koleo_weight: float = 0.1  # pictures keep apart; v3
+    sigreg_weight: float = 0.0  # likewise, instead of KoLeo; FINO 0.05
     sigreg_slices: int = 1024  # FINO
     spread_group: int = 16  # pictures among which KoLeo and SIGReg look; DINOv3 paper, section 3.2
     gram: Literal["off", "start", "ema", "renew"] = "off"  # the teacher: start weights, EMA, a copy of the EMA
     gram_weight: float = 2.0  # v3
-    gram_begin_share: float = 0.0
-    gram_ramp_share: float = 0.0
+    gram_begin_share: float = 0.0  # of the run, before Gram anchoring begins
+    gram_ramp_share: float = 0.0  # of the run, until it has its whole weight
     gram_renew_steps: int = 10_000  # "renew": copied from the EMA every so often; v3
-    gram_of: GramOf = "patches"  # v3
-    gram_normalise: bool = True  # v3
-    gram_per_image: bool = True  # v3
+    gram_of: GramOf = "patches"  # similarities between these; v3
+    gram_normalise: bool = True  # cosines, not dot products; v3
+    gram_per_image: bool = True  # else among the patches of the whole batch; v3
     gram_negatives: GramNegatives = "keep"  # v3
     feature_weight: float = 0.0  # distillation: the teacher's features, without heads
     relation_weight: float = 0.0  # distillation: the teacher's similarities between pictures and between patches
@@ -81,9 +81,9 @@ class TrainConfig:
     centring: Literal["sinkhorn", "centre"] = "sinkhorn"  # v3
     centre_momentum: float = 0.9  # DINO v1
     student_temperature: float = 0.1  # v3
-    teacher_temperature_start: float = 0.04  # v3
+    teacher_temperature_start: float = 0.04  # at first; v3
     teacher_temperature: float = 0.04  # v3 0.07
-    teacher_temperature_share: float = 0.1  # v3
+    teacher_temperature_share: float = 0.1  # of the run, between the two; v3
 
     # what is trained
     tune: Literal["full", "last", "lora"] = "full"
@@ -91,8 +91,8 @@ class TrainConfig:
     lora_rank: int = 16
     freeze_share: float = 0.05  # heads alone at first: released backbones have none; FINO 0.4
     ramp_share: float = 0.05  # until the backbone learns at full rate; FINO 0.04
-    freeze_prototypes_share: float = 0.0  # v3 0.005 to 0.01, from scratch
-    drop_path: float = 0.0  # v3 0.3 to 0.4, from scratch
+    freeze_prototypes_share: float = 0.0  # of the run, while they stay; v3 0.005 to 0.01, from scratch
+    drop_path: float = 0.0  # share of the pictures that a block leaves out; v3 0.3 to 0.4, from scratch
     rope_shift: float = 0.0  # off; see rope.RopeAugmentation
     rope_jitter: float = 1.0  # off
     rope_rescale: float = 2.0  # v3; 1 is off
@@ -101,14 +101,14 @@ class TrainConfig:
     lr_at_1024: float = 4e-4  # times sqrt(batch_size / 1024); v3 writes a quarter of it and multiplies by 4
     lr_end_share: float = 1.0  # of the last learning rate: 1 is constant after the warm-up; v3
     head_lr: float = 5.0  # of the heads, over that of the backbone: they are new
-    warmup_share: float = 0.1  # v3
+    warmup_share: float = 0.1  # until the learning rate is whole; v3
     weight_decay: float = 0.04  # v3
     weight_decay_end: float = 0.04  # v3
     betas: Pair = (0.9, 0.99)  # v3
     clip: float = 3.0  # norm of the gradients of backbone and of each head; v3
     layer_decay: float = 0.98  # learning rate of a block over that of the next one; v3
     patch_lr: float = 0.2  # of the patch embedding; v3
-    ema_momentum: float = 0.98  # v3 0.994; of a run of 300 steps 0.95, or its average stays behind
+    ema_momentum: float = 0.98  # of the moving average; v3 0.994, of a run of 300 steps 0.95, or it stays behind
     ema_momentum_end: float = 0.998  # of a run of 300 steps 0.99
 
     # machine

@@ -134,7 +134,7 @@ class Run:
         """The checkpoint to go on from, if that was asked for."""
         config, parts = self.config, world_size() * self.config.accumulate
         if not config.out:
-            raise InputError("out is empty; give a folder for the run")
+            raise InputError("no folder for the run is given; set out (--out RUN)")
         if config.batch_size % parts:
             raise InputError(
                 f"batch_size {config.batch_size} does not split over {world_size()} processes times accumulate="
