@@ -24,7 +24,7 @@ from .vit import VisionTransformer, ViTConfig
 from .weights import LayoutName
 from .zoo import ModelInfo
 
-__all__ = ["restore", "save_checkpoint"]
+__all__ = ["replace_file", "restore", "save_checkpoint"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -143,13 +143,13 @@ def save_checkpoint(
         log.warning("%s: %s", target, note)
     if layout == "meta":
         target.parent.mkdir(parents=True, exist_ok=True)
-        _replace(target, lambda path: _write_file(tensors, path, pickled=target.suffix == ".pth"))
+        replace_file(target, lambda path: _write_file(tensors, path, pickled=target.suffix == ".pth"))
         return target
     target.mkdir(parents=True, exist_ok=True)
-    _replace(target / WEIGHTS, lambda path: _write_file(tensors, path))
+    replace_file(target / WEIGHTS, lambda path: _write_file(tensors, path))
     for name, content in files.items():
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-        _replace(target / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+        replace_file(target / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
     _remove_shards(target)
     return target
 
@@ -186,7 +186,7 @@ def _write_file(tensors: Mapping[str, Tensor], path: Path, pickled: bool = False
         save_file(whole, path, metadata={"format": "pt"})
 
 
-def _replace(target: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(target: Path, write: Callable[[Path], Any]) -> None:
     """Writes beside the target, then takes its place."""
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:

@@ -40,7 +40,7 @@ def train(features: Tensor, segments: Sequence[Segments], classes: int, steps: i
 
 @torch.no_grad()
 def instances(head: MaskQueries, features: Tensor, size: tuple[int, int], most: int = 20) -> list[tuple[Tensor, ...]]:
-    """Per picture scores [n], best first, masks in 0..1 [n, height, width] and classes [n]."""
+    """Per picture scores [n], masks in 0..1 [n, height, width] and classes [n] of the queries that are surest."""
     found = []
     for scores, masks in zip(*head(features), strict=True):
         best, names = scores.sigmoid().max(dim=1)
@@ -51,7 +51,7 @@ def instances(head: MaskQueries, features: Tensor, size: tuple[int, int], most: 
     return found
 
 
-def panoptic(scores: Tensor, chance: Tensor, names: Tensor, least: float = 0.3) -> tuple[Tensor, Tensor]:
+def panoptic(scores: Tensor, chance: Tensor, names: Tensor, least: float = 0.1) -> tuple[Tensor, Tensor]:
     """The number of its segment for each pixel [height, width], from 1, 0 for none, and their classes [n]."""
     owner = (scores[:, None, None] * chance).argmax(dim=0)
     labels, kept = torch.zeros_like(owner), list[int]()

@@ -113,7 +113,7 @@ def test_panoptic_drops_what_another_covers() -> None:
     assert names.tolist() == [3, 1] and labels[0].tolist() == [1, 1, 2, 2]
     chance[1, :, 3], chance[2, :, 3] = 0, 0.8  # now a third of the last one is its own
     assert masks.panoptic(torch.tensor([0.9, 0.8, 0.5]), chance, torch.tensor([3, 1, 3]))[1].tolist() == [3, 1]
-    labels, names = masks.panoptic(torch.tensor([0.1, 0.1, 0.1]), chance, torch.tensor([3, 1, 3]))
+    labels, names = masks.panoptic(torch.tensor([0.05, 0.05, 0.05]), chance, torch.tensor([3, 1, 3]))
     assert len(names) == 0 and not labels.any()
 
 

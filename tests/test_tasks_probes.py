@@ -26,7 +26,7 @@ from dinov3_infer.tasks import (
     nearest,
 )
 from dinov3_infer.tasks.attentive import _logits
-from dinov3_infer.tasks.fitted import Fitted
+from dinov3_infer.tasks.fitted import Fitted, descend
 from dinov3_infer.tasks.probes import best
 
 
@@ -213,6 +213,15 @@ def test_the_attentive_probe_looks_at_the_patch_that_tells() -> None:
     assert half.predict_proba(asked.half()).dtype == torch.float32
 
 
+def test_training_warms_up_and_decays() -> None:
+    """Where the loss says nothing, weights only shrink, each step by its rate times their decay."""
+    free, held = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    descend([free, held], [0.5, 0.0], 40, 0.1, 0.25, lambda: (free.sum() + held.sum()) * 0)
+    rates = [0.1 * min(1, (i + 1) / 10) * (1 + math.cos(math.pi * i / 40)) / 2 for i in range(40)]
+    assert torch.allclose(free, torch.full((3,), float(np.prod([1 - 0.5 * rate for rate in rates]))))
+    assert torch.equal(held, torch.ones(3))
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +260,8 @@ def test_what_was_learnt_comes_back(kind: str, bb: Backbone, tmp_path: Path) -> 
         CheckpointError, lambda: wrong.load(path, bb)
     )
     assert type(Fitted.load(path, bb)) is type(learnt)
+    (other_file := tmp_path / "any").touch()
+    assert path.stat().st_mode == other_file.stat().st_mode  # others may read it as they may read any new file
 
 
 def test_files_of_others_are_refused(bb: Backbone, tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ def scene(
 
 KINDS: dict[str, OneShotSegmenter | SegmentationHead] = {
     "prototypes": OneShotSegmenter(),
-    "neighbours": OneShotSegmenter(k=5),
     "head": SegmentationHead(steps=150, pixels=512, learning_rate=1e-2),
 }
 by_kind = pytest.mark.parametrize("segmenter", KINDS.values(), ids=KINDS)
@@ -192,9 +191,6 @@ def test_wrong_questions_are_said() -> None:
         *(torch.zeros(1, 8) for _ in range(2)), torch.zeros(1, 0, 8), torch.zeros(1, 140, 8), ONE.grid, ONE.placements
     )
     assert "features of 24 numbers, got 8" in complaint(InputError, lambda: segmenter.predict(other))
-    assert "k is 999 and the references have 140" in complaint(
-        InputError, lambda: OneShotSegmenter(k=999).fit(ONE, MASK)
-    )
     place = Placement((160, 448), (160, 448), (0, 0, 160, 224))
     cut = Features(ONE.embedding, ONE.cls_token, ONE.register_tokens, ONE.patch_tokens, ONE.grid, (place,))
     right = torch.zeros(160, 448, dtype=torch.bool)

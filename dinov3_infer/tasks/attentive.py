@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from .fitted import descend
 from .probes import Probe, best, held_out
 
 __all__ = ["AttentiveProbe"]
@@ -69,24 +70,19 @@ class AttentiveProbe(Probe):
         }
         for tensor in made.values():
             tensor.requires_grad_()
-        matrices = [tensor for tensor in made.values() if tensor.ndim > 1]
-        vectors = [tensor for tensor in made.values() if tensor.ndim == 1]
-        solver = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}], lr=rate
+        batches = (
+            rows
+            for _ in range(self.epochs)
+            for rows in torch.randperm(len(features), generator=generator).to(features.device).split(self.batch_size)
         )
-        per_epoch = math.ceil(len(features) / self.batch_size)
-        total = self.epochs * per_epoch
-        for step in range(total):
-            if step % per_epoch == 0:
-                order = torch.randperm(len(features), generator=generator).to(features.device)
-            rows = order[step % per_epoch * self.batch_size :][: self.batch_size]
-            warm = min(1.0, (step + 1) / (0.1 * total))
-            for group in solver.param_groups:
-                group["lr"] = rate * warm * (1 + math.cos(math.pi * step / total)) / 2
-            loss = F.cross_entropy(_logits(features[rows].float(), made), targets[rows])
-            solver.zero_grad()
-            loss.backward()
-            solver.step()
+
+        def loss() -> Tensor:
+            rows = next(batches)
+            return F.cross_entropy(_logits(features[rows].float(), made), targets[rows])
+
+        decays = [self.weight_decay if tensor.ndim > 1 else 0.0 for tensor in made.values()]
+        steps = self.epochs * math.ceil(len(features) / self.batch_size)
+        descend(list(made.values()), decays, steps, rate, 0.1, loss)
         return {name: tensor.detach() for name, tensor in made.items()}
 
     def _probabilities(self, features: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """What is fitted to the features of one backbone, and is of no use with those of another."""
 
 import json
+import math
 import os
-import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -13,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, InputError, MissingFileError
+from ..saving import replace_file
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
 
-__all__ = ["Fitted"]
+__all__ = ["Fitted", "descend"]
 
 _KEY = "dinov3_infer"  # of our entry in the metadata of the file
 
@@ -29,7 +31,7 @@ class Fitted:
     tensors: dict[str, Tensor] = field(default_factory=dict, init=False)
     options: dict[str, Any] = field(default_factory=dict, init=False)  # how its features were made, as given to `save`
 
-    names: ClassVar[tuple[str, ...]] = ()  # of the tensors
+    names: ClassVar[tuple[str, ...]] = ()  # of the tensors; the first has the width of the features as its last axis
 
     def save(self, path: str | os.PathLike[str], backbone: "Backbone", **options: Any) -> Path:
         """Writes one safetensors file: the tensors, and as JSON the settings and the fingerprint of the backbone.
@@ -39,7 +41,7 @@ class Fitted:
 
         Raises: InputError before `fit`, and for options that JSON cannot hold.
         """
-        self._check_fitted()
+        self._check()
         try:
             stored = json.dumps(
                 dict(
@@ -50,12 +52,8 @@ class Fitted:
         except TypeError as error:
             raise InputError(f"options are numbers, words and lists of these: {error}; leave the others out") from None
         target = Path(path).expanduser()
-        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        try:  # a file appears whole or not at all
-            save_file({n: t.detach().cpu().contiguous() for n, t in self.tensors.items()}, beside, {_KEY: stored})
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        replace_file(target, lambda path: save_file(tensors, path, {_KEY: stored}))
         self.options = dict(options)
         return target
 
@@ -101,9 +99,45 @@ class Fitted:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
         return f"{type(self).__name__}({settings}){'' if self.tensors else ', not fitted'}"
 
-    def _check_fitted(self) -> None:
+    def _check(self, width: int | None = None) -> None:
+        """Raises InputError before `fit`, and for features of another width than it was fitted to."""
         if not self.tensors:
             raise InputError(f"this {type(self).__name__} has seen no examples yet; call fit() first")
+        known = self.tensors[self.names[0]].shape[-1]
+        if width not in (None, known):
+            raise InputError(
+                f"this {type(self).__name__} was fitted to features of {known} numbers, got {width}; "
+                "take the same model, layers and pooling"
+            )
+
+    @property
+    def _device(self) -> torch.device:
+        return self.tensors[self.names[0]].device
+
+
+def descend(
+    tensors: Sequence[Tensor],
+    decays: Sequence[float],
+    steps: int,
+    rate: float,
+    warm_up: float,
+    loss: Callable[[], Tensor],
+) -> None:
+    """AdamW on tensors with a weight decay for each: linear warm-up over a share of the steps, cosine decay to 0.
+
+    `loss` is called once in each step, and draws its examples.
+    """
+    solver = torch.optim.AdamW(
+        [{"params": [one], "weight_decay": decay} for one, decay in zip(tensors, decays, strict=True)], lr=rate
+    )
+    for step in range(steps):
+        warm = min(1.0, (step + 1) / (warm_up * steps))
+        for group in solver.param_groups:
+            group["lr"] = rate * warm * (1 + math.cos(math.pi * step / steps)) / 2
+        value = loss()
+        solver.zero_grad()
+        value.backward()
+        solver.step()
 
 
 def _derived(cls: type[Any]) -> list[type[Any]]:

@@ -92,14 +92,16 @@ def panel(image: ImageLike) -> Image.Image:
 def overlay(
     image: ImageLike,
     values: Tensor | np.ndarray,  # [h, w]
-    placement: Placement
-    | None = None,  # None where the map covers the whole picture, as with fit "native" and "squash"
+    placement: Placement | None = None,
     *,
-    limits: tuple[float, float]
-    | None = None,  # values of the first and the last colour; None: least and most of the map
-    mark: tuple[float, float] | None = None,  # (x, y) in pixels of the picture, drawn as a ring
+    limits: tuple[float, float] | None = None,
+    mark: tuple[float, float] | None = None,
 ) -> Image.Image:
     """The picture in grey under the map in colours, by `heat_colours`.
+
+    `placement`: of the picture; None where the map covers all of it, as with fit "native" and "squash".
+    `limits`: values of the first and the last colour; None takes the least and the largest of the map.
+    `mark`: a point (x, y) in pixels of the picture, drawn as a ring.
 
     Raises: InputError for values of another shape.
     """

@@ -12,6 +12,7 @@ from ..features import Features
 from ..images import ImageLike
 from ..preprocess import Placement
 from .overlay import at_pixels, panel, sheet
+from .similarity import each
 
 __all__ = ["foreground", "pca_picture", "pca_rgb"]
 
@@ -48,8 +49,7 @@ def foreground(features: Features | Sequence[Features]) -> list[np.ndarray]:
 
 def _components(features: Features | Sequence[Features], counted: Sequence[Tensor], count: int) -> Tensor:
     """Of all patches that count, in order, [P, count]; the first is low at the borders of what counts."""
-    batches = [features] if isinstance(features, Features) else features
-    patches = (p for f in batches for p in f.patch_tokens.detach().cpu().float())
+    patches = (one.patch_tokens[0].detach().cpu().float() for one in each(features))
     tokens = torch.cat([p[mask.flatten()] for p, mask in zip(patches, counted, strict=True)])
     if len(tokens) < 3:
         raise InputError(f"three components need at least 3 patches, got {len(tokens)}; give a larger picture or mask")
@@ -79,14 +79,9 @@ def _on_grids(values: Tensor, counted: Sequence[Tensor]) -> list[Tensor]:
 
 def _counted(features: Features | Sequence[Features], masks: Sequence[Tensor | np.ndarray] | None) -> list[Tensor]:
     """One bool [h, w] per picture."""
-    batches = [features] if isinstance(features, Features) else features
-    if not batches:
+    every = [torch.ones(f.grid, dtype=torch.bool) if f.valid is None else f.valid[0].cpu() for f in each(features)]
+    if not every:
         raise InputError("there are no features; give the result of extract_features")
-    every = [
-        valid
-        for f in batches
-        for valid in (torch.ones(len(f), *f.grid, dtype=torch.bool) if f.valid is None else f.valid.cpu())
-    ]
     if masks is None:
         return every
     given = [torch.as_tensor(mask) for mask in masks]

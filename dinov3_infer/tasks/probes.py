@@ -62,17 +62,11 @@ class Probe(Fitted):
 
     def predict_proba(self, features: Array) -> Tensor:
         """How probable each class is, [N, K] float32."""
-        self._check_fitted()
         asked = as_features(features, "features", self.dims)
-        width, device = self._width(), next(iter(self.tensors.values())).device
-        if asked.shape[-1] != width:
-            raise InputError(
-                f"this probe was fitted to features of {width} numbers, got {asked.shape[-1]}; "
-                "take the same model, layers and pooling"
-            )
+        self._check(asked.shape[-1])
         rows = max(1, CELLS // 16 // asked[0].numel())
         with torch.no_grad():
-            return torch.cat([self._probabilities(part.to(device).float()) for part in asked.split(rows)])
+            return torch.cat([self._probabilities(part.to(self._device).float()) for part in asked.split(rows)])
 
     def score(self, features: Array, targets: Array | Sequence[int]) -> float:
         """The share of them that is told right, 0 to 1."""
@@ -81,9 +75,6 @@ class Probe(Fitted):
 
     def _fit(self, features: Tensor, targets: Tensor, num_classes: int) -> dict[str, Tensor]:
         raise NotImplementedError
-
-    def _width(self) -> int:
-        return self.tensors["weight"].shape[1]
 
     def _probabilities(self, features: Tensor) -> Tensor:
         return F.linear(features, self.tensors["weight"], self.tensors["bias"]).softmax(dim=-1)
@@ -105,9 +96,6 @@ class KNN(Probe):
         if not 1 <= self.k <= len(features):
             raise InputError(f"k is {self.k} and there are {len(features)} examples; give a k from 1 to that many")
         return {"features": F.normalize(features, dim=-1), "targets": targets}
-
-    def _width(self) -> int:
-        return self.tensors["features"].shape[1]
 
     def _probabilities(self, features: Tensor) -> Tensor:
         targets = self.tensors["targets"]

@@ -1,7 +1,7 @@
 """A class for every pixel: from one marked picture or a few, or by a linear layer trained on many."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..features import Features
-from .fitted import Fitted
+from .fitted import Fitted, descend
 from .overlay import at_pixels
-from .probes import nearest
-from .similarity import patch_weights
+from .similarity import each, patch_weights
 
 __all__ = ["IGNORE", "OneShotSegmenter", "SegmentationHead", "Segmenter"]
 
@@ -41,7 +40,7 @@ class Segmenter(Fitted):
     def predict(self, features: Features | Sequence[Features]) -> list[Tensor]:
         """The class of every pixel, [height, width] int64 for each picture; 255 where fit="crop" cut it away."""
         found = []
-        for one in _each(features):
+        for one in each(features):
             maps = self._maps(one)
             size = one.placements[0].original
             best, labels = torch.full(size, -torch.inf), torch.full(size, IGNORE)
@@ -54,24 +53,14 @@ class Segmenter(Fitted):
 
     def scores(self, features: Features | Sequence[Features]) -> list[Tensor]:
         """What `predict` takes the largest of, at every pixel, [K, height, width] float32 for each picture."""
-        return [at_pixels(self._maps(one), one.placements[0], one.placements[0].original) for one in _each(features)]
+        return [at_pixels(self._maps(one), one.placements[0], one.placements[0].original) for one in each(features)]
 
     def _maps(self, features: Features) -> Tensor:
-        self._check_fitted()
-        width, found = self._width(), features.patch_tokens.shape[-1]
-        if found != width:
-            raise InputError(
-                f"this {type(self).__name__} was fitted to features of {width} numbers, got {found}; "
-                "take the same model and layers"
-            )
-        device = next(iter(self.tensors.values())).device
-        maps: Tensor = self._score(features.patch_tokens[0].to(device).float()).T.unflatten(1, features.grid)
+        self._check(features.patch_tokens.shape[-1])
+        maps: Tensor = self._score(features.patch_tokens[0].to(self._device).float()).T.unflatten(1, features.grid)
         return maps.cpu()
 
     def _fit(self, features: list[Features], masks: list[Tensor], num_classes: int) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def _width(self) -> int:
         raise NotImplementedError
 
     def _score(self, tokens: Tensor) -> Tensor:  # [P, C] -> [P, K]
@@ -82,33 +71,23 @@ class Segmenter(Fitted):
 class OneShotSegmenter(Segmenter):
     """Finds what is marked in one or a few reference pictures in others.
 
-    `k`: None takes for every patch the class whose mean patch is most like it, by cosine; a number takes the vote of
-    that many nearest patches of the references, which needs more of them to be good.
+    Each patch has the class whose mean patch in the references is most like it, by cosine.
     """
 
-    k: int | None = None
-
-    names = ("patches", "shares")
+    names = ("prototypes",)
 
     def _fit(self, features: list[Features], masks: list[Tensor], num_classes: int) -> dict[str, Tensor]:
         shares = torch.cat([_shares(one, mask, num_classes) for one, mask in zip(features, masks, strict=True)])
         patches = torch.cat([F.normalize(one.patch_tokens[0].cpu().float(), dim=-1) for one in features])
-        known = shares.any(dim=1)
         if int(shares.any(dim=0).sum()) < 2:
             raise InputError("what is marked was cropped away; use fit='native', or mark more of the picture")
-        if self.k is not None and not 1 <= self.k <= int(known.sum()):
-            raise InputError(f"k is {self.k} and the references have {int(known.sum())} patches; give a k from 1 on")
-        return {"patches": patches[known], "shares": shares[known]}
-
-    def _width(self) -> int:
-        return self.tensors["patches"].shape[1]
+        known = shares.any(dim=1)
+        return {"prototypes": F.normalize(shares[known].T @ patches[known], dim=-1)}
 
     def _score(self, tokens: Tensor) -> Tensor:
-        patches, shares = self.tensors["patches"], self.tensors["shares"]
-        if self.k is not None:
-            return shares[nearest(tokens, patches, self.k)[1]].mean(dim=1)
-        found = F.normalize(tokens, dim=-1) @ F.normalize(shares.T @ patches, dim=-1).T
-        return found.masked_fill(~shares.any(dim=0), -1.0)  # a number between two classes that is in no mask
+        prototypes = self.tensors["prototypes"]
+        found = F.normalize(tokens, dim=-1) @ prototypes.T
+        return found.masked_fill(~prototypes.any(dim=1), -1.0)  # a number between two classes that is in no mask
 
 
 @dataclass(repr=False)
@@ -143,22 +122,16 @@ class SegmentationHead(Segmenter):
         draw = _Pixels(features, masks)
         weight = (torch.randn(num_classes, len(mean), generator=generator) * 0.01).to(mean.device).requires_grad_()
         bias = torch.zeros_like(weight[:, 0]).requires_grad_()
-        solver = torch.optim.AdamW([weight, bias], lr=self.learning_rate, weight_decay=self.weight_decay)
-        for step in range(self.steps):
+
+        def loss() -> Tensor:
             rows, shares, targets = (part.to(mean.device) for part in draw(self.pixels, generator))
             x = (torch.einsum("nt,ntc->nc", shares, tokens[rows]) - mean) / std
-            warm = min(1.0, (step + 1) / (0.04 * self.steps))
-            for group in solver.param_groups:
-                group["lr"] = self.learning_rate * warm * (1 + math.cos(math.pi * step / self.steps)) / 2
-            loss = F.cross_entropy(F.linear(x, weight, bias), targets, ignore_index=IGNORE, reduction="sum")
-            solver.zero_grad()
-            (loss / (targets != IGNORE).sum().clamp(min=1)).backward()
-            solver.step()
+            total = F.cross_entropy(F.linear(x, weight, bias), targets, ignore_index=IGNORE, reduction="sum")
+            return total / (targets != IGNORE).sum().clamp(min=1)
+
+        descend([weight, bias], [self.weight_decay] * 2, self.steps, self.learning_rate, 0.04, loss)
         folded = weight.detach() / std
         return {"weight": folded, "bias": bias.detach() - folded @ mean}
-
-    def _width(self) -> int:
-        return self.tensors["weight"].shape[1]
 
     def _score(self, tokens: Tensor) -> Tensor:
         return F.linear(tokens, self.tensors["weight"], self.tensors["bias"])
@@ -197,12 +170,6 @@ class _Pixels:
         return torch.stack(rows, 1).long() + self.patches[picture][:, None], torch.stack(weights, 1).float(), labels
 
 
-def _each(features: Features | Sequence[Features]) -> Iterator[Features]:
-    """Picture by picture."""
-    for batch in [features] if isinstance(features, Features) else features:
-        yield from batch
-
-
 def _shares(features: Features, mask: Tensor, num_classes: int) -> Tensor:
     """How much of each patch each class has, [P, K]; rows are 0 where less than half a patch has a label."""
     place = features.placements[0]
@@ -213,7 +180,7 @@ def _shares(features: Features, mask: Tensor, num_classes: int) -> Tensor:
 
 def _examples(features: Features | Sequence[Features], masks: Masks) -> tuple[list[Features], list[Tensor], int]:
     """One picture and one mask [height, width] of whole numbers each, and the number of classes with the background."""
-    pictures = list(_each(features))
+    pictures = list(each(features))
     given = [masks] if isinstance(masks, (Tensor, np.ndarray)) and masks.ndim == 2 else list(masks)
     if len(given) != len(pictures) or not pictures:
         raise InputError(f"there are {len(pictures)} pictures and {len(given)} masks; give one mask for each picture")

@@ -1,6 +1,6 @@
 """Which patches look like this one: a point, a box or a mask, in the same or in another picture."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,13 @@ from ..errors import InputError
 from ..features import Features
 from ..preprocess import Placement
 
-__all__ = ["patch_weights", "region_vector", "similarity_map"]
+__all__ = ["each", "patch_weights", "region_vector", "similarity_map"]
+
+
+def each(features: Features | Sequence[Features]) -> Iterator[Features]:
+    """Picture by picture, batches of 1."""
+    for batch in [features] if isinstance(features, Features) else features:
+        yield from batch
 
 
 def similarity_map(features: Features, vector: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def detected() -> Image.Image:
     train, test = drawn(False, 240), drawn(True, 6)
     known, asked = (four_layers([s.picture for s in part], 168) for part in (train, test))
     torch.manual_seed(0)
-    detector = detection.train(known, [(s.boxes, s.classes) for s in train], len(sets.DRAWN), steps=300)
+    detector = detection.train(known, [(s.boxes, s.classes) for s in train], len(sets.DRAWN))
     shown = []
     for scene, (scores, boxes, classes) in zip(test, detection.detect(detector, asked), strict=True):
         shown.append(detection.draw(scene.picture, scores, boxes, classes, list(sets.DRAWN)))
@@ -141,9 +141,21 @@ def cut_out() -> Image.Image:
     shown = []
     for scene, found in zip(test, masks.instances(head, asked, (sets.SIDE, sets.SIDE)), strict=True):
         labels, names = masks.panoptic(*found)
-        things = torch.cat((torch.zeros(1, dtype=torch.long), torch.arange(1, len(names) + 1) * (names > 0)))
-        shown.append(paint(scene.picture, things[labels].numpy()))  # the background stays clear
+        shown.append(told(scene.picture, labels, names))
     return sheet(shown, columns=3)
+
+
+def told(picture: Image.Image, labels: torch.Tensor, names: torch.Tensor) -> Image.Image:
+    """Segments in colours, with their kinds, over the picture in grey; class 0, the background, stays clear."""
+    things = torch.cat((torch.zeros(1, dtype=torch.long), (names > 0).cumsum(0) * (names > 0)))
+    shown = paint(picture.convert("L"), things[labels].numpy(), 0.7)
+    for number in things.unique()[1:].tolist():
+        y, x = (things[labels] == number).nonzero().double().mean(dim=0).tolist()
+        kind = list(sets.DRAWN)[int(names[things[1:] == number]) - 1]
+        ImageDraw.Draw(shown).text(
+            (x, y), kind, "white", font_size=20, anchor="mm", stroke_width=2, stroke_fill="black"
+        )
+    return shown
 
 
 def room(draw: random.Random, side: int = 224, focal: float = 1.0) -> tuple[Image.Image, torch.Tensor]:

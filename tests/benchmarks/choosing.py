@@ -34,7 +34,7 @@ from dinov3_infer import Backbone, Features  # noqa: E402
 from dinov3_infer.features import pool  # noqa: E402
 from dinov3_infer.images import load_image  # noqa: E402
 from dinov3_infer.preprocess import Placement  # noqa: E402
-from dinov3_infer.tasks import KNN, LinearProbe, OneShotSegmenter, at_pixels, dense_features  # noqa: E402
+from dinov3_infer.tasks import KNN, LinearProbe, OneShotSegmenter, dense_features  # noqa: E402
 
 RECORD = Path(__file__).parent / "records" / "choosing.json"
 PAGE = ROOT / "examples" / "CHOOSING.md"
@@ -125,9 +125,7 @@ def segmentation(bb: Backbone, way: str, pairs: int) -> dict[str, Any]:
         for name, part in parts(bb):
             taken, found = [with_channels(f, part) for f in known[:1]], [with_channels(f, part) for f in asked]
             segmenter = OneShotSegmenter().fit(taken, [first.numbers > 0])
-            size = tuple(second.numbers.shape)
-            scores = [at_pixels(segmenter._maps(f), f.placements[0], (size[0], size[1])) for f in found]
-            labels = torch.stack(scores).mean(dim=0).argmax(dim=0)
+            labels = torch.stack(segmenter.scores(found)).mean(dim=0).argmax(dim=0)
             each.setdefault(name, []).append(round(float(iou(labels > 0, second.numbers > 0)), 3))
     return each
 
