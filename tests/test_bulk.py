@@ -223,7 +223,9 @@ def test_memory_that_does_not_do_begins_the_shard_again(
     assert [r.getMessage() for r in caplog.records] == ["out of memory; going on with 2 pictures in one pass"]
     recorded = []
     for i in range(2):
-        with safe_open(album.parent / "x.safetensors" / f"00000{i}.safetensors", "np") as content:
+        shard = album.parent / "x.safetensors" / f"00000{i}.safetensors"
+        assert shard.stat().st_mode == (album / "2.png").stat().st_mode
+        with safe_open(shard, "np") as content:
             recorded.append(json.loads(content.metadata()["dinov3_infer"])["plan"]["batch_size"])
     assert recorded == [4, 2]
 

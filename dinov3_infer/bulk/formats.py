@@ -53,7 +53,10 @@ def whole(target: Path) -> Iterator[Path]:
     """A path to write to; it takes the place of `target` when it is on the disk, or goes."""
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        beside.touch(exist_ok=False)
+        mode = beside.stat().st_mode  # as any new file has here; some writers make it another file, for us alone
         yield beside
+        beside.chmod(mode)
         _flush(beside)
         os.replace(beside, target)
         _flush(target.parent)
