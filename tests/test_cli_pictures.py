@@ -240,7 +240,7 @@ def test_two_pictures_of_one_name(tmp_path: Path) -> None:
     [
         ("embed", "x.csv", r"should end in \.npy, \.safetensors, \.parquet, or be a folder"),
         ("embed", "missing/x.npy", r"no folder '.*missing' to write '.*x\.npy' to; make it first"),
-        ("embed", "there.npy", r"'.*there\.npy' exists already, and not from embed; give another name, or overwrite"),
+        ("embed", "there.npy", r"'.*there\.npy' exists already, and not from embed; give another name, or --overwrite"),
         ("embed", "beside.npy", r"'.*beside\.jsonl' exists already"),
         ("embed", "in", r"the folder '.*in' holds other things; give an empty one or another name"),
         ("features", "missing/maps", r"no folder '.*missing' to write"),
@@ -308,7 +308,6 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ((*MODEL, "--dtype", "int8"), "dtype"),
         ((*MODEL, "--size", "250", "--fit", "squash"), "size 250 is not a multiple of the patch size 16"),
         ((*MODEL, "--size", "own", "--fit", "crop"), "--size own goes with --fit native"),
-        ((*MODEL, "-j", "-1"), "num_workers is a whole number from 0 on"),
     ],
     ids=lambda value: " ".join(str(v) for v in value[-2:]) if isinstance(value, tuple) else "",
 )

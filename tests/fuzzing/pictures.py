@@ -232,6 +232,15 @@ def picture(draw: random.Random) -> bytes:
     return content[: draw.randrange(len(content) + 1)] if draw.random() < 0.1 else content
 
 
+def _closed(the_picture: bool) -> Image.Image:
+    """A picture of which only the header was read, and which was closed, or its stream."""
+    stream = io.BytesIO()
+    Image.new("RGB", (5, 4)).save(stream, "PNG")
+    picture = Image.open(stream)
+    (picture if the_picture else stream).close()
+    return picture
+
+
 def live(draw: random.Random) -> Any:
     """No file, but an array, tensor, picture or something else."""
     import torch
@@ -243,7 +252,8 @@ def live(draw: random.Random) -> Any:
         array = array.astype(dtype)
     kind = draw.randrange(5)
     if kind == 0:
-        return draw.choice((None, 3, object(), {"image": 1}, [b"x"], (1, 2), bytearray(b"GIF89a"), io.StringIO("text")))
+        odd = (None, 3, object(), {"image": 1}, [b"x"], (1, 2), bytearray(b"GIF89a"), io.StringIO("text"))
+        return draw.choice((*odd, _closed(the_picture=True), _closed(the_picture=False)))
     if kind == 1:
         modes = ("RGB", "RGBA", "I", "F", "I;16", "La", "PA", "CMYK", "P", "1")
         return Image.new(draw.choice(modes), (draw.randrange(4), draw.randrange(4)))
