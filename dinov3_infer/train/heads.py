@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .distributed import mean_over
-from .products import Linear, linear
+from .products import Linear
 
 __all__ = ["ProjectionHead", "Standardise", "linear_projection"]
 
@@ -34,7 +34,8 @@ class ProjectionHead(nn.Module):
             nn.GELU(),
             Linear(hidden_dim, bottleneck_dim),
         )
-        self.prototypes = Linear(bottleneck_dim, num_prototypes, bias=False)
+        # not by oneDNN, whose copies of so wide a product would be the peak of the memory
+        self.prototypes = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
         self.unit_prototypes = unit_prototypes
         self.init_weights()
 
@@ -52,7 +53,7 @@ class ProjectionHead(nn.Module):
         narrow = F.normalize(narrow, dim=-1, eps=1e-6 if narrow.dtype == torch.float16 else 1e-12)
         if not self.unit_prototypes:
             return self.prototypes(narrow)  # type: ignore[no-any-return]
-        return linear(narrow, F.normalize(self.prototypes.weight, dim=-1))
+        return F.linear(narrow, F.normalize(self.prototypes.weight, dim=-1))
 
 
 # of a variance: random weights give all pictures the same token, and their rounding errors are nothing to magnify
