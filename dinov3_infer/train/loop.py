@@ -318,7 +318,6 @@ def _write_model(backbone: Backbone, folder: Path) -> None:
     try:
         backbone.save_pretrained(folder)
     except UnsupportedError:
-        folder.mkdir(exist_ok=True)
         backbone.save_pretrained(folder / "model.safetensors", layout="meta")
 
 
