@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,30 @@ def test_a_torchvision_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(contest.importlib, "import_module", lambda name: None)
     contest.mend_torchvision()
     assert len(contest._KEPT) == 1
+
+
+def test_of_each_library_the_fastest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And who is nearly as fast; the others are told with their time, or with why they have none."""
+    from benchmarks import cpu
+
+    takes = {"quick": 0.02, "nearly": 0.021, "slow": 0.06, "other": 0.1, "broken": 0.0}
+    precisions: dict[str, Any] = dict.fromkeys(takes, "float32") | {"other": "bfloat16"}
+    ran = []
+
+    def call(name: str, x: torch.Tensor) -> torch.Tensor:
+        if name == "broken":
+            raise NotImplementedError("no such engine")
+        time.sleep(takes[name])
+        ran.append(name)
+        return x
+
+    monkeypatch.setattr(cpu, "NEARLY", 1.8)
+    taking_part = [module.Contestant("lib", name, precisions[name], lambda: torch.relu) for name in takes]
+    calls = {one.label: partial(call, one.setting) for one in taking_part}
+    cell = contest.Cell({}, [torch.ones(1)], calls, lambda out: 0.0, 1.0)
+    goes_on, took = cpu.trial(cell, taking_part, contest.Settings(torch.device("cpu")))
+    assert goes_on == ["lib, quick, float32", "lib, nearly, float32", "lib, other, bfloat16"]
+    assert took["lib, broken, float32"] == "NotImplementedError: no such engine"
+    assert sorted(ran) == sorted(2 * [name for name in takes if name != "broken"])
+    slow = took["lib, slow, float32"]
+    assert isinstance(slow, float) and slow >= 60.0
