@@ -1,4 +1,4 @@
-"""The README's table of models is made from the zoo: `python tests/test_readme.py` writes it anew."""
+"""The tables of the README are those of the zoo (`python tests/test_readme.py` writes it anew) and of the records."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from test_dropin import PATTERNS, SERVED
 
+from benchmarks import cpu
 from dinov3_infer.vit import VisionTransformer
 from dinov3_infer.zoo import MODELS
 
@@ -33,6 +34,23 @@ def model_table() -> str:
 def test_the_table_of_models_is_that_of_the_zoo() -> None:
     found = BETWEEN.search(README.read_text(encoding="utf-8"))
     assert found is not None and found[0] == model_table(), "run python tests/test_readme.py"
+
+
+def test_the_table_of_the_contest_is_that_of_its_record() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert cpu.filled(text, cpu.recorded()) == text, "run python tests/benchmarks/cpu.py --render"
+    cells = [
+        {"cell": {"model": cpu.MODELS[letter], "pixels": pixels, "batch": 1},
+         "results": {"int8, openvino": {"ratio": ratio, "spread": 0.025}}}
+        for letter, pixels, ratio in (("B", 224, 1.0), ("S", 512, 1.25), ("S", 224, 1.5))
+    ]  # fmt: skip
+    rows = cpu.table({"cells": cells}).splitlines()
+    assert rows[0] == "| ViT | pixels | batch | openvino int8 |" and len(rows) == 5
+    assert rows[2:] == [
+        "| S | 224 | 1 | 1.50 ± 0.03 |",
+        "| S | 512 | 1 | 1.25 ± 0.03 |",
+        "| B | 224 | 1 | 1.00 ± 0.03 |",
+    ]
 
 
 def test_the_count_of_patterns_is_that_of_the_tests() -> None:

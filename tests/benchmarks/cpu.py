@@ -3,6 +3,7 @@
     pip install transformers timm onnx onnxruntime openvino nncf
     python tests/benchmarks/cpu.py [--models S B] [--sizes 224 512] [--batches 1 8] [--rounds 9] [--compile]
                                    [--reference DIR] [--name NAME]
+    python tests/benchmarks/cpu.py --render      # the record into the README
 
 Contestants and method are those of `dinov3-infer bench`.  Of the ways in which a library can be run, the fastest in one
 call goes on, and whoever is nearly as fast.  Their tokens are judged, then they are timed in interleaved rounds in one
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -35,12 +37,15 @@ from dinov3_infer.bench.contestants import MODES as OURS
 from dinov3_infer.bench.contestants import Contestant, Setup, cell_of, contestants
 
 HERE = Path(__file__).parent
+README = HERE.parent.parent / "README.md"
+BETWEEN = re.compile(r"(?<=<!-- contest -->\n).*(?=<!-- /contest -->)", re.DOTALL)
 MODELS = {"S": "dinov3_vits16", "B": "dinov3_vitb16"}
 # (class, what the label of a contestant begins with): how many times as fast as the best of these ours should be
 GOALS = {
     ("float32", "transformers"): 2.0,
     ("float32", "timm"): 2.0,
     ("float32", "reference"): 2.0,
+    ("float32", "onnxruntime"): 1.0,
     ("float32", "openvino"): 1.0,
     ("bfloat16", "transformers"): 1.5,
     ("bfloat16", "openvino"): 1.0,
@@ -124,6 +129,35 @@ def cell(setup: Setup, settings: Settings, what: dict[str, Any]) -> dict[str, An
     return record
 
 
+def recorded(name: str = "cpu") -> dict[str, Any]:
+    target = HERE / "records" / f"{name}.json"
+    return json.loads(target.read_text()) if target.is_file() else {"cells": []}  # type: ignore[no-any-return]
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown: a row for each cell, a column for each rival that any cell has."""
+    if not record["cells"]:
+        return "Not measured yet.\n"
+    rivals = [key for key in (f"{kind}, {library}" for kind, library in GOALS)
+              if any(key in cell["results"] for cell in record["cells"])]  # fmt: skip
+    heads = ["ViT", "pixels", "batch", *(" ".join(reversed(key.split(", "))) for key in rivals)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    rows = []
+    for cell in record["cells"]:
+        what, found = cell["cell"], cell["results"]
+        shown = [f"{found[key]['ratio']:.2f} ± {found[key]['spread']:.2f}" if key in found else "" for key in rivals]
+        letter = next(letter for letter, name in MODELS.items() if name == what["model"])
+        rows.append((list(MODELS).index(letter), what["pixels"], what["batch"], letter, shown))
+    for _, pixels, batch, letter, shown in sorted(rows):
+        lines.append("| " + " | ".join([letter, str(pixels), str(batch), *shown]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def filled(text: str, record: dict[str, Any]) -> str:
+    """The README with the table of a record."""
+    return BETWEEN.sub(lambda _: table(record), text)
+
+
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -154,14 +188,18 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes for each cell")
     parser.add_argument("--reference", type=Path, help="a checkout of Meta's code")
     parser.add_argument("--name", default="cpu", help="of the record")
+    parser.add_argument("--render", action="store_true", help="measure nothing")
     args = parser.parse_args()
+    if args.render:
+        README.write_text(filled(README.read_text(encoding="utf-8"), recorded()), encoding="utf-8")
+        return
     torch.set_num_threads(args.threads)
     settings = Settings(
         torch.device("cpu"), rounds=args.rounds, kernels=False, tell=lambda what: print("  ", what, file=sys.stderr)
     )
     record: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": args.rounds}
     target = HERE / "records" / f"{args.name}.json"
-    before = json.loads(target.read_text()) if target.is_file() else {}
+    before = recorded(args.name)
     record["cells"] = before["cells"] if record == {name: before.get(name) for name in record} else []
     for letter in args.models:
         model = Backbone.from_config(MODELS[letter], seed=0)
