@@ -11,7 +11,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -140,7 +140,7 @@ def _quiet(name: str) -> Iterator[None]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             yield
     finally:
         log.setLevel(level)
@@ -331,7 +331,8 @@ def _openvino(setup: Setup) -> Iterator[Contestant]:
 
             noise = torch.rand(16, setup.batch, 3, *setup.size, generator=torch.Generator().manual_seed(1))
             data = nncf.Dataset([pixels.numpy() for pixels in noise])
-            model = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=16)
+            with _quiet("nncf"):
+                model = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=16)
         hints = dict(
             PERFORMANCE_HINT="LATENCY", INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=setup.threads
         )
