@@ -21,6 +21,7 @@ from dinov3_infer.frozen import Plan, spans_of
 from dinov3_infer.fused import why_not_fused
 from dinov3_infer.optimize import Precision, compare, plan_of
 from dinov3_infer.packed import PackedLinear, QuantisedLinear, smoothed, why_not_int8, why_not_packed
+from dinov3_infer.zoo import MODELS
 
 WHY_NOT = {"exact": why_not_packed(), "fast": why_not_packed(torch.bfloat16), "int8": why_not_int8()}
 MODES = [
@@ -74,6 +75,21 @@ def test_exact_equals_plain(name: str, how: str, no_grad: None) -> None:
             for a, b in zip(ours, theirs, strict=True):
                 assert a.shape == b.shape and a.dtype == torch.float32
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+# every architecture at its own width, with two of its blocks
+WIDE = {replace(row.config, depth=2): name for name, row in reversed(MODELS.items())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", WIDE, ids=WIDE.values())
+def test_exact_equals_plain_at_every_width(config: ViTConfig, no_grad: None) -> None:
+    bb = backbone(config)
+    pixels = torch.randn(2, 3, 6 * bb.patch_size, 4 * bb.patch_size, generator=torch.Generator().manual_seed(0))
+    plan = planned(bb)
+    assert plan is not None
+    for ours, theirs in zip(plan(bb, [pixels])[0][:3], bb(pixels)[:3], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
