@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from .errors import CheckpointError, Dinov3Error, GatedModelError, InputError, ModelNotFoundError, OfflineError
 from .files import SUFFIXES
+from .writing import whole
 
 __all__ = ["client_error", "download", "get", "is_link", "queries_cut", "reach", "reason", "sha256", "without_query"]
 
@@ -91,14 +91,10 @@ def download(
         with _tools().WeakFileLock(folder / ".lock"):  # of several processes one downloads
             if target.is_file():
                 return target, False
-            beside = folder / f".{name}.{uuid.uuid4().hex[:8]}"
-            try:
+            with whole(target) as beside:
                 with queries_cut(), open(beside, "wb") as file:
                     _receive(link, shown, file, name)
                 check(beside)
-                os.replace(beside, target)
-            finally:
-                beside.unlink(missing_ok=True)
         return target, True
     except Dinov3Error:
         raise

@@ -4,8 +4,7 @@ import contextlib
 import json
 import logging
 import os
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from .preprocess import Preprocess
 from .rope import rope_periods
 from .vit import VisionTransformer, ViTConfig
 from .weights import LayoutName
+from .writing import whole
 from .zoo import ModelInfo
 
-__all__ = ["replace_file", "restore", "save_checkpoint"]
+__all__ = ["restore", "save_checkpoint"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -143,13 +143,13 @@ def save_checkpoint(
         log.warning("%s: %s", target, note)
     if layout == "meta":
         target.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(target, lambda path: _write_file(tensors, path, pickled=target.suffix == ".pth"))
+        _write_tensors(target, tensors)
         return target
     target.mkdir(parents=True, exist_ok=True)
-    replace_file(target / WEIGHTS, lambda path: _write_file(tensors, path))
+    _write_tensors(target / WEIGHTS, tensors)
     for name, content in files.items():
-        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-        replace_file(target / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+        with whole(target / name) as path:
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _remove_shards(target)
     return target
 
@@ -178,23 +178,10 @@ def _remove_shards(folder: Path) -> None:
             (folder / shard).unlink(missing_ok=True)
 
 
-def _write_file(tensors: Mapping[str, Tensor], path: Path, pickled: bool = False) -> None:
-    if pickled:
-        torch.save(tensors, path)
-    else:  # which refuses tensors that share memory, as the parts of a split do
-        whole = {n: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for n, t in tensors.items()}
-        save_file(whole, path, metadata={"format": "pt"})
-
-
-def replace_file(target: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside the target, then takes its place."""
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        beside.touch(exist_ok=False)
-        mode = beside.stat().st_mode  # as any new file has here; some writers make it another file, for us alone
-        write(beside)
-        beside.chmod(mode)
-        os.replace(beside, target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+def _write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
+    with whole(target) as path:
+        if target.suffix == ".pth":
+            torch.save(tensors, path)
+        else:  # which refuses tensors that share memory, as the parts of a split do
+            own = {n: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for n, t in tensors.items()}
+            save_file(own, path, metadata={"format": "pt"})

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from dinov3_infer import Backbone, Dinov3Error
 from dinov3_infer.cli import features as features_command
-from dinov3_infer.cli.sources import find_pictures, whole
+from dinov3_infer.cli.sources import find_pictures
 
 MODEL = ("-m", small_model(), "--device", "cpu")
 SMALL = ("--size", "64")
@@ -262,19 +262,6 @@ def test_where_results_cannot_go(
         (tmp_path / existing).write_text("")
     (tmp_path / "folder.npy").mkdir()
     refused(1, words, command, *(["pca"] if command == "show" else []), source, "-o", tmp_path / out)
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "x.png"
-    target.write_text("before")
-    with pytest.raises(KeyboardInterrupt), whole(target) as path:
-        path.write_text("half")
-        assert path.suffix == ".png" and target.read_text() == "before"
-        raise KeyboardInterrupt
-    assert [p.name for p in tmp_path.iterdir()] == ["x.png"] and target.read_text() == "before"
-    with whole(target) as path:
-        path.write_text("after")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.png"] and target.read_text() == "after"
 
 
 def test_overwrite(tmp_path: Path) -> None:

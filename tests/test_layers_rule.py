@@ -13,7 +13,7 @@ KERNELS = ROOT / "kernels" / "dinov3_infer_kernels"
 # A module imports from lines above its own only.  A package counts as one module.
 ORDER = (
     "errors keys",
-    "rope files packed",
+    "rope files packed writing",
     "packing attention links fused",
     "access places",
     "layers images",

@@ -12,11 +12,10 @@ import json
 import os
 import re
 import shutil
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,11 +25,13 @@ from safetensors.numpy import save_file
 
 from ..errors import InputError
 from ..sources import pyarrow
+from ..writing import whole as _whole
 
 __all__ = ["FORMATS", "Format", "Rows", "whole"]
 
 Array = np.ndarray[Any, Any]
 KEY = "dinov3_infer"  # of the recipe in a file's metadata
+whole = partial(_whole, flush=True)  # a run goes on with the shards that it finds
 
 
 @dataclass
@@ -46,32 +47,6 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.paths)
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `target` when it is on the disk, or goes."""
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        beside.touch(exist_ok=False)
-        mode = beside.stat().st_mode  # as any new file has here; some writers make it another file, for us alone
-        yield beside
-        beside.chmod(mode)
-        _flush(beside)
-        os.replace(beside, target)
-        _flush(target.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Format(ABC):

@@ -140,7 +140,7 @@ class Target:
 
     def forget(self, mine: Container[int]) -> None:
         """Removes what a run that was killed has left of shards that are to be written now."""
-        for left_over in self.parts.glob(".[0-9]*.tmp"):
+        for left_over in self.parts.glob("." + "[0-9]" * 6 + ".*.tmp*"):
             if int(left_over.name[1:7]) in mine:
                 left_over.unlink(missing_ok=True)
 

@@ -17,10 +17,11 @@ from ..backbone import Backbone
 from ..bench.contest import Settings, contest, ratios, spread
 from ..bench.contestants import Precision, Setup, cell_of, contestants
 from ..errors import GatedModelError, ModelNotFoundError, OfflineError
+from ..writing import whole
 from ..zoo import find
 from .doctor import cpu_name
 from .main import FAILED, OK, say, tell
-from .sources import check_file, whole
+from .sources import check_file
 
 __all__ = ["run"]
 

@@ -15,9 +15,10 @@ from ..errors import Dinov3Error, InputError, PrecisionError
 from ..features import Features
 from ..places import name_of
 from ..vit import resolve_layers
+from ..writing import whole
 from .common import load_backbone, results, status
 from .main import tell
-from .sources import Picture, check_folder, find_pictures, whole
+from .sources import Picture, check_folder, find_pictures
 
 __all__ = ["run"]
 

@@ -16,9 +16,10 @@ from ..places import is_collection, list_pictures
 from ..preprocess import Preprocess
 from ..sources import open_names
 from ..tasks.overlay import panel, sheet
+from ..writing import whole
 from .common import load_backbone
 from .main import OK, say, tell
-from .sources import check_file, whole
+from .sources import check_file
 
 __all__ = ["run"]
 

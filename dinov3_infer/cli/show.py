@@ -13,9 +13,10 @@ from ..images import load_image
 from ..tasks.overlay import attention_picture, overlay, panel, sheet
 from ..tasks.pca import foreground, pca_picture, pca_rgb
 from ..tasks.similarity import region_vector, similarity_map
+from ..writing import whole
 from .common import geometry, load_backbone
 from .main import OK, tell
-from .sources import check_file, find_pictures, whole
+from .sources import check_file, find_pictures
 
 __all__ = ["run"]
 

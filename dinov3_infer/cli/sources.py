@@ -2,9 +2,6 @@
 
 import glob
 import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -12,7 +9,7 @@ from urllib.parse import urlsplit
 from ..errors import InputError, MissingFileError
 from ..places import address_scheme, is_collection, list_pictures, name_of, read_list
 
-__all__ = ["Picture", "check_file", "check_folder", "find_pictures", "whole"]
+__all__ = ["Picture", "check_file", "check_folder", "find_pictures"]
 
 
 @dataclass(frozen=True)
@@ -89,17 +86,6 @@ def check_folder(out: str, overwrite: bool) -> Path:
         return path
     _check_place(path.parent, out)
     return path
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `target` in the end, or goes, so that nobody finds half a file."""
-    beside = target.with_name(f".{uuid.uuid4().hex[:8]}{target.suffix}")
-    try:
-        yield beside
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _check_place(folder: Path, out: str) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, InputError, MissingFileError
-from ..saving import replace_file
+from ..writing import whole
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
@@ -53,7 +53,8 @@ class Fitted:
             raise InputError(f"options are numbers, words and lists of these: {error}; leave the others out") from None
         target = Path(path).expanduser()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        replace_file(target, lambda path: save_file(tensors, path, {_KEY: stored}))
+        with whole(target) as beside:
+            save_file(tensors, beside, {_KEY: stored})
         self.options = dict(options)
         return target
 

@@ -16,6 +16,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..backbone import Backbone
 from ..errors import InputError, UnsupportedError
+from ..writing import whole
 from . import checkpoint
 from .backbones import plain_copy, wrap_blocks
 from .config import TrainConfig
@@ -127,7 +128,8 @@ class Run:
             self.step = checkpoint.load(found, self.method, self.optimizer)["step"]
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+            with whole(self.folder / "config.json") as beside:
+                beside.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
             _cut_metrics(self.folder / "metrics.jsonl", self.step)
 
     def _check(self, resume: bool, dry: bool) -> Path | None:
@@ -321,15 +323,10 @@ def _write_model(backbone: Backbone, folder: Path) -> None:
         backbone.save_pretrained(folder / "model.safetensors", layout="meta")
 
 
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
 def _cut_metrics(path: Path, step: int) -> None:
     """A resumed run says again what came after its checkpoint."""
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("}\n")]  # a killed run may have left half of one
-        _write(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+        lines = [line for line in lines if line.endswith("}\n")]  # a killed run may have left half of one
+        with whole(path) as beside:
+            beside.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")

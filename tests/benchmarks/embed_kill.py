@@ -89,7 +89,7 @@ def experiment(
     if last.returncode not in (0, 3):
         raise RuntimeError(last.stderr[-500:])
     first, second = contents(alone), contents(disturbed)
-    left = [str(p.name) for p in Path(folder).rglob("*.tmp")]
+    left = [str(p.name) for p in Path(folder).rglob(".*.tmp*")]
     return dict(
         pictures=len(paths), shard_size=shard_size, kills=kills, new_shards_before_each_kill=new, output=form,
         seconds_undisturbed=round(seconds, 1), failed=sum(bool(error) for _, error in first.values()),
