@@ -24,7 +24,7 @@ from .preprocess import Preprocess
 from .saving import save_checkpoint
 from .vit import ViTConfig
 from .weights import LayoutName, Periods, fingerprint, load_model
-from .zoo import MODELS, ModelInfo, Style, find, preprocess_of
+from .zoo import MODELS, OWN, ModelInfo, Style, find, preprocess_of
 
 __all__ = ["Backbone"]
 
@@ -207,7 +207,8 @@ class Backbone(FeatureExtractor):
 
         `revision`: a branch, made if there is none.
         `card`: the README.md to write; None writes one where there is none yet.  It gives the licence of the model of
-        the zoo that has this architecture: read it, and mend it for weights that are yours alone.
+        the zoo that has this architecture, but for what `train` made from scratch: read it, and mend it for other
+        weights that are yours alone.
 
         Raises: InputError for a wrong id or no token, GatedModelError without the right to write, OfflineError.
         """
@@ -265,13 +266,19 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 
 
 def _row_of(config: ViTConfig, path: Path | None = None, stored: Mapping[str, Any] | None = None) -> ModelInfo | None:
-    """The row of the zoo with this architecture; among equals the one that config.json or the file's name speaks of."""
+    """The row of the zoo with this architecture; among equals the one that config.json or the file's name speaks of.
+
+    Of weights that began as random ones, as config.json says, it has no licence.
+    """
     rows = [row for row in MODELS.values() if same_architecture(row.config, config)]
-    if len(rows) < 2:
-        return rows[0] if rows else None
     stored = stored or {}
     ours, timm = stored.get("dinov3_infer"), stored.get("pretrained_cfg")
-    name = ours.get("name") if isinstance(ours, dict) else None
+    ours = ours if isinstance(ours, dict) else {}
+    if ours.get("from_scratch") is True:
+        rows = [replace(row, licence=OWN) for row in rows]
+    if len(rows) < 2:
+        return rows[0] if rows else None
+    name = ours.get("name")
     tag = f".{timm.get('tag')}" if isinstance(timm, dict) else "."
     for row in rows:
         # of the two ViT-L the satellite model alone was trained with this norm

@@ -10,7 +10,7 @@ from .links import client_error, queries_cut, reason
 from .preprocess import Preprocess
 from .saving import save_checkpoint
 from .vit import VisionTransformer
-from .zoo import ModelInfo
+from .zoo import OWN, ModelInfo
 
 __all__ = ["model_card", "push"]
 
@@ -25,16 +25,22 @@ _LICENCES = {
 def model_card(model: VisionTransformer, repository: str, info: ModelInfo | None) -> str:
     """README.md of a repository that holds `model` in the layout of transformers.
 
-    The licence and the base model are those of the row of the zoo with this architecture; without a row neither is
-    stated.
+    The licence and the base model are those of the row of the zoo with this architecture; without a row, and for
+    weights that began as random ones, neither is stated.
     """
     config = model.config
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     lines = ["library_name: transformers", "pipeline_tag: image-feature-extraction", "tags:", "- dinov3_infer"]
     kind, licence = "A vision transformer", ""
     if info is not None:
-        lines += [f"- {info.family}", _LICENCES[info.licence]]
+        lines.append(f"- {info.family}")
         kind = f"A vision transformer with the architecture of `{info.name}`"
+        licence = (
+            "\n## Licence\n\nThe weights were trained from random ones, and no released weights went into them: their "
+            "licence is\nthe author's choice.\n"
+        )
+    if info is not None and info.licence != OWN:
+        lines.append(_LICENCES[info.licence])
         licence = f"\n## Licence\n\nThat of the weights of `{info.name}`: {info.licence}.\n"
         if info.hub_id is not None:
             lines.append(f"base_model: {info.hub_id}")

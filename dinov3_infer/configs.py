@@ -14,7 +14,7 @@ from .errors import CheckpointError, UnsupportedError
 from .keys import Folded, Layout, Masked, row_of, sources
 from .layers import PositionResize, ViTConfig
 from .preprocess import Preprocess
-from .zoo import ARCHITECTURES, ModelInfo, find_architecture, preprocess_of, timm_model
+from .zoo import ARCHITECTURES, OWN, ModelInfo, find_architecture, preprocess_of, timm_model
 
 __all__ = [
     "complete",
@@ -319,15 +319,16 @@ def timm_config(config: ViTConfig, info: ModelInfo | None, preprocess: Preproces
     theirs = preprocess_of(info, "timm")
     side = theirs.size
     assert isinstance(side, int)
+    origin = {} if info.licence == OWN else {"tag": tag, "license": info.licence.lower().replace(" ", "-")}
     return {
         "architecture": architecture, "num_classes": 0, "num_features": config.embed_dim,
         "global_pool": "avg" if info.family == "dinov3" else "token",
         "pretrained_cfg": {
-            "tag": tag, "input_size": [3, side, side], "fixed_input_size": True, "interpolation": theirs.filter,
+            **origin, "input_size": [3, side, side], "fixed_input_size": True, "interpolation": theirs.filter,
             "crop_pct": round(side / (theirs.resize_to or side), 3),
             "crop_mode": "center" if theirs.fit == "crop" else theirs.fit,
             "mean": list(preprocess.mean), "std": list(preprocess.std), "num_classes": 0, "pool_size": None,
-            "first_conv": "patch_embed.proj", "classifier": "head", "license": info.licence.lower().replace(" ", "-"),
+            "first_conv": "patch_embed.proj", "classifier": "head",
         },
     }  # fmt: skip
 

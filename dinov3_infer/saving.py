@@ -22,7 +22,7 @@ from .rope import rope_periods
 from .vit import VisionTransformer, ViTConfig
 from .weights import LayoutName
 from .writing import whole
-from .zoo import ModelInfo
+from .zoo import OWN, ModelInfo
 
 __all__ = ["restore", "save_checkpoint"]
 
@@ -130,12 +130,14 @@ def save_checkpoint(
         name.endswith("qkv.bias") and bool(tensor.any()) for name, tensor in state.items()
     )
     files: dict[str, Mapping[str, Any]] = {}
+    block = _our_block(model, info)
     if layout == "hf":
         dtype = str(model.patch_embed.proj.weight.dtype).removeprefix("torch.")
-        files["config.json"] = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": _our_block(model, info)}
+        files["config.json"] = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": block}
         files["preprocessor_config.json"] = hf_processor_config(model.config, preprocess.mean, preprocess.std)
     elif layout == "timm":
-        files["config.json"] = timm_config(model.config, info, preprocess, with_bias)
+        ours = {"dinov3_infer": block} if "from_scratch" in block else {}
+        files["config.json"] = timm_config(model.config, info, preprocess, with_bias) | ours
     tensors, notes = restore(state, model.config, table, with_bias)
     if layout == "meta" and info is not None and (preprocess.mean, preprocess.std) != (info.mean, info.std):
         notes.append("the meta layout holds no mean and std, and those of this model are its own")
@@ -155,8 +157,10 @@ def save_checkpoint(
 
 
 def _our_block(model: VisionTransformer, info: ModelInfo | None) -> dict[str, Any]:
-    """What transformers' config has no field for."""
+    """What the configs of others have no field for."""
     block: dict[str, Any] = {"name": info.name if info else None}
+    if info is not None and info.licence == OWN:
+        block["from_scratch"] = True
     if model.rope_periods is not None and not _are_exact(model.rope_periods, model.config):
         block["rope_periods"] = model.rope_periods.tolist()
     return block

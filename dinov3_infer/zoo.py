@@ -16,6 +16,7 @@ from .vit import ViTConfig
 __all__ = [
     "ARCHITECTURES",
     "MODELS",
+    "OWN",
     "ModelInfo",
     "find",
     "find_architecture",
@@ -69,6 +70,7 @@ ARCHITECTURES: dict[str, ViTConfig] = {
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SAT493M = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
 _APACHE, _DINOV3 = "Apache-2.0", "DINOv3 License"
+OWN = "the author's choice"  # licence of weights that began as random ones
 
 
 @dataclass(frozen=True)

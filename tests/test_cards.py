@@ -1,6 +1,7 @@
 """A model goes to the hub and comes back, with a card that says what it is."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hub_server import READER, SECRET, WRITER, Hub
 
 from dinov3_infer import MODELS, Backbone, GatedModelError, InputError, OfflineError
 from dinov3_infer.cards import model_card
-from dinov3_infer.zoo import list_models
+from dinov3_infer.zoo import OWN, list_models
 
 
 def header_of(card: str) -> dict[str, object]:
@@ -54,6 +55,26 @@ def test_the_header_of_a_card(name: str) -> None:
 def test_a_card_of_an_architecture_of_ones_own_claims_no_licence(small: Path) -> None:
     card = model_card(Backbone.from_pretrained(small), "someone/mine", None)
     assert set(header_of(card)) == {"library_name", "pipeline_tag", "tags"} and "icence" not in card
+
+
+@pytest.mark.parametrize("layout", ["hf", "timm"])
+def test_weights_that_began_as_random_ones_are_their_authors(layout: str, tmp_path: Path) -> None:
+    """Neither card nor config gives them the licence of the architecture's released ones, saved again neither."""
+    info = replace(MODELS["dinov3_vits16"], licence=OWN)
+    with torch.random.fork_rng():
+        bb = Backbone(info.config, info).eval()
+    for i in range(2):
+        folder = bb.save_pretrained(tmp_path / str(i), layout)
+        assert (
+            "icen" not in (folder / "config.json").read_text()
+            and "lvd1689m" not in (folder / "config.json").read_text()
+        )
+        bb = Backbone.from_pretrained(folder, device="cpu")
+        assert bb.info == info and bb.preprocess.size == 256
+    card = model_card(bb, "someone/mine", bb.info)
+    assert not {"license", "license_name", "license_link", "base_model"} & set(header_of(card))
+    assert "architecture of `dinov3_vits16`" in card and "licence is\nthe author's choice" in card
+    assert "DINOv3 License" not in card
 
 
 def test_there_and_back(tmp_path: Path, small: Path, hub: Hub, client: Client) -> None:

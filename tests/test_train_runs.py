@@ -21,6 +21,7 @@ from dinov3_infer.errors import InputError
 from dinov3_infer.train import checkpoint
 from dinov3_infer.train.config import TrainConfig
 from dinov3_infer.train.loop import Run, train
+from dinov3_infer.zoo import OWN
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(
@@ -256,3 +257,19 @@ def test_new_heads_soon_tell_pictures_apart(tmp_path: Path) -> None:
     last = metrics(tmp_path)[-1]
     assert last["dino_global"] < 0.98 * math.log(256) and last["teacher_entropy"] < 0.8
     assert last["verdict"] == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("changes", "licence"),
+    [
+        (dict(from_scratch=True), OWN),
+        ({}, "Apache-2.0"),
+        (dict(from_scratch=True, teacher="nano", feature_weight=1.0), "Apache-2.0"),
+    ],
+    ids=["from scratch", "from released weights", "from a teacher"],
+)
+def test_the_licence_of_what_came_out(changes: dict, licence: str, world: Path, tmp_path: Path) -> None:
+    """Weights that began as random ones are their author's, in the folder too; a teacher may have a say."""
+    result = train(settings(world, str(tmp_path), model="nano", steps=1, **changes))
+    for bb in (result, Backbone.from_pretrained(tmp_path / "backbone", device="cpu")):
+        assert bb.info is not None and (bb.info.name, bb.info.licence) == ("nano", licence)

@@ -17,6 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..backbone import Backbone
 from ..errors import InputError, UnsupportedError
 from ..writing import whole
+from ..zoo import OWN
 from . import checkpoint
 from .backbones import plain_copy, wrap_blocks
 from .config import TrainConfig
@@ -73,6 +74,8 @@ def _build(config: TrainConfig, device: torch.device, backbone: Backbone | None)
         torch.manual_seed(generator(config.seed, 0, "weights").initial_seed() % 2**63)
         if backbone is None and config.from_scratch:
             backbone = Backbone.from_config(config.model)
+            if backbone.info is not None and teacher is None:  # whose licence may have a say
+                backbone.info = dataclasses.replace(backbone.info, licence=OWN)
         elif backbone is None:
             backbone = Backbone.from_pretrained(config.model, device="cpu")
         elif backbone.patch_embed.proj.weight.dtype not in (torch.float32, torch.float64):
