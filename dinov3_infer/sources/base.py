@@ -64,43 +64,37 @@ class Names(Sequence[str]):
         return os.fsdecode(self._content[self._ends[index] : self._ends[index + 1]])
 
 
-class Files(Source):
+class Listed(Source):
+    """Pictures that are given one by one."""
+
+    def __init__(self, name: str, pictures: Sequence[ImageLike], labels: list[str] | None = None) -> None:
+        self.name, self._pictures, self.labels = name, pictures, labels
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def key(self, index: int) -> str | None:
+        return name_of(self._pictures[index])
+
+    def picture(self, index: int) -> ImageLike:
+        return self._pictures[index]
+
+    def load(self, index: int, wanted: Wanted | None = None) -> Loaded:
+        return decode(self._pictures[index], f"item {index}", wanted)  # a path is in what is said anyway
+
+
+class Files(Listed):
     """Pictures in files or at addresses of their own."""
 
     def __init__(self, name: str, paths: Iterable[str], labels: list[str] | None = None) -> None:
-        self.name, self.labels = name, labels
-        self._paths = Names(paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def key(self, index: int) -> str | None:
-        return name_of(self._paths[index])
-
-    def picture(self, index: int) -> ImageLike:
-        return self._paths[index]
-
-    def load(self, index: int, wanted: Wanted | None = None) -> Loaded:
-        return decode(self._paths[index], f"item {index}", wanted)  # the path is in what is said anyway
+        super().__init__(name, Names(paths), labels)
 
 
-class Items(Source):
+class Items(Listed):
     """Pictures of a list, of any kind."""
 
     def __init__(self, items: Sequence[ImageLike]) -> None:
-        self.name, self._items = "a list", items
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def key(self, index: int) -> str | None:
-        return name_of(self._items[index])
-
-    def picture(self, index: int) -> ImageLike:
-        return self._items[index]
-
-    def load(self, index: int, wanted: Wanted | None = None) -> Loaded:
-        return decode(self._items[index], f"item {index}", wanted)
+        super().__init__("a list", items)
 
 
 class Picked(Source):
