@@ -35,6 +35,7 @@ from dinov3_infer import Backbone
 from dinov3_infer.bench.contest import Cell, Settings, contest, ratios, reason, spread
 from dinov3_infer.bench.contestants import MODES as OURS
 from dinov3_infer.bench.contestants import Contestant, Setup, cell_of, contestants
+from dinov3_infer.cli.doctor import cpu_name
 
 HERE = Path(__file__).parent
 README = HERE.parent.parent / "README.md"
@@ -159,11 +160,8 @@ def filled(text: str, record: dict[str, Any]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
-        "cpu": name or platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(), "platform": platform.platform(),
     }  # fmt: skip
 

@@ -37,6 +37,7 @@ from lightly.transforms import DINOTransform  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from dinov3_infer.cli.doctor import cpu_name  # noqa: E402
 from dinov3_infer.train.data import open_data  # noqa: E402
 from dinov3_infer.train.draws import generator  # noqa: E402
 from dinov3_infer.train.views import ViewConfig, Views, collate, make_views  # noqa: E402
@@ -85,13 +86,6 @@ def contest(mine: Callable[[int], None], peers: Callable[[int], None]) -> dict[s
     }
 
 
-def cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     torch.set_num_threads(1)
     photographs = list(fetch.photographs().values())
@@ -114,7 +108,7 @@ def main() -> None:
     record = {
         "what": "2 global crops of 224 and 8 local crops of 96 pixels, CPU time on one core",
         "pictures": {name: picture.size for name, picture in fetch.photographs().items()},
-        "machine": {"cpu": cpu(), "platform": platform.platform(), "load_average": os.getloadavg()[0]},
+        "machine": {"cpu": cpu_name(), "platform": platform.platform(), "load_average": os.getloadavg()[0]},
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "pillow": PIL.__version__,
             "torchvision": torchvision.__version__, "lightly": lightly.__version__,
