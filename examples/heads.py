@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 WIDTH, FINE, FUSED, BINS = 192, 64, 32, 64  # numbers of a query and of a pixel, channels of DPT, depths to choose from
 SEEN = 0.01  # score that all queries start with: most patches answer for nothing
+FADE = 8.0  # how much a mask loses over the width of the picture, times what its query says
 
 
 class Linear(nn.Module):
@@ -69,6 +70,12 @@ class Depth(nn.Module):
         return torch.einsum("bkhw,k->bhw", weights / weights.sum(dim=1, keepdim=True), self.bins)
 
 
+def centres(maps: Tensor) -> Tensor:
+    """Of the cells of maps [B, C, h, w] as (x, y) in 0..1, [h * w, 2]."""
+    y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in maps.shape[2:]), indexing="ij")
+    return torch.stack((x, y), dim=-1).flatten(0, 1).to(maps)
+
+
 class Queries(nn.Module):
     """Maps [B, C, h, w] -> patches that have seen each other [B, P, WIDTH], scores [B, P, K], places (x, y) [P, 2]."""
 
@@ -82,8 +89,7 @@ class Queries(nn.Module):
         nn.init.constant_(self.score.bias, float(torch.tensor(SEEN).logit()))
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in maps.shape[2:]), indexing="ij")
-        places = torch.stack((x, y), dim=-1).flatten(0, 1).to(maps)  # in 0..1
+        places = centres(maps)
         queries = self.blocks(self.project(maps.flatten(2).mT) + self.place(places * 2 - 1))
         return queries, self.score(queries), places
 
@@ -103,7 +109,11 @@ class Detector(nn.Module):
 
 
 class MaskQueries(nn.Module):
-    """Maps [B, C, h, w] -> scores [B, P, K] and masks [B, P, 2h, 2w], both before the sigmoid."""
+    """Maps [B, C, h, w] -> scores [B, P, K] and masks [B, P, 2h, 2w], both before the sigmoid.
+
+    A mask fades with the square of the distance from its patch, each as fast as its query says: two things that look
+    alike stay two.
+    """
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -112,8 +122,11 @@ class MaskQueries(nn.Module):
         self.finer = nn.Sequential(
             nn.ConvTranspose2d(WIDTH, FINE, 2, stride=2), nn.GELU(), nn.Conv2d(FINE, FINE, 3, padding=1)
         )
+        self.fade = nn.Linear(WIDTH, 1)
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        queries, scores, _ = self.queries(maps)
+        queries, scores, places = self.queries(maps)
         pixels = self.finer(queries.mT.unflatten(2, maps.shape[2:]))
-        return scores, torch.einsum("bpc,bchw->bphw", self.vector(queries), pixels) * FINE**-0.5
+        alike = torch.einsum("bpc,bchw->bphw", self.vector(queries), pixels) * FINE**-0.5
+        far = torch.cdist(places, centres(pixels)).square().unflatten(1, pixels.shape[2:])
+        return scores, alike - FADE * F.softplus(self.fade(queries))[..., None] * far

@@ -106,6 +106,15 @@ def test_detector_and_mask_queries_learn_three_pictures_by_heart() -> None:
         assert (thing & true[1]).sum() / (thing | true[1]).sum() > 0.7
 
 
+def test_a_mask_is_largest_on_its_own_patch() -> None:
+    """Where looks tell nothing, whichever side is longer."""
+    head = heads.MaskQueries(8, 2)
+    torch.nn.init.zeros_(head.vector[2].weight), torch.nn.init.zeros_(head.vector[2].bias)
+    masks = head(torch.randn(1, 8, 3, 5))[1][0]
+    best = masks.flatten(1).argmax(dim=1)
+    assert masks.shape == (15, 6, 10) and (best // 10 // 2 * 5 + best % 10 // 2).tolist() == list(range(15))
+
+
 def test_panoptic_drops_what_another_covers() -> None:
     chance = torch.zeros(3, 4, 4)
     chance[0, :, :2], chance[1, :, 2:], chance[2, :, 1:3] = 0.9, 0.9, 0.8

@@ -9,6 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import tasks  # noqa: F401  (puts examples/ on the path)
+
+# isort: split
 import anomaly
 import depth
 import detection
@@ -27,7 +30,7 @@ from common import colours, layer_features, paint, tied
 from heads import layers_of
 from models import model_of
 from PIL import Image, ImageDraw, ImageOps
-from tasks import maps  # puts examples/ on the path
+from tasks import maps
 
 from dinov3_infer.tasks import nearest, overlay, sheet
 
