@@ -11,7 +11,7 @@ enum { W = 8, COLS = 2 };
 #else
 enum { W = 4, COLS = 4 };
 #endif
-enum { ROWS = 6, QUERIES = 2 * ROWS, KEYS = 64, WIDEST = 128, LINES = 32 }; /* tile; at a time; head; rows of a norm */
+enum { ROWS = 6, QUERIES = 2 * ROWS, KEYS = 512, WIDEST = 128, LINES = 32 }; /* tile; at most; head; rows of a norm */
 enum { FLOAT, HALF, BYTE }; /* float32, bfloat16, uint8 about 128 */
 
 #define VECTOR(type, lanes) type __attribute__((vector_size(sizeof(type) * (lanes)), aligned(sizeof(type)), may_alias))
@@ -81,13 +81,15 @@ INLINE vec power(vec x, int half) {
 
 /* --- c = a b, or c += a b: ROWS rows of a, `cols` vectors of b, `steps` words of each --------------------------- */
 
-INLINE void tile(int half, int cols, int more, long steps, const word *a, const word *b, long ldb, float *c, long ldc) {
+/* b lies in panels of one vector by all its steps, `ldb` words from one to the next */
+INLINE void tile(int half, int cols, int more, long steps, const word *a, long lda, const word *b, long ldb, float *c,
+                 long ldc) {
     vec sum[ROWS][COLS], y[COLS];
     UNROLL i = 0; i < ROWS; i++) UNROLL j = 0; j < cols; j++) sum[i][j] = more ? AT(c + i * ldc + j * W) : all(0);
     for (long s = 0; s < steps; s++) {
-        UNROLL j = 0; j < cols; j++) y[j] = AT(b + s * ldb + j * W);
+        UNROLL j = 0; j < cols; j++) y[j] = AT(b + j * ldb + s * W);
         UNROLL i = 0; i < ROWS; i++) {
-            const vec x = all(a[i * WIDEST + s]);
+            const vec x = all(a[i * lda + s]);
             UNROLL j = 0; j < cols; j++)
 #ifdef __AVX512BF16__
                 if (half) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum[i][j]) : "v"(y[j]), "v"(x));
@@ -100,15 +102,19 @@ INLINE void tile(int half, int cols, int more, long steps, const word *a, const 
 }
 
 #define CASE(half, cols) \
-    case half * 8 + cols: tile(half, cols < COLS ? cols : COLS, more, steps, a, b, ldb, c, ldc); break;
+    case half * 8 + cols: tile(half, cols < COLS ? cols : COLS, more, steps, a, lda, b, ldb, c, ldc); break;
 
-static __attribute__((noinline)) void product(int half, int more, long n, long steps, const word *a, const word *b,
-                                              long ldb, float *c, long ldc) {
-    for (; n > 0; n -= COLS * W, b += COLS * W, c += COLS * W)
-        switch (half * 8 + (n < COLS * W ? (n + W - 1) / W : COLS)) {
+/* `wide` vectors of b, shared out evenly among the tiles: narrow ones wait for their own sums */
+static __attribute__((noinline)) void product(int half, int more, long wide, long steps, const word *a, long lda,
+                                              const word *b, long ldb, float *c, long ldc) {
+    for (long tiles = (wide + COLS - 1) / COLS; tiles > 0; tiles--) {
+        const long cols = (wide + tiles - 1) / tiles;
+        switch (half * 8 + cols) {
             CASE(FLOAT, 1) CASE(FLOAT, 2) CASE(FLOAT, 3) CASE(FLOAT, 4)
             CASE(HALF, 1) CASE(HALF, 2) CASE(HALF, 3) CASE(HALF, 4)
         }
+        wide -= cols, b += cols * ldb, c += cols * W;
+    }
 }
 
 /* --- attention --------------------------------------------------------------------------------------------------- */
@@ -134,65 +140,75 @@ INLINE void turned(const struct attention *job, int half, const char *from, long
 }
 
 /* The weights of some keys, in place of their scores, [KEYS]; what went before is made smaller where one is larger */
-INLINE void weighed(int half, float *w, long count, float *top, vec *total, float *out, long D) {
-    const long wide = (count + W - 1) / W * W;
-    for (long j = count; j < wide; j++) w[j] = -INFINITY;
-    vec most = AT(w);
-    for (long j = W; j < wide; j += W) most = larger(most, AT(w + j));
-    const float high = largest_of(most);
-    if (high > *top) {
+INLINE void weighed(int half, int more, float *w, long wide, vec none, float *top, vec *total, float *out, long D) {
+    vec most = AT(w + wide - W) += none;
+    for (long j = 0; j < wide - W; j += W) most = larger(most, AT(w + j));
+    float high = largest_of(most);
+    vec sum = all(0);
+    if (more) {
+        if (*top > high) high = *top;
         const vec less = power(all(*top - high), 0);
         for (long d = 0; d < D; d += W) AT(out + d) *= less;
-        *total *= less, *top = high;
+        sum = *total * less;
     }
     for (long j = 0; j < wide; j += W) {
-        const vec p = power(AT(w + j) - *top, half);
-        *total += p;
+        const vec p = power(AT(w + j) - high, half);
+        sum += p;
         write(p, w, j, half);
     }
+    *top = high, *total = sum;
 }
 
 INLINE void attend(const struct attention *job, int half, char *space, long unit) {
     const long D = job->width, N = job->tokens, H = job->heads, words = half ? D / 2 : D;
-    const long size = half ? 2 : 4, row = 3 * H * D * size;
+    const long size = half ? 2 : 4, row = 3 * H * D * size, pairs = half ? 2 : 1;
     const long chunks = (N + job->chunk - 1) / job->chunk, head = unit / chunks % H, picture = unit / chunks / H;
     const long first = unit % chunks * job->chunk, last = first + job->chunk < N ? first + job->chunk : N;
+    const long blocks = (N + KEYS - 1) / KEYS, each = (N + blocks * W - 1) / (blocks * W) * W; /* keys at a time */
+    const long length = (N + pairs - 1) / pairs * W; /* of a panel of values */
     const char *const q = job->qkv + picture * N * row + head * D * size, *const k = q + row / 3, *v = k + row / 3;
-    word *const keys = (word *)space, *const values = keys + (N + KEYS - 1) / KEYS * KEYS * words;
-    for (long n = 0; n < N; n++) {
-        word one[WIDEST], *const to = keys + n / KEYS * KEYS * words + n % KEYS;
-        turned(job, half, k + n * row, n, 1, one);
-        for (long s = 0; s < words; s++) to[s * KEYS] = one[s];
+    word *const keys = (word *)space, *const values = keys + (N + W - 1) / W * W * words;
+    for (long n = 0; n < N; n += W) {
+        word one[W][WIDEST], *const to = keys + n * words;
+        for (long i = 0; i < W; i++)
+            if (n + i < N) turned(job, half, k + (n + i) * row, n + i, 1, one[i]);
+            else memset(one[i], 0, words * sizeof(word));
+        for (long i = 0; i < W; i++)
+            for (long s = 0; s < words; s++) to[s * W + i] = one[i][s];
     }
-    for (long n = 0; n < N; n += half ? 2 : 1, v += half ? 2 * row : row)
+    for (long n = 0; n < N; n += pairs, v += pairs * row)
         for (long i = 0; i < D; i += W) {
+            word *const to = values + i / W * length + n / pairs * W;
             if (half) {
                 const ints low = (ints)read(v, i, HALF), high = n + 1 < N ? (ints)read(v + row, i, HALF) : (ints){0};
-                AT(values + n / 2 * D + i) = (vec)((low >> 16 & 0xffff) | high);
-            } else AT(values + n * D + i) = read(v, i, FLOAT);
+                AT(to) = (vec)((low >> 16 & 0xffff) | high);
+            } else AT(to) = read(v, i, FLOAT);
         }
     for (long begin = first; begin < last; begin += QUERIES) {
         word some[QUERIES][WIDEST];
-        float top[QUERIES], out[QUERIES][WIDEST], weights[QUERIES][WIDEST];
+        float top[QUERIES], out[QUERIES][WIDEST], weights[QUERIES][KEYS];
         vec total[QUERIES];
         const long rows = last - begin < QUERIES ? last - begin : QUERIES, tiled = (rows + ROWS - 1) / ROWS * ROWS;
         for (long i = 0; i < tiled; i++) {
             const long n = begin + (i < rows ? i : 0);
             turned(job, half, q + n * row, n, 1.44269504f, some[i]); /* log2 e: the weights are powers of 2 */
-            top[i] = -INFINITY, total[i] = all(0), memset(out[i], 0, D * 4);
         }
-        for (long block = 0; block < N; block += KEYS) {
-            const long count = N - block < KEYS ? N - block : KEYS;
-            const word *const some_values = values + (half ? block / 2 : block) * D;
+        for (long block = 0; block < N; block += each) {
+            const long count = N - block < each ? N - block : each, wide = (count + W - 1) / W, more = block > 0;
+            vec none = all(0); /* of the last keys */
+            for (long i = count - (wide - 1) * W; i < W; i++) none[i] = -INFINITY;
             for (long i = 0; i < tiled; i += ROWS)
-                product(half, 0, count, words, some[i], keys + block * words, KEYS, weights[i], WIDEST);
-            for (long i = 0; i < tiled; i++) weighed(half, weights[i], count, top + i, total + i, out[i], D);
+                product(half, 0, wide, words, some[i], WIDEST, keys + block * words, words * W, weights[i], KEYS);
+            for (long i = 0; i < tiled; i++)
+                weighed(half, more, weights[i], wide * W, none, top + i, total + i, out[i], D);
             for (long i = 0; i < tiled; i += ROWS)
-                product(half, 1, D, half ? (count + 1) / 2 : count, weights[i], some_values, D, out[i], WIDEST);
+                product(half, more, D / W, (count + pairs - 1) / pairs, weights[i], KEYS, values + block / pairs * W,
+                        length, out[i], WIDEST);
         }
         for (long i = 0; i < rows; i++) {
             const long to = ((picture * N + begin + i) * H + head) * D;
-            for (long d = 0; d < D; d += W) write(AT(out[i] + d) / sum_of(total[i]), job->out, to + d, job->kind);
+            const float share = 1 / sum_of(total[i]);
+            for (long d = 0; d < D; d += W) write(AT(out[i] + d) * share, job->out, to + d, job->kind);
         }
     }
 }

@@ -30,7 +30,7 @@ _SOURCE = Path(__file__).with_name("fused.c")
 _TARGET = {"arm64": "-mcpu=native", "aarch64": "-mcpu=native"}
 _SECONDS = 60  # that a compiler may take; one does
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
-_QUERIES, _KEYS, _WIDEST = 12, 64, 128  # as in the source
+_QUERIES, _KEYS, _WIDEST = 12, 16, 128  # as in the source; at most as many keys in a vector
 _ONE = Lock()  # of several threads waits for the compiler
 
 
@@ -66,7 +66,7 @@ def attended(
     """Softmax attention of turned q and k, [B*N, H*D]."""
     tokens, width, threads = len(qkv) // count, qkv.shape[1] // (3 * heads), torch.get_num_threads()
     out = torch.empty(len(qkv), heads * width, dtype=dtype, device="cpu")
-    parts = -(-4 * threads // (count * heads)) if threads > 1 else 1  # of the queries of a head, so that none waits
+    parts = -(-2 * threads // (count * heads)) if threads > 1 else 1  # of the queries of a head, so that none waits
     chunk = -(-tokens // (parts * _QUERIES)) * _QUERIES
     room = -(-tokens // _KEYS) * _KEYS * width * 2 * qkv.element_size()
     space = torch.empty(threads * room, dtype=torch.uint8, device="cpu")
