@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from ..attention import rope_attention
 from ..backbone import Backbone
 from ..layers import Block
+from .attending import attend
 from .distributed import whole
-from .products import speed_up, without_values
+from .products import scale_within, speed_up, without_values
 
 __all__ = ["Recompute", "add_adapters", "plain_copy", "wrap_blocks"]
 
@@ -60,8 +62,8 @@ def plain_copy(backbone: Backbone) -> Backbone:
 
 
 def wrap_blocks(backbone: Backbone, compiled: bool, recompute: Recompute) -> None:
-    """Blocks whose products are fast, that are compiled, or that compute some of their activations again in the
-    backward pass.
+    """Blocks whose products and attention are fast and keep little, that are compiled, or that compute some of their
+    activations again in the backward pass.
 
     "cheap": what norms and the activation of the MLP make, a third of what a block keeps, for a hundredth of its time.
     """
@@ -69,6 +71,11 @@ def wrap_blocks(backbone: Backbone, compiled: bool, recompute: Recompute) -> Non
         block = cast(Block, module)
         if not compiled:
             speed_up(block)
+            for residual, branch in ((block.ls1, block.attn), (block.ls2, block.mlp)):
+                *_, last = (part for part in branch.children() if isinstance(part, nn.Linear))
+                scale_within(last, residual)
+            if block.attn.attend is rope_attention:
+                block.attn.attend = attend
         if recompute == "cheap" and not compiled:  # the compiler chooses by itself what to keep
             first, _ = block.mlp.children()
             _made_again(block.norm1, block.attn.qkv)

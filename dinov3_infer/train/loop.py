@@ -86,10 +86,12 @@ def _build(config: TrainConfig, device: torch.device, backbone: Backbone | None)
         method = Method(config, backbone.to(device), teacher)
     wrap_blocks(method.backbone, config.compile, config.recompute)
     wrap_blocks(method.average, config.compile, "none")
-    if device.type == "cpu" and config.precision == "bfloat16":  # torch's fused attention is 1.5 times slower there
-        for module in method.modules():
-            if isinstance(module, Backbone):
-                module.set_attention("eager")
+    for other in (method.teacher, method.gram_teacher):
+        if other is not None:
+            wrap_blocks(other, False, "none")
+    if device.type == "cpu" and config.compile and config.precision == "bfloat16":  # torch's fused one is slower there
+        for compiled in (method.backbone, method.average):
+            compiled.set_attention("eager")
     return method.to(device, torch.float64 if config.precision == "float64" else torch.float32)
 
 

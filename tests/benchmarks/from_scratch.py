@@ -95,7 +95,7 @@ def lightlys(config: TrainConfig, data: Pictures) -> Backbone:
             VIT.embed_dim, config.head_hidden, config.head_bottleneck, config.dino_prototypes, freeze_last_layer=1
         )
         backbone = start()
-        backbone.set_attention("eager")  # faster than torch's fused one with bfloat16 on a CPU; ours runs so too
+        backbone.set_attention("eager")  # faster than torch's fused one with bfloat16 on a CPU
         return nn.ModuleDict({"backbone": backbone, "head": head}).train()
 
     def scores(model: nn.ModuleDict, crops: list[Tensor]) -> list[Tensor]:

@@ -75,9 +75,6 @@ class Ours:
         self.method = Method(self.config, start(args)).to(device).train()
         wrap_blocks(self.method.backbone, False, self.config.recompute)
         wrap_blocks(self.method.average, False, "none")
-        if device.type == "cpu" and args.dtype == "bfloat16":  # as `train` does
-            self.method.backbone.set_attention("eager")
-            self.method.average.set_attention("eager")
         self.optimizer = make_optimizer(self.method.student, self.config)
 
     def step(self, batch: Batch, amp: torch.autocast) -> Tensor:
