@@ -194,7 +194,7 @@ def _prepared(module: Callable[[], Any], way: str, mode: str | None, device: tor
             from torch._inductor import config
 
             freezing = config.patch(freezing=True)
-        with arithmetic, freezing:
+        with arithmetic, freezing, nullcontext() if mode is None else _quiet("torch"):  # tuning prints tables
             if mode == "reduce-overhead":
                 torch.compiler.cudagraph_mark_step_begin()
             return run(pixels.to(dtype))

@@ -6,7 +6,8 @@
 One ViT-S/16 of DINOv3 with random weights, saved for each library in its own format; 224 pixels squashed, float32, the
 same threads for all.  Two sets: 3,000 JPEGs of 500 pixels, and 300 of 12 megapixels, cut from photographs.  Every
 measurement is a process of its own that loads the model, and counts from then until the vectors are in a file.  Each
-contestant first tries 0, 1, 2 ... workers on a tenth of a set and keeps the best number.  Then all take turns.
+contestant first tries 0, 1, 2 ... workers on a tenth of a set and keeps the best number.  Then all take turns.  A set
+that is not measured this time keeps its record.
 
 "bound" is what the work costs at least: the passes of our model over batches that are there already, and the CPU time
 of decoding and resizing by one thread, divided by the cores.  Beside the wall time stands the CPU time of each process
@@ -15,11 +16,10 @@ on a hub and no folder of weights, so it is named as not run.  The record goes t
 """
 
 import argparse
-import io
 import json
 import os
-import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +32,7 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE.parent), str(ROOT), str(ROOT / "kernels")]
 
 SIZE, BATCH = 224, 16
+SETS = {"500 px": (500, 375), "12 MP": (4000, 3000)}
 COMMON = f"""
 import json, os, resource, sys, time
 from pathlib import Path
@@ -127,24 +128,19 @@ print(json.dumps(dict(model=model, model_cpu=model_cpu, decoding=cpu() - used)))
 """
 
 
-def write_sets(folder: Path, counts: tuple[int, int]) -> dict[str, Path]:
-    """Cut-outs of photographs at 500 pixels, and at 12 megapixels."""
+def write_set(folder: Path, count: int, size: tuple[int, int]) -> Path:
+    """Cut-outs of photographs at so many pixels."""
     from fetch import photographs
     from PIL import Image
 
     rng, pictures = random.Random(0), list(photographs().values())
-    sets = {}
-    for name, count, size in (("500 px", counts[0], (500, 375)), ("12 MP", counts[1], (4000, 3000))):
-        sets[name] = folder / name.replace(" ", "_")
-        sets[name].mkdir()
-        for i in range(count):
-            whole = pictures[i % len(pictures)]
-            left, top = rng.randrange(whole.width // 3), rng.randrange(whole.height // 3)
-            box = (left, top, left + whole.width // 2, top + whole.height // 2)
-            stream = io.BytesIO()
-            whole.resize(size, Image.Resampling.BICUBIC, box).save(stream, "JPEG", quality=92)
-            (sets[name] / f"{i:05d}.jpg").write_bytes(stream.getvalue())
-    return sets
+    folder.mkdir()
+    for i in range(count):
+        whole = pictures[i % len(pictures)]
+        left, top = rng.randrange(whole.width // 3), rng.randrange(whole.height // 3)
+        box = (left, top, left + whole.width // 2, top + whole.height // 2)
+        whole.resize(size, Image.Resampling.BICUBIC, box).save(folder / f"{i:05d}.jpg", "JPEG", quality=92)
+    return folder
 
 
 def measured(script: str, weights: Path, album: Path, workers: int, first: int = 0) -> dict[str, Any]:
@@ -195,7 +191,8 @@ def contest(weights: Path, album: Path, rounds: int, most_workers: int, tenth: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", type=int, nargs=2, default=(3000, 300))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--counts", type=int, nargs=2, default=(3000, 300), help="pictures of each set")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="at most")
     parser.add_argument("--model", default="vits16")
@@ -204,26 +201,29 @@ def main() -> None:
     import torch
 
     from dinov3_infer import Backbone
+    from dinov3_infer.cli.doctor import cpu_name
 
+    counts = dict(zip(SETS, args.counts, strict=True))
+    before = json.loads(args.out.read_text()) if args.out.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights"
         bb = Backbone.from_config(args.model, seed=0)
         bb.preprocess = bb.preprocess.with_options(SIZE)  # goes to preprocessor_config.json
         bb.save_pretrained(weights / "hf")
         bb.save_pretrained(weights / "timm", layout="timm")
-        sets = write_sets(Path(folder), args.counts)
-        cells = {
-            name: contest(weights, album, args.rounds, args.workers, max(1, count // 10))
-            for (name, album), count in zip(sets.items(), args.counts, strict=True)
-        }
-    record = dict(
-        model=args.model, size=SIZE, batch=BATCH, counts=list(args.counts), rounds=args.rounds,
-        cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads(), machine=platform.processor(),
-        torch=torch.__version__, cells=cells,
-    )  # fmt: skip
+        cells = before.get("cells", {})
+        for name in args.sets:
+            album = write_set(Path(folder) / "album", counts[name], SETS[name])
+            cells[name] = dict(
+                model=args.model, size=SIZE, batch=BATCH, count=counts[name], rounds=args.rounds,
+                cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads(), machine=cpu_name(),
+                torch=torch.__version__,
+            ) | contest(weights, album, args.rounds, args.workers, max(1, counts[name] // 10))  # fmt: skip
+            shutil.rmtree(album)
+    record = dict(cells=cells)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
-    for name, cell in cells.items():
-        print(name, json.dumps({what: cell[what] for what in ("seconds", "cpu")}, indent=1))
+    for name in args.sets:
+        print(name, json.dumps({what: cells[name][what] for what in ("seconds", "cpu")}, indent=1))
 
 
 if __name__ == "__main__":
