@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,15 @@ if importlib.util.find_spec("torchvision") is not None and not torch.cuda.is_ava
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    yield
+    if "openvino" in sys.modules:
+        from dinov3_infer.bench.contest import mend_signal_stack
+
+        mend_signal_stack()
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -229,3 +231,22 @@ def test_of_each_library_the_fastest_goes_on(monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(ran) == sorted(2 * [name for name in takes if name != "broken"])
     slow = took["lib, slow, float32"]
     assert isinstance(slow, float) and slow >= 60.0
+
+
+BROKEN = """
+import ctypes, os, signal, struct, sys
+from dinov3_infer.bench.contest import mend_signal_stack
+signal.signal(signal.SIGUSR1, lambda number, frame: print("handled"))
+ctypes.CDLL(None).sigaltstack(struct.pack("@Pi4xN", 4096, 0, 65536), None)  # where nothing is
+if sys.argv[1] == "mend":
+    mend_signal_stack()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+@pytest.mark.parametrize("what, code, said", [("mend", 0, "handled\n"), ("leave", -11, "")])
+def test_a_signal_after_openvino(what: str, code: int, said: str) -> None:
+    """Handlers do not run on a stack that is gone, which ends a process."""
+    done = subprocess.run([sys.executable, "-c", BROKEN, what], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, said)

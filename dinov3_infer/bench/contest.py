@@ -4,9 +4,12 @@ A wrong contestant is reported and not timed.  On a GPU time is that between CUD
 from a CUDA graph, so that it is the kernels that are compared and not Python.  On a CPU it is a plain clock.
 """
 
+import ctypes
 import importlib
 import random
+import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +21,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = [
-    "Cell", "Run", "Settings", "clocks", "contest", "copies", "imported", "interleaved", "mend_torchvision", "ratios",
-    "reason", "relative_error", "replayed", "smi", "spread",
+    "Cell", "Run", "Settings", "clocks", "contest", "copies", "imported", "interleaved", "mend_signal_stack",
+    "mend_torchvision", "ratios", "reason", "relative_error", "replayed", "smi", "spread",
 ]  # fmt: skip
 
 L2_BYTES = 60 << 20  # of an H200; inputs rotate through three times as much
@@ -238,6 +241,17 @@ def mend_torchvision() -> None:
         _KEPT.append(library)
     except ImportError:  # whoever needs it says so
         return
+
+
+def mend_signal_stack() -> None:
+    """Lets signal handlers run on the ordinary stack of this thread.
+
+    OpenVINO 2026.4 gives them one of its own when a model is freed, and frees that too: the next signal, such as that a
+    worker has ended, would end the process.
+    """
+    if sys.platform == "linux":
+        none = struct.pack("@Pi4xN", 0, 2, 0)  # stack_t with SS_DISABLE
+        ctypes.CDLL(None).sigaltstack(none, None)
 
 
 _KEPT: list[Any] = []  # what a library defines goes with it

@@ -25,7 +25,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..backbone import Backbone
 from ..errors import InputError, UnsupportedError
-from .contest import Cell, mend_torchvision
+from .contest import Cell, mend_signal_stack, mend_torchvision
 
 __all__ = ["Contestant", "Precision", "Setup", "cell_of", "contestants", "timm_model"]
 
@@ -320,6 +320,20 @@ def _onnxruntime(setup: Setup) -> Iterator[Contestant]:
         yield Contestant("onnxruntime", "all optimisations", "float32", load)
 
 
+class _Compiled:
+    """A model of OpenVINO, which does not go without leaving something behind."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, pixels: Tensor) -> Any:
+        return {output.get_any_name(): tokens for output, tokens in self.model(pixels.numpy()).items()}
+
+    def __del__(self) -> None:
+        del self.model
+        mend_signal_stack()
+
+
 def _openvino(setup: Setup) -> Iterator[Contestant]:
     def load(precision: str, quantised: bool = False) -> Call:
         import openvino
@@ -336,13 +350,7 @@ def _openvino(setup: Setup) -> Iterator[Contestant]:
         hints = dict(
             PERFORMANCE_HINT="LATENCY", INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=setup.threads
         )
-        compiled = openvino.Core().compile_model(model, "CPU", hints)
-
-        def call(pixels: Tensor) -> Any:
-            found = compiled(pixels.numpy())
-            return {output.get_any_name(): tokens for output, tokens in found.items()}
-
-        return call
+        return _Compiled(openvino.Core().compile_model(model, "CPU", hints))
 
     if find_spec("openvino") is not None:
         yield Contestant("openvino", "f32", "float32", partial(load, "f32"))
