@@ -8,6 +8,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import BinaryIO, TypeAlias
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -20,7 +21,16 @@ from torch import Tensor
 from .errors import ImageError, InputTypeError, MissingFileError, one_line
 from .places import address_scheme, is_collection, list_pictures, name_of, read_address
 
-__all__ = ["FORMATS", "MAX_BYTES", "ImageLike", "from_hwc", "load_image", "open_picture", "split_batch"]
+__all__ = [
+    "FORMATS",
+    "MAX_BYTES",
+    "ImageLike",
+    "from_hwc",
+    "keep_freed_memory",
+    "load_image",
+    "open_picture",
+    "split_batch",
+]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -28,14 +38,14 @@ ImageLike: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image |
 
 _DIRECT = ("RGB", "RGBX", "L", "1", "P", "CMYK", "YCbCr", "LAB", "HSV")
 _ALPHA = ("RGBA", "LA", "PA", "RGBa")
-_TURN = {  # EXIF orientation -> whether rows are stored as columns, and the steps along rows and columns as stored
-    2: (False, 1, -1),
-    3: (False, -1, -1),
-    4: (False, -1, 1),
-    5: (True, 1, 1),
-    6: (True, -1, 1),
-    7: (True, -1, -1),
-    8: (True, 1, -1),
+_TURN = {  # EXIF orientation -> what turns it upright, whether rows become columns, whether the first comes last
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, False, False),
+    3: (Image.Transpose.ROTATE_180, False, True),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, True),
+    5: (Image.Transpose.TRANSPOSE, True, False),
+    6: (Image.Transpose.ROTATE_270, True, True),
+    7: (Image.Transpose.TRANSVERSE, True, True),
+    8: (Image.Transpose.ROTATE_90, True, False),
 }
 # Pillow reads more kinds: one runs a program (EPS), one unpacks whatever there is (FITS), most are hardly ever tried.
 # The first five come without loading all of Pillow; HEIF and JXL are there if their plugin is.
@@ -44,7 +54,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000
 _BYTES = {"JPEG": 7, "MPO": 7, "PNG": 7, "BMP": 7, "PPM": 7, "TIFF": 10, "WEBP": 24, "JPEG2000": 24}
 _AT_MOST, _PROGRESSIVE = 12, 10  # a progressive JPEG keeps all its coefficients
 MAX_BYTES = 2**28  # of a file
-_STRIP = 2**20  # pixels that are converted at a time
+_STRIP = 2**18  # pixels that are converted at a time
 _first = iter((True,))  # for what is said once
 _ALONE = "the picture"  # what a picture without a number is called
 _BUFFERS = (bytearray, memoryview)
@@ -77,7 +87,8 @@ def load_image(source: ImageLike, label: str = _ALONE) -> Tensor:
 
     Files are turned upright by their EXIF tag, transparency is laid over white, of an animation the first frame counts.
     A path may be an http, https, file or data address.  Arrays are [H_px, W_px, 3], tensors [3, H_px, W_px], RGB, uint8
-    or float in 0..1.
+    or float in 0..1.  What comes from a file or an array lies in memory pixel by pixel, where torch resizes it
+    several times as fast as channel by channel.
 
     Raises: MissingFileError, ImageError (damaged, 16-bit or float modes, wrong shape or range), InputTypeError.
     """
@@ -220,21 +231,33 @@ def _from_pil(picture: Image.Image, label: str) -> Tensor:
         )
     if getattr(picture, "tile", None) and getattr(picture, "fp", None) is None:  # not read yet, and nothing to read
         raise _closed(label)
+    keep_freed_memory()
     picture.load()  # which turns a TIFF upright and takes the tag away
-    turned, down, across = _TURN.get(picture.getexif().get(ExifTags.Base.Orientation, 1), (False, 1, 1))
+    turn, turned, backwards = _TURN.get(picture.getexif().get(ExifTags.Base.Orientation, 1), (None, False, False))
     width, height = picture.size
-    upright = np.empty((3, width, height) if turned else (3, height, width), np.uint8)
-    stored = (upright.transpose(0, 2, 1) if turned else upright)[:, ::down, ::across]
+    upright = np.empty((width, height, 3) if turned else (height, width, 3), np.uint8)
     rows = max(1, _STRIP // width)
     for top in range(0, height, rows):
-        strip = picture if rows >= height else picture.crop((0, top, width, min(top + rows, height)))
-        stored[:, top : top + rows] = np.asarray(_opaque(strip)).transpose(2, 0, 1)
+        bottom = min(top + rows, height)
+        strip = _opaque(picture if rows >= height else picture.crop((0, top, width, bottom)))
+        strip = strip if turn is None else strip.transpose(turn)
+        place = slice(height - bottom, height - top) if backwards else slice(top, bottom)
+        upright[(slice(None), place) if turned else place] = np.asarray(strip)
     with contextlib.suppress(Exception):  # a second frame that is damaged is none
         # a camera's MPO is one photograph, and who has turned to another frame wants that
         animated = getattr(picture, "is_animated", False) and picture.format != "MPO" and picture.tell() == 0
         if animated and next(_first, False):
             log.warning("%s has several frames; the first is taken, of this and of all others", one_line(label))
-    return torch.from_numpy(upright)
+    return torch.from_numpy(upright).permute(2, 0, 1)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Once per process: glibc keeps what is freed of pieces up to its most, 32 MiB, twice that for each thread.
+
+    Otherwise the memory of each picture goes back to the system and comes again page by page, up to half of the time.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 def _opaque(picture: Image.Image) -> Image.Image:
@@ -246,8 +269,8 @@ def _opaque(picture: Image.Image) -> Image.Image:
 
 
 def from_hwc(array: np.ndarray) -> Tensor:
-    """[H_px, W_px, 3] -> [3, H_px, W_px], contiguous and its own."""
-    return torch.from_numpy(array.transpose(2, 0, 1).copy())
+    """[H_px, W_px, 3] -> [3, H_px, W_px], a copy in which the colours of a pixel stay together."""
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)
 
 
 def _from_array(array: np.ndarray, label: str) -> Tensor:

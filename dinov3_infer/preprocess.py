@@ -181,7 +181,7 @@ class Preprocess:
         placement = self.plan(*(original or (image.shape[1], image.shape[2])), label)
         resized = self._resize(image, placement.resized)
         top, left, height, width = placement.window
-        resized = resized[:, top : top + height, left : left + width]
+        resized = resized[:, top : top + height, left : left + width].contiguous()
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         pixels = (resized / 255.0).sub_(mean) if resized.dtype == torch.uint8 else resized - mean
         pixels.div_(std)

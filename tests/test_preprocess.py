@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov3_infer.errors import InputError
+from dinov3_infer.images import load_image
 from dinov3_infer.preprocess import Preprocess
 from dinov3_infer.zoo import MODELS, preprocess_of
 
@@ -52,6 +53,17 @@ def test_resizing_is_the_antialiased_filter(engine, levels, name, shape) -> None
     ours = plain((224, 251), filter=name, engine=engine)(picture).double().numpy() * 255
     far = float(np.abs(ours - expected).max())
     assert far < levels
+
+
+@by_size
+@pytest.mark.parametrize("fit", ["squash", "crop", "native"])
+@pytest.mark.parametrize("engine", ["uint8", "float", "pil"])
+def test_pixels_do_not_depend_on_how_they_lie_in_memory(engine, fit, shape) -> None:
+    """Pixel by pixel, as files and arrays come, or channel by channel, as tensors mostly do."""
+    transform = plain(224, fit=fit, engine=engine)
+    by_pixel = load_image(photo(*shape))
+    assert by_pixel.stride(0) == 1 and transform(by_pixel).is_contiguous()
+    assert torch.equal(transform(by_pixel), transform(by_pixel.contiguous()))
 
 
 @pytest.mark.peers

@@ -90,7 +90,7 @@ def test_pixels_are_limited_before_a_decoder_makes_them_fewer(form: str, monkeyp
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "CMYK"])
-@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("orientation", range(1, 9))
 def test_strips_give_what_the_whole_gives(mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Converted a few rows at a time: the same pixels, with and without transparency, turned once or not."""
     picture = Image.fromarray(photo(37, 50)).convert(mode)
@@ -102,7 +102,7 @@ def test_strips_give_what_the_whole_gives(mode: str, orientation: int, monkeypat
     content = encoded(picture, "tiff" if mode == "CMYK" else "png", exif=exif, **options)
     whole = load_image(content)
     monkeypatch.setattr(images, "_STRIP", 120)
-    assert torch.equal(load_image(content), whole) and whole.shape[1:] == ((50, 37) if orientation == 6 else (37, 50))
+    assert torch.equal(load_image(content), whole) and whole.shape[1:] == ((50, 37) if orientation >= 5 else (37, 50))
 
 
 def test_streams_without_an_end_are_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

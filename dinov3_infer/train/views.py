@@ -7,7 +7,6 @@ Everything is drawn from the generator that is handed in.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from ..images import keep_freed_memory
 from .distort import blur, brightness, contrast, greyscale, hue, saturation, solarize
 
 __all__ = ["Batch", "ViewConfig", "Views", "block_mask", "collate", "make_views", "masked_counts"]
@@ -137,7 +137,7 @@ def collate(
 
 def make_views(image: Tensor, config: ViewConfig, generator: torch.Generator) -> Views:
     """The crops of a picture, uint8 [3, H_px, W_px]."""
-    _keep_freed_memory()
+    keep_freed_memory()
     draw = _uniform(generator)
     image = torch.stack(image.unbind(0), -1).permute(2, 0, 1) if image.stride(0) != 1 else image
     large = max(config.global_px, config.gram_px or 0) if config.gram_distortions else config.global_px
@@ -156,15 +156,6 @@ def make_views(image: Tensor, config: ViewConfig, generator: torch.Generator) ->
         region, flip = _region(image, config.local_scale, draw), next(draw) < config.flip
         local[k] = _distort(_cut(image, region, flip, config.local_px), config, draw, config.local_blur, 0.0)
     return Views(crops, local, gram)
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Once per process: glibc keeps what is freed up to twice the largest piece that it has seen freed.
-
-    Otherwise the memory of each crop goes back to the system and comes again page by page, a fifth of the time.
-    """
-    torch.empty(2**24, dtype=torch.uint8)
 
 
 def _uniform(generator: torch.Generator) -> Iterator[float]:

@@ -29,13 +29,8 @@ TRANSFORMS = [
 
 def read_picture(source: Any, draw: random.Random) -> None:
     image = load_image(source)
-    assert (
-        image.ndim == 3
-        and image.shape[0] == 3
-        and image.numel()
-        and image.is_contiguous()
-        or isinstance(source, torch.Tensor)
-    )
+    assert image.ndim == 3 and image.shape[0] == 3 and image.numel()
+    assert image.permute(1, 2, 0).is_contiguous() or isinstance(source, torch.Tensor)
     assert image.dtype in (torch.uint8, torch.float32)
     pixels, _ = draw.choice(TRANSFORMS).place(image)
     assert pixels.isfinite().all() and not any(side % 16 for side in pixels.shape[1:])
