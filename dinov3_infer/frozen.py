@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .fused import attended, normed, why_not_fused
+from .images import keep_freed_memory
 from .layers import GatedMlp, MaskedKeyLinear
 from .packed import PackedLinear, QuantisedLinear, smoothed
 from .vit import BackboneOutput, LayerOutput, VisionTransformer
@@ -27,9 +28,6 @@ _ROWS = 512  # at a time for each thread: what is computed of them stays in the 
 _SCORES = 1 << 20  # of q k^T at a time: for the cache too, and so that large pictures need no more memory
 _FEW_ROWS = 16  # a single row goes to another kernel, which rounds differently
 _GRIDS = 32  # sizes of pictures whose tables are kept
-# glibc gives freed memory back to the system and fetches it again page by page, 8 to 10 % of the time of float32, until
-# it has seen one such block freed.  This is just below the largest size that it learns from.
-_KEPT_BYTES = 31 << 20
 # x W^T with W as it is: torch's own products in float32 have the fault that `packed` speaks of
 _PRODUCT: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _REST: tuple[Any, ...] = (None, "none", [], "")
@@ -45,7 +43,7 @@ class Plan:
     def __init__(self, model: VisionTransformer, dtype: torch.dtype, spans: Sequence[Spans] | None = None) -> None:
         self.config, self.dtype = model.config, dtype
         self.mode = "int8" if spans is not None else "exact" if dtype == torch.float32 else "fast"
-        torch.empty(_KEPT_BYTES, dtype=torch.uint8, device="cpu")
+        keep_freed_memory()
         embed: Any = model.patch_embed.proj
         self.patches = PackedLinear(embed.weight.flatten(1), embed.bias, self.dtype)
         self.fused = why_not_fused(dtype, self.config.head_dim) is None
