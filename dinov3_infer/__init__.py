@@ -4,97 +4,64 @@ Shape comments use these letters everywhere: B images, N tokens = 1 + R + P, R r
 D head width, C embed_dim = H * D, T tokens of a packed batch, S sequences in it, G side of a learned position table,
 h and w patches, H_px and W_px pixels.  Every coordinate that a user gives or gets is (x, y) in pixels of the original
 picture; every size is (height, width).
-
-Reading order: rope, packing, attention, layers, vit, facets, images, preprocess, features, sources, batching, bulk,
-extract, zoo, keys, weights, backbone.
 """
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0.dev0"
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .backbone import Backbone
-    from .embed import EmbedReport
-    from .errors import (
-        CheckpointError,
-        Dinov3Error,
-        GatedModelError,
-        ImageError,
-        InputError,
-        InputTypeError,
-        LayerError,
-        MissingFileError,
-        ModelNotFoundError,
-        OfflineError,
-        PrecisionError,
-        UnsupportedError,
-    )
-    from .features import Features, LayerFeatures
-    from .images import load_image
-    from .places import list_pictures
-    from .preprocess import Preprocess
-    from .rope import RopeAugmentation
-    from .vit import BackboneOutput, LayerOutput, VisionTransformer, ViTConfig
-    from .zoo import MODELS, ModelInfo, list_models
-
-__all__ = [
-    "MODELS",
-    "Backbone",
-    "BackboneOutput",
-    "CheckpointError",
-    "Dinov3Error",
-    "EmbedReport",
-    "Features",
-    "GatedModelError",
-    "ImageError",
-    "InputError",
-    "InputTypeError",
-    "LayerError",
-    "LayerFeatures",
-    "LayerOutput",
-    "MissingFileError",
-    "ModelInfo",
-    "ModelNotFoundError",
-    "OfflineError",
-    "PrecisionError",
-    "Preprocess",
-    "RopeAugmentation",
-    "UnsupportedError",
-    "ViTConfig",
-    "VisionTransformer",
-    "list_models",
-    "list_pictures",
-    "load_image",
-]
+    from .backbone import Backbone as Backbone
+    from .errors import CheckpointError as CheckpointError
+    from .errors import Dinov3Error as Dinov3Error
+    from .errors import GatedModelError as GatedModelError
+    from .errors import ImageError as ImageError
+    from .errors import InputError as InputError
+    from .errors import InputTypeError as InputTypeError
+    from .errors import LayerError as LayerError
+    from .errors import MissingFileError as MissingFileError
+    from .errors import ModelNotFoundError as ModelNotFoundError
+    from .errors import OfflineError as OfflineError
+    from .errors import PrecisionError as PrecisionError
+    from .errors import UnsupportedError as UnsupportedError
+    from .features.disk.store import Store as Store
+    from .features.result import Features as Features
+    from .features.result import LayerFeatures as LayerFeatures
+    from .features.vectors import EmbedReport as EmbedReport
+    from .images.decode import ImageLike as ImageLike
+    from .images.decode import load_image as load_image
+    from .images.paths import list_pictures as list_pictures
+    from .images.preprocess import Fit as Fit
+    from .images.preprocess import Preprocess as Preprocess
+    from .model.rope import RopeAugmentation as RopeAugmentation
+    from .model.vit import BackboneOutput as BackboneOutput
+    from .model.vit import LayerOutput as LayerOutput
+    from .model.vit import VisionTransformer as VisionTransformer
+    from .model.vit import ViTConfig as ViTConfig
+    from .zoo import MODELS as MODELS
+    from .zoo import ModelInfo as ModelInfo
+    from .zoo import list_models as list_models
 
 # Imported at first use, so that importing the package costs nothing.
 _HOMES = {
-    "backbone": ("Backbone",),
-    "embed": ("EmbedReport",),
+    "backbone": "Backbone",
     "errors": (
-        "CheckpointError",
-        "Dinov3Error",
-        "GatedModelError",
-        "ImageError",
-        "InputError",
-        "InputTypeError",
-        "LayerError",
-        "MissingFileError",
-        "ModelNotFoundError",
-        "OfflineError",
-        "PrecisionError",
-        "UnsupportedError",
+        "CheckpointError Dinov3Error GatedModelError ImageError InputError InputTypeError LayerError MissingFileError "
+        "ModelNotFoundError OfflineError PrecisionError UnsupportedError"
     ),
-    "features": ("Features", "LayerFeatures"),
-    "images": ("load_image",),
-    "places": ("list_pictures",),
-    "preprocess": ("Preprocess",),
-    "rope": ("RopeAugmentation",),
-    "vit": ("BackboneOutput", "LayerOutput", "VisionTransformer", "ViTConfig"),
-    "zoo": ("MODELS", "ModelInfo", "list_models"),
+    "features.disk.store": "Store",
+    "features.result": "Features LayerFeatures",
+    "features.vectors": "EmbedReport",
+    "images.decode": "ImageLike load_image",
+    "images.paths": "list_pictures",
+    "images.preprocess": "Fit Preprocess",
+    "model.rope": "RopeAugmentation",
+    "model.vit": "BackboneOutput LayerOutput VisionTransformer ViTConfig",
+    "zoo": "MODELS ModelInfo list_models",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = [*_HOME_OF]
 
 
 def __getattr__(name: str) -> object:

@@ -10,20 +10,20 @@ from typing import Any, Self, get_args
 import torch
 from torch import nn
 
-from .attention import resolve_attention
-from .cards import push
-from .configs import layout_hint, same_architecture
+from .checkpoints.config_json import layout_hint, same_architecture
+from .checkpoints.export import Dynamic, export_model
+from .checkpoints.loading import LayoutName, Periods, fingerprint, load_model
+from .checkpoints.reading import CONFIG, PROCESSOR, Checkpoint, TensorsInMemory, open_checkpoint
+from .checkpoints.saving import save_checkpoint
 from .errors import CheckpointError, InputError, InputTypeError
-from .export import Dynamic, export_model
-from .extract import FeatureExtractor
-from .files import CONFIG, PROCESSOR, Checkpoint, TensorsInMemory, open_checkpoint
+from .features.extractor import FeatureExtractor
 from .fused import start_compiler
-from .hub import HubOptions, locate, locate_file
-from .optimize import Mode, check_mode, drop_plan
-from .preprocess import Preprocess
-from .saving import save_checkpoint
-from .vit import ViTConfig
-from .weights import LayoutName, Periods, fingerprint, load_model
+from .hub.locate import HubOptions, locate, locate_file
+from .hub.publish import push
+from .images.preprocess import Preprocess
+from .model.attention import resolve_attention
+from .model.dispatch import Mode, check_mode, drop_plan
+from .model.vit import ViTConfig
 from .zoo import MODELS, OWN, ModelInfo, Style, find, preprocess_of
 
 __all__ = ["Backbone"]

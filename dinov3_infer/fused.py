@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
-from .packed import runs_bfloat16
+from .model.cpu.linear import runs_bfloat16
 
 __all__ = ["attended", "normed", "start_compiler", "why_not_fused"]
 

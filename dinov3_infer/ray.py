@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 
 from .backbone import Backbone
-from .bulk import Target, write
-from .embed import Asked
 from .errors import Dinov3Error, InputError, UnsupportedError
-from .features import Pooling
-from .preprocess import Fit
-from .sources import Source, open_pictures, pyarrow
+from .features.disk.target import Target
+from .features.disk.write import write
+from .features.result import Pooling
+from .features.vectors import Asked
+from .images.containers import pyarrow
+from .images.opening import open_pictures
+from .images.preprocess import Fit
+from .images.sources import Source
 
 __all__ = ["Embedder", "check_cluster", "embed_dataset"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import InputError, ModelNotFoundError, UnsupportedError
-from .preprocess import Preprocess
-from .vit import ViTConfig
+from .images.preprocess import Preprocess
+from .model.vit import ViTConfig
 
 __all__ = [
     "ARCHITECTURES",

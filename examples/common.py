@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from dinov3_infer import Backbone, Dinov3Error, Features, InputError, MissingFileError, list_pictures, load_image
-from dinov3_infer.images import ImageLike
-from dinov3_infer.preprocess import Fit
+from dinov3_infer.images.decode import ImageLike
+from dinov3_infer.images.preprocess import Fit
 
 MODEL = "dinov2_vits14"  # the smallest whose licence (Apache-2.0) lets everyone have it without asking
 

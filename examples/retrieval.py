@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dinov3_infer import Backbone, list_pictures
-from dinov3_infer.images import ImageLike
+from dinov3_infer.images.decode import ImageLike
 from dinov3_infer.tasks import nearest, panel, sheet
 
 SIDE = 224  # pixels of a picture on the sheet

@@ -145,7 +145,7 @@ def load(name: str, **options: Any) -> str:
 
 
 def locate(name: str, **options: Any) -> list[str | None]:
-    from dinov3_infer.hub import HubOptions, locate
+    from dinov3_infer.hub.locate import HubOptions, locate
 
     path, info = locate(name, HubOptions(**options))
     return [str(path), info.name if info else None]
@@ -161,7 +161,7 @@ def refresh(name: str, cache_dir: str) -> str:
     """`hf download`."""
     from huggingface_hub import snapshot_download
 
-    from dinov3_infer.links import queries_cut
+    from dinov3_infer.hub.download import queries_cut
 
     with queries_cut():  # it is not ours, and tells what it likes
         return snapshot_download(name, cache_dir=cache_dir)

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinov3_infer import Backbone, ViTConfig, zoo
-from dinov3_infer.files import Checkpoint, TensorsInMemory
-from dinov3_infer.weights import load_model
+from dinov3_infer.checkpoints.loading import load_model
+from dinov3_infer.checkpoints.reading import Checkpoint, TensorsInMemory
 
 State = dict[str, Tensor]
 # transformers multiplies q, k and v one by one: float32 sums in another order, 5e-7 per token measured.

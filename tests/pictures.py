@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dinov3_infer.errors import Dinov3Error
-from dinov3_infer.preprocess import Preprocess
+from dinov3_infer.images.preprocess import Preprocess
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dinov3_infer.train.data import Data
+from dinov3_infer.train.batches import Data
 
 
 def write(path: Path, shade: int, size: tuple[int, int] = (40, 30)) -> Path:

@@ -9,7 +9,8 @@ from oracles import SMALL, relative
 from torch import Tensor
 
 from dinov3_infer import InputError, VisionTransformer
-from dinov3_infer.attention import (
+from dinov3_infer.errors import UnsupportedError
+from dinov3_infer.model.attention import (
     IMPLEMENTATIONS,
     eager_attention,
     resolve_attention,
@@ -17,7 +18,6 @@ from dinov3_infer.attention import (
     sdpa_attention,
     triton_attention,
 )
-from dinov3_infer.errors import UnsupportedError
 
 LENGTHS = [7, 60, 1, 1, 13, 13, 2, 59, 7]  # not sorted; neighbours of one length, and the same length again later
 BOTH = pytest.mark.parametrize("attend", [rope_attention, eager_attention], ids=["sdpa", "eager"])

@@ -15,7 +15,7 @@ from pictures import complaint, photo
 from PIL import Image
 
 from dinov3_infer import Backbone, Features, ImageError, InputError, InputTypeError, ViTConfig
-from dinov3_infer.batching import MAX_TOKENS, Reading
+from dinov3_infer.features.stream import MAX_TOKENS, Reading
 
 SIZES = [(64, 64), (64, 96), (50, 70), (64, 64), (96, 64), (33, 120), (64, 96)]
 PICTURES = [photo(*size, seed=i) for i, size in enumerate(SIZES)]

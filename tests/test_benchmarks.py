@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dinov3_infer import Backbone
-from dinov3_infer.bench import contest
+from dinov3_infer.cli.bench import contest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "kernels" / "benchmarks"

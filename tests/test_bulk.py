@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from dinov3_infer import Backbone, InputError
-from dinov3_infer.bulk import Store, run
-from dinov3_infer.bulk.formats import FORMATS
+from dinov3_infer.features.disk import write as run
+from dinov3_infer.features.disk.formats import FORMATS
+from dinov3_infer.features.disk.store import Store
 
 SIZES = [(64, 64), (64, 96), (50, 70), (33, 120), (20, 20), (64, 64), (90, 30)]
 

@@ -15,7 +15,7 @@ from hub_client import small as small
 from hub_server import READER, SECRET, WRITER, Hub
 
 from dinov3_infer import MODELS, Backbone, GatedModelError, InputError, OfflineError
-from dinov3_infer.cards import model_card
+from dinov3_infer.hub.publish import model_card
 from dinov3_infer.zoo import OWN, list_models
 
 

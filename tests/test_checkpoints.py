@@ -34,7 +34,7 @@ from oracles import PUBLISHED_PERIODS, SMALL, hf_model, hf_tokens, tokens, worst
 from safetensors.torch import load_file
 
 from dinov3_infer import Backbone, CheckpointError, Dinov3Error, ViTConfig
-from dinov3_infer.rope import rope_periods
+from dinov3_infer.model.rope import rope_periods
 
 
 @pytest.mark.parametrize("key", SOURCES)

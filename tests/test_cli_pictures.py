@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from dinov3_infer import Backbone, Dinov3Error
 from dinov3_infer.cli import features as features_command
-from dinov3_infer.cli.sources import find_pictures
+from dinov3_infer.cli.inputs import find_pictures
 
 MODEL = ("-m", small_model(), "--device", "cpu")
 SMALL = ("--size", "64")

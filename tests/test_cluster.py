@@ -13,10 +13,12 @@ from cli_runs import small_model, write_pictures
 from pictures import complaint
 
 from dinov3_infer import Backbone, InputError
-from dinov3_infer.bulk import Store, Target, recipe
-from dinov3_infer.embed import Asked
+from dinov3_infer.features.disk import recipe
+from dinov3_infer.features.disk.store import Store
+from dinov3_infer.features.disk.target import Target
+from dinov3_infer.features.vectors import Asked
+from dinov3_infer.images.opening import open_pictures
 from dinov3_infer.ray import Embedder, _Shards, check_cluster, embed_dataset
-from dinov3_infer.sources import open_pictures
 
 ROOT = Path(__file__).parent.parent
 OPTIONS: dict[str, Any] = dict(size=32, on_error="skip", shard_size=3)

@@ -14,12 +14,13 @@ from pictures import complaint, photo
 from PIL import Image
 
 from dinov3_infer import InputError, MissingFileError
-from dinov3_infer.bulk import Plan, Recipe, Store
-from dinov3_infer.bulk import store as store_module
-from dinov3_infer.bulk.clusters import allocate, hierarchy, kmeans, retrieve
-from dinov3_infer.bulk.formats import FORMATS, Rows
-from dinov3_infer.bulk.lists import listed_in, write_list
-from dinov3_infer.bulk.neighbours import duplicates, nearest
+from dinov3_infer.features.disk import store as store_module
+from dinov3_infer.features.disk.formats import FORMATS, Rows
+from dinov3_infer.features.disk.lists import listed_in, write_list
+from dinov3_infer.features.disk.recipe import Plan, Recipe
+from dinov3_infer.features.disk.store import Store
+from dinov3_infer.tasks.clusters import allocate, hierarchy, kmeans, retrieve
+from dinov3_infer.tasks.neighbours import duplicates, nearest
 from dinov3_infer.train import open_data
 
 RECIPE = Recipe(
@@ -31,7 +32,7 @@ RECIPE = Recipe(
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks and tiles for a handful of rows."""
     monkeypatch.setattr(store_module.Store.blocks, "__defaults__", (7,))
-    monkeypatch.setattr("dinov3_infer.bulk.neighbours.TILE", 3)
+    monkeypatch.setattr("dinov3_infer.tasks.neighbours.TILE", 3)
 
 
 def made(path: Path, vectors: np.ndarray, broken: tuple[int, ...] = (), suffix: str = ".npy") -> Store:
@@ -128,7 +129,7 @@ def test_duplicates_are_connected_components(tmp_path: Path) -> None:
 
 def test_whitening_tells_duplicates_from_kin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors that share most of their direction: what is left tells pictures apart, and copies from their likes."""
-    monkeypatch.setattr("dinov3_infer.bulk.neighbours.BLOCK", 50)
+    monkeypatch.setattr("dinov3_infer.tasks.neighbours.BLOCK", 50)
     vectors = directions(1, 64, 5) + 0.2 * directions(300, 64)
     copies = vectors[:20] + 0.04 * directions(20, 64, 8)
     store = made(tmp_path / "a", np.concatenate((vectors, copies)), broken=(100,))

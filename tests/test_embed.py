@@ -13,11 +13,12 @@ from pictures import complaint, photo
 from PIL import Image
 
 from dinov3_infer import Backbone, ImageError, InputError, MissingFileError
-from dinov3_infer.bulk import Store, formats
-from dinov3_infer.bulk.formats import FORMATS
-from dinov3_infer.bulk.lists import listed_in, write_list
-from dinov3_infer.optimize import drop_plan
-from dinov3_infer.packed import why_not_int8, why_not_packed
+from dinov3_infer.features.disk import formats
+from dinov3_infer.features.disk.formats import FORMATS
+from dinov3_infer.features.disk.lists import listed_in, write_list
+from dinov3_infer.features.disk.store import Store
+from dinov3_infer.model.cpu.linear import why_not_int8, why_not_packed
+from dinov3_infer.model.dispatch import drop_plan
 
 SIZES = [(64, 64), (64, 96), (50, 70), (33, 120), (20, 20)]
 PICTURES = [photo(*size, seed=i) for i, size in enumerate(SIZES)]
@@ -199,8 +200,8 @@ def test_the_record_says_which_mode_was_in_effect(mode: Any, tmp_path: Path, mon
     here = {"exact": None, "fast": why_not_packed(torch.bfloat16), "int8": why_not_int8()}[mode] is None
     recorded = Store(tmp_path / "x.npy").recipe.dtype
     assert recorded == ("float32" if mode == "exact" else f"float32, mode {mode}") or not here
-    monkeypatch.setattr("dinov3_infer.optimize.why_not_int8", lambda: "no such CPU")
-    monkeypatch.setattr("dinov3_infer.optimize.why_not_packed", lambda dtype=None: dtype and "no such CPU")
+    monkeypatch.setattr("dinov3_infer.model.dispatch.why_not_int8", lambda: "no such CPU")
+    monkeypatch.setattr("dinov3_infer.model.dispatch.why_not_packed", lambda dtype=None: dtype and "no such CPU")
     drop_plan(fast)
     fast.embed([photo(20, 20)], tmp_path / "y.npy", size=32)
     assert Store(tmp_path / "y.npy").recipe.dtype == "float32"

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dinov3_infer import Features, InputError, MissingFileError
-from dinov3_infer.preprocess import Placement
+from dinov3_infer.images.preprocess import Placement
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 

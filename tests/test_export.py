@@ -15,10 +15,10 @@ from oracles import SMALL, pixels_of, randomise, worst_token
 from torch import Tensor
 
 from dinov3_infer import Backbone, InputError, MissingFileError, PrecisionError, UnsupportedError, ViTConfig
-from dinov3_infer import export as module
-from dinov3_infer.layers import resize_positions
-from dinov3_infer.traced import bicubic
-from dinov3_infer.vit import BackboneOutput
+from dinov3_infer.checkpoints import export as module
+from dinov3_infer.checkpoints.export_graph import bicubic
+from dinov3_infer.model.layers import resize_positions
+from dinov3_infer.model.vit import BackboneOutput
 from dinov3_infer.zoo import ARCHITECTURES
 
 CLOSE = 2e-5  # of the worst token, in float32; 1e-6 measured

@@ -10,8 +10,8 @@ from pictures import complaint, photo
 from torch import Tensor
 
 from dinov3_infer import Backbone, InputError, InputTypeError, LayerError
-from dinov3_infer.facets import attention_rows
-from dinov3_infer.rope import apply_rope
+from dinov3_infer.model.introspection import attention_rows
+from dinov3_infer.model.rope import apply_rope
 
 DEPTH = 3
 CONFIGS = {name: replace(config, depth=DEPTH) for name, config in SMALL.items()}

@@ -12,7 +12,7 @@ from pictures import complaint
 
 from dinov3_infer import Backbone, Features, ViTConfig
 from dinov3_infer.errors import ImageError, InputError, InputTypeError, LayerError, PrecisionError
-from dinov3_infer.features import pool
+from dinov3_infer.features.result import pool
 
 WIDTH, REGISTERS, DEPTH = 64, 4, 2
 NEAR = dict(rtol=0, atol=1e-5)  # the fast path rounds otherwise

@@ -18,8 +18,8 @@ from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from dinov3_infer import fused
 from dinov3_infer.fused import attended, normed, why_not_fused
-from dinov3_infer.packed import runs_bfloat16
-from dinov3_infer.rope import apply_rope
+from dinov3_infer.model.cpu.linear import runs_bfloat16
+from dinov3_infer.model.rope import apply_rope
 
 compiled = pytest.mark.skipif(why_not_fused() is not None, reason=f"{why_not_fused()}")
 DTYPES = [torch.float32, *([torch.bfloat16] if runs_bfloat16() else [])]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dinov3_infer import Backbone, ModelNotFoundError
 from dinov3_infer.errors import InputTypeError, MissingFileError, UnsupportedError
-from dinov3_infer.hub import HubOptions, locate
+from dinov3_infer.hub.locate import HubOptions, locate
 
 OWNERS = "facebook/dinov3-vits16-pretrain-lvd1689m"
 
@@ -41,7 +41,7 @@ OWNERS = "facebook/dinov3-vits16-pretrain-lvd1689m"
 def test_which_repository_a_name_leads_to(monkeypatch: pytest.MonkeyPatch, name: str, repository: str) -> None:
     asked = []
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
-    monkeypatch.setattr("dinov3_infer.hub._repository", lambda name, *_: asked.append(name) or Path(name))
+    monkeypatch.setattr("dinov3_infer.hub.locate._repository", lambda name, *_: asked.append(name) or Path(name))
     locate(name, HubOptions())
     assert asked == [repository]
 

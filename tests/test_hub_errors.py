@@ -13,7 +13,7 @@ from hub_client import small as small
 from hub_server import READER, SECRET, STRANGER, Hub
 
 from dinov3_infer import GatedModelError, InputError, ModelNotFoundError, OfflineError
-from dinov3_infer.access import HubOptions, explain
+from dinov3_infer.hub.answers import HubOptions, explain
 
 VITS, VITL = (f"facebook/dinov3-{name}-pretrain-lvd1689m" for name in ("vits16", "vitl16"))
 CONFIG = "/a/b/resolve/main/config.json"

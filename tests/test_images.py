@@ -13,9 +13,9 @@ from pictures import complaint, photo, plain
 from PIL import Image
 from torch import Tensor
 
-from dinov3_infer import images as module
 from dinov3_infer.errors import Dinov3Error, ImageError, InputTypeError, MissingFileError
-from dinov3_infer.images import load_image, split_batch
+from dinov3_infer.images import decode as module
+from dinov3_infer.images.decode import load_image, split_batch
 
 
 def encoded(picture: Image.Image, form: str = "png", **options: Any) -> bytes:

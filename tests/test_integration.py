@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import dinov3_infer
 from dinov3_infer import Backbone, Preprocess
-from dinov3_infer.rope import rope_periods
+from dinov3_infer.model.rope import rope_periods
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = pytest.mark.parametrize("name", ["dinov3_gated", "dinov2_reg", "dino"])

@@ -20,8 +20,8 @@ from test_attention import offsets
 from torch import Tensor
 
 from dinov3_infer import VisionTransformer
-from dinov3_infer.attention import sdpa_attention
-from dinov3_infer.rope import rope_periods, rope_table
+from dinov3_infer.model.attention import sdpa_attention
+from dinov3_infer.model.rope import rope_periods, rope_table
 
 pytest.importorskip("triton")
 import dinov3_infer_kernels as shipped  # after the check
@@ -163,7 +163,7 @@ def test_the_input_stays_and_runs_are_equal() -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["fixed", "packed"])
 def test_rotation_alone(dtype: torch.dtype, width: int, packed: bool) -> None:
     """Equals the definition bit for bit: one rounding of a float32 product."""
-    from dinov3_infer.rope import apply_rope
+    from dinov3_infer.model.rope import apply_rope
 
     qkv = torch.randn(*((70,) if packed else (2, 70)), 3, 2, width).to(dtype)
     table = grid_table([(5, 13)], width)

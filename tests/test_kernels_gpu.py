@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from dinov3_infer import Backbone, ViTConfig
-from dinov3_infer.attention import rope_attention, sdpa_attention
+from dinov3_infer.model.attention import rope_attention, sdpa_attention
 
 pytest.importorskip("triton")
 import dinov3_infer_kernels as shipped  # after the check

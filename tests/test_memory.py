@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinov3_infer.configs import hf_config, timm_config
-from dinov3_infer.saving import layout_for, restore
-from dinov3_infer.vit import VisionTransformer, ViTConfig
+from dinov3_infer.checkpoints.config_json import hf_config, timm_config
+from dinov3_infer.checkpoints.saving import layout_for, restore
+from dinov3_infer.model.vit import VisionTransformer, ViTConfig
 from dinov3_infer.zoo import ARCHITECTURES, MODELS, preprocess_of
 
 ROW = MODELS["dinov3_vitl16"]

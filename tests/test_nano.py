@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from safetensors import safe_open
 
 from dinov3_infer import MODELS, Backbone, ModelNotFoundError
-from dinov3_infer.hub import EMBEDDED, HubOptions, locate
+from dinov3_infer.hub.locate import EMBEDDED, HubOptions, locate
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "nano"
@@ -55,15 +55,15 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
 
 
 def test_without_the_weights_the_error_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov3_infer.hub.EMBEDDED", tmp_path)
+    monkeypatch.setattr("dinov3_infer.hub.locate.EMBEDDED", tmp_path)
     text = complaint(ModelNotFoundError, lambda: Backbone.from_pretrained("nano"))
     assert "this version holds no weights of 'nano'" in text and str(tmp_path) not in text
 
 
 def test_a_name_with_a_folder_in_the_package_leads_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = Backbone.from_config("nano", seed=0).save_pretrained(tmp_path / "nano")
-    monkeypatch.setattr("dinov3_infer.hub.EMBEDDED", tmp_path)
-    monkeypatch.setattr("dinov3_infer.hub._repository", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("dinov3_infer.hub.locate.EMBEDDED", tmp_path)
+    monkeypatch.setattr("dinov3_infer.hub.locate._repository", lambda *_: pytest.fail("the hub was asked"))
     assert locate("nano", HubOptions()) == (saved, MODELS["nano"])
 
 

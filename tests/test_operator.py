@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinov3_infer import attention
-from dinov3_infer.attention import count_flops, rope_attention, sdpa_attention, why_not_triton
+from dinov3_infer.model import attention
+from dinov3_infer.model.attention import count_flops, rope_attention, sdpa_attention, why_not_triton
 
 OP = torch.ops.dinov3_infer.rope_attention
 BACKWARD = torch.ops.dinov3_infer.rope_attention_backward

@@ -13,14 +13,14 @@ from oracles import SMALL, randomise
 from pictures import complaint, photo
 from torch import Tensor
 
-import dinov3_infer.frozen
-import dinov3_infer.optimize
-import dinov3_infer.packed
+import dinov3_infer.model.cpu.linear
+import dinov3_infer.model.cpu.plan
+import dinov3_infer.model.dispatch
 from dinov3_infer import Backbone, InputError, ViTConfig
-from dinov3_infer.frozen import Plan, spans_of
 from dinov3_infer.fused import why_not_fused
-from dinov3_infer.optimize import Precision, compare, plan_of
-from dinov3_infer.packed import PackedLinear, QuantisedLinear, smoothed, why_not_int8, why_not_packed
+from dinov3_infer.model.cpu.linear import PackedLinear, QuantisedLinear, smoothed, why_not_int8, why_not_packed
+from dinov3_infer.model.cpu.plan import Plan, spans_of
+from dinov3_infer.model.dispatch import Precision, compare, plan_of
 from dinov3_infer.zoo import MODELS
 
 WHY_NOT = {"exact": why_not_packed(), "fast": why_not_packed(torch.bfloat16), "int8": why_not_int8()}
@@ -135,12 +135,12 @@ def test_fewer_bits_stay_near(name: str, mode: str, how: str, no_grad: None) -> 
 
 def test_large_pictures_go_in_parts(monkeypatch: pytest.MonkeyPatch, no_grad: None) -> None:
     """How many scores and pictures go at a time, where attention is made of products, changes nothing but rounding."""
-    monkeypatch.setattr(dinov3_infer.frozen, "why_not_fused", lambda *_: "no compiler")
+    monkeypatch.setattr(dinov3_infer.model.cpu.plan, "why_not_fused", lambda *_: "no compiler")
     bb = backbone()
     pixels = torch.randn(3, 3, 80, 112)
     expected = [Plan(bb, dtype)(bb, [pixels])[0].patch_tokens for dtype in (torch.float32, torch.bfloat16)]
-    monkeypatch.setattr(dinov3_infer.frozen, "_SCORES", 400)
-    monkeypatch.setattr(dinov3_infer.frozen, "_ROWS", 31)
+    monkeypatch.setattr(dinov3_infer.model.cpu.plan, "_SCORES", 400)
+    monkeypatch.setattr(dinov3_infer.model.cpu.plan, "_ROWS", 31)
     found = [Plan(bb, dtype)(bb, [pixels])[0].patch_tokens for dtype in (torch.float32, torch.bfloat16)]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
@@ -205,7 +205,7 @@ def test_a_one_sided_input_in_8_bits() -> None:
 
 def test_without_operators_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     bb = backbone()
-    monkeypatch.setattr(dinov3_infer.optimize, "why_not_packed", lambda *_: "no operators")
+    monkeypatch.setattr(dinov3_infer.model.dispatch, "why_not_packed", lambda *_: "no operators")
     assert torch.equal(features(bb, PICTURES[0]), plain(bb, PICTURES[0]))
 
 
@@ -230,8 +230,8 @@ def test_modes_give_way_with_a_line(
 ) -> None:
     """To the next one that the machine is good for, once, and with its numbers."""
     missing = lambda dtype=torch.float32: "no such CPU" if dtype == torch.bfloat16 else None  # noqa: E731
-    monkeypatch.setattr(dinov3_infer.optimize, "why_not_packed", missing)
-    monkeypatch.setattr(dinov3_infer.optimize, "why_not_int8", lambda: "no such CPU")
+    monkeypatch.setattr(dinov3_infer.model.dispatch, "why_not_packed", missing)
+    monkeypatch.setattr(dinov3_infer.model.dispatch, "why_not_int8", lambda: "no such CPU")
     bb, exact = backbone(mode=mode), backbone()
     found = [features(bb, picture) for picture in PICTURES[:2]]
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -246,7 +246,7 @@ def test_int8_passes_a_gate(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     bb = backbone(mode="int8")
     bb.preprocess = replace(bb.preprocess, size=64)
     assert not torch.equal(features(bb, PICTURES[0]), features(backbone(), PICTURES[0])) and not caplog.records
-    monkeypatch.setattr(dinov3_infer.optimize, "_LEAST", (1.1, 1.1))
+    monkeypatch.setattr(dinov3_infer.model.dispatch, "_LEAST", (1.1, 1.1))
     bb.eval().to("cpu")
     features(bb, PICTURES[0])
     assert "'int8' gives way to 'fast': class tokens have a cosine of" in caplog.records[0].getMessage()

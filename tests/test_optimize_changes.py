@@ -16,7 +16,7 @@ from test_optimize import PICTURES, WHY_NOT, backbone, features, plain, planned
 from torch import Tensor, nn
 
 from dinov3_infer import Backbone
-from dinov3_infer.optimize import _PLANS, plan_of
+from dinov3_infer.model.dispatch import _PLANS, plan_of
 
 pytestmark = pytest.mark.skipif(WHY_NOT["exact"] is not None, reason=f"no plan here: {WHY_NOT['exact']}")
 

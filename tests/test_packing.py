@@ -9,10 +9,10 @@ import torch
 from oracles import SMALL, randomise, relative, tokens
 from torch import Tensor
 
-import dinov3_infer.vit
+import dinov3_infer.model.vit
 from dinov3_infer import BackboneOutput, InputError, RopeAugmentation, VisionTransformer, ViTConfig
-from dinov3_infer.attention import rope_attention
-from dinov3_infer.packing import Packing
+from dinov3_infer.model.attention import rope_attention
+from dinov3_infer.model.packing import Packing
 
 GROUPS = [(2, (4, 4)), (3, (2, 3)), (1, (2, 3)), (2, (1, 5))]  # (pictures, grid); two groups of one size among them
 
@@ -218,7 +218,7 @@ def test_no_dropping_equals_plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tables_are_made_once_without_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
     """One table per group of pictures, not per block."""
-    made = spied(monkeypatch, dinov3_infer.vit, "rope_table")
+    made = spied(monkeypatch, dinov3_infer.model.vit, "rope_table")
     model = model_of(SMALL["dinov3"])
     model.forward_packed(crops_of(model))
     assert len(made) == len(GROUPS)

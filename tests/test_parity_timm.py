@@ -22,7 +22,7 @@ from oracles import (
 from torch import Tensor
 
 from dinov3_infer import Backbone
-from dinov3_infer.vit import VisionTransformer, ViTConfig
+from dinov3_infer.model.vit import VisionTransformer, ViTConfig
 from dinov3_infer.zoo import MODELS
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("no_grad")]

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dinov3_infer import Backbone
-from dinov3_infer.preprocess import Preprocess
+from dinov3_infer.images.preprocess import Preprocess
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from oracles import SMALL
 from pictures import complaint, photo
 from PIL import Image
 
-from dinov3_infer import Backbone, ImageError, InputError, MissingFileError, load_image, places
-from dinov3_infer.places import list_pictures, name_of
+from dinov3_infer import Backbone, ImageError, InputError, MissingFileError, load_image
+from dinov3_infer.images import paths as places
+from dinov3_infer.images.paths import list_pictures, name_of
 
 _stream = io.BytesIO()
 Image.fromarray(photo(20, 30)).save(_stream, "png")

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from dinov3_infer.errors import InputError
-from dinov3_infer.images import load_image
-from dinov3_infer.preprocess import Preprocess
+from dinov3_infer.images.decode import load_image
+from dinov3_infer.images.preprocess import Preprocess
 from dinov3_infer.zoo import MODELS, preprocess_of
 
 IMAGENET: dict[str, Any] = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])

@@ -7,7 +7,7 @@ import torch
 from test_dropin import PATTERNS, SERVED
 
 from benchmarks import cpu
-from dinov3_infer.vit import VisionTransformer
+from dinov3_infer.model.vit import VisionTransformer
 from dinov3_infer.zoo import MODELS
 
 README = Path(__file__).parent.parent / "README.md"

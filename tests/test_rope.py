@@ -9,7 +9,7 @@ from oracles import PUBLISHED_PERIODS
 from torch import Tensor
 
 from dinov3_infer import InputError, RopeAugmentation
-from dinov3_infer.rope import apply_rope, augment_coordinates, rope_coordinates, rope_periods, rope_table
+from dinov3_infer.model.rope import apply_rope, augment_coordinates, rope_coordinates, rope_periods, rope_table
 
 GRIDS = [(1, 1), (2, 3), (14, 14), (5, 32), (40, 1)]
 GOLDEN = 5e-6  # the published values come from float32 runs and are printed with 7 or 8 digits

@@ -13,9 +13,10 @@ from layouts import small_models_are_known as small_models_are_known
 from oracles import SMALL, hf_model, hf_tokens, randomise, tokens
 from safetensors.torch import load_file
 
-from dinov3_infer import Backbone, Dinov3Error, ViTConfig, saving
+from dinov3_infer import Backbone, Dinov3Error, ViTConfig
+from dinov3_infer.checkpoints import saving
 from dinov3_infer.errors import InputError, UnsupportedError
-from dinov3_infer.rope import rope_periods
+from dinov3_infer.model.rope import rope_periods
 
 LAYOUTS = ("hf", "meta.pth", "meta.safetensors", "timm")
 

@@ -12,7 +12,7 @@ from pictures import complaint, photo
 from PIL import Image
 
 from dinov3_infer import Backbone, Features, InputError
-from dinov3_infer.preprocess import Placement
+from dinov3_infer.images.preprocess import Placement
 from dinov3_infer.tasks.overlay import at_pixels, attention_picture, heat_colours, overlay, panel, sheet
 from dinov3_infer.tasks.pca import foreground, pca_picture, pca_rgb, project
 from dinov3_infer.tasks.similarity import patch_weights, region_vector, similarity_map

@@ -11,7 +11,7 @@ from pictures import complaint
 from torch import Tensor
 
 from dinov3_infer import Features, InputError
-from dinov3_infer.preprocess import Placement
+from dinov3_infer.images.preprocess import Placement
 from dinov3_infer.tasks import OneShotSegmenter, SegmentationHead
 from dinov3_infer.tasks.segmentation import _Pixels
 

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from dinov3_infer import Backbone, ViTConfig
-from dinov3_infer.attention import eager_attention, sdpa_attention
-from dinov3_infer.packing import Packing
+from dinov3_infer.model.attention import eager_attention, sdpa_attention
+from dinov3_infer.model.packing import Packing
 from dinov3_infer.train import attending
+from dinov3_infer.train.adapters import wrap_blocks
 from dinov3_infer.train.attending import attend
-from dinov3_infer.train.backbones import wrap_blocks
 
 MIXES = {"one size": None, "packed": ((3, 7), (2, 12)), "a size again": ((2, 5), (1, 9), (2, 5))}
 

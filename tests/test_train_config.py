@@ -12,7 +12,7 @@ from torch import nn
 
 from dinov3_infer import Backbone
 from dinov3_infer.errors import InputError
-from dinov3_infer.train.cli import main, parse
+from dinov3_infer.train.command import main, parse
 from dinov3_infer.train.config import PRESETS, TrainConfig
 from dinov3_infer.train.heads import ProjectionHead, Standardise
 from dinov3_infer.train.optim import parameter_groups, set_rates

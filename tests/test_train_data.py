@@ -12,7 +12,7 @@ from pictures import complaint, photo
 from shades import Shades, shades, write
 
 from dinov3_infer.errors import ImageError, InputError
-from dinov3_infer.train.data import Data, batches, open_data
+from dinov3_infer.train.batches import Data, batches, open_data
 from dinov3_infer.train.views import Batch, ViewConfig
 
 SMALL = ViewConfig(32, 16, num_local=1)

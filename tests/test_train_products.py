@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dinov3_infer import Backbone, ViTConfig
-from dinov3_infer.train.backbones import add_adapters, wrap_blocks
+from dinov3_infer.train.adapters import add_adapters, wrap_blocks
 from dinov3_infer.train.products import linear
 
 

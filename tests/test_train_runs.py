@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from dinov3_infer import Backbone, ViTConfig
 from dinov3_infer.errors import InputError
-from dinov3_infer.train import checkpoint
+from dinov3_infer.train import resume as checkpoint
 from dinov3_infer.train.config import TrainConfig
 from dinov3_infer.train.loop import Run, train
 from dinov3_infer.zoo import OWN
@@ -153,7 +153,7 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(world: Path, moment: str, tm
         + "import os, signal, sys\nplain, calls = getattr(owner, name), []\n"
         "def wrapped(*args, **kwargs):\n    calls.append(1)\n    found = plain(*args, **kwargs)\n"
         "    if len(calls) == when: os.kill(os.getpid(), signal.SIGKILL)\n    return found\n"
-        "setattr(owner, name, wrapped)\nfrom dinov3_infer.train.cli import main\nmain(sys.argv[1:])\n"
+        "setattr(owner, name, wrapped)\nfrom dinov3_infer.train.command import main\nmain(sys.argv[1:])\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(script), *flags(killed)], env=environment)

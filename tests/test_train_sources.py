@@ -14,7 +14,7 @@ from PIL import Image
 from shades import Shades, shades, write
 
 from dinov3_infer.errors import Dinov3Error, ImageError, InputError, InputTypeError, MissingFileError
-from dinov3_infer.train.data import open_data
+from dinov3_infer.train.batches import open_data
 
 
 def test_folder(tmp_path: Path) -> None:

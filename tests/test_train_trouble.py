@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from dinov3_infer import Backbone, ViTConfig
 from dinov3_infer.errors import CheckpointError, InputError, MissingFileError
-from dinov3_infer.train import checkpoint
-from dinov3_infer.train.cli import main
+from dinov3_infer.train import resume as checkpoint
+from dinov3_infer.train.command import main
 from dinov3_infer.train.config import TrainConfig
 from dinov3_infer.train.health import TrainingStopped, knn_accuracy, rank_me, spread_of
 from dinov3_infer.train.loop import Run, train

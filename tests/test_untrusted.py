@@ -18,12 +18,13 @@ from oracles import hf_model
 from pictures import complaint, photo, plain
 from PIL import Image
 
-from dinov3_infer import Backbone, CheckpointError, Dinov3Error, images
+from dinov3_infer import Backbone, CheckpointError, Dinov3Error
+from dinov3_infer.checkpoints.layouts import normalise
+from dinov3_infer.checkpoints.reading import MAX_JSON, open_checkpoint
 from dinov3_infer.errors import ImageError, InputError, InputTypeError, MissingFileError
-from dinov3_infer.files import MAX_JSON, open_checkpoint
-from dinov3_infer.images import load_image
-from dinov3_infer.keys import normalise
-from dinov3_infer.sources import decode
+from dinov3_infer.images import decode as images
+from dinov3_infer.images.decode import load_image
+from dinov3_infer.images.reduced import decode
 
 STATE = meta_named(hf_model(SOURCES["dinov3"]).state_dict(), SOURCES["dinov3"])
 

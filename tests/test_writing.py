@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from dinov3_infer.writing import whole
+from dinov3_infer.system import whole
 
 
 @pytest.mark.parametrize("flush", [False, True], ids=["renamed", "flushed"])

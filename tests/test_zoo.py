@@ -8,7 +8,7 @@ from oracles import hf_shapes
 from torch import nn
 
 from dinov3_infer.errors import InputError, ModelNotFoundError, UnsupportedError
-from dinov3_infer.vit import VisionTransformer, ViTConfig
+from dinov3_infer.model.vit import VisionTransformer, ViTConfig
 from dinov3_infer.zoo import ARCHITECTURES, MODELS, ModelInfo, find, find_architecture, list_models, preprocess_of
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -8,8 +8,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..backbone import Backbone
 from ..errors import Dinov3Error, InputError, ModelNotFoundError
-from ..features import Features
-from ..preprocess import Fit
+from ..features.result import Features
+from ..images.preprocess import Fit
 from .main import FAILED, OK, SKIPPED
 
 __all__ = ["Geometry", "geometry", "load_backbone", "results", "status"]

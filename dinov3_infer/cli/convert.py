@@ -8,11 +8,11 @@ from collections import Counter
 import torch
 
 from ..backbone import Backbone
+from ..checkpoints.reading import open_checkpoint
 from ..errors import CheckpointError
-from ..files import open_checkpoint
-from ..hub import HubOptions, locate
+from ..hub.locate import HubOptions, locate
+from .inputs import check_file, check_folder
 from .main import OK, tell
-from .sources import check_file, check_folder
 
 __all__ = ["run"]
 

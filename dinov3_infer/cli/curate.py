@@ -5,12 +5,12 @@ import argparse
 import numpy as np
 import torch
 
-from ..bulk import Store
-from ..bulk.clusters import hierarchy, retrieve
-from ..bulk.lists import listed_in, write_list
 from ..errors import InputError
+from ..features.disk.lists import listed_in, write_list
+from ..features.disk.store import Store
+from ..tasks.clusters import hierarchy, retrieve
+from .inputs import check_file
 from .main import OK, tell
-from .sources import check_file
 
 __all__ = ["run"]
 

@@ -5,12 +5,12 @@ import argparse
 import numpy as np
 import torch
 
-from ..bulk import Store
-from ..bulk.lists import write_list
-from ..bulk.neighbours import duplicates
 from ..errors import InputError
+from ..features.disk.lists import write_list
+from ..features.disk.store import Store
+from ..tasks.neighbours import duplicates
+from .inputs import check_file
 from .main import OK, say, tell
-from .sources import check_file
 
 __all__ = ["run"]
 

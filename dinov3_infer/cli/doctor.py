@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 from .. import __file__ as package_file
-from .. import __version__
-from ..access import HubOptions, explain
-from ..attention import why_not_triton
+from ..checkpoints.reading import CONFIG
 from ..errors import Dinov3Error
-from ..files import CONFIG
 from ..fused import why_not_fused
-from ..hub import locate
-from ..links import client_error, queries_cut, reach, reason, without_query
-from ..packed import why_not_int8, why_not_packed
+from ..hub.answers import HubOptions, explain
+from ..hub.download import client_error, queries_cut, reach, reason, without_query
+from ..hub.locate import locate
+from ..model.attention import why_not_triton
+from ..model.cpu.linear import why_not_int8, why_not_packed
+from ..version import __version__
 from ..zoo import MODELS
 from .golden import FORMULA, by_formula, compute, difference, known
 from .main import FAILED, OK, say

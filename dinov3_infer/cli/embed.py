@@ -4,9 +4,10 @@ import argparse
 import math
 import os
 
-from ..bulk import Target
-from ..places import address_scheme, read_list
-from ..sources import Files, Source, joined, open_source, picture_suffixes
+from ..features.disk.target import Target
+from ..images.opening import open_source
+from ..images.paths import address_scheme, read_list
+from ..images.sources import Files, Source, joined, picture_suffixes
 from .common import geometry, load_backbone, status
 from .main import OK, tell
 

@@ -3,8 +3,8 @@
 import argparse
 
 from ..backbone import Backbone
+from .inputs import check_file
 from .main import OK, tell
-from .sources import check_file
 
 __all__ = ["run"]
 

@@ -12,13 +12,13 @@ from safetensors.numpy import save
 
 from ..backbone import Backbone
 from ..errors import Dinov3Error, InputError, PrecisionError
-from ..features import Features
-from ..places import name_of
-from ..vit import resolve_layers
-from ..writing import whole
+from ..features.result import Features
+from ..images.paths import name_of
+from ..model.vit import resolve_layers
+from ..system import whole
 from .common import load_backbone, results, status
+from .inputs import Picture, check_folder, find_pictures
 from .main import tell
-from .sources import Picture, check_folder, find_pictures
 
 __all__ = ["run"]
 

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..backbone import Backbone
-from ..preprocess import Preprocess
-from ..vit import ViTConfig
+from ..images.preprocess import Preprocess
+from ..model.vit import ViTConfig
 from ..zoo import MODELS
 
 __all__ = ["FORMULA", "PICTURES", "Known", "by_formula", "compute", "difference", "known"]
 
-_DATA = Path(__file__).parent / "data"
+_DATA = Path(__file__).parent.parent / "data" / "samples"
 PICTURES = [_DATA / f"{name}.png" for name in ("cat", "coffee", "rocket")]
 SIDE = 112  # pixels
 FORMULA = "weights by formula"  # the record of `by_formula`

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, arguments: object, rest: list[str]) -> int:
     if command == "train":
-        status = import_module("..train.cli", __package__).main(rest)
+        status = import_module("..train.command", __package__).main(rest)
     else:
         module = command.split()[-1]  # of "embed search" search
         status = import_module(f".{module}", __package__).run(arguments)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import Dinov3Error, InputError
-from ..hub import HubOptions, locate
-from ..vit import VisionTransformer
+from ..hub.locate import HubOptions, locate
+from ..model.vit import VisionTransformer
 from ..zoo import MODELS, ModelInfo
 from .main import OK, say
 

@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 
-from .. import __version__
+from ..version import __version__
 
 __all__ = ["make_parser"]
 

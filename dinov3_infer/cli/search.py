@@ -7,19 +7,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..bulk import Store
-from ..bulk.lists import write_list
-from ..bulk.neighbours import nearest
 from ..errors import Dinov3Error, InputError
-from ..images import ImageLike
-from ..places import is_collection, list_pictures
-from ..preprocess import Preprocess
-from ..sources import open_names
+from ..features.disk.lists import write_list
+from ..features.disk.store import Store
+from ..images.decode import ImageLike
+from ..images.opening import open_names
+from ..images.paths import is_collection, list_pictures
+from ..images.preprocess import Preprocess
+from ..system import whole
+from ..tasks.neighbours import nearest
 from ..tasks.overlay import panel, sheet
-from ..writing import whole
 from .common import load_backbone
+from .inputs import check_file
 from .main import OK, say, tell
-from .sources import check_file
 
 __all__ = ["run"]
 

@@ -8,15 +8,15 @@ from PIL import Image
 
 from ..backbone import Backbone
 from ..errors import InputError
-from ..features import Features
-from ..images import load_image
+from ..features.result import Features
+from ..images.decode import load_image
+from ..system import whole
 from ..tasks.overlay import attention_picture, overlay, panel, sheet
 from ..tasks.pca import foreground, pca_picture, pca_rgb
 from ..tasks.similarity import region_vector, similarity_map
-from ..writing import whole
 from .common import geometry, load_backbone
+from .inputs import check_file, find_pictures
 from .main import OK, tell
-from .sources import check_file, find_pictures
 
 __all__ = ["run"]
 

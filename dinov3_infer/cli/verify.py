@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..backbone import Backbone
-from ..hub import HubOptions, locate
-from ..links import sha256
+from ..hub.download import sha256
+from ..hub.locate import HubOptions, locate
 from ..zoo import MODELS, ModelInfo, find
 from .golden import compute, difference, known
 from .main import FAILED, OK, SKIPPED, say

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from ..features import Features
-from ..images import ImageLike, load_image
-from ..vit import as_map
+from ..features.result import Features
+from ..images.decode import ImageLike, load_image
+from ..model.vit import as_map
 
 if TYPE_CHECKING:
     from ..backbone import Backbone

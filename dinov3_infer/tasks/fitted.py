@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, InputError, MissingFileError
-from ..writing import whole
+from ..system import whole
 
 if TYPE_CHECKING:
     from ..backbone import Backbone

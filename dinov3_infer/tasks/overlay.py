@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..errors import InputError
-from ..images import ImageLike, load_image
-from ..preprocess import Placement
+from ..images.decode import ImageLike, load_image
+from ..images.preprocess import Placement
 
 __all__ = ["at_pixels", "attention_picture", "heat_colours", "overlay", "panel", "sheet"]
 

@@ -8,9 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
-from ..features import Features
-from ..images import ImageLike
-from ..preprocess import Placement
+from ..features.result import Features
+from ..images.decode import ImageLike
+from ..images.preprocess import Placement
 from .overlay import at_pixels, panel, sheet
 from .similarity import each
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from ..features import Features
+from ..features.result import Features
 from .fitted import Fitted, descend
 from .overlay import at_pixels
 from .similarity import each, patch_weights

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from ..features import Features
-from ..preprocess import Placement
+from ..features.result import Features
+from ..images.preprocess import Placement
 
 __all__ = ["each", "patch_weights", "region_vector", "similarity_map"]
 

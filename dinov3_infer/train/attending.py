@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import rope_attention
-from ..rope import apply_rope
+from ..model.attention import rope_attention
+from ..model.rope import apply_rope
 
 __all__ = ["attend"]
 

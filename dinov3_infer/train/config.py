@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from ..errors import InputError
-from ..rope import RopeAugmentation
-from .backbones import Recompute
+from ..model.rope import RopeAugmentation
+from .adapters import Recompute
 from .losses import GramNegatives, GramOf
 from .views import ViewConfig
 

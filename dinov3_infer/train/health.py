@@ -14,7 +14,7 @@ from ..backbone import Backbone
 from ..errors import Dinov3Error, ImageError, InputError
 from .config import TrainConfig
 from .draws import generator
-from .sources import Data
+from .pictures import Data
 
 __all__ = ["Health", "TrainingStopped", "knn_accuracy", "rank_me", "spread_of"]
 

@@ -16,19 +16,19 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..backbone import Backbone
 from ..errors import InputError, UnsupportedError
-from ..writing import whole
+from ..system import whole
 from ..zoo import OWN
-from . import checkpoint
-from .backbones import plain_copy, wrap_blocks
+from . import run_state
+from .adapters import plain_copy, wrap_blocks
+from .batches import Batches, batches
 from .config import TrainConfig
-from .data import Batches, batches
 from .distributed import Engine, is_main, joined, mean_of, rank, world_size
 from .draws import generator
 from .health import Health, TrainingStopped
 from .method import Method, split_batch
 from .optim import clip_gradients, make_optimizer, set_rates
-from .report import draw_batch, draw_curves
-from .sources import Data, Spec, open_data
+from .pictures import Data, Spec, open_data
+from .plots import draw_batch, draw_curves
 from .views import Batch
 
 __all__ = ["Run", "device_of", "train"]
@@ -130,7 +130,7 @@ class Run:
         probe = open_data(config.health_data) if config.health_data else self.data
         self.health = Health(config, probe, self.method.average)
         if found is not None:
-            self.step = checkpoint.load(found, self.method, self.optimizer)["step"]
+            self.step = run_state.load(found, self.method, self.optimizer)["step"]
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             with whole(self.folder / "config.json") as beside:
@@ -153,7 +153,7 @@ class Run:
                 f"each process computes {size} pictures at a time, which KoLeo cannot split into groups of "
                 f"{config.spread_group}; give another batch_size, accumulate or spread_group"
             )
-        found = checkpoint.latest(self.checkpoints)
+        found = run_state.latest(self.checkpoints)
         if resume and found is None:
             raise InputError(f"'{self.checkpoints}' holds no checkpoint to resume from; give the folder of a run")
         if found is not None and not resume and not dry:
@@ -271,10 +271,10 @@ class Run:
 
     def stop(self, reason: str) -> None:
         """Ends the run with the weights of the last checkpoint, which was taken in health."""
-        found = checkpoint.latest(self.checkpoints)
+        found = run_state.latest(self.checkpoints)
         kept = "no checkpoint had been written yet"
         if found is not None:
-            step = checkpoint.load(found, self.method, self.optimizer)["step"]
+            step = run_state.load(found, self.method, self.optimizer)["step"]
             self.result()
             kept = f"'{self.folder / 'backbone'}' holds the weights of step {step}"
         raise TrainingStopped(f"the run {reason} (step {self.step}; {kept})")
@@ -287,20 +287,20 @@ class Run:
             known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
             self.unwritten += json.dumps({"step": self.step} | known) + "\n"
             with self.full_disk():
-                checkpoint.append(self.folder / "metrics.jsonl", self.unwritten)
+                run_state.append(self.folder / "metrics.jsonl", self.unwritten)
                 self.unwritten = ""
 
     def save(self) -> None:
         state = {"step": self.step, "config": dataclasses.asdict(self.config)}
         with self.full_disk():
-            checkpoint.save(self.checkpoints, self.method, self.optimizer, state, self.config.keep_checkpoints)
+            run_state.save(self.checkpoints, self.method, self.optimizer, state, self.config.keep_checkpoints)
 
     @contextmanager
     def full_disk(self) -> Iterator[None]:
         """A run outlives a disk that is full for a while, but does not end on one."""
         try:
             yield
-        except checkpoint.DiskError as error:
+        except run_state.DiskError as error:
             if self.step == self.config.steps:
                 raise
             log.warning("step %d goes on: %s", self.step, error)
@@ -313,7 +313,7 @@ class Run:
                 _write_model(backbone.float(), self.folder / "backbone")
                 draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
             except OSError as error:
-                raise checkpoint.DiskError(
+                raise run_state.DiskError(
                     f"the result could not be written to '{self.folder}' ({error.strerror}); make room and resume, the "
                     "checkpoint of the last step is whole"
                 ) from None

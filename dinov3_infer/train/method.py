@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone
 from ..errors import InputError
-from ..vit import BackboneOutput, as_map
+from ..model.vit import BackboneOutput, as_map
 from . import losses
-from .backbones import add_adapters
+from .adapters import add_adapters
 from .config import TrainConfig
 from .distributed import group, local, mean_over
 from .draws import generator

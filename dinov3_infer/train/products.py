@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import MaskedKeyLinear, Residual
-from ..packed import why_not_packed
+from ..model.cpu.linear import why_not_packed
+from ..model.layers import MaskedKeyLinear, Residual
 
 __all__ = ["Linear", "linear", "scale_within", "speed_up", "without_values"]
 

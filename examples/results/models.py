@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from dinov3_infer import Backbone, Features, LayerFeatures
-from dinov3_infer.images import ImageLike, split_batch
+from dinov3_infer.images.decode import ImageLike, split_batch
 
 __all__ = ["MODELS", "Pixels", "model_of"]
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from dinov3_infer import Backbone
-from dinov3_infer.bench.contest import Cell, Settings, imported, relative_error
-from dinov3_infer.bench.contestants import timm_model
-from dinov3_infer.configs import hf_config
+from dinov3_infer.checkpoints.config_json import hf_config
+from dinov3_infer.cli.bench.contest import Cell, Settings, imported, relative_error
+from dinov3_infer.cli.bench.contestants import timm_model
 from dinov3_infer.zoo import ARCHITECTURES
 
 S, B, L, H, G = "dinov3_vits16", "dinov3_vitb16", "dinov3_vitl16", "dinov3_vith16plus", "dinov3_vit7b16"

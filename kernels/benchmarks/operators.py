@@ -12,8 +12,8 @@ from peers import OP, Attention, Inputs, auto, contestants, differentiable, fuse
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dinov3_infer.attention import eager_attention, sdpa_attention
-from dinov3_infer.bench.contest import Cell, Settings, copies, imported, relative_error
+from dinov3_infer.cli.bench.contest import Cell, Settings, copies, imported, relative_error
+from dinov3_infer.model.attention import eager_attention, sdpa_attention
 
 Plan = tuple[dict[str, Any], Callable[[], Cell]]
 TOKENS = 16384  # of a batch, about: enough to fill a GPU

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from dinov3_infer.attention import rope_attention
-from dinov3_infer.bench.contest import imported
-from dinov3_infer.rope import rope_periods, rope_table
+from dinov3_infer.cli.bench.contest import imported
+from dinov3_infer.model.attention import rope_attention
+from dinov3_infer.model.rope import rope_periods, rope_table
 
 PREFIX = 5  # class token and four registers
 OP = torch.ops.dinov3_infer

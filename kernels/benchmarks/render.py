@@ -14,7 +14,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent.parent))  # the package, where it is not installed
 
-from dinov3_infer.bench.contest import ratios, spread  # noqa: E402
+from dinov3_infer.cli.bench.contest import ratios, spread  # noqa: E402
 
 README = HERE.parent / "README.md"
 RECORDS = HERE / "records"

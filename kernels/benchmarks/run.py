@@ -119,7 +119,7 @@ def run_part(args: argparse.Namespace) -> int:
         import conftest  # noqa: F401  (lets a CUDA build of torchvision be imported beside a CPU build of torch)
     import torch
 
-    from dinov3_infer.bench.contest import Settings
+    from dinov3_infer.cli.bench.contest import Settings
 
     if not args.dry_run and not torch.cuda.is_available():
         print("this needs a GPU; --dry-run rehearses on the CPU")
@@ -163,7 +163,7 @@ def compare_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]
     import render
     import torch
 
-    from dinov3_infer.bench.contest import contest
+    from dinov3_infer.cli.bench.contest import contest
 
     if args.part in ("op", "mixed", "backward"):
         import operators
@@ -218,7 +218,7 @@ def weights_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]
 def environment(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
     import torch
 
-    from dinov3_infer.bench.contest import clocks, smi
+    from dinov3_infer.cli.bench.contest import clocks, smi
 
     found: dict[str, Any] = {"commit": args.commit or _commit()}
     found |= {"source_sha256": _sources(*MEASURED), "kernels_sha256": _sources(KERNELS)}

@@ -31,9 +31,9 @@ from metrics import iou  # noqa: E402
 
 import dinov3_infer  # noqa: E402
 from dinov3_infer import Backbone, Features  # noqa: E402
-from dinov3_infer.features import pool  # noqa: E402
-from dinov3_infer.images import load_image  # noqa: E402
-from dinov3_infer.preprocess import Placement  # noqa: E402
+from dinov3_infer.features.result import pool  # noqa: E402
+from dinov3_infer.images.decode import load_image  # noqa: E402
+from dinov3_infer.images.preprocess import Placement  # noqa: E402
 from dinov3_infer.tasks import KNN, LinearProbe, OneShotSegmenter, dense_features  # noqa: E402
 
 RECORD = Path(__file__).parent / "records" / "choosing.json"

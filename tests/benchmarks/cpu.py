@@ -32,9 +32,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dinov3_infer import Backbone
-from dinov3_infer.bench.contest import Cell, Settings, contest, ratios, reason, spread
-from dinov3_infer.bench.contestants import MODES as OURS
-from dinov3_infer.bench.contestants import Contestant, Setup, cell_of, contestants
+from dinov3_infer.cli.bench.contest import Cell, Settings, contest, ratios, reason, spread
+from dinov3_infer.cli.bench.contestants import MODES as OURS
+from dinov3_infer.cli.bench.contestants import Contestant, Setup, cell_of, contestants
 from dinov3_infer.cli.doctor import cpu_name
 
 HERE = Path(__file__).parent

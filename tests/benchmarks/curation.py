@@ -32,9 +32,9 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE.parent), str(HERE), str(ROOT), str(ROOT / "kernels"), str(ROOT / "examples" / "nano")]
 
 from dinov3_infer import Backbone  # noqa: E402
-from dinov3_infer.bulk import Store  # noqa: E402
-from dinov3_infer.bulk.clusters import default_clusters, hierarchy  # noqa: E402
-from dinov3_infer.bulk.neighbours import duplicates  # noqa: E402
+from dinov3_infer.features.disk.store import Store  # noqa: E402
+from dinov3_infer.tasks.clusters import default_clusters, hierarchy  # noqa: E402
+from dinov3_infer.tasks.neighbours import duplicates  # noqa: E402
 
 WAYS = ("JPEG", "crop", "light", "size")
 SIDE = 128  # pixels that a copy has before it is changed

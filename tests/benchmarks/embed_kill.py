@@ -26,7 +26,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT), str(ROOT / "kernels"), s
 from albums import BREAKAGES, write_album  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from dinov3_infer.bulk.formats import FORMATS  # noqa: E402
+from dinov3_infer.features.disk.formats import FORMATS  # noqa: E402
 
 START = "import sys; sys.path[:0] = sys.argv.pop(1).split('|'); from dinov3_infer.cli import main; sys.exit(main())"
 

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 import dinov3_infer
 from dinov3_infer import Backbone
+from dinov3_infer.model.vit import ViTConfig
 from dinov3_infer.train import TrainConfig, train
 from dinov3_infer.train.optim import clip_gradients, make_optimizer, set_rates
-from dinov3_infer.vit import ViTConfig
 
 RECORDS = Path(__file__).parent / "records"
 VIT = ViTConfig(192, 4, 3, 768, patch_size=8)

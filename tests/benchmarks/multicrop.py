@@ -38,7 +38,7 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from dinov3_infer.cli.doctor import cpu_name  # noqa: E402
-from dinov3_infer.train.data import open_data  # noqa: E402
+from dinov3_infer.train.batches import open_data  # noqa: E402
 from dinov3_infer.train.draws import generator  # noqa: E402
 from dinov3_infer.train.views import ViewConfig, Views, collate, make_views  # noqa: E402
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn  # noqa: E402
 from transformers import DINOv3ViTConfig, DINOv3ViTModel  # noqa: E402
 
 from dinov3_infer import Backbone  # noqa: E402
-from dinov3_infer.train.backbones import wrap_blocks  # noqa: E402
+from dinov3_infer.train.adapters import wrap_blocks  # noqa: E402
 from dinov3_infer.train.config import TrainConfig  # noqa: E402
 from dinov3_infer.train.method import Method  # noqa: E402
 from dinov3_infer.train.optim import clip_gradients, make_optimizer, set_rates  # noqa: E402

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from dinov3_infer import Backbone, load_image
-from dinov3_infer.images import MAX_BYTES
-from dinov3_infer.preprocess import Preprocess
+from dinov3_infer.images.decode import MAX_BYTES
+from dinov3_infer.images.preprocess import Preprocess
 
 from . import checkpoints, pickles, pictures
 from .checkpoints import HEADER, INDEX, Files

@@ -1,0 +1,1 @@
+"""A model in files: recognised, loaded, saved and exported."""

@@ -1,0 +1,261 @@
+"""Files for other engines: .onnx for ONNX Runtime, OpenVINO and TensorRT, .pt2 for torch without this package.
+
+A file gets its name once it has run in its own engine and agreed with the model that it was made from.
+"""
+
+import json
+import logging
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, MissingFileError, PrecisionError, UnsupportedError
+from ..images.preprocess import Preprocess
+from ..model.vit import VisionTransformer
+from ..version import __version__
+from ..zoo import ModelInfo
+from .export_graph import INPUT, Dynamic, Tokens, Traced, program, twin
+
+__all__ = ["Dynamic", "export_model", "worst_token"]
+
+log = logging.getLogger("dinov3_infer")
+
+OPSETS = range(18, 24)  # below there is no Split or Pad of these forms; 23 has attention as one operator
+LIMITS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # see `worst_token`
+_ONE_FILE = 1 << 30  # bytes of weights; a protobuf holds 2 GiB
+
+Engine = Callable[[Tensor], Tokens]
+
+
+def export_model(
+    model: VisionTransformer,
+    path: str | os.PathLike[str],
+    preprocess: Preprocess,
+    info: ModelInfo | None = None,
+    *,
+    size: int | tuple[int, int] | None = None,
+    dynamic: Dynamic = "batch",
+    opset: int = 18,
+) -> Path:
+    """Writes what `Backbone.export` describes; returns the path."""
+    target = Path(path).expanduser()
+    kind = _FORMATS.get(target.suffix)
+    if kind is None:
+        raise InputError(f"'{target}' should end in {' or '.join(_FORMATS)}; rename it")
+    if not target.parent.is_dir():
+        raise MissingFileError(f"no folder '{target.parent.absolute()}' to write '{target.name}' to; make it first")
+    if dynamic not in (True, False, "batch"):
+        raise InputError(f"dynamic is 'batch', True (height and width too) or False, got {dynamic!r}")
+    if opset not in OPSETS:
+        raise UnsupportedError(f"opset {opset} cannot be written; give {OPSETS[0]} to {OPSETS[-1]}, or leave it out")
+    for needed in kind.needs:
+        if find_spec(needed) is None:
+            raise UnsupportedError(
+                f"to write and check '{target.suffix}' takes {needed}, which is not installed; "
+                "pip install 'dinov3-infer[onnx]' brings it"
+            )
+    dtype = model.patch_embed.proj.weight.dtype
+    if dtype not in kind.dtypes:
+        raise UnsupportedError(
+            f"a model in {dtype} cannot be checked as '{target.suffix}'; load it with dtype=torch.float32 and let the "
+            "engine choose its precision"
+        )
+    grid = _grid(model, preprocess.size if size is None else size)
+    host = twin(model)
+    traced = Traced(twin(host), None if dynamic is True else grid)
+    beside = target.with_name(f".{uuid.uuid4().hex[:8]}{target.suffix}")
+    try:
+        with _quiet():
+            kind.write(program(traced, grid, dynamic), beside, _facts(host, preprocess, info), opset)
+            distance = _distance(host, kind.open(beside), _inputs(host, grid, dynamic))
+        if not distance <= LIMITS[dtype]:
+            failed = target.with_name(f"{target.name}.failed")
+            _move(beside, failed)
+            raise PrecisionError(
+                f"the file does not compute what the model does: a token is off by {distance:.1e} of its length, "
+                f"{LIMITS[dtype]:.0e} is allowed; it is kept as '{failed}', please report it"
+            )
+        _move(beside, target)
+    finally:
+        for left in (beside, Path(f"{beside}.data")):
+            left.unlink(missing_ok=True)
+    log.info("wrote '%s'; in its own engine its tokens are within %.1e of the model's", target, distance)
+    return target
+
+
+def _grid(model: VisionTransformer, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """(h, w) in patches.  Raises InputError for what is not whole patches."""
+    patch = model.config.patch_size
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+        raise InputError(f"size is the side of a square or (height, width) in pixels, got {size!r}")
+    if any(side % patch for side in sides):
+        nearest = "x".join(str(max(1, round(side / patch)) * patch) for side in sides)
+        raise InputError(
+            f"size {sides[0]}x{sides[1]} is not a multiple of the patch size {patch}; the nearest is {nearest}"
+        )
+    return sides[0] // patch, sides[1] // patch
+
+
+def _facts(model: VisionTransformer, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, str]:
+    """What whoever finds the file has to know."""
+    found: dict[str, Any] = dict(dinov3_infer=__version__, patch_size=model.patch_size)
+    found |= dict(mean=list(preprocess.mean), std=list(preprocess.std))
+    if info is not None:
+        found |= dict(architecture=info.name, licence_of_the_weights=info.licence)
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
+
+
+# --- the formats ---------------------------------------------------------------------------------------------------
+
+
+class _Format(NamedTuple):
+    write: Callable[[Any, Path, dict[str, str], int], None]
+    open: Callable[[Path], Engine]
+    needs: tuple[str, ...]  # modules
+    dtypes: tuple[torch.dtype, ...]  # that the engine on this machine computes in
+
+
+def _write_onnx(program: Any, path: Path, facts: dict[str, str], opset: int) -> None:
+    import onnx
+
+    names = [name for name in _AXES if name != INPUT]
+    if len(program.graph_signature.output_specs) < len(names):
+        names.remove("register_tokens")
+    large = sum(t.nbytes for t in program.state_dict.values()) > _ONE_FILE
+    written = torch.onnx.export(
+        program, dynamo=True, verbose=False, opset_version=opset, input_names=[INPUT], output_names=names
+    )
+    written.save(path, external_data=large)  # type: ignore[union-attr]
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    unwanted = {node.op_type for node in graph.node if node.domain or node.op_type in ("If", "Loop", "Scan")}
+    found = model.opset_import[0].version
+    if unwanted or model.functions or found != opset:
+        raise UnsupportedError(
+            f"torch {torch.__version__} wrote what engines refuse ({', '.join(sorted(unwanted)) or f'opset {found}'}) "
+            f"for opset {opset}; take another opset, or another version of torch or onnxscript"
+        )
+    for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+        del part.metadata_props[:]  # where in the source it came from
+    del graph.value_info[:], model.metadata_props[:]
+    for place, axes in ((graph.input[0], _AXES[INPUT]), *((o, _AXES[o.name]) for o in graph.output)):
+        for dimension, name in zip(place.type.tensor_type.shape.dim, axes, strict=True):
+            if dimension.dim_param:
+                dimension.dim_param = name
+    for key, value in facts.items():
+        model.metadata_props.add(key=key, value=value)
+    model.producer_name, model.producer_version = "dinov3_infer", __version__
+    onnx.save(model, path)
+
+
+_AXES = {  # outputs in the order of `Traced`
+    INPUT: ("batch", "channels", "height", "width"),
+    "cls_token": ("batch", "width"),
+    "register_tokens": ("batch", "registers", "width"),
+    "patch_tokens": ("batch", "patches", "width"),
+}
+
+
+def _open_onnx(path: Path) -> Engine:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(pixels: Tensor) -> Tokens:
+        found = session.run(names, {INPUT: pixels.numpy()})
+        return {name: torch.from_numpy(tokens) for name, tokens in zip(names, found, strict=True)}
+
+    return run
+
+
+def _write_program(program: Any, path: Path, facts: dict[str, str], opset: int) -> None:
+    torch.export.save(program, path, extra_files={"dinov3_infer.json": json.dumps(facts)})
+
+
+def _open_program(path: Path) -> Engine:
+    found: Engine = torch.export.load(path).module()
+    return found
+
+
+_FORMATS = {
+    ".onnx": _Format(
+        _write_onnx, _open_onnx, ("onnx", "onnxscript", "onnxruntime"), (torch.float32, torch.float64, torch.float16)
+    ),
+    ".pt2": _Format(_write_program, _open_program, (), tuple(LIMITS)),
+}
+
+
+def _move(source: Path, target: Path) -> None:
+    """With the weights that lie beside it, whose name it holds."""
+    data = Path(f"{source}.data")
+    if data.exists():
+        import onnx
+
+        model = onnx.load(source, load_external_data=False)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = f"{target.name}.data"
+        onnx.save(model, source)
+        os.replace(data, f"{target}.data")
+    os.replace(source, target)
+
+
+# --- the check -----------------------------------------------------------------------------------------------------
+
+
+def worst_token(ours: Tensor, theirs: Tensor) -> float:
+    """The largest distance of any token of `ours` from its own of `theirs`, [..., C] each, in lengths of the latter."""
+    if ours.shape != theirs.shape or not bool((ours.isfinite() & theirs.isfinite()).all()):
+        return float("inf")
+    theirs = theirs.double()
+    lengths = theirs.norm(dim=-1).clamp_min(1e-30)  # 0/0 would be neither far nor near
+    return float(((ours.double() - theirs).norm(dim=-1) / lengths).max()) if theirs.numel() else 0.0
+
+
+def _inputs(model: VisionTransformer, grid: tuple[int, int], dynamic: Dynamic) -> Iterator[Tensor]:
+    """Noise of several sizes and numbers of pictures, as far as these are free."""
+    grids, own, draw = [grid], model.config.position_grid, torch.Generator().manual_seed(0)
+    if dynamic is True:
+        h, w = (max(2, n) for n in grid)
+        grids = [(h, w), (w + 1, h), (max(2, h // 2), w + 2), *([(own, own)] if own else [])]
+    elif dynamic:
+        grids *= 2
+    for i, sides in enumerate(grids):
+        shape = (1 + i % 2, 3, *(side * model.patch_size for side in sides))
+        yield torch.randn(shape, generator=draw)
+
+
+@torch.no_grad()
+def _distance(model: VisionTransformer, engine: Engine, inputs: Iterator[Tensor]) -> float:
+    found = 0.0
+    for pixels in inputs:
+        ours, tokens = VisionTransformer.forward(model, pixels), engine(pixels)
+        found = max(found, *(worst_token(t, getattr(ours, name)) for name, t in tokens.items()))
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters tell of their own affairs; what goes wrong in earnest is raised."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

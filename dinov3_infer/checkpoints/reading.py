@@ -1,0 +1,284 @@
+"""Opening weights files: what they are, told by content, and their tensors one at a time, mapped where that works."""
+
+import argparse
+import json
+import mmap
+import os
+import pickle
+import stat
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError, Dinov3Error, MissingFileError
+
+__all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "open_checkpoint", "read_index"]
+
+WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_NAMES = (WEIGHTS, PICKLED, "open_clip_model.safetensors")
+MAX_JSON = 2**22  # bytes of a config, an index, a header: fifty times those of the largest model here
+
+# what weights are, as safetensors names it
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class TensorSource(Protocol):
+    """Named tensors of which only those asked for are read."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype | None]  # None: of integers, quantised, sparse, or less stored than the shape says
+
+    def read(self, name: str, *, copying: bool = False) -> Tensor:
+        """A tensor, mapped where the file allows it.  `copying`: the caller copies it at once, so no page is kept."""
+        ...
+
+
+class TensorsInMemory:
+    """A state dict."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.dtypes = {n: t.dtype if t.dtype in _DTYPES.values() else None for n, t in tensors.items()}
+
+    def read(self, name: str, *, copying: bool = False) -> Tensor:
+        return self._tensors[name]
+
+
+class SafetensorsFiles:
+    """One safetensors file, or the shards of one model."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._handles: dict[Path, Any] = {}
+        self._path_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype | None] = {}
+        for path in paths:
+            with open(path, "rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+            if length > MAX_JSON:
+                raise CheckpointError(
+                    f"'{path}' should begin with a header of {length:,} bytes, which no model has; download it again"
+                )
+            try:
+                self._handles[path] = handle = safe_open(path, framework="pt")
+                for name in handle.keys():  # noqa: SIM118  (a handle is no mapping)
+                    if name in self.shapes:
+                        raise CheckpointError(
+                            f"'{path}' and '{self._path_of[name]}' hold '{name}'; these shards do not belong together"
+                        )
+                    self._path_of[name] = path
+                    view = handle.get_slice(name)
+                    self.shapes[name] = tuple(view.get_shape())
+                    self.dtypes[name] = _DTYPES.get(view.get_dtype())
+            except (SafetensorError, OSError, RuntimeError) as error:  # Runtime: what cannot be mapped
+                raise CheckpointError(
+                    f"'{path}' is not a whole safetensors file ({error}); download it again"
+                ) from None
+
+    def read(self, name: str, *, copying: bool = False) -> Tensor:
+        path = self._path_of[name]
+        if not copying:
+            return self._handles[path].get_tensor(name)  # type: ignore[no-any-return]
+        with safe_open(path, framework="pt") as once:  # its pages go when the tensor goes
+            return once.get_tensor(name)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors, the path that they came from, and what lies beside them."""
+
+    path: str
+    tensors: TensorSource
+    config: Mapping[str, Any] = field(default_factory=dict)  # config.json
+    processor: Mapping[str, Any] = field(default_factory=dict)  # preprocessor_config.json
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """A directory (Hugging Face, timm), a shard index, a safetensors file or a file of torch.save.
+
+    Raises: MissingFileError; CheckpointError for anything that is not a checkpoint, said by what it is instead.
+    """
+    try:
+        return _open(Path(path))
+    except Dinov3Error:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"cannot read '{path}' ({error.strerror}); check it and its permissions") from None
+
+
+def _open(path: Path) -> Checkpoint:
+    path = Path(os.path.expanduser(path))
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        raise MissingFileError(
+            f"no weights at '{path.absolute()}'; check the path, or give a name of list_models()"
+        ) from None
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        raise CheckpointError(f"'{path}' is a pipe or a device; give a file or a folder")
+    file = _file_in(path) if stat.S_ISDIR(mode) else path
+    beside: list[dict[str, Any]] = [{}, {}]
+    if file is not path or file.name in (*_NAMES, INDEX):  # a file of any other name may lie in any company
+        paths = (file.parent / CONFIG, file.parent / PROCESSOR)
+        beside = [_read_json(p) if p.is_file() else {} for p in paths]
+    if file.name.endswith(".index.json"):
+        return Checkpoint(str(path), _open_shards(file), *beside)
+    kind = _kind_of(file)
+    tensors: TensorSource = (
+        SafetensorsFiles([file]) if kind == "safetensors" else _read_torch(file, zipped=kind == "zip")
+    )
+    return Checkpoint(str(path), tensors, *beside)
+
+
+def _file_in(folder: Path) -> Path:
+    for name in (INDEX, *_NAMES):
+        if (folder / name).is_file():
+            return folder / name
+    if (folder / ".metadata").is_file():
+        raise CheckpointError(
+            f"'{folder}' is a sharded training checkpoint; make one file of it with dcp_to_torch_save of "
+            "torch.distributed.checkpoint.format_utils"
+        )
+    found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    if len(found) != 1:
+        listed = ", ".join(p.name for p in found[:4]) or "none"
+        raise CheckpointError(
+            f"'{folder}' should hold one weights file ({', '.join(SUFFIXES)}), found {listed}; give the file itself"
+        )
+    return found[0]
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Which shard holds which tensor; all shards lie in the folder of their index."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
+        raise CheckpointError(f"'{index}' is no index of shards: it has no weight_map; download it again")
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"'{index}' names the shard '{name}', which lies outside its folder; this file is not to be trusted"
+            )
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"'{index}' names the shard '{name}', which is no safetensors file; save the model in that format"
+            )
+    return weight_map
+
+
+def _open_shards(index: Path) -> SafetensorsFiles:
+    weight_map = read_index(index)
+    paths = [index.parent / name for name in sorted(set(weight_map.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointError(
+                f"'{index}' names the shard '{path.name}', which is not there; download all {len(paths)} shards"
+            )
+    shards = SafetensorsFiles(paths)
+    absent = [name for name in weight_map if name not in shards.shapes]
+    if absent:
+        raise CheckpointError(f"'{index}' lists '{absent[0]}', which no shard holds; download the shards again")
+    return shards
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as stream:
+        text = stream.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise CheckpointError(f"'{path}' is longer than what such a file holds, {MAX_JSON:,} bytes; download it again")
+    try:
+        content = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{path}' is not valid JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"'{path}' should hold a JSON object, holds a {type(content).__name__}; download it again"
+        )
+    return content
+
+
+def _kind_of(file: Path) -> str:
+    """Looks at the first bytes, since what a loader says of a wrong file is no help."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        head = stream.read(64)
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return "pickle"
+    if len(head) > 9 and head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= size - 8:
+        return "safetensors"
+    text = head.decode("ascii", "replace").strip()
+    if size == 0:
+        what = "it is empty"
+    elif text.startswith("version https://git-lfs"):
+        what = "it is a Git LFS pointer, not the file that it points to"
+    elif text.startswith("<"):
+        what = f"it starts with {text[:5]!r}, as an error page does"
+    elif head.startswith(b"PK") or (len(head) > 9 and head[8:9] == b"{"):
+        what = "it is cut short"
+    else:
+        what = f"it starts with {head[:5]!r}"
+    raise CheckpointError(f"'{file}' is not a checkpoint: {what} ({size:,} bytes); download it again")
+
+
+def _read_torch(file: Path, zipped: bool) -> TensorsInMemory:
+    """Every tensor of a file of torch.save under its dotted name, so that nested checkpoints look like flat ones."""
+    try:
+        if _may_unpack_more(file, zipped):
+            raise pickle.UnpicklingError
+        with torch.serialization.safe_globals([argparse.Namespace]):  # main_dino.py keeps its arguments, plain values
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"'{file}' holds Python objects besides tensors, which could run code when loaded; "
+            "save its state dict alone, with torch.save(model.state_dict(), ...)"
+        ) from None
+    except Exception as error:  # of a damaged one torch raises anything
+        raise CheckpointError(
+            f"'{file}' is a damaged file of torch.save ({type(error).__name__}); download it again"
+        ) from None
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()  # a dictionary may hold itself
+
+    def flatten(value: Any, prefix: str, depth: int) -> None:
+        if isinstance(value, Tensor):
+            tensors[prefix] = torch.detach(value)  # without attributes that the file may have given it
+        elif isinstance(value, dict) and id(value) not in seen and depth < 8:
+            seen.add(id(value))
+            for key, inner in dict.items(value):
+                if isinstance(key, str):
+                    flatten(inner, f"{prefix}.{key}" if prefix else key, depth + 1)
+
+    flatten(content, "", 0)
+    found = TensorsInMemory(tensors)
+    found.dtypes |= {name: None for name, tensor in tensors.items() if not _is_stored(tensor)}
+    return found
+
+
+def _may_unpack_more(file: Path, zipped: bool) -> bool:
+    """Whether a file asks for more memory than it has bytes; torch.save compresses nothing and writes no bytearray."""
+    if not zipped:
+        with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(b"bytearray") >= 0
+    with zipfile.ZipFile(file) as archive:
+        return any(
+            member.compress_type != zipfile.ZIP_STORED
+            or (member.filename.lower().endswith(".pkl") and b"bytearray" in archive.read(member))
+            for member in archive.infolist()
+        )
+
+
+def _is_stored(tensor: Tensor) -> bool:
+    """Whether every element lies in memory: neither sparse, nor on no device, nor one number stretched to many."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

@@ -1,0 +1,191 @@
+"""Writing checkpoints: the key tables read backwards."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError, InputError, UnsupportedError
+from ..images.preprocess import Preprocess
+from ..model.rope import rope_periods
+from ..model.vit import VisionTransformer, ViTConfig
+from ..system import whole
+from ..zoo import OWN, ModelInfo
+from . import layouts
+from .config_json import hf_config, hf_processor_config, reading_differs, timm_config
+from .layouts import Folded, Joined, Layout, Masked, Nested, row_of, sources
+from .loading import LayoutName
+from .reading import INDEX, WEIGHTS, read_index
+
+__all__ = ["restore", "save_checkpoint"]
+
+log = logging.getLogger("dinov3_infer")
+
+
+def restore(
+    state: Mapping[str, Tensor], config: ViTConfig, layout: Layout, with_bias: bool = True
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Our tensors under a layout's names, and what the layout has no place for, in words.
+
+    Raises: UnsupportedError where leaving something out would change the features.
+    """
+    tensors: dict[str, Tensor] = {}
+    notes: list[str] = []
+    for ours, tensor in state.items():
+        row, number = row_of(layout, ours)
+        if row is None:
+            notes.append(_note_of_loss(ours, layout, tensor, config))
+        elif layout is layouts.TIMM_V3 and ours.endswith("attn.qkv.bias") and not with_bias:
+            continue  # timm's plain variant has no biases, and these are zero
+        elif layout is layouts.META_V3 and ours == "rope_periods":
+            rounded = tensor.bfloat16()
+            tensors["rope_embed.periods"] = rounded if torch.equal(rounded.float(), tensor) else tensor
+        elif isinstance(row, Folded):
+            tensors["cls_token"] = state["cls_token"] + tensor[:, :1]
+            tensors[row.name] = tensor[:, 1:]
+            if tensor[:, 0].any():
+                notes.append("timm adds the position of the class token to the class token, and the two stay one")
+        else:
+            tensors.update(_write(row, number, ours, tensor, config))
+    if layout is layouts.HF_V3 and not config.num_registers:
+        tensors["embeddings.register_tokens"] = torch.zeros(1, 0, config.embed_dim)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, [
+        note for note in dict.fromkeys(notes) if note
+    ]
+
+
+def _write(row: layouts.Row, number: str, ours: str, tensor: Tensor, config: ViTConfig) -> dict[str, Tensor]:
+    """One tensor of ours under the layout's names."""
+    parts = sources(row, number)
+    first = parts[0][0]
+    masked_key = ours.endswith("attn.qkv.bias") and not config.key_bias
+    if isinstance(row, Masked):
+        mask = torch.ones_like(tensor)
+        mask.chunk(3)[1].zero_()
+        return {first: tensor} | ({parts[1][0]: mask} if masked_key else {})
+    if isinstance(row, Joined):
+        if not masked_key and layouts.ZEROS in row.parts:
+            raise UnsupportedError(
+                "timm's DINOv3 has no bias for the keys and this model has one; write the 'hf' or 'meta' layout"
+            )
+        chunks = zip(parts, tensor.chunk(len(parts)), strict=True)
+        return {name: chunk for (name, needed), chunk in chunks if needed or not masked_key}
+    return {first: tensor[None] if isinstance(row, Nested) else tensor}
+
+
+def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: ViTConfig) -> str:
+    """What it means that a layout has no place for a tensor; "" for nothing."""
+    if ours == "rope_periods":
+        if _are_exact(tensor, config):
+            return ""
+        reader = "transformers" if layout.name == "hf" else "timm"
+        return f"the {layout.name} layout holds no RoPE periods, so {reader} will use exact ones"
+    if "lora_" in ours or "base_layer" in ours:
+        raise UnsupportedError(f"an adapter is injected and not merged ({ours}); merge it into the weights first")
+    if ours == "mask_token" or ours.startswith("local_cls_norm"):
+        return f"the {layout.name} layout has no place for {ours.split('.')[0]}, which only training uses"
+    other = "another layout" if layout.name == "meta" else "the 'meta' layout"
+    raise UnsupportedError(f"the {layout.name} layout has no place for {ours}; write {other}")
+
+
+def layout_for(config: ViTConfig, name: LayoutName) -> Layout:
+    """The table that writes this architecture in layout `name`."""
+    family = "dinov3" if config.position_grid is None else "dinov2" if config.layerscale else "dino"
+    for_others = (layouts.HF_V2_GATED_LIVE, layouts.TIMM_V2 if config.num_registers else layouts.TIMM_V2_REG)
+    for candidate in layouts.LAYOUTS:
+        if (candidate.name, candidate.family) == (name, family) and candidate not in for_others:
+            return candidate
+    raise InputError(f"layout is one of 'hf', 'meta', 'timm'; got {name!r}")
+
+
+def save_checkpoint(
+    model: VisionTransformer,
+    target: str | os.PathLike[str],
+    layout: LayoutName,
+    info: ModelInfo | None,
+    preprocess: Preprocess,
+) -> Path:
+    """Writes a layout: a directory for "hf" and "timm", a `.pth` or `.safetensors` file for "meta".
+
+    What the layout cannot hold is said in one line each.  A file appears whole or not at all, also over the file that
+    the model was loaded from.
+    """
+    target = Path(target).expanduser()
+    table = layout_for(model.config, layout)
+    if layout == "meta" and target.suffix not in (".pth", ".safetensors"):
+        raise InputError(f"Meta's layout is one file; '{target}' should end in .pth or .safetensors")
+    if target.is_dir() if layout == "meta" else target.is_file():
+        kinds = ("one file", "a folder") if layout == "meta" else ("a folder", "a file")
+        raise InputError(f"the {layout} layout is {kinds[0]}, and '{target}' is {kinds[1]}; give another path")
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    # timm has DINOv3 without biases too, but not LingBot
+    with_bias = (info is not None and info.family != "dinov3") or any(
+        name.endswith("qkv.bias") and bool(tensor.any()) for name, tensor in state.items()
+    )
+    files: dict[str, Mapping[str, Any]] = {}
+    block = _our_block(model, info)
+    if layout == "hf":
+        dtype = str(model.patch_embed.proj.weight.dtype).removeprefix("torch.")
+        files["config.json"] = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": block}
+        files["preprocessor_config.json"] = hf_processor_config(model.config, preprocess.mean, preprocess.std)
+    elif layout == "timm":
+        ours = {"dinov3_infer": block} if "from_scratch" in block else {}
+        files["config.json"] = timm_config(model.config, info, preprocess, with_bias) | ours
+    tensors, notes = restore(state, model.config, table, with_bias)
+    if layout == "meta" and info is not None and (preprocess.mean, preprocess.std) != (info.mean, info.std):
+        notes.append("the meta layout holds no mean and std, and those of this model are its own")
+    for note in notes + reading_differs(model.config, table):
+        log.warning("%s: %s", target, note)
+    if layout == "meta":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_tensors(target, tensors)
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    _write_tensors(target / WEIGHTS, tensors)
+    for name, content in files.items():
+        with whole(target / name) as path:
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _remove_shards(target)
+    return target
+
+
+def _our_block(model: VisionTransformer, info: ModelInfo | None) -> dict[str, Any]:
+    """What the configs of others have no field for."""
+    block: dict[str, Any] = {"name": info.name if info else None}
+    if info is not None and info.licence == OWN:
+        block["from_scratch"] = True
+    if model.rope_periods is not None and not _are_exact(model.rope_periods, model.config):
+        block["rope_periods"] = model.rope_periods.tolist()
+    return block
+
+
+def _are_exact(periods: Tensor, config: ViTConfig) -> bool:
+    return torch.equal(periods.cpu(), rope_periods(config.head_dim, config.rope_base))
+
+
+def _remove_shards(folder: Path) -> None:
+    """Shards of what lay here before would be read instead of the new file."""
+    index = folder / INDEX
+    if index.is_file():
+        shards: set[str] = set()
+        with contextlib.suppress(CheckpointError):  # what lay here may be damaged; it goes all the same
+            shards = set(read_index(index).values()) - {WEIGHTS}
+        index.unlink()
+        for shard in shards:
+            (folder / shard).unlink(missing_ok=True)
+
+
+def _write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
+    with whole(target) as path:
+        if target.suffix == ".pth":
+            torch.save(tensors, path)
+        else:  # which refuses tensors that share memory, as the parts of a split do
+            own = {n: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for n, t in tensors.items()}
+            save_file(own, path, metadata={"format": "pt"})

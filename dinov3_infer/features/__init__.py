@@ -1,0 +1,1 @@
+"""Images through the model: one, a stream, or a million."""

@@ -1,0 +1,1 @@
+"""What `embed` writes to disk and `Store` reads."""

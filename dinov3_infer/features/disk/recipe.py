@@ -1,0 +1,158 @@
+"""How vectors were made: written beside them, and compared before any others are put there."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+from ...checkpoints.loading import fingerprint
+from ...errors import InputError
+from ...images.decode import ImageLike
+from ...images.preprocess import Preprocess
+from ...images.sources import Source
+from ...model.vit import VisionTransformer
+from ...version import __version__
+from ..stream import count_of
+from ..vectors import Asked
+
+__all__ = ["Plan", "Recipe", "difference", "recipe_of"]
+
+FORMAT = 1  # of what is stored
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which pictures run together.  A shard is `shard_size` neighbours, and no pass reaches into two shards."""
+
+    shard_size: int | None = None  # pictures; None: not decided yet
+    batch_size: int | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None:
+                object.__setattr__(self, name, count_of(name, value, 1))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the vectors of a list of pictures depend on."""
+
+    version: str  # of this package
+    model: str | None  # its name in the zoo
+    fingerprint: str  # of its weights
+    architecture: dict[str, Any]
+    preprocess: dict[str, Any]
+    decode: str
+    dtype: str  # of the arithmetic
+    kind: str
+    pooling: str
+    normalize: bool
+    out_dtype: str
+    shape: tuple[int, ...] | None  # of a row; None where each has its own
+    count: int | None  # pictures; None for a stream that has not ended
+    inputs: str | None  # SHA-256 of their names; None for pictures without
+    plan: Plan
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT} | asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, origin: object) -> Self:
+        """Raises: InputError for what is no such record."""
+        try:
+            stored = json.loads(text)
+            if stored.pop("format") != FORMAT:
+                raise InputError(f"'{origin}' was written by a version of dinov3_infer with another format; use that")
+            stored["plan"] = Plan(**stored["plan"])
+            stored["shape"] = None if stored["shape"] is None else tuple(stored["shape"])
+            return cls(**stored)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"the record in '{origin}' is damaged; remove it with what lies beside it") from None
+
+    def planned(self, found: Plan) -> Self:
+        """The same with what is not decided yet taken from `found`."""
+        mine = asdict(self.plan)
+        return replace(self, plan=Plan(**{k: asdict(found)[k] if v is None else v for k, v in mine.items()}))
+
+    def check_continues(self, there: "Recipe", origin: object) -> None:
+        """Raises InputError, in one sentence, where these vectors do not belong beside those that are there."""
+        mine, theirs = (json.loads(r.to_json()) for r in (self.planned(there.plan), there))
+        for name, value in theirs.items():
+            if mine[name] == value and not (name == "inputs" and value is None):
+                continue
+            raise InputError(
+                f"'{origin}' exists already and was made {difference(name, value, mine[name])}; give another name, or "
+                "overwrite it"
+            )
+
+    def shards(self) -> Iterator[range]:
+        """Numbers of the pictures of each."""
+        size, count = self.plan.shard_size or 1, self.count or 0
+        return (range(first, min(first + size, count)) for first in range(0, count, size))
+
+
+def recipe_of(
+    model: VisionTransformer,
+    pictures: Source | Iterable[ImageLike],
+    transform: Preprocess,
+    asked: Asked,
+    products: str,  # what vectors depend on beside the dtype of the parameters
+) -> Recipe:
+    """What the vectors of these pictures will depend on."""
+    width = model.config.embed_dim * (2 if asked.kind == "embedding" and asked.pooling == "cls_mean" else 1)
+    periods, info = model.rope_periods, getattr(model, "info", None)
+    return Recipe(
+        version=__version__,
+        model=info.name if info else None,
+        fingerprint=fingerprint(model.state_dict(), model.config),
+        architecture=asdict(model.config) | {"rope_periods": None if periods is None else periods.tolist()},
+        preprocess=asdict(transform),
+        dtype=str(model.patch_embed.proj.weight.dtype).removeprefix("torch.") + products,
+        decode=asked.decode,
+        kind=asked.kind,
+        pooling=asked.pooling,
+        normalize=asked.normalize,
+        out_dtype=asked.out_dtype,
+        shape=row_shape(transform, asked.kind, width),
+        count=len(pictures) if isinstance(pictures, Source) else None,
+        inputs=digest(pictures) if isinstance(pictures, Source) else None,
+        plan=Plan(asked.shard_size, asked.batch_size),
+    )
+
+
+def row_shape(transform: Preprocess, kind: str, width: int) -> tuple[int, ...] | None:
+    """[C], [P, C] or [C, h, w], known before a picture is read; None where each picture has its own."""
+    if kind == "embedding":
+        return (width,)
+    size = transform.size
+    if transform.fit == "native" or size is None:
+        return None
+    h, w = (side // transform.patch_size for side in (size if isinstance(size, tuple) else (size, size)))
+    return (width, h, w) if kind == "map" else (h * w, width)
+
+
+def digest(source: Source) -> str | None:
+    """Of the names of pictures, in order; None where one came as an object, which nobody can tell from another."""
+    found = hashlib.sha256()
+    for i in range(len(source)):
+        if (key := source.key(i)) is None:
+            return None
+        found.update(key.encode("utf-8", "surrogatepass") + b"\0")
+    return found.hexdigest()
+
+
+def difference(name: str, there: Any, here: Any) -> str:
+    """How a field of two recipes differs, for a sentence that ends in "was made ..."."""
+    if name in ("inputs", "count") and None in (there, here):
+        return "of pictures that came as objects or as a stream, which cannot be told from others"
+    if name == "inputs":
+        return "from other pictures, or from these in another order"
+    if isinstance(there, dict) and isinstance(here, dict):
+        part = next(key for key in there if there[key] != here.get(key))
+        name, there, here = f"{name}.{part}", there[part], here.get(part)
+    shown = [str(v)[:16] if name == "fingerprint" else json.dumps(v) for v in (there, here)]
+    return f"with {name} {shown[0]}, not {shown[1]}"

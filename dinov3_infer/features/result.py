@@ -1,0 +1,191 @@
+"""What `extract_features` returns: named tokens, the grid they lie on, and the way back to the picture."""
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, InputTypeError
+from ..images.preprocess import PixelBatch, Placement
+from ..model.vit import BackboneOutput, as_map
+
+__all__ = ["Features", "LayerFeatures", "Pooling", "check_pooling", "features_of", "pool"]
+
+Pooling = Literal["cls", "mean", "cls_mean"]
+
+
+def check_pooling(pooling: str) -> None:
+    """Raises InputError for a pooling that does not exist."""
+    if pooling not in ("cls", "mean", "cls_mean"):
+        raise InputError(f"pooling is 'cls', 'mean' or 'cls_mean', got {pooling!r}")
+
+
+def pool(cls_token: Tensor, patch_tokens: Tensor, pooling: Pooling, valid: Tensor | None = None) -> Tensor:
+    """[B, C], or [B, 2C] for "cls_mean" with the class token first; the mean leaves padding and registers out."""
+    check_pooling(pooling)
+    if pooling == "cls":
+        return cls_token
+    if valid is None:
+        mean = patch_tokens.mean(dim=1)
+    else:
+        weights = valid.flatten(1).to(patch_tokens)[..., None]
+        mean = (patch_tokens * weights).sum(dim=1) / weights.sum(dim=1)
+    return mean if pooling == "mean" else torch.cat((cls_token, mean), dim=-1)
+
+
+@dataclass(frozen=True)
+class LayerFeatures:
+    """One layer: its tokens after the final norm, or the facet asked for (see `extract_features`)."""
+
+    cls_token: Tensor  # [B, C]
+    register_tokens: Tensor  # [B, R, C]
+    patch_tokens: Tensor  # [B, P, C]
+    grid: tuple[int, int]  # (h, w) in patches
+
+    @property
+    def feature_map(self) -> Tensor:
+        """[B, C, h, w], a view of the patch tokens."""
+        return as_map(self.patch_tokens, self.grid)
+
+
+@dataclass(frozen=True, repr=False)
+class Features:
+    """Features of a batch of pictures, float32, all after the final norm."""
+
+    embedding: Tensor  # [B, C], or [B, 2C] with pooling "cls_mean": one vector per picture
+    cls_token: Tensor  # [B, C]
+    register_tokens: Tensor  # [B, R, C]
+    patch_tokens: Tensor  # [B, P, C], row-major
+    grid: tuple[int, int]  # (h, w) in patches
+    placements: tuple[Placement, ...]  # where each picture went
+    valid: Tensor | None = None  # [B, h, w] bool: patches that are picture, not padding; None where all are
+    layers: tuple[LayerFeatures, ...] = ()  # as asked for
+
+    @property
+    def feature_map(self) -> Tensor:
+        """[B, C, h, w], a view of the patch tokens."""
+        return as_map(self.patch_tokens, self.grid)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model saw."""
+        return self.placements[0].window[2:]
+
+    @property
+    def original_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of each picture, after EXIF rotation."""
+        return tuple(placement.original for placement in self.placements)
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        """transformers' name for all tokens: class token, registers, patches, [B, N, C]."""
+        return torch.cat((self.cls_token[:, None], self.register_tokens, self.patch_tokens), dim=1)
+
+    @property
+    def pooler_output(self) -> Tensor:
+        """transformers' name for the class token, [B, C]."""
+        return self.cls_token
+
+    def __repr__(self) -> str:
+        names = ("embedding", "cls_token", "register_tokens", "patch_tokens", "feature_map")
+        shapes = ", ".join(f"{name} {list(getattr(self, name).shape)}" for name in names)
+        return f"Features({shapes}, grid {self.grid}, {len(self.layers)} layers)"
+
+    def __len__(self) -> int:
+        return len(self.placements)
+
+    def __getitem__(self, index: int) -> "Features":
+        """Picture number `index` alone, a batch of 1 with memory of its own, so that the batch can be freed.
+
+        Raises: InputError for a number that is not there, InputTypeError for what is no whole number.
+        """
+        number = self._number(index)
+        return replace(self._each(lambda t: t[number : number + 1].clone()), placements=(self.placements[number],))
+
+    def __iter__(self) -> Iterator["Features"]:
+        return (self[i] for i in range(len(self)))
+
+    def to(self, device: str | torch.device) -> "Features":
+        """The same on another device."""
+        return self._each(lambda t: t.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Features":
+        def changed(part: Any, *names: str) -> dict[str, Any]:
+            return {name: change(getattr(part, name)) for name in names}
+
+        tokens = ("cls_token", "register_tokens", "patch_tokens")
+        layers = tuple(replace(layer, **changed(layer, *tokens)) for layer in self.layers)
+        valid = None if self.valid is None else change(self.valid)
+        return replace(self, **changed(self, "embedding", *tokens), valid=valid, layers=layers)
+
+    def _number(self, index: int) -> int:
+        if not hasattr(index, "__index__"):
+            raise InputTypeError(
+                f"a picture has a whole number, got {type(index).__name__}; for several take [f[i] for i in numbers]"
+            )
+        if not -len(self) <= index < len(self):
+            raise InputError(f"picture number {index} does not exist; these are features of {len(self)}")
+        return operator.index(index) % len(self)
+
+    def to_patch(self, x: float, y: float, index: int = 0) -> tuple[int, int]:
+        """The patch (row, column) that covers pixel (x, y) of original picture number `index`.
+
+        Raises: InputError for a point outside the picture, or in a part that was cropped away.
+        """
+        return self.placements[self._number(index)].to_patch(x, y, self.grid)
+
+    def normalize(self) -> "Features":
+        """The same with an embedding of length 1, for cosine similarity by dot product."""
+        return replace(self, embedding=torch.nn.functional.normalize(self.embedding, dim=-1))
+
+    def similarity(self, other: "Features") -> Tensor:
+        """Cosine of every embedding here with every one there, [B, B of other].
+
+        Raises: InputTypeError for what are no Features, InputError for embeddings of another width.
+        """
+        if not isinstance(other, Features):
+            raise InputTypeError(
+                f"similarity is with other Features, got {type(other).__name__}; use extract_features()"
+            )
+        if other.embedding.shape[-1] != self.embedding.shape[-1]:
+            widths = f"{self.embedding.shape[-1]} and {other.embedding.shape[-1]}"
+            raise InputError(f"embeddings of {widths} numbers cannot be compared; use one model and one pooling")
+        return self.normalize().embedding @ other.normalize().embedding.to(self.embedding.device).T
+
+    def numpy(self) -> dict[str, Any]:
+        """The tensors as float32 arrays on the CPU, by their names; `layers` as a list of such, `valid` where there is
+        one.
+        """
+
+        def arrays(part: Any, *names: str) -> dict[str, Any]:
+            return {name: getattr(part, name).detach().cpu().numpy() for name in names}
+
+        tokens = ("cls_token", "register_tokens", "patch_tokens", "feature_map")
+        found = arrays(self, "embedding", *tokens)
+        if self.valid is not None:
+            found |= arrays(self, "valid")
+        return found | {"layers": [arrays(layer, *tokens) for layer in self.layers]} if self.layers else found
+
+
+def features_of(output: BackboneOutput, batch: PixelBatch, patch_size: int, pooling: Pooling) -> Features:
+    """Names the tokens of a batch of pictures, in float32."""
+    height, width = batch.pixels.shape[2:]
+    grid = (height // patch_size, width // patch_size)
+    cls_token, registers, patches = (t.float() for t in output[:3])
+    valid = batch.valid.to(patches.device) if batch.valid is not None else None
+    return Features(
+        embedding=pool(cls_token, patches, pooling, valid),
+        cls_token=cls_token,
+        register_tokens=registers,
+        patch_tokens=patches,
+        grid=grid,
+        placements=batch.placements,
+        valid=valid,
+        layers=tuple(
+            LayerFeatures(cls.float(), registers.float(), patches.float(), grid)
+            for cls, registers, patches in output.layers
+        ),
+    )

@@ -1,0 +1,254 @@
+"""A stream of pictures of any sizes: decoded by threads, run in bounded batches, given back in order."""
+
+import itertools
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from operator import index
+from typing import Generic, Literal, NamedTuple, TypeVar, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import Dinov3Error, InputError, InputTypeError
+from ..images.decode import ImageLike
+from ..images.paths import name_of
+from ..images.preprocess import PixelBatch, Placement, Preprocess
+from ..images.reduced import Loaded, Wanted, decode
+from ..images.sources import Items, Source
+
+__all__ = [
+    "MAX_TOKENS",
+    "Batcher",
+    "Decode",
+    "Item",
+    "OnError",
+    "Reading",
+    "Result",
+    "check_choice",
+    "count_of",
+    "in_order",
+    "items_of",
+]
+
+log = logging.getLogger("dinov3_infer")
+
+OnError = Literal["raise", "skip", "return"]
+Decode = Literal["exact", "fast"]
+# Tokens of one pass: on a GPU enough to fill it, on a CPU few enough to stay near its caches.
+MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
+
+T = TypeVar("T")
+
+
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises InputError for a rule that does not exist."""
+    if value not in known:
+        raise InputError(f"{name} is one of {', '.join(known)}; got {value!r}")
+
+
+class Item(NamedTuple):
+    """One picture, not read yet."""
+
+    number: int  # in the input, from 0
+    path: str | None  # None for pictures that came as objects
+    load: Callable[[Wanted | None], Loaded]
+    alone: bool = False  # not in a thread: an open picture or stream may come twice, and cannot be read twice at once
+
+
+@dataclass(frozen=True)
+class Result(Generic[T]):
+    """What became of one picture."""
+
+    number: int
+    path: str | None
+    found: T | Dinov3Error  # the error says why it could not be read
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How pictures become pixels."""
+
+    workers: int = 0  # threads
+    ahead: bool = False  # beside the model, as a GPU needs it; else all threads read, then all compute
+    decode: Decode = "exact"  # "fast": see `decode`
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "workers", count_of("num_workers", self.workers, 0))
+        check_choice("decode", self.decode, get_args(Decode))
+
+
+class _Read(NamedTuple):
+    item: Item
+    placed: tuple[Tensor, Placement] | Dinov3Error
+
+    def tokens(self, patch_size: int) -> int:
+        return 0 if isinstance(self.placed, Dinov3Error) else self.placed[0][0].numel() // patch_size**2
+
+
+def items_of(pictures: Source | Iterable[ImageLike], numbers: Iterable[int] | None = None) -> Iterator[Item]:
+    """All pictures, or of a source those with these numbers."""
+    if isinstance(pictures, Source):
+        numbers = range(len(pictures)) if numbers is None else numbers
+        if not isinstance(pictures, Items):
+            yield from (Item(n, pictures.key(n), partial(pictures.load, n)) for n in numbers)
+            return
+        listed = list(numbers)
+        chosen: Iterable[tuple[int, ImageLike]] = zip(listed, map(pictures.picture, listed), strict=True)
+    else:
+        chosen = enumerate(pictures)
+    for n, image in chosen:
+        alone = not isinstance(image, (str, os.PathLike, bytes, np.ndarray, Tensor))
+        yield Item(n, name_of(image), partial(decode, image, f"item {n}"), alone)
+
+
+class Batcher(Generic[T]):
+    """Runs `forward` over a stream of pictures.
+
+    A pass takes neighbours only, `batch_size` pictures and `max_tokens` patches at most, grouped by size, and none of
+    two shards: so what runs together is a function of the pictures of a shard and of these numbers alone.  Where the
+    memory of the device does not do, the pass is run in halves, and from then on with half the pictures, unless
+    `halves` is False, where torch's error is raised.
+    """
+
+    def __init__(
+        self,
+        transform: Preprocess,
+        forward: Callable[[list[PixelBatch]], list[Sequence[T]]],  # one batch per size -> one result per picture
+        batch_size: int,
+        max_tokens: int,
+        reading: Reading,
+        shard_size: int | None = None,  # pictures
+        halves: bool = True,
+    ) -> None:
+        self.transform, self.forward, self.max_tokens, self.reading = transform, forward, max_tokens, reading
+        self.batch_size = count_of("batch_size", batch_size, 1)
+        self.shard_size, self.halves = shard_size, halves
+
+    def __call__(self, items: Iterable[Item]) -> Iterator[Result[T]]:
+        """One result per picture, in order."""
+        waiting: list[_Read] = []
+        tokens = 0
+        for read in self._read(items):
+            more = read.tokens(self.transform.patch_size)
+            full = len(waiting) >= self.batch_size or tokens + more > self.max_tokens
+            if waiting and (full or self._shard(read) != self._shard(waiting[0])):
+                yield from self._run(waiting)
+                waiting, tokens = [], 0
+            waiting.append(read)
+            tokens += more
+        yield from self._run(waiting)
+
+    def _shard(self, read: _Read) -> int:
+        return read.item.number // self.shard_size if self.shard_size else 0
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def _read(self, items: Iterable[Item]) -> Iterator[_Read]:
+        if not self.reading.workers:
+            yield from map(self._load, items)
+            return
+        pool = ThreadPoolExecutor(self.reading.workers, "dinov3-infer-read", initializer=_one_thread)
+        try:
+            yield from (self._ahead if self.reading.ahead else self._in_rounds)(pool, iter(items))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(torch.get_num_threads())  # of threads to come, which the pool has changed
+
+    def _ahead(self, pool: ThreadPoolExecutor, items: Iterator[Item]) -> Iterator[_Read]:
+        pending: deque[Future[_Read]] = deque()
+        for item in items:
+            pending.append(self._submit(pool, item))
+            if len(pending) >= self.batch_size + self.reading.workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def _in_rounds(self, pool: ThreadPoolExecutor, items: Iterator[Item]) -> Iterator[_Read]:
+        """A model on the CPU uses every core: threads that decode meanwhile would only make it wait for its slowest."""
+        while batch := list(itertools.islice(items, self.batch_size)):
+            yield from [future.result() for future in [self._submit(pool, item) for item in batch]]
+
+    def _submit(self, pool: ThreadPoolExecutor, item: Item) -> Future[_Read]:
+        if not item.alone:
+            return pool.submit(self._load, item)
+        done: Future[_Read] = Future()
+        done.set_result(self._load(item))
+        return done
+
+    def _load(self, item: Item) -> _Read:
+        label = f"item {item.number}"
+        wanted = (lambda h, w: self.transform.plan(h, w, label).resized) if self.reading.decode == "fast" else None
+        try:
+            image, original = item.load(wanted)
+            return _Read(item, self.transform.place(image, label, original))
+        except Dinov3Error as error:
+            return _Read(item, error)
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    def _run(self, reads: list[_Read]) -> Iterator[Result[T]]:
+        while reads:
+            part = reads[: self.batch_size]
+            done = self._results(part)
+            if done is None:
+                self.batch_size = len(part) // 2
+                log.warning("out of memory with %d pictures in one pass; going on with %d", len(part), self.batch_size)
+                continue
+            for item, placed in part:
+                found = placed if isinstance(placed, Dinov3Error) else done[item.number]
+                yield Result(item.number, item.path, found)
+            reads = reads[len(part) :]
+
+    def _results(self, reads: list[_Read]) -> dict[int, T] | None:
+        """By number of the picture; None where the memory did not do."""
+        groups: dict[tuple[int, ...], list[tuple[int, tuple[Tensor, Placement]]]] = {}
+        for item, placed in reads:
+            if not isinstance(placed, Dinov3Error):
+                groups.setdefault(tuple(placed[0].shape), []).append((item.number, placed))
+        if not groups:
+            return {}
+        batches = [self.transform.collate([placed for _, placed in group]) for group in groups.values()]
+        try:
+            done = self.forward(batches)
+        except torch.OutOfMemoryError as error:
+            if len(reads) > 1 and self.halves:
+                return None
+            if len(reads) == 1:
+                error.add_note(f"item {reads[0].item.number} alone is too large for the memory; give a smaller size=")
+            raise
+        numbers = [[number for number, _ in group] for group in groups.values()]
+        return {n: one for group, batch in zip(numbers, done, strict=True) for n, one in zip(group, batch, strict=True)}
+
+
+def _one_thread() -> None:
+    """In a thread that decodes: as many threads of torch's own below each would be far too many."""
+    torch.set_num_threads(1)
+
+
+def in_order(results: Iterable[Result[T]], on_error: OnError) -> Iterator[T | Dinov3Error | None]:
+    """What became of each picture, with errors raised, returned or left out with a line in the log."""
+    for result in results:
+        if not isinstance(result.found, Dinov3Error) or on_error == "return":
+            yield result.found
+        elif on_error == "raise":
+            raise result.found
+        else:
+            log.warning("skipped item %d: %s", result.number, result.found)
+            yield None
+
+
+def count_of(name: str, value: int, least: int) -> int:
+    """A whole number.  Raises: InputTypeError, InputError."""
+    try:
+        number = index(value)
+    except TypeError:
+        raise InputTypeError(f"{name} is a whole number, got {value!r}") from None
+    if number < least:
+        raise InputError(f"{name} is a whole number from {least} on, got {value}")
+    return number

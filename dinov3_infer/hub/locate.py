@@ -1,0 +1,270 @@
+"""Where weights come from: a path, else the package, else the cache, else the hub; or a link.
+
+What the cache holds is used without asking the hub, so that a cached model starts at once, starts without a network,
+and stays the same; `hf download org/name` fetches what is new.  `revision=` takes a branch, a tag or a commit.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from urllib.parse import unquote
+
+from ..checkpoints.reading import CONFIG, INDEX, PICKLED, PROCESSOR, SUFFIXES, WEIGHTS, open_checkpoint, read_index
+from ..errors import CheckpointError, Dinov3Error, InputError, InputTypeError, ModelNotFoundError
+from ..zoo import MODELS, ModelInfo, find
+from .answers import HubOptions, explain, not_cached
+from .download import client_error, download, is_link, queries_cut, reach, sha256, without_query
+
+__all__ = ["HubOptions", "locate", "locate_file"]
+
+log = logging.getLogger("dinov3_infer")
+
+EMBEDDED = Path(__file__).parent.parent / "data"  # the weights that the package holds, a folder for each model
+
+
+def locate(name: str | os.PathLike[str], options: HubOptions) -> tuple[Path, ModelInfo | None]:
+    """The path of a model's weights, and its row of the zoo if it was called by a name.
+
+    What can only be a path is returned as one, there or not.
+
+    Raises: ModelNotFoundError, GatedModelError, OfflineError; for a link also InputError and CheckpointError;
+    InputTypeError for what is neither name nor path.
+    """
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise InputTypeError(f"a model is a name of list_models(), a hub id, a path or a link; got {name!r}")
+    path, text = Path(os.path.expanduser(name)), os.fspath(name)
+    if is_link(name):
+        page = _of_hub(text)
+        if page is None or page[2] is not None:
+            return locate_file(name, options), None
+        text, options = page[0], replace(options, revision=page[1] or options.revision)
+    elif _only_a_path(name) or path.suffix in SUFFIXES or path.exists():
+        return path, None
+    _refuse_half_a_link(text)
+    bare = text.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    try:
+        info = find(text)
+    except ModelNotFoundError:
+        if text.count("/") != 1:
+            raise
+        info = None
+    if info is None:
+        return _repository(bare, options, None), None
+    repository = info.hub_id or info.timm_id
+    organisation, _, model = bare.rpartition("/")
+    if model.startswith("vit_") and info.timm_id is not None:  # timm was named, so timm's copy it is
+        home = organisation if organisation not in ("", "timm") else info.timm_id.rpartition("/")[0]
+        repository = f"{home}/{model}" if "." in model else info.timm_id
+    if repository is None:
+        return _in_the_package(info), info
+    return _repository(repository, options, info), info
+
+
+def _in_the_package(info: ModelInfo) -> Path:
+    folder = EMBEDDED / info.name
+    if not folder.is_dir():
+        raise ModelNotFoundError(
+            f"this version holds no weights of {info.name!r}; name another model, such as 'vits16', "
+            f"or take random ones with Backbone.from_config({info.name!r})"
+        )
+    return folder
+
+
+def _only_a_path(name: str | os.PathLike[str]) -> bool:
+    return not isinstance(name, str) or Path(name).is_absolute() or name.startswith((".", "~"))
+
+
+def _refuse_half_a_link(text: str) -> None:
+    """What signs a link must not get into an error, and an unknown name is told in one."""
+    if "?" in text and not os.path.exists(text):
+        raise InputError(f"'{text.partition('?')[0]}?...' is no path and no name; a link begins with https://")
+
+
+def locate_file(weights: str | os.PathLike[str], options: HubOptions) -> Path:
+    """The path of a file or directory given as a path or a link; a path is returned as it is.
+
+    Raises: as `locate`.
+    """
+    if not isinstance(weights, (str, os.PathLike)):
+        raise InputTypeError(f"weights are a path or a link, got {type(weights).__name__}")
+    if not is_link(weights):
+        _refuse_half_a_link(os.fspath(weights))
+        return Path(weights)
+    link = os.fspath(weights)
+    page = _of_hub(link)
+    if page is None:
+        path, is_new = download(
+            link, cache_dir=options.cache_dir, not_asked=options.not_asked, check=partial(_check_file, link)
+        )
+        row = _row_of_file(path.stem)
+        if is_new and row is not None:
+            _say_licence(row, without_query(link))
+        return path
+    repository, revision, name = page
+    options = replace(options, revision=revision or options.revision)
+    info = next((row for row in MODELS.values() if repository in (row.hub_id, row.timm_id)), None)
+    if name is None:
+        return _repository(repository, options, info)
+    get = partial(_get_one, repository, name, options)
+    return _cached(repository, name, options) or _from_hub(get, repository, options, info)
+
+
+def _of_hub(link: str) -> tuple[str, str | None, str | None] | None:
+    """Repository, revision and file of a link into the hub: to a model's page, or to a file shown or downloaded."""
+    from huggingface_hub import constants
+
+    inside = without_query(link).removeprefix(constants.ENDPOINT)
+    part = r"([^/]+)"
+    found = re.fullmatch(rf"/{part}/{part}(?:/(?:resolve|blob|raw|tree)/{part}(?:/(.+))?)?/?", inside)
+    if found is None:
+        return None
+    owner, name, revision, file = (None if text is None else unquote(text) for text in found.groups())
+    return f"{owner}/{name}", revision, file
+
+
+def _cached(repository: str, file: str, options: HubOptions) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repository, file, cache_dir=options.folder, revision=options.revision)
+    except HFValidationError as error:
+        raise explain(error, repository, options) from None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _cached_weights(repository: str, options: HubOptions) -> Path | None:
+    """The folder of the cache that holds the weights, all shards of them."""
+    for name in (WEIGHTS, INDEX, PICKLED):
+        path = _cached(repository, name, options)
+        shards = set(read_index(path).values()) if path is not None and name == INDEX else ()
+        if path is not None and all(_cached(repository, shard, options) for shard in shards):
+            return path.parent
+    return None
+
+
+def _repository(repository: str, options: HubOptions, info: ModelInfo | None) -> Path:
+    """config.json and the weights of a repository, as a folder of the cache."""
+    folder = _cached_weights(repository, options)
+    if folder is None:
+        return _from_hub(partial(_get_weights, repository, options), repository, options, info)
+    if info is None:  # of a model of the zoo they say nothing new
+        _complete(repository, replace(options, revision=folder.name))  # the commit that the weights are of
+    return folder
+
+
+def _complete(repository: str, options: HubOptions) -> None:
+    """Gets the small files that go with cached weights, if they can be had."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in (CONFIG, PROCESSOR):
+        if try_to_load_from_cache(repository, name, cache_dir=options.folder, revision=options.revision) is not None:
+            continue  # there, or known not to be
+        try:
+            _from_hub(partial(_get_one, repository, name, options), repository, options, None)
+        except ModelNotFoundError:
+            continue
+        except Dinov3Error:
+            log.warning("%s: %s is not cached and the hub cannot be asked for it; loading without", repository, name)
+            return
+
+
+def _get_weights(repository: str, options: HubOptions) -> Path:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def get(name: str) -> Path | None:
+        try:
+            return _get_one(repository, name, options)
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
+
+    config = get(CONFIG)
+    if config is not None:  # the rest from the same commit, whatever is pushed meanwhile
+        options = replace(options, revision=config.parent.name)
+    get(PROCESSOR)
+    weights = get(WEIGHTS)
+    if weights is None and (weights := get(INDEX)) is not None:
+        for shard in sorted(set(read_index(weights).values())):
+            _get_one(repository, shard, options)
+    weights = weights or get(PICKLED)
+    if weights is not None:
+        return weights.parent
+    listed = HfApi().list_repo_files(repository, revision=options.revision, token=options.token)
+    found = [name for name in listed if Path(name).suffix in SUFFIXES]
+    what = "nor any other weights file; give it with weights="
+    if found:
+        what = f"but {', '.join(found[:4])}; give the link of one of these with weights="
+    raise ModelNotFoundError(f"'{repository}' holds no {WEIGHTS} and no {PICKLED}, {what}")
+
+
+def _get_one(repository: str, name: str, options: HubOptions) -> Path:
+    """Downloads one file into the cache.  Raises what huggingface_hub raises, OSError for weights that came broken."""
+    from huggingface_hub import hf_hub_download
+
+    is_weights = Path(name).suffix in SUFFIXES
+    if is_weights and (cached := _cached(repository, name, options)) is not None:
+        return cached
+    path = Path(
+        hf_hub_download(repository, name, revision=options.revision, token=options.token, cache_dir=options.folder)
+    )
+    stored = path.resolve()  # under its SHA-256, if the file is a big one
+    if is_weights and re.fullmatch("[0-9a-f]{64}", stored.name) and sha256(stored) != stored.name:
+        path.unlink()  # older versions of huggingface_hub may go on with a page that they got instead of the first half
+        stored.unlink()
+        raise OSError
+    return path
+
+
+def _from_hub(get: Callable[[], Path], repository: str, options: HubOptions, info: ModelInfo | None) -> Path:
+    """What `get` downloads; says the licence, and says in a sentence what went wrong."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    if options.not_asked:
+        raise not_cached(repository, options, f"was not asked ({options.not_asked})")
+    reached = False
+    try:
+        with queries_cut():
+            reach(hf_hub_url(repository, CONFIG, revision=options.revision))
+            reached = True
+            path = get()
+    except Dinov3Error:
+        raise
+    except (OSError, client_error(), EntryNotFoundError, HFValidationError, RuntimeError) as error:  # Runtime: hf_xet's
+        copy = info.timm_id if info is not None and info.timm_id != repository else None
+        raise explain(error, repository, options, copy, reached) from None
+    if info is not None:
+        _say_licence(info, repository)
+    return path
+
+
+def _check_file(link: str, path: Path) -> None:
+    """Refuses what is no checkpoint, or not the one that its name says."""
+    shown = without_query(link)
+    try:
+        open_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(path), shown)) from None
+    stem = Path(shown).stem
+    row = _row_of_file(stem)
+    expected = stem.rpartition("-")[2] if row is not None and "-" in stem else ""
+    found = sha256(path) if expected else ""
+    if not found.startswith(expected):
+        raise CheckpointError(
+            f"'{shown}' is not the file of that name: its SHA-256 begins with {found[:8]}; download it again"
+        )
+
+
+def _row_of_file(stem: str) -> ModelInfo | None:
+    return next((row for row in MODELS.values() if row.meta_file == stem), None)
+
+
+def _say_licence(info: ModelInfo, source: str) -> None:
+    log.warning("%s: downloaded from '%s'; the licence of these weights: %s", info.name, source, info.licence)

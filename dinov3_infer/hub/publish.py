@@ -1,0 +1,147 @@
+"""Sharing a model on the hub, with a card that says what it is, whose weights it began with and how to load it."""
+
+import tempfile
+from pathlib import Path
+
+from ..checkpoints.reading import INDEX
+from ..checkpoints.saving import save_checkpoint
+from ..errors import Dinov3Error, GatedModelError, InputError, OfflineError
+from ..images.preprocess import Preprocess
+from ..model.vit import VisionTransformer
+from ..zoo import OWN, ModelInfo
+from .answers import HubOptions
+from .download import client_error, queries_cut, reason
+
+__all__ = ["model_card", "push"]
+
+# What a card's header says of a licence: the hub's name of it, or "other" with name and link.
+_LICENCES = {
+    "Apache-2.0": "license: apache-2.0",
+    "DINOv3 License": "license: other\nlicense_name: dinov3-license\n"
+    "license_link: https://ai.meta.com/resources/models-and-libraries/dinov3-license/",
+}
+
+
+def model_card(model: VisionTransformer, repository: str, info: ModelInfo | None) -> str:
+    """README.md of a repository that holds `model` in the layout of transformers.
+
+    The licence and the base model are those of the row of the zoo with this architecture; without a row, and for
+    weights that began as random ones, neither is stated.
+    """
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    lines = ["library_name: transformers", "pipeline_tag: image-feature-extraction", "tags:", "- dinov3_infer"]
+    kind, licence = "A vision transformer", ""
+    if info is not None:
+        lines.append(f"- {info.family}")
+        kind = f"A vision transformer with the architecture of `{info.name}`"
+        licence = (
+            "\n## Licence\n\nThe weights were trained from random ones, and no released weights went into them: their "
+            "licence is\nthe author's choice.\n"
+        )
+    if info is not None and info.licence != OWN:
+        lines.append(_LICENCES[info.licence])
+        licence = f"\n## Licence\n\nThat of the weights of `{info.name}`: {info.licence}.\n"
+        if info.hub_id is not None:
+            lines.append(f"base_model: {info.hub_id}")
+            licence += (
+                f"The page of `{info.hub_id}` has its text, with what it asks of those who pass the weights on.\n"
+            )
+    header = "\n".join(lines)
+    positions = "RoPE" if config.position_grid is None else "learned positions"
+    return f"""---
+{header}
+---
+
+# {repository.rpartition("/")[2]}
+
+{kind}: {config.depth} blocks of width {config.embed_dim}, {config.num_heads} heads,
+patches of {config.patch_size} pixels, {config.num_registers} registers, {positions}, {parameters:,.1f} M parameters.
+
+## Use
+
+With dinov3_infer (`pip install dinov3-infer`):
+
+```python
+from dinov3_infer import Backbone
+
+bb = Backbone.from_pretrained("{repository}")
+f = bb.extract_features("photo.jpg")
+f.embedding, f.feature_map  # [1, {config.embed_dim}], [1, {config.embed_dim}, h, w]
+```
+
+With transformers:
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained("{repository}")
+model = AutoModel.from_pretrained("{repository}")
+with torch.inference_mode():
+    outputs = model(**processor(images=Image.open("photo.jpg"), return_tensors="pt"))
+outputs.last_hidden_state[:, 0]  # class token
+```
+{licence}"""
+
+
+def push(
+    model: VisionTransformer,
+    repository: str,
+    info: ModelInfo | None,
+    preprocess: Preprocess,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Weights, written by dinov3_infer",
+    card: str | None = None,
+) -> str:
+    """Makes the repository if there is none, and uploads weights, configs and, where there is none yet, a card.
+
+    Returns the link of the commit.
+
+    Raises: InputError for a wrong id or no token, GatedModelError without the right to write, OfflineError.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
+    options = HubOptions(revision=revision, token=token)
+    if options.not_asked:
+        raise OfflineError(
+            f"'{repository}' cannot be written to ({options.not_asked}); save_pretrained writes a folder"
+        )
+    api = HfApi(token=token)
+    try:
+        with tempfile.TemporaryDirectory() as folder, queries_cut():
+            save_checkpoint(model, folder, "hf", info, preprocess)
+            repository = api.create_repo(repository, private=private, exist_ok=True).repo_id  # now with its owner
+            if revision is not None:
+                api.create_branch(repository, branch=revision, exist_ok=True)
+            if card is not None or not api.file_exists(repository, "README.md", revision=revision):
+                (Path(folder) / "README.md").write_text(card or model_card(model, repository, info), encoding="utf-8")
+            commit = api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                delete_patterns=[INDEX, "model-*-of-*.safetensors"],  # shards of what was there before
+            )
+        return str(commit.commit_url)
+    except Dinov3Error:
+        raise
+    except LocalTokenNotFoundError:
+        raise InputError("pushing needs a token, and none is stored; log in with 'hf auth login'") from None
+    except HFValidationError:
+        raise InputError(f"a repository is 'name' or 'org/name'; got '{repository}'") from None
+    except (OSError, client_error(), RuntimeError) as error:
+        what = reason(error)
+        if what in ("HTTP 401", "HTTP 403"):
+            raise GatedModelError(
+                f"the hub does not let you write to '{repository}' ({what}); log in with 'hf auth login' and a token "
+                "that may write there"
+            ) from None
+        raise OfflineError(
+            f"'{repository}' could not be written ({what}); try again, or write a folder with save_pretrained"
+        ) from None

@@ -1,0 +1,1 @@
+"""From anything that holds an image to normalised pixels."""

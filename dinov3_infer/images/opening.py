@@ -1,0 +1,138 @@
+"""From what a user names to a source of pictures."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import InputError, InputTypeError, MissingFileError
+from .containers import Dataset, Table, Tar, streamed
+from .decode import ImageLike, split_batch
+from .paths import address_scheme, is_collection, list_pictures, name_of, read_labelled_list
+from .sources import Files, Items, Numbered, Picked, Source, joined
+
+__all__ = ["ARCHIVES", "LISTS", "open_names", "open_pictures", "open_source"]
+
+LISTS, ARCHIVES = (".txt", ".lst", ".tsv"), (".tar", ".parquet")
+
+
+def open_pictures(images: ImageLike | Iterable[ImageLike] | Source | Numbered) -> Source | Iterable[ImageLike]:
+    """Pictures that can be asked for by number, where that is possible; else a stream of them.
+
+    Raises: as `open_source`.
+    """
+    if isinstance(images, Source):
+        return images
+    if isinstance(images, (str, os.PathLike)):
+        return open_source(images)
+    if hasattr(images, "to_list") and not hasattr(images, "cast_column"):  # a column of a table, which may number its
+        images = images.to_list()  # rows in an order of its own
+    dataset = hasattr(images, "__getitem__") and hasattr(images, "__len__")
+    if dataset and not isinstance(images, (Sequence, Mapping, np.ndarray, Tensor)):
+        return Dataset(images)
+    if hasattr(images, "cast_column"):  # a Hugging Face dataset that is streamed
+        return streamed(images)
+    pictures = split_batch(images)  # type: ignore[arg-type]
+    return Items(pictures) if isinstance(pictures, Sequence) else pictures
+
+
+def open_source(spec: Any) -> Source:
+    """A folder, pattern, list file (.txt .lst .tsv), tar archive, Parquet table, picture, address, or a Dataset.
+
+    A list file has a path per line, from where the list lies, and a label after a tab if there are any; what this
+    package calls a picture of an archive or a table ("ARCHIVE.tar#MEMBER") may stand there too.
+
+    Raises: MissingFileError, InputError (no pictures, damaged archive), InputTypeError.
+    """
+    if not isinstance(spec, (str, os.PathLike)):
+        return _open_dataset(spec)
+    text = os.fsdecode(spec)
+    if not text:  # such as a variable of the shell that is not set; it is not the folder one is in
+        raise MissingFileError("a source is an empty path; give a picture, folder or pattern")
+    if address_scheme(text):
+        return Files(name_of(text) or "", [text])
+    path = Path(text).expanduser()
+    if (path / "state.json").is_file():
+        return _open_dataset(_saved_dataset(path))
+    if is_collection(path):
+        found = list_pictures(path)
+        if not path.is_dir() and any(name.lower().endswith((*ARCHIVES, *LISTS)) for name in found):
+            return joined([open_source(name) for name in found])
+        return Files(text, found)
+    if not path.is_file():
+        raise MissingFileError(f"no picture, folder or pattern at '{path.absolute()}'; check the path")
+    suffix = path.suffix.lower()
+    if suffix in LISTS:
+        return _open_list(path)
+    if suffix == ".tar":
+        return Tar(path)
+    if suffix == ".parquet":
+        return Table(path)
+    return Files(text, [text])
+
+
+def _open_dataset(spec: Any) -> Source:
+    if not (hasattr(spec, "__getitem__") and hasattr(spec, "__len__")):
+        raise InputTypeError(
+            f"data is a path or a Dataset with a length and items by number; got {type(spec).__name__}"
+        )
+    if isinstance(spec, (Tensor, np.ndarray)) and spec.ndim != 4:
+        raise InputTypeError(
+            f"a {type(spec).__name__} of {spec.ndim} dimensions is no source; stack pictures to [B, 3, H, W]"
+        )
+    if not len(spec):
+        raise InputError(f"the {type(spec).__name__} is empty; give one that holds pictures")
+    return Dataset(spec)
+
+
+def _open_list(path: Path) -> Source:
+    """A list file, see `open_source`."""
+    names, labels = read_labelled_list(path)
+    source = open_names([_from(path.parent, name) for name in names], str(path))
+    source.labels = labels
+    return source
+
+
+def open_names(names: Sequence[str], origin: str) -> Source:
+    """Pictures by the names that `key` of a source gave them.  Raises: as `open_source`."""
+    if not any(_INSIDE.fullmatch(name) for name in names):
+        return Files(origin, names)
+    sources: list[Source] = []
+    opened: dict[str, tuple[int, dict[str | None, int]]] = {}  # archive -> its place, and numbers by key
+    places = []
+    for name in names:
+        found = _INSIDE.fullmatch(name)
+        if found is None or os.path.exists(name):
+            places.append((len(sources), 0))
+            sources.append(Files(name, [name]))
+            continue
+        if found[1] not in opened:
+            source = open_source(found[1])
+            opened[found[1]] = len(sources), {source.key(i): i for i in range(len(source))}
+            sources.append(source)
+        which, numbers = opened[found[1]]
+        if name not in numbers:
+            raise MissingFileError(f"no picture '{found[2]}' in '{found[1]}', which '{origin}' lists; make it anew")
+        places.append((which, numbers[name]))
+    return Picked(origin, sources, places)
+
+
+_INSIDE = re.compile(r"(.+\.(?:tar|parquet))#(.+)", re.DOTALL | re.IGNORECASE)
+
+
+def _from(folder: Path, name: str) -> str:
+    return name if address_scheme(name) else str(folder / name)
+
+
+def _saved_dataset(folder: Path) -> Any:
+    try:
+        from datasets import load_from_disk  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        raise InputError(
+            f"'{folder}' holds a Hugging Face dataset; pip install datasets, or give it as Parquet"
+        ) from None
+    return load_from_disk(str(folder))

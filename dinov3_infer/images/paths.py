@@ -1,0 +1,202 @@
+"""Where pictures lie: folders, patterns, lists, addresses."""
+
+import base64
+import glob
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from urllib.parse import unquote_to_bytes
+
+from ..errors import Dinov3Error, ImageError, InputError, MissingFileError
+from ..hub import download as links
+
+__all__ = [
+    "address_scheme",
+    "is_collection",
+    "list_pictures",
+    "name_of",
+    "read_address",
+    "read_labelled_list",
+    "read_list",
+    "walk",
+]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of pictures in a folder
+MAX_BYTES, MAX_SECONDS = 2**27, 60  # of one download
+
+
+def list_pictures(source: str | os.PathLike[str]) -> list[str]:
+    """Paths of all pictures under a folder, or of all files that a pattern ("photos/**/*.jpg") fits, sorted.
+
+    A folder is searched to the bottom for the usual suffixes; hidden files and folders are left out, see `walk`.
+
+    Raises: MissingFileError where there is nothing, InputError for a folder without a picture.
+    """
+    path = os.fsdecode(source)
+    if not os.path.isdir(path):
+        found = sorted({name for name in _fitting(path) if os.path.isfile(name)})
+        if not found:
+            raise MissingFileError(f"no folder and no file at '{os.path.abspath(path)}'; check the path or pattern")
+        return found
+    names, others = [], 0
+    for name in walk(path):
+        if name.lower().endswith(SUFFIXES):
+            names.append(name)
+        else:
+            others += 1
+    if not names:
+        raise InputError(f"no pictures under '{path}' (looked for {' '.join(SUFFIXES)}; {others} other files)")
+    return sorted(names)
+
+
+def _fitting(pattern: str) -> Iterator[str]:
+    """What fits a pattern.  `**` is every folder that `walk` enters; glob's own way through loops has no end."""
+    parts = (pattern.replace(os.altsep, os.sep) if os.altsep else pattern).split(os.sep)
+    if "**" not in parts:
+        yield from glob.iglob(pattern)
+        return
+    at = parts.index("**")
+    rest = [part for part in parts[at + 1 :] if part] or ["*"]
+    for top in glob.iglob(os.sep.join([*parts[:at], ""])) if at else [""]:
+        for folder, _ in _walk(top or os.curdir):
+            found = folder if top else folder[2:]  # without "./"
+            yield from _fitting(os.path.join(glob.escape(found), *rest))
+
+
+def walk(folder: str) -> Iterator[str]:
+    """Files under a folder, to the bottom, without hidden ones.
+
+    Links to folders are followed after all real folders, and no folder is entered twice: loops end, nothing comes twice
+    by another name, and what is found does not depend on the order in which the disk lists it.
+    """
+    return (os.path.join(where, name) for where, files in _walk(folder) for name in files)
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Each folder, and the names of its files."""
+    entered: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        links: list[str] = []
+        for top in waiting:
+            for where, folders, files in os.walk(top):
+                identity = _identity(where)
+                if identity is None or identity in entered:
+                    folders.clear()
+                    continue
+                entered.add(identity)
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                links += (path for name in folders if os.path.islink(path := os.path.join(where, name)))
+                yield where, [name for name in files if not name.startswith(".")]
+        waiting = links
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+    """The same for all names of a folder; None where it has just gone."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def read_list(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a list file, or what lies between its zero bytes if there are any; "-" is stdin.
+
+    Raises: MissingFileError, InputError for an empty list.
+    """
+    return _read_list(path)[0]
+
+
+def read_labelled_list(path: str | os.PathLike[str]) -> tuple[list[str], list[str] | None]:
+    """Paths, and what stands behind a tab in every line.  Between zero bytes there are paths alone."""
+    lines, by_line = _read_list(path)
+    if not by_line:
+        return lines, None
+    pairs = [line.split("\t") for line in lines]
+    labels = [pair[1].strip() for pair in pairs] if all(len(pair) > 1 for pair in pairs) else None
+    return [pair[0].strip() for pair in pairs], labels
+
+
+def _read_list(path: str | os.PathLike[str]) -> tuple[list[str], bool]:
+    try:
+        if os.fspath(path) == "-":
+            content = sys.stdin.buffer.read()
+        else:
+            with open(path, "rb") as stream:
+                content = stream.read()
+    except OSError as error:
+        raise MissingFileError(f"the list '{path}' cannot be read ({error.strerror}); check the path") from None
+    by_line = b"\0" not in content
+    lines = content.splitlines() if by_line else content.split(b"\0")
+    found = [os.fsdecode(line) for line in lines if line.strip()]
+    if not found:
+        raise InputError(f"the list '{path}' is empty; give one path per line")
+    return found, by_line
+
+
+def is_collection(source: object) -> bool:
+    """A folder, or a pattern that is not itself the name of a file."""
+    if not isinstance(source, (str, os.PathLike)) or address_scheme(path := os.fsdecode(source)):
+        return False
+    return os.path.isdir(path) or (glob.has_magic(path) and not os.path.exists(path))
+
+
+def address_scheme(path: str) -> str:
+    """http, https, file, data ... in lower case; empty for a path."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://|(data):", path)
+    return (found[1] or found[2]).lower() if found else ""
+
+
+def name_of(source: object) -> str | None:
+    """The path of a picture, or its address without what signs it; None for one that came as an object."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    path = os.fsdecode(source)
+    scheme = address_scheme(path)
+    if scheme == "data":
+        return "data:..."
+    return re.sub(r"(?<=://)[^/?#]*@|[?#].*", "", path, flags=re.DOTALL) if scheme else path
+
+
+def read_address(address: str) -> bytes:
+    """What lies behind an http, https or data address.
+
+    The connection is that of huggingface_hub, with its proxies and certificates, without its token.
+
+    Raises: InputError for other schemes, MissingFileError, ImageError for a download that fails or is too large.
+    """
+    if address_scheme(address) == "data":
+        head, _, body = address.partition(",")
+        try:
+            return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote_to_bytes(body)
+        except ValueError:
+            raise ImageError(f"a data: address of {len(address)} characters is no base64; encode it anew") from None
+    shown = links.without_query(address)
+    try:
+        with links.queries_cut():
+            return _download(address, shown)
+    except Dinov3Error:
+        raise
+    except (OSError, links.client_error()) as error:
+        raise ImageError(f"cannot download '{shown}' ({links.reason(error)}); check it, or give a file") from None
+
+
+def _download(address: str, shown: str) -> bytes:
+    content, started = bytearray(), time.monotonic()
+    with links.get(address) as (response, chunks):
+        if response.status_code in (404, 410):
+            raise MissingFileError(f"no picture at '{shown}' (HTTP {response.status_code}); check the address")
+        if response.status_code >= 400:
+            raise ImageError(
+                f"cannot download '{shown}' (HTTP {response.status_code}); fetch it in another way, and give the file"
+            )
+        for chunk in chunks:
+            content += chunk
+            if len(content) > MAX_BYTES:
+                raise ImageError(f"'{shown}' is larger than {MAX_BYTES >> 20} MiB; download it, and give the file")
+            if time.monotonic() - started > MAX_SECONDS:
+                raise ImageError(f"'{shown}' took longer than {MAX_SECONDS} s; download it, and give the file")
+    return bytes(content)

@@ -1,0 +1,252 @@
+"""From a picture to normalised pixels, and where each pixel went.
+
+Resizing is done by torch or Pillow alone.  `engine="uint8"` gives what torchvision's v2 transforms give on a uint8
+tensor (the reference code), `"float"` what they give on a float tensor (transformers' DINOv3), `"pil"` what transforms
+of PIL pictures give (Meta's and transformers' DINOv2, timm).
+"""
+
+import math
+import reprlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..errors import InputError
+from .decode import ImageLike, from_hwc, load_image
+
+__all__ = ["Fit", "PixelBatch", "Placement", "Preprocess"]
+
+Fit = Literal["squash", "crop", "pad", "native"]
+Engine = Literal["uint8", "float", "pil"]
+Filter = Literal["bilinear", "bicubic"]
+Rounding = Literal["down", "even"]  # of half a pixel of crop offset: transformers rounds down, torchvision to even
+
+MAX_PIXELS = 2**26  # of a picture after resizing: 768 MiB in float32
+MAX_SIDE = 4096  # pixels that a picture may have without an explicit size: 65,536 patches of 16
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture went: resized to `resized`, of which the window (top, left, height, width) is what the model saw.
+
+    All in pixels.  A window larger than the resized picture is padding, at the bottom and on the right.
+    """
+
+    original: tuple[int, int]  # height, width, after EXIF rotation
+    resized: tuple[int, int]
+    window: tuple[int, int, int, int]
+
+    def to_input(self, x: float, y: float) -> tuple[float, float]:
+        """(x, y) of the original picture -> (x, y) of the model's input."""
+        (height, width), (top, left, _, _) = self.original, self.window
+        return x * self.resized[1] / width - left, y * self.resized[0] / height - top
+
+    def to_patch(self, x: float, y: float, grid: tuple[int, int]) -> tuple[int, int]:
+        """The patch (row, column) of an input of `grid` patches that covers pixel (x, y) of the original picture.
+
+        Raises: InputError for a point outside the picture, or in a part that was cropped away.
+        """
+        height, width = self.original
+        if not (0 <= x < width and 0 <= y < height):
+            raise InputError(
+                f"point (x={x:g}, y={y:g}) lies outside the picture, which is {width} wide and {height} high"
+            )
+        across, down = self.to_input(x, y)
+        row, column = int(down * grid[0] // self.window[2]), int(across * grid[1] // self.window[3])
+        if not (0 <= row < grid[0] and 0 <= column < grid[1]):
+            raise InputError(f"point (x={x:g}, y={y:g}) was cropped away; use fit='squash', 'pad' or 'native'")
+        return row, column
+
+
+@dataclass(frozen=True)
+class PixelBatch:
+    """What goes into the model."""
+
+    pixels: Tensor  # [B, 3, H_px, W_px] float32, normalised
+    placements: tuple[Placement, ...]
+    valid: Tensor | None  # [B, h, w] bool: patches that are picture, not padding; None where all are
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Picture -> normalised float32 pixels [3, H_px, W_px]; picklable, so a Dataset's transform as it stands.
+
+    fit: "squash" resizes to size x size, "crop" the short side to `resize_to` or `size` and takes the centre, "pad" the
+    long side to size and fills up with the mean colour, "native" keeps the aspect ratio with the long side at `size`
+    (or its own), each side rounded to whole patches.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    patch_size: int  # pixels
+    size: int | tuple[int, int] | None = 224  # pixels: one side, or (height, width)
+    fit: Fit = "squash"
+    filter: Filter = "bilinear"
+    engine: Engine = "uint8"
+    resize_to: int | None = None  # short side before a centre crop
+    crop_rounds: Rounding = "even"
+
+    def __post_init__(self) -> None:
+        for name, known in (("fit", Fit), ("filter", Filter), ("engine", Engine), ("crop_rounds", Rounding)):
+            if getattr(self, name) not in get_args(known):
+                raise InputError(f"{name} is one of {', '.join(get_args(known))}; got {getattr(self, name)!r}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            low = 1e-6 if name == "std" else -1e6
+            if (
+                not hasattr(values, "__len__")
+                or len(values) != 3
+                or not all(isinstance(v, (int, float)) and low <= v <= 1e6 for v in values)
+            ):
+                raise InputError(
+                    f"{name} is three numbers, of red, green and blue in 0 to 1{', above 0' if name == 'std' else ''}; "
+                    f"got {reprlib.repr(values)}"
+                )
+        if not isinstance(self.patch_size, (int, np.integer)) or self.patch_size < 1:
+            raise InputError(f"patch_size is a whole number of pixels from 1 on; got {self.patch_size!r}")
+        if self.size is None:
+            if self.fit != "native":
+                raise InputError(
+                    f"fit={self.fit!r} needs a size in pixels; give size=, or fit='native' for the picture's own"
+                )
+            return
+        sides: tuple[int, ...] = tuple(self.size) if isinstance(self.size, (tuple, list)) else (self.size,)
+        if len(sides) not in (1, 2) or not all(isinstance(s, (int, np.integer)) and s > 0 for s in sides):
+            raise InputError(
+                f"size is a number of pixels or (height, width), got {self.size!r}; give whole numbers above 0"
+            )
+        sides = tuple(int(s) for s in sides)
+        object.__setattr__(self, "size", sides if len(sides) == 2 else sides[0])
+        if self.fit == "native":
+            if len(sides) == 2:
+                raise InputError(
+                    f"fit='native' takes one size, the long side; got {self.size!r}, which fit='squash' takes"
+                )
+            return
+        if any(s % self.patch_size for s in sides):
+            nearest = tuple(max(1, round(s / self.patch_size)) * self.patch_size for s in sides)
+            raise InputError(
+                f"size {self.size} is not a multiple of the patch size {self.patch_size}; "
+                f"the nearest is {nearest[0] if len(nearest) == 1 else nearest}"
+            )
+        if self.resize_to is not None and self.resize_to < max(sides):
+            raise InputError(f"resize_to {self.resize_to} is below the size {self.size} that is cut out; give more")
+
+    def with_options(self, size: int | tuple[int, int] | None = None, fit: Fit | None = None) -> "Preprocess":
+        """The same with another size or fit; `None` keeps, but "native" alone takes the picture's own size."""
+        fit = self.fit if fit is None else fit
+        if fit == self.fit and (size is None or size == self.size):
+            return self
+        if size is None:
+            size = None if fit == "native" else self.size
+        return replace(self, size=size, fit=fit, resize_to=None)
+
+    def __call__(self, image: ImageLike) -> Tensor:
+        return self.place(load_image(image))[0]
+
+    def batch(self, images: Iterable[ImageLike]) -> PixelBatch:
+        """Pictures that come out at one size, as a batch.  Raises InputError where they do not."""
+        images = list(images)
+        labels = [f"item {i}" for i in range(len(images))] if len(images) > 1 else ["the picture"]
+        placed = [self.place(load_image(image, label), label) for image, label in zip(images, labels, strict=False)]
+        if not placed:
+            raise InputError("got no pictures; give at least one")
+        return self.collate(placed)
+
+    def collate(self, placed: Sequence[tuple[Tensor, Placement]]) -> PixelBatch:
+        """What `place` gave for several pictures, as a batch.  Raises InputError for pixels of unequal sizes."""
+        grids = {tuple(side // self.patch_size for side in pixels.shape[1:]): None for pixels, _ in placed}
+        if len(grids) > 1:
+            shown = ", ".join(f"{h}x{w}" for h, w in list(grids)[:3])
+            raise InputError(
+                f"the pictures give different grids ({shown} patches); use iter_features(), or fit='squash'"
+            )
+        placements = tuple(placement for _, placement in placed)
+        pixels = torch.stack([pixels for pixels, _ in placed])
+        return PixelBatch(pixels, placements, self._valid(placements))
+
+    def place(
+        self,
+        image: Tensor,  # [3, H, W]
+        label: str = "the picture",
+        original: tuple[int, int] | None = None,  # (height, width) where the decoder has made it smaller
+    ) -> tuple[Tensor, Placement]:
+        """Resize, crop or pad, normalise."""
+        placement = self.plan(*(original or (image.shape[1], image.shape[2])), label)
+        resized = self._resize(image, placement.resized)
+        top, left, height, width = placement.window
+        resized = resized[:, top : top + height, left : left + width].contiguous()
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        pixels = (resized / 255.0).sub_(mean) if resized.dtype == torch.uint8 else resized - mean
+        pixels.div_(std)
+        return F.pad(pixels, (0, width - pixels.shape[2], 0, height - pixels.shape[1])), placement
+
+    def plan(self, height: int, width: int, label: str = "the picture") -> Placement:
+        """Where a picture of this size goes."""
+        placement = self._plan((height, width), label)
+        if math.prod(placement.resized) > MAX_PIXELS:
+            shown = "x".join(str(side) for side in placement.resized)
+            other = "" if self.fit == "squash" else ", or fit='squash'"
+            raise InputError(
+                f"{label} is {height}x{width} pixels and would become {shown}; give a smaller size={other}"
+            )
+        return placement
+
+    def _plan(self, original: tuple[int, int], label: str) -> Placement:
+        height, width = original
+        if isinstance(self.size, int):
+            target = (self.size, self.size)
+        else:
+            target = self.size or (height, width)
+        if self.fit == "squash":
+            return Placement(original, target, (0, 0, *target))
+        if self.fit == "crop":
+            if target[0] == target[1]:
+                short = self.resize_to or target[0]
+                resized = (
+                    (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+                )
+            else:
+                cover = max(want / have for have, want in zip(original, target, strict=True))
+                resized = (max(target[0], round(height * cover)), max(target[1], round(width * cover)))
+            spare = [have - want for have, want in zip(resized, target, strict=True)]
+            top, left = (s // 2 if self.crop_rounds == "down" else round(s / 2) for s in spare)
+            return Placement(original, resized, (top, left, *target))
+        if self.size is None and max(original) > MAX_SIDE:
+            patches = math.prod(max(1, round(side / self.patch_size)) for side in original)
+            raise InputError(
+                f"{label} is {height}x{width} pixels, which is {patches:,} patches; pass size= for its long side"
+            )
+        factor = min(t / o for t, o in zip(target, original, strict=True))
+        rounded = [max(1, round(side * factor / self.patch_size)) * self.patch_size for side in original]
+        if self.fit == "native":
+            return Placement(original, (rounded[0], rounded[1]), (0, 0, rounded[0], rounded[1]))
+        fitted = (min(rounded[0], target[0]), min(rounded[1], target[1]))
+        return Placement(original, fitted, (0, 0, *target))
+
+    def _resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """uint8 stays uint8 unless the engine is float; float pictures are resized in float by torch."""
+        if self.engine == "float" and image.dtype == torch.uint8:  # by channel, since a large picture takes 1 GiB
+            return torch.cat([self._resize(channel[None] / 255.0, size) for channel in image])
+        if tuple(image.shape[1:]) == size:
+            return image
+        if self.engine == "pil" and image.dtype == torch.uint8:
+            resample = Image.Resampling[self.filter.upper()]
+            picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((size[1], size[0]), resample)
+            return from_hwc(np.asarray(picture))
+        return F.interpolate(image[None], size=size, mode=self.filter, antialias=True)[0]
+
+    def _valid(self, placements: Sequence[Placement]) -> Tensor | None:
+        if self.fit != "pad":
+            return None
+        height, width = (side // self.patch_size for side in placements[0].window[2:])
+        valid = torch.zeros(len(placements), height, width, dtype=torch.bool)
+        for mask, placement in zip(valid, placements, strict=True):
+            mask[: placement.resized[0] // self.patch_size, : placement.resized[1] // self.patch_size] = True
+        return valid

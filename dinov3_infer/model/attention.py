@@ -1,0 +1,347 @@
+"""Attention over the packed qkv projection, rotated on the way: the torch definition, the operator, the dispatch.
+
+One signature for pictures of one size (`[B, N, 3, H, D]`) and for pictures of many sizes laid end to end
+(`[T, 3, H, D]` with `cu_seqlens`).  The definition is product code: the CPU path, and what the kernel is judged by.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import groupby
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..errors import InputError, UnsupportedError
+from .rope import apply_rope
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "eager_attention",
+    "resolve_attention",
+    "rope_attention",
+    "sdpa_attention",
+    "triton_attention",
+    "why_not_triton",
+]
+
+# q, k, v [B, H, N, D] and the softmax scale -> [B, H, N, D]
+Core = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+# --- the definition ------------------------------------------------------------------------------------------------
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Softmax in float32 at least, the whole matrix in memory: to look at, or to differentiate twice."""
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
+
+
+def sdpa_attention(
+    qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
+    cos: Tensor | None,  # [N or T, D/2] float32, identity rows for class and register tokens; None: no rotation
+    sin: Tensor | None,  # [N or T, D/2] float32
+    *,
+    cu_seqlens: Tensor | None = None,  # [S + 1] int32, the first token of each sequence and T; packed input only
+    max_seqlen: int | None = None,  # kernels want it; nothing here does
+    scale: float | None = None,
+    core: Core = _sdpa,
+) -> Tensor:
+    """`rope_attention` in plain torch: one rotation of all tokens, then attention for each run of equal lengths."""
+    q, k, v = _rotated(qkv, cos, sin)
+    parts = [
+        core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale).transpose(1, 2).flatten(2)
+        for q, k, v in zip(*(_runs(t, cu_seqlens) for t in (q, k, v)), strict=True)
+    ]
+    return parts[0] if cu_seqlens is None else torch.cat([part.flatten(0, 1) for part in parts])
+
+
+def eager_attention(
+    qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
+    cos: Tensor | None,  # [N or T, D/2] float32
+    sin: Tensor | None,  # [N or T, D/2] float32
+    *,
+    cu_seqlens: Tensor | None = None,  # [S + 1] int32
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`rope_attention` with the whole score matrix in memory and nothing but elementary operations."""
+    return sdpa_attention(qkv, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=scale, core=_eager)
+
+
+def _rotated(qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.unbind(-3)
+    if cos is None or sin is None:
+        return q, k, v
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+
+def _runs(tokens: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """[B, N, ...] as it is; packed [T, ...] -> one view [count, length, ...] for neighbours of one length."""
+    if cu_seqlens is None:
+        return [tokens]
+    runs = [(sum(1 for _ in run), length) for length, run in groupby(cu_seqlens.diff().tolist())]
+    parts = tokens.split([count * length for count, length in runs])
+    return [part.unflatten(0, run) for part, run in zip(parts, runs, strict=True)]
+
+
+# --- the operator: what kernels implement, opaque to compilers -----------------------------------------------------
+
+_REST = "Tensor? cos, Tensor? sin, Tensor? cu_seqlens, SymInt max_seqlen, float scale"
+torch.library.define("dinov3_infer::rope_attention", f"(Tensor qkv, {_REST}) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    "dinov3_infer::rope_attention_backward", f"(Tensor grad, Tensor qkv, {_REST}, Tensor out, Tensor lse) -> Tensor"
+)
+
+
+@torch.library.impl("dinov3_infer::rope_attention", "cpu")
+def _forward(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What `rope_attention` returns, and log2 of each query's sum of weights, [B, H, N] or [H, T]."""
+    outs, sums = [], []
+    for q, k, v in zip(*(_runs(t, cu_seqlens) for t in _rotated(qkv, cos, sin)), strict=True):
+        scores = _scores(q, k, scale)  # [B, H, N, N]
+        sums.append(scores.logsumexp(-1).transpose(1, 2) / math.log(2.0))
+        outs.append(torch.einsum("bhqk, bkhd -> bqhd", scores.softmax(-1).to(v.dtype), v).flatten(2))
+    return _joined(outs, cu_seqlens), _joined(sums, cu_seqlens).transpose(-1, -2).contiguous()
+
+
+@torch.library.impl("dinov3_infer::rope_attention_backward", "cpu")
+def _backward(
+    grad: Tensor,  # of out
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> Tensor:
+    """The gradient of qkv, in its shape: weights once more from scores and `lse`, the rotation undone at the end.
+
+    With weights P, dP = dO V^T and delta = sum(dO O): dS = P (dP - delta) scale, dQ = dS K, dK = dS^T Q, dV = P^T dO.
+
+    Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
+    """
+    heads, parts = qkv.shape[-2:], []
+    tensors = (*_rotated(qkv, cos, sin), grad.unflatten(-1, heads), out.unflatten(-1, heads), lse.transpose(-1, -2))
+    for q, k, v, do, o, total in zip(*(_runs(t, cu_seqlens) for t in tensors), strict=True):
+        p = torch.exp2(_scores(q, k, scale) / math.log(2.0) - total.transpose(1, 2)[..., None])  # [B, H, N, N]
+        q, k, v, do, o = (t.to(p.dtype) for t in (q, k, v, do, o))
+        dp = torch.einsum("bqhd, bkhd -> bhqk", do, v)
+        ds = p * (dp - (do * o).sum(-1).transpose(1, 2)[..., None]) * scale
+        dq = torch.einsum("bhqk, bkhd -> bqhd", ds, k)
+        dk = torch.einsum("bhqk, bqhd -> bkhd", ds, q)
+        dv = torch.einsum("bhqk, bqhd -> bkhd", p, do)
+        parts.append(torch.stack((dq, dk, dv), dim=2))
+    opposite = -sin if sin is not None else None  # the inverse of a rotation
+    return torch.stack(_rotated(_joined(parts, cu_seqlens), cos, opposite), dim=-3).to(qkv.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.einsum("bqhd, bkhd -> bhqk", q.to(wide), k.to(wide)) * scale
+
+
+def _joined(parts: list[Tensor], cu_seqlens: Tensor | None) -> Tensor:
+    return parts[0].contiguous() if cu_seqlens is None else torch.cat([part.flatten(0, 1) for part in parts])
+
+
+@torch.library.register_fake("dinov3_infer::rope_attention")
+def _forward_shapes(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    *lead, _, heads, width = qkv.shape
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    return qkv.new_empty((*lead, heads * width)), qkv.new_empty((*lead[:-1], heads, lead[-1]), dtype=wide)
+
+
+@torch.library.register_fake("dinov3_infer::rope_attention_backward")
+def _backward_shapes(grad: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cos, sin, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
+    ctx.save_for_backward(qkv, cos, sin, cu_seqlens, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    qkv, cos, sin, cu_seqlens, out, lse = ctx.saved_tensors
+    dqkv = torch.ops.dinov3_infer.rope_attention_backward(
+        grad.contiguous(), qkv, cos, sin, cu_seqlens, ctx.max_seqlen, ctx.scale, out, lse
+    )
+    return dqkv, None, None, None, None, None
+
+
+torch.library.register_autograd("dinov3_infer::rope_attention", _differentiate, setup_context=_save)
+
+
+# --- the kernels ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def _kernels() -> ModuleType:
+    """The Triton launchers, imported when the first tokens on a GPU want them: importing Triton takes its time."""
+    import dinov3_infer_kernels
+
+    count_flops()
+    return dinov3_infer_kernels
+
+
+torch.library.define("dinov3_infer::rope_rotate", "(Tensor qkv, Tensor cos, Tensor sin) -> Tensor")
+
+
+@torch.library.impl("dinov3_infer::rope_rotate", "cpu")
+def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotated q and k, [B, N, 2, H, D], for what attends without rotating.  Without a gradient."""
+    return torch.stack(_rotated(qkv, cos, sin)[:2], dim=-3)
+
+
+@torch.library.register_fake("dinov3_infer::rope_rotate")
+def _rotate_shapes(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    *lead, _, heads, width = qkv.shape
+    return qkv.new_empty((*lead, 2, heads, width))
+
+
+def _launch(launcher: str, *arguments: Any) -> Any:
+    return getattr(_kernels(), launcher)(*arguments)
+
+
+for _name, _launcher in (("attention", "forward"), ("attention_backward", "backward"), ("rotate", "rotate")):
+    torch.library.impl(f"dinov3_infer::rope_{_name}", ("cuda", "xpu"), partial(_launch, _launcher))
+
+
+@cache
+def count_flops() -> None:
+    """Tells torch's FLOP counter of the operators: 4 N^2 H D forward and 2.5 times that backward, as it counts SDPA."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    def forward(qkv: Tensor, cos: Any, sin: Any, cu_seqlens: Tensor | None, *rest: Any, **others: Any) -> int:
+        *lead, _, heads, width = qkv.shape
+        pairs = math.prod(lead) * lead[-1] if cu_seqlens is None else int((cu_seqlens.diff().long() ** 2).sum())
+        return 4 * pairs * heads * width
+
+    def backward(grad: Tensor, *arguments: Any, **_: Any) -> int:
+        return forward(*arguments) * 5 // 2
+
+    register_flop_formula(torch.ops.dinov3_infer.rope_attention, get_raw=True)(forward)
+    register_flop_formula(torch.ops.dinov3_infer.rope_attention_backward, get_raw=True)(backward)
+
+
+# --- the dispatch --------------------------------------------------------------------------------------------------
+
+
+def _constant_for_compilers(function: C) -> C:
+    """`torch.compiler.assume_constant_result`, which imports the whole compiler to set this mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@cache
+def _import_error() -> str | None:
+    try:
+        _kernels()
+    except ImportError as error:
+        return f"'{error.name}' is not installed; on Linux pip install 'dinov3-infer[triton]' brings it"
+    return None
+
+
+@_constant_for_compilers
+def _not_installed() -> str | None:
+    return _import_error()
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton kernel cannot serve such a qkv, or None if it can."""
+    if device.type not in ("cuda", "xpu"):
+        return f"it runs on GPUs, and the model is on '{device.type}'"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it takes bfloat16, float16 and float32, and the tokens come in {dtype}"
+    if head_dim not in (64, 128):
+        return f"it is made for heads of 64 and 128 channels, and these have {head_dim}"
+    if dtype == torch.float32 and head_dim == 128:
+        return "float32 tiles of 128 channels do not fit the registers of a GPU"
+    return _not_installed()
+
+
+def rope_attention(
+    qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
+    cos: Tensor | None,  # [N or T, D/2] float32, identity rows for class and register tokens; None: no rotation
+    sin: Tensor | None,  # [N or T, D/2] float32
+    *,
+    cu_seqlens: Tensor | None = None,  # [S + 1] int32, the first token of each sequence and T; packed input only
+    max_seqlen: int | None = None,  # tokens of the longest sequence; saves a look at cu_seqlens
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of rotated q and k, [B, N, H*D], or [T, H*D] for packed input, by the fastest way there is.
+
+    Queries and keys are turned by the angles of their token, values are not.  `scale` defaults to D^-0.5.  On a GPU
+    this is the Triton kernel, except for pictures of one size that need no rotation (SDPA alone), or need no gradient
+    and are longer than the kernel's crossover (a kernel that rotates, then SDPA).  Where the kernel cannot run, see
+    `why_not_triton`, this is `sdpa_attention`.
+
+    Source: dinov3/layers/attention.py:19-38 and 114-135 at 6876159.
+    """
+    kind = (qkv.device, qkv.dtype, qkv.shape[-1])
+    plain = cu_seqlens is None and cos is None
+    if plain or why_not_triton(*kind) is not None:
+        return sdpa_attention(qkv, cos, sin, cu_seqlens=cu_seqlens, scale=scale)
+    differentiable = torch.is_grad_enabled() and qkv.requires_grad
+    if cu_seqlens is None and not differentiable and qkv.shape[1] > _crossover(*kind):
+        q, k = torch.ops.dinov3_infer.rope_rotate(qkv, cos, sin).transpose(1, 3).unbind(2)
+        return _sdpa(q, k, qkv[:, :, 2].transpose(1, 2), scale).transpose(1, 2).flatten(2)
+    return triton_attention(qkv, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=scale)
+
+
+def triton_attention(
+    qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
+    cos: Tensor | None,  # [N or T, D/2] float32
+    sin: Tensor | None,  # [N or T, D/2] float32
+    *,
+    cu_seqlens: Tensor | None = None,  # [S + 1] int32
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`rope_attention` by the Triton kernel, whatever the length.
+
+    Raises: UnsupportedError with the reason where it cannot run.
+    """
+    if (reason := why_not_triton(qkv.device, qkv.dtype, qkv.shape[-1])) is not None:
+        raise UnsupportedError(f"the Triton attention cannot run: {reason}; use attn_implementation='auto'")
+    if max_seqlen is None:
+        max_seqlen = qkv.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.dinov3_infer.rope_attention(qkv, cos, sin, cu_seqlens, max_seqlen, scale)[0]  # type: ignore[no-any-return]
+
+
+@_constant_for_compilers
+def _crossover(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+    return int(_kernels().crossover(device, dtype, head_dim))
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "auto": rope_attention,
+    "triton": triton_attention,
+    "sdpa": sdpa_attention,
+    "eager": eager_attention,
+}
+
+
+def resolve_attention(name: str) -> Callable[..., Tensor]:
+    """The function behind `attn_implementation`."""
+    if name not in IMPLEMENTATIONS:
+        raise InputError(f"attn_implementation is one of {', '.join(IMPLEMENTATIONS)}; got {name!r}")
+    return IMPLEMENTATIONS[name]

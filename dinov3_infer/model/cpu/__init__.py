@@ -1,0 +1,1 @@
+"""The same forward pass for CPUs, with packed weights and compiled passes."""

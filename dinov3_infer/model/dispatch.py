@@ -1,0 +1,173 @@
+"""The fast inference path on a CPU: a plan beside the module tree, made when a model first runs without gradients.
+
+A plan (see `frozen`) holds a second copy of the weights and is no part of the model: parameters stay what they are,
+and whatever changes or replaces one ends the plan.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple, get_args
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as _all_modules
+
+from ..errors import InputError
+from .attention import rope_attention
+from .cpu.linear import why_not_int8, why_not_packed
+from .cpu.plan import Plan, spans_of
+from .layers import Attention, Block, GatedMlp, LayerNorm, MaskedKeyLinear, Mlp, PatchEmbed, Residual
+from .vit import BackboneOutput, VisionTransformer
+
+__all__ = ["Mode", "Precision", "check_mode", "compare", "drop_plan", "plan_of"]
+
+log = logging.getLogger("dinov3_infer")
+
+_PACKAGE = __name__.split(".")[0]  # whose methods a plan knows
+
+Mode = Literal["exact", "fast", "int8"]
+_LEAST = (0.99, 0.98)  # cosines of int8 with float32: mean of class tokens, 1st percentile of patches
+
+
+def check_mode(mode: str) -> None:
+    """Raises InputError for a mode that does not exist."""
+    if mode not in get_args(Mode):
+        raise InputError(f"mode is one of {', '.join(get_args(Mode))}; got {mode!r}")
+
+
+class Precision(NamedTuple):
+    """Cosine similarity with the features of plain float32."""
+
+    cls_mean: float
+    cls_worst: float
+    patch_percentile: float  # 99 % of the patches are nearer
+    patch_worst: float
+
+
+def compare(found: BackboneOutput, plain: BackboneOutput) -> Precision:
+    """How near tokens are to others."""
+    pairs = ((found.cls_token, plain.cls_token), (found.patch_tokens, plain.patch_tokens))
+    cls, patches = (F.cosine_similarity(a.double(), b.double(), dim=-1).flatten().sort().values for a, b in pairs)
+    return Precision(cls.mean().item(), cls[0].item(), patches[len(patches) // 100].item(), patches[0].item())
+
+
+# --- when there is one ---------------------------------------------------------------------------------------------
+
+# Of each model the mode asked for, its state, a few values of each of its tensors (see `_values`), and the plan.
+_PLANS: WeakKeyDictionary[VisionTransformer, tuple[Mode, tuple[int, ...], list[Tensor], Tensor, Plan]] = (
+    WeakKeyDictionary()
+)
+_TOLD: WeakSet[VisionTransformer] = WeakSet()  # models whose mode cannot be had, which the log says once
+# What a plan knows how to compute.  A module of any other class, such as an adapter, runs as it is written.
+_KNOWN = {
+    nn.ModuleList, nn.Conv2d, nn.Linear, MaskedKeyLinear, Attention, Block, GatedMlp, LayerNorm, Mlp, PatchEmbed,
+    Residual,
+}  # fmt: skip
+_OWN = {
+    "forward",
+    "forward_packed",
+    "run_blocks",
+    "embed_tokens",
+    "with_prefix",
+    "positions",
+    "rope",
+    "normed",
+    "split",
+}
+
+
+def plan_of(model: VisionTransformer, mode: Mode, pictures: Callable[[], Tensor]) -> Plan | None:
+    """The plan of a model as it is now; None where it has to run as it is written.
+
+    `pictures`: normalised pixels [B, 3, H_px, W_px] to find the ranges of int8 with.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    off = os.environ.get("DINOV3_INFER_PLAN") == "0"
+    state = None if off else _state(model)
+    if state is None:
+        drop_plan(model)
+        if mode != "exact" and model.device.type == "cpu" and model not in _TOLD:
+            _TOLD.add(model)
+            unknown = "it has modules, hooks or tensors that the fast path does not know"
+            reason = "DINOV3_INFER_PLAN=0" if off else why_not_packed() or unknown
+            log.warning("mode='%s' gives way to the model as it is written: %s", mode, reason)
+        return None
+    kept = _PLANS.get(model)
+    if kept is None or kept[:2] != (mode, state) or not torch.equal(torch.cat(kept[2]), kept[3]):
+        drop_plan(model)
+        values = _values(model)
+        kept = _PLANS[model] = (mode, state, values, torch.cat(values), _made(model, mode, pictures))
+    return kept[4]
+
+
+def drop_plan(model: VisionTransformer) -> None:
+    """Frees the memory of a plan; the next one is made when it is needed."""
+    _PLANS.pop(model, None)
+
+
+def _made(model: VisionTransformer, mode: Mode, pictures: Callable[[], Tensor]) -> Plan:
+    """In the mode asked for, or with a line in the log the next one that this machine and this model are good for."""
+    lacking = None if mode == "exact" else why_not_packed(torch.bfloat16)
+    half = torch.float32 if mode == "exact" or lacking else torch.bfloat16
+    if mode == "int8" and (lacking := why_not_int8()) is None:
+        pixels = pictures()
+        plan, unseen = Plan(model, half, spans_of(model, pixels)), pixels.flip(-1)
+        found = compare(plan(model, [unseen])[0], Plan(model, torch.float32)(model, [unseen])[0])
+        if found.cls_mean >= _LEAST[0] and found.patch_percentile >= _LEAST[1]:
+            return plan
+        lacking = (
+            f"class tokens have a cosine of {found.cls_mean:.3f} with float32, patches {found.patch_percentile:.3f}"
+        )
+    if lacking is None:
+        return Plan(model, half)
+    other: Mode = "fast" if mode == "int8" else "exact"
+    log.warning("mode='%s' gives way to '%s': %s", mode, other, lacking)
+    return _made(model, other, pictures)
+
+
+def _state(model: VisionTransformer) -> tuple[int, ...] | None:
+    """Changes with the parameters and buffers; None for a model that the plan does not know how to compute."""
+    if why_not_packed() is not None or not _OWN.isdisjoint(model.__dict__):
+        return None
+    if _all_modules._global_forward_hooks or _all_modules._global_forward_pre_hooks:
+        return None
+    if any(getattr(type(model), name).__module__.split(".")[0] != _PACKAGE for name in _OWN):
+        return None
+    found: list[int] = []
+    for module in _modules(model):
+        if module is not model and type(module) not in _KNOWN or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        if "forward" in module.__dict__ or type(module) is Attention and module.attend is not rope_attention:
+            return None
+        for tensor in _tensors(module):
+            if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.is_inference():
+                return None
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+                return None  # such as quantised ones, which say that they are float32
+            found += (tensor.data_ptr(), tensor._version)
+    return tuple(found)
+
+
+def _values(model: VisionTransformer) -> list[Tensor]:
+    """Views of a few values of each tensor.
+
+    They show what versions do not, writing to `.data`, and keep the memory from being given to another tensor.  Bits
+    are compared, since NaN is not equal to itself.
+    """
+    flat = [tensor.detach().flatten() for module in _modules(model) for tensor in _tensors(module)]
+    return [values[len(values) // 2 :][:4].view(torch.int32) for values in flat]
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    waiting = [model]
+    while waiting:
+        yield (module := waiting.pop())
+        waiting += (child for child in module._modules.values() if child is not None)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)

@@ -1,0 +1,55 @@
+"""What one block makes of its tokens: queries, keys, values, and rows of its attention matrix."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .rope import apply_rope
+from .vit import LayerOutput, VisionTransformer
+
+__all__ = ["Facet", "attention_rows", "check_facet", "facet_of"]
+
+Facet = Literal["token", "query", "key", "value"]
+_THIRD = {"query": 0, "key": 1, "value": 2}
+
+
+def check_facet(facet: str) -> None:
+    """Raises InputError for a facet that does not exist."""
+    if facet not in get_args(Facet):
+        raise InputError(f"facet is one of {', '.join(get_args(Facet))}; got {facet!r}")
+
+
+def _qkv(model: VisionTransformer, stream: Tensor, number: int) -> Tensor:
+    """The projection that a block makes of the stream [B, N, C] that enters it, [B, N, 3, H, D], not rotated."""
+    block: Any = model.blocks[number]
+    x = block.norm1(stream).to(block.attn.qkv.weight.dtype)
+    return block.attn.qkv(x).unflatten(-1, (3, model.num_heads, -1))  # type: ignore[no-any-return]
+
+
+def facet_of(model: VisionTransformer, stream: Tensor, block: int, facet: Facet) -> LayerOutput:
+    """Queries, keys or values of a block for the stream [B, N, C] that enters it: heads side by side, not rotated."""
+    return LayerOutput(*model.split(_qkv(model, stream, block)[:, :, _THIRD[facet]].flatten(2)))
+
+
+def attention_rows(
+    model: VisionTransformer,
+    pixels: Tensor,  # [B, 3, H_px, W_px]
+    block: int,  # from 0
+    tokens: Tensor | None = None,  # [B] int64: the token of each picture that asks; None: all of them
+) -> Tensor:
+    """How much a token attends to each token, softmax(q k^T / sqrt(D)), [B, H, 1 or N, N], float32 at least.
+
+    With `tokens` the matrix is never built, so memory grows with N and not with its square.
+    """
+    _, taken = model.run_blocks(pixels, indices=[block - 1], stop_early=True)
+    qkv = _qkv(model, taken[block - 1], block)
+    q, k = qkv[:, :, 0], qkv[:, :, 1]  # [B, N, H, D]
+    table = model.rope(model.grid_of(pixels))
+    if table is not None:
+        q, k = apply_rope(q, *table), apply_rope(k, *table)
+    if tokens is not None:
+        q = q[torch.arange(len(q), device=q.device), tokens.to(q.device)][:, None]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.einsum("bqhd,bnhd->bhqn", q.to(wide) * q.shape[-1] ** -0.5, k.to(wide)).softmax(dim=-1)

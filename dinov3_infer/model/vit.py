@@ -1,0 +1,351 @@
+"""The vision transformer of DINO, DINOv2 and DINOv3: one class, told apart by its config.
+
+Source: DINOv3 paper (arXiv 2508.10104), DINOv2 (2304.07193), registers (2309.16588), DINO (2104.14294).
+"""
+
+from collections.abc import Callable, Sequence
+from operator import index
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, InputTypeError, LayerError, UnsupportedError
+from .attention import resolve_attention, triton_attention, why_not_triton
+from .layers import Attention, Block, LayerNorm, PatchEmbed, Residual, ViTConfig, resize_positions
+from .packing import Packing
+from .rope import RopeAugmentation, RopeTable, rope_periods, rope_table
+
+__all__ = ["BackboneOutput", "LayerOutput", "ViTConfig", "VisionTransformer", "as_map", "resolve_layers"]
+
+
+class LayerOutput(NamedTuple):
+    """Tokens after one block and the final norm."""
+
+    cls_token: Tensor  # [B, C]
+    register_tokens: Tensor  # [B, R, C]
+    patch_tokens: Tensor  # [B, P, C]
+
+
+class BackboneOutput(NamedTuple):
+    """Tokens after the last block and the final norm, and those of the layers asked for."""
+
+    cls_token: Tensor  # [B, C]
+    register_tokens: Tensor  # [B, R, C]
+    patch_tokens: Tensor  # [B, P, C]
+    layers: tuple[LayerOutput, ...] = ()
+
+
+def as_map(
+    patch_tokens: Tensor,  # [B, P, C]
+    grid: tuple[int, int],  # (h, w) in patches
+) -> Tensor:
+    """[B, C, h, w], a view."""
+    return patch_tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+def resolve_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
+    """Block indices from 0: an int asks for the last n, a sequence for these, negative ones from the end."""
+    if layers is None:
+        return []
+    try:
+        single = isinstance(layers, int) or getattr(layers, "ndim", 1) == 0  # numpy's and torch's numbers too
+        last = index(layers) if single else None  # type: ignore[arg-type]
+        asked = [] if last is not None else [index(layer) for layer in layers]  # type: ignore[union-attr]
+    except TypeError:
+        raise InputTypeError(f"layers is a number of blocks or a list of block numbers, got {layers!r}") from None
+    if last is not None:
+        if not 1 <= last <= depth:
+            raise LayerError(
+                f"layers={last} asks for the last {last} blocks of {depth}; give 1 to {depth}, or a list of blocks"
+            )
+        return list(range(depth - last, depth))
+    for layer in asked:
+        if not -depth <= layer < depth:
+            raise LayerError(f"layer {layer} does not exist; this model has {depth} (0..{depth - 1} or -{depth}..-1)")
+    return [layer % depth for layer in asked]
+
+
+class VisionTransformer(nn.Module):
+    """Pre-norm ViT; parameter names are Meta's, but for `register_tokens` and the gated FFN's `gate_up` and `down`."""
+
+    rope_periods: Tensor | None
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.embed_dim
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.register_tokens = (
+            nn.Parameter(torch.empty(1, config.num_registers, width)) if config.num_registers else None
+        )
+        self.mask_token = nn.Parameter(torch.empty(1, width)) if config.mask_token else None
+        self.patch_embed = PatchEmbed(config)
+        if config.position_grid is None:
+            self.pos_embed = None
+            self.register_buffer("rope_periods", torch.empty(config.head_dim // 4))
+        else:
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.position_grid**2, width))
+            self.register_buffer("rope_periods", None)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = LayerNorm(width, config.norm_eps)
+        self.cls_norm = LayerNorm(width, config.norm_eps) if config.prefix_norm else None
+        self.local_cls_norm = LayerNorm(width, config.norm_eps) if config.local_cls_norm else None
+        if not self.cls_token.is_meta:  # where there is nothing to fill, and trying imports 75 MB of meta kernels
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, layerscale: float = 1e-5) -> None:
+        """Random weights as in the papers' training code.
+
+        Every tensor is written, so that a model built on the meta device is whole after `to_empty` and this.
+        """
+        for module in self.modules():
+            if isinstance(module, (LayerNorm, nn.Conv2d)):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, Residual) and module.gamma is not None:
+                nn.init.constant_(module.gamma, layerscale)
+        nn.init.normal_(self.cls_token, std=0.02)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=0.02)
+        if self.mask_token is not None:
+            nn.init.zeros_(self.mask_token)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.rope_periods is not None:
+            self.rope_periods.copy_(rope_periods(self.config.head_dim, self.config.rope_base))
+
+    def set_attention(self, implementation: str | Callable[..., Tensor]) -> None:
+        """Which attention runs: "auto", "triton", "sdpa", "eager", or a function that is called like `rope_attention`.
+
+        Raises: InputError for an unknown name, UnsupportedError for "triton" where it cannot run.
+        """
+        attend = resolve_attention(implementation) if isinstance(implementation, str) else implementation
+        if attend is triton_attention and (reason := self.why_not_triton()) is not None:
+            raise UnsupportedError(f"attn_implementation='triton' cannot run: {reason}; use 'auto'")
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attend = attend
+
+    def why_not_triton(self) -> str | None:
+        """Why attention cannot run as the Triton kernel here, or None if it can."""
+        weight = self.patch_embed.proj.weight
+        return why_not_triton(weight.device, weight.dtype, self.config.head_dim)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """`.to`, `.half` and their kin leave the rope periods float32: rounding them would move every angle."""
+        kept = self.rope_periods
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if kept is not None and self.rope_periods is not None and self.rope_periods.dtype != kept.dtype:
+            self.rope_periods = kept.to(self.rope_periods.device)
+        return self
+
+    # --- what other code expects to find -------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embed.proj.weight.device
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.embed_dim
+
+    num_features = embed_dim
+
+    @property
+    def patch_size(self) -> int:
+        return self.config.patch_size
+
+    @property
+    def num_heads(self) -> int:
+        return self.config.num_heads
+
+    @property
+    def n_blocks(self) -> int:
+        return self.config.depth
+
+    @property
+    def num_register_tokens(self) -> int:
+        return self.config.num_registers
+
+    n_storage_tokens = num_register_tokens
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.config.num_prefix
+
+    # --- the forward pass ----------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixels: Tensor,  # [B, 3, H_px, W_px] float, normalised; sides are whole patches
+        layers: int | Sequence[int] | None = None,
+        masks: Tensor | None = None,  # [B, P] bool: these patches become the mask token
+    ) -> BackboneOutput:
+        """Tokens after the final norm, float32 at least.
+
+        `layers` asks for intermediate layers too: an int for the last n, a list for these (in that order, negative from
+        the end); they pass through the final norm like the last one.
+
+        Raises: InputError for sizes that are not whole patches or a wrong mask, LayerError for a missing layer.
+        """
+        indices = resolve_layers(layers, self.config.depth)
+        last, taken = self.run_blocks(pixels, masks, indices)
+        picked = tuple(LayerOutput(*self.split(self.normed(taken[i]))) for i in indices)
+        return BackboneOutput(*self.split(self.normed(last)), picked)
+
+    def run_blocks(
+        self,
+        pixels: Tensor,  # [B, 3, H_px, W_px]
+        masks: Tensor | None = None,  # [B, P] bool
+        indices: Sequence[int] = (),  # blocks to keep; -1 is what enters the first
+        stop_early: bool = False,  # after the last of them
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The stream before the final norm, [B, N, C], after the last block and after each block of `indices`."""
+        x = self.embed_tokens(pixels, masks)
+        rope = self.rope(self.grid_of(pixels))
+        taken = {-1: x} if -1 in indices else {}
+        end = max(indices) + 1 if stop_early and indices else self.config.depth
+        for i, block in enumerate(self.blocks[:end]):
+            x = block(x, rope)
+            if i in indices:
+                taken[i] = x
+        return x, taken
+
+    def forward_packed(
+        self,
+        crops: Sequence[Tensor],  # [B_i, 3, H_i, W_i] float, normalised: one tensor per size
+        masks: Sequence[Tensor | None] | None = None,  # [B_i, P_i] bool each
+        rope: RopeAugmentation | None = None,  # drawn anew for every block and group of crops
+        drop_path: float = 0.0,  # share of pictures that skip a branch
+        generator: torch.Generator | None = None,  # of the two draws above
+        layers: int | Sequence[int] | None = None,  # as in `forward`
+    ) -> list[BackboneOutput]:
+        """Pictures of several sizes in one pass: linears see all tokens at once, attention stays within a picture.
+
+        Without `rope` and `drop_path` the result is that of `forward` on each tensor.  In training mode the class and
+        register tokens of all groups but the first (the local crops) take `local_cls_norm` where the model has one.
+        """
+        if isinstance(crops, Tensor):
+            raise InputTypeError(
+                "forward_packed takes a list, one tensor for each size; call the model itself for one tensor"
+            )
+        masks = masks if masks is not None else [None] * len(crops)
+        if len(masks) != len(crops):
+            raise InputError(
+                f"forward_packed got {len(crops)} tensors and {len(masks)} masks; give one mask or None for each tensor"
+            )
+        if not crops:
+            raise InputError("forward_packed got no crops; give at least one tensor")
+        if not 0.0 <= drop_path < 1.0:
+            raise InputError(f"drop_path is a share of pictures, got {drop_path}; give 0 to below 1")
+        if rope is not None and self.rope_periods is None:
+            raise InputError("this model has learned positions, so there is no RoPE to augment; leave rope out")
+        indices = resolve_layers(layers, self.config.depth)
+        streams = [self.embed_tokens(pixels, mask) for pixels, mask in zip(crops, masks, strict=True)]
+        grids = [self.grid_of(pixels) for pixels in crops]
+        packing = Packing(tuple((s.shape[0], s.shape[1]) for s in streams), streams[0].device)
+        x = torch.cat([s.flatten(0, 1) for s in streams])
+        cu_seqlens, longest = packing.cu_seqlens(), packing.longest
+        tables, joined = None, None
+        taken: dict[int, list[Tensor]] = {}
+        for i, block in enumerate(self.blocks):
+            if self.rope_periods is not None and (tables is None or rope is not None):
+                tables = [rope_table(g, self.rope_periods, self.config.num_prefix, rope, generator) for g in grids]
+                joined = packing.table(tables)
+            if drop_path > 0.0:
+                x = block.forward_dropped(x, tables, packing, drop_path, generator)  # type: ignore[operator]
+            else:
+                x = block(x, joined, cu_seqlens, longest)
+            if i in indices:
+                taken[i] = packing.split(x)
+
+        def named(stream: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+            return self.split(self.normed(stream, local=self.training and group > 0))
+
+        return [
+            BackboneOutput(*named(stream, i), tuple(LayerOutput(*named(taken[layer][i], i)) for layer in indices))
+            for i, stream in enumerate(packing.split(x))
+        ]
+
+    def embed_tokens(
+        self,
+        pixels: Tensor,  # [B, 3, H_px, W_px]
+        masks: Tensor | None = None,  # [B, P] bool
+    ) -> Tensor:
+        """Class token, registers and patches before the first block, [B, N, C]."""
+        grid = self.grid_of(pixels)
+        x = self.patch_embed(pixels)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if masks is not None:
+            if self.mask_token is None:
+                raise InputError("this model has no mask token (its file holds none), so masks cannot be applied")
+            if masks.dtype != torch.bool or masks.shape != x.shape[:2]:
+                raise InputError(
+                    f"masks are bool {list(x.shape[:2])} for this input; got {masks.dtype} {list(masks.shape)}"
+                )
+            x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
+        return self.with_prefix(x, grid)
+
+    def with_prefix(
+        self,
+        x: Tensor,  # [B, P, C] embedded patches
+        grid: tuple[int, int],
+    ) -> Tensor:
+        """Class token, registers and patches, [B, N, C], with learned positions where the model has them."""
+        prefix = self.cls_token.to(x.dtype)
+        if self.pos_embed is not None:
+            x = x + self.positions(grid, x.dtype).to(x.dtype)
+            prefix = prefix + self.pos_embed[:, :1].to(x.dtype)
+        if self.register_tokens is not None:
+            prefix = torch.cat((prefix, self.register_tokens.to(x.dtype)), dim=1)
+        return torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1)
+
+    def positions(self, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Learned positions of the patches of one picture, [1, P, C], for a stream of this dtype."""
+        assert self.pos_embed is not None
+        working = torch.float32 if self.config.resizes_in_float32 else dtype
+        return resize_positions(self.pos_embed[:, 1:], grid, self.config.position_resize, working)
+
+    def rope(self, grid: tuple[int, int]) -> RopeTable | None:
+        """Angles of all tokens of one picture; None for learned positions."""
+        return None if self.rope_periods is None else rope_table(grid, self.rope_periods, self.config.num_prefix)
+
+    def grid_of(self, pixels: Tensor) -> tuple[int, int]:
+        """(h, w) in patches.  Raises InputError for anything that is not a batch of whole patches."""
+        if not isinstance(pixels, Tensor):
+            raise InputTypeError(
+                f"the model takes a tensor, got {type(pixels).__name__}; use extract_features() for pictures"
+            )
+        if not pixels.is_floating_point():
+            raise InputTypeError(
+                f"the model takes normalised float pixels, got {pixels.dtype}; use extract_features() or preprocess()"
+            )
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise InputError(f"the model takes pixels of shape [B, 3, height, width], got {list(pixels.shape)}")
+        size = self.config.patch_size
+        height, width = pixels.shape[2:]
+        if height % size or width % size or not height or not width:
+            nearest = [max(1, round(side / size)) * size for side in (height, width)]
+            raise InputError(
+                f"input {height}x{width} is not a multiple of the patch size {size}; the nearest is "
+                f"{nearest[0]}x{nearest[1]}, and extract_features(fit='native') goes there by itself"
+            )
+        return height // size, width // size
+
+    def normed(self, x: Tensor, local: bool = False) -> Tensor:
+        """The final norm, [B, N, C]."""
+        prefix_norm = self.local_cls_norm if local and self.local_cls_norm is not None else self.cls_norm
+        if prefix_norm is None:
+            return self.norm(x)  # type: ignore[no-any-return]
+        prefix = self.config.num_prefix
+        return torch.cat((prefix_norm(x[:, :prefix]), self.norm(x[:, prefix:])), dim=1)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, C] -> class token [B, C], registers [B, R, C], patches [B, P, C]."""
+        prefix = self.config.num_prefix
+        return x[:, 0], x[:, 1:prefix], x[:, prefix:]

@@ -1,0 +1,154 @@
+"""Exact cosine neighbours over vectors on disk: search, and groups of near-duplicates.
+
+Source: DINOv2 paper (arXiv 2304.07193), section 3 and appendix A: pairs above a cosine, connected components, one of
+each kept; components that touch an evaluation set dropped whole.  Whitening, as copy detection does it: Pizzi et al.
+(arXiv 2202.10261), section 4.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..features.disk.store import BLOCK, Store
+
+__all__ = ["Duplicates", "duplicates", "nearest"]
+
+Array = np.ndarray[Any, Any]
+TILE = 4096  # rows that are compared with a block at a time
+
+
+def nearest(
+    store: Store,
+    queries: Array,  # [Q, C]
+    k: int,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """The `k` pictures that are most like each query: cosines [Q, k], falling, and numbers [Q, k].
+
+    Raises: InputError for vectors of another width.
+    """
+    if queries.shape[1] != store.width:
+        raise InputError(
+            f"queries have {queries.shape[1]} numbers and '{store.path}' has {store.width}; use one model and pooling"
+        )
+    asked = torch.nn.functional.normalize(torch.from_numpy(queries).float(), dim=1).to(device)
+    scores = torch.empty(len(asked), 0, device=device)
+    numbers = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
+    for first, block in store.blocks():
+        found = (asked @ torch.from_numpy(block).to(device).T).nan_to_num(nan=-torch.inf)
+        top = found.topk(min(k, found.shape[1]), dim=1)
+        scores, numbers = torch.cat((scores, top.values), 1), torch.cat((numbers, top.indices + first), 1)
+        kept = scores.topk(min(k, scores.shape[1]), dim=1)
+        scores, numbers = kept.values, numbers.gather(1, kept.indices)
+    return scores.cpu(), numbers.cpu()
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """What `duplicates` found."""
+
+    group: Array  # [N] int64: the first picture of the group that each belongs to
+    foreign: Array  # [N] bool: pictures of a group that touches the other set
+
+    def kept(self, store: Store) -> Array:
+        """Numbers of the pictures that stay: the first of each group that is not foreign, of those that were read."""
+        return np.flatnonzero(store.good & (self.group == np.arange(len(self.group))) & ~self.foreign)
+
+
+def duplicates(
+    store: Store,
+    threshold: float,  # cosine
+    against: Store | None = None,
+    against_threshold: float | None = None,  # None: the same
+    whiten: bool = True,
+    device: torch.device | str = "cpu",
+) -> Duplicates:
+    """Groups of pictures that are connected by cosines above `threshold`, and those that touch the set `against`.
+
+    `whiten`: by the mean and covariance of the store.  Vectors of a model share most of their direction, and what
+    tells one picture from another of its kind is a small part of them, which this makes as large as the rest.
+
+    Every pair is compared, in tiles: the time grows with the square of their number, the memory does not.
+
+    Raises: InputError for vectors that were made in different ways, and for a threshold that is no cosine.
+    """
+    limit = threshold if against_threshold is None else against_threshold
+    for cosine in (threshold, limit):
+        if not -1 <= cosine <= 1:
+            raise InputError(f"a threshold is a cosine, from -1 to 1; got {cosine:g}")
+    if against is not None:
+        store.check_comparable(against)
+    parent = np.arange(len(store))
+    change = _whitening(store, device) if whiten else None
+    for start, block in _blocks(store, BLOCK, change, device):
+        for first, others in _blocks(store, TILE, change, device):
+            if first > start + len(block):
+                break
+            left, right = _above(others, block, threshold)
+            left, right = left + first, right + start
+            _join(parent, left[left < right], right[left < right])
+    group = _roots(parent, parent)
+    foreign = np.zeros(len(store), bool)
+    if against is not None:
+        for _, block in _blocks(against, BLOCK, change, device):
+            for first, others in _blocks(store, TILE, change, device):
+                found, _ = _above(others, block, limit)
+                foreign[group[found + first]] = True
+        foreign = foreign[group]
+    return Duplicates(group, foreign)
+
+
+def _whitening(store: Store, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Mean [C] and matrix [C, C] after which all directions vary alike, those that hardly vary excepted."""
+    total = torch.zeros(store.width, dtype=torch.float64, device=device)
+    products = torch.zeros(store.width, store.width, dtype=torch.float64, device=device)
+    count = 0
+    for first, rows in store.blocks():
+        block = torch.from_numpy(rows[store.good[first : first + len(rows)]]).to(device)
+        total += block.sum(0, dtype=torch.float64)
+        products += (block.T @ block).double()
+        count += len(block)
+    mean = total / max(1, count)
+    values, vectors = torch.linalg.eigh(products / max(1, count) - mean.outer(mean))
+    values = values.clamp(min=0)
+    values += values.mean() * (0.1 + store.width / max(1, count)) + 1e-12  # few pictures tell little of directions
+    return mean.float(), (vectors / values.sqrt()).float()
+
+
+def _blocks(
+    store: Store, rows: int, change: tuple[Tensor, Tensor] | None, device: torch.device | str
+) -> Iterator[tuple[int, Tensor]]:
+    for first, block in store.blocks(rows):
+        found = torch.from_numpy(block).to(device)
+        if change is not None:
+            found = torch.nn.functional.normalize((found - change[0]) @ change[1], dim=1)
+        yield first, found
+
+
+def _above(one: Tensor, other: Tensor, threshold: float) -> tuple[Array, Array]:
+    """Rows of pairs; NaN is above nothing."""
+    left, right = (one @ other.T > threshold).nonzero(as_tuple=True)
+    return left.cpu().numpy(), right.cpu().numpy()
+
+
+def _roots(parent: Array, rows: Array) -> Array:
+    """The lowest number of the group of each."""
+    while True:
+        above = parent[rows]
+        if np.array_equal(above, rows):
+            return above
+        rows = above
+
+
+def _join(parent: Array, left: Array, right: Array) -> None:
+    """Union by the lowest number, all pairs at a time: each round hangs a root under a lower one."""
+    while len(left):
+        left, right = _roots(parent, left), _roots(parent, right)
+        apart = left != right
+        left, right = left[apart], right[apart]
+        np.minimum.at(parent, np.maximum(left, right), np.minimum(left, right))

@@ -1,0 +1,261 @@
+"""Batches of views in an order that depends on the seed and the step alone, prepared by other processes."""
+
+import bisect
+import itertools
+import os
+import shutil
+import signal
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import Dinov3Error, ImageError, InputError, MissingFileError
+from .draws import generator
+from .pictures import Data, open_data
+from .views import Batch, ViewConfig, Views, block_mask, collate, make_views, masked_counts
+
+__all__ = ["Batches", "Data", "batches", "open_data"]
+
+CHUNK = 4  # pictures that a worker prepares at a time: few, since containers often give 64 MB of shared memory
+REPLACEMENTS = 32  # pictures tried in the place of a broken one
+
+
+class Task(NamedTuple):
+    """Some pictures of a step."""
+
+    step: int
+    row: int  # of the resolutions
+    slots: list[int]  # places in the effective batch
+    indices: list[int]  # the pictures that belong there
+
+
+class Chunk(NamedTuple):
+    """What becomes of a task."""
+
+    row: int
+    views: Views  # of n pictures: [n, 2, 3, S, S] and so on
+    masks: Tensor  # [n, 2, P]
+    indices: Tensor  # [n], the pictures that were taken
+    broken: dict[int, str]  # those that could not be read, and why
+
+
+class Batches:
+    """Iterator of batches, endless unless it was given a stop; its workers end with it, or at `close`.
+
+    broken: which pictures could not be read so far, and why; another one of the same source took the place of each.
+    """
+
+    def __init__(self, collated: Generator[Batch, None, None], broken: dict[int, str]) -> None:
+        self._collated, self.broken = collated, broken
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._collated)
+
+    def close(self) -> None:
+        self._collated.close()
+
+
+def batches(
+    data: Data,
+    views: ViewConfig | Sequence[tuple[float, ViewConfig]],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    start: int = 0,
+    stop: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> Batches:
+    """The batches of steps `start` to `stop`, as this process sees them.
+
+    batch_size: pictures of a step, of all processes together; this one gets its `world_size`-th part, in order.
+    views: of every step, or (probability, views) for several resolutions, of which all processes draw the same.
+    workers: processes that prepare pictures; 0 prepares them in this one.  The numbers are the same.
+
+    Each source is gone through in random order, every picture once before any comes again.
+    Raises: InputError; while iterating, ImageError where one broken picture follows another.
+    """
+    rows = [(1.0, views)] if isinstance(views, ViewConfig) else list(views)
+    if batch_size < 1 or batch_size % world_size:
+        raise InputError(f"a batch of {batch_size} does not split over {world_size} processes; give a multiple")
+    if not rows or min(p for p, _ in rows) < 0 or not any(p for p, _ in rows):
+        raise InputError("resolutions are pairs (probability, views); give one with a probability above 0 at least")
+    configs = [config for _, config in rows]
+    device, share = torch.device(device), batch_size // world_size
+    mine, per_step = range(rank * share, (rank + 1) * share), -(-share // CHUNK)
+    loader: DataLoader[Chunk] = DataLoader(
+        _Prepared(data, configs, seed, batch_size),
+        sampler=_tasks(data, [p for p, _ in rows], seed, batch_size, start, stop, mine),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        prefetch_factor=_ahead(configs, per_step, workers, world_size) if workers else None,
+        worker_init_fn=_leave_interrupts_to_the_parent,
+        pin_memory=device.type == "cuda",
+        generator=generator(seed, start, "workers"),  # torch's own is left alone
+    )
+    broken: dict[int, str] = {}
+    return Batches(_collated(loader, configs, per_step, device, broken), broken)
+
+
+def _collated(
+    loader: DataLoader[Chunk],
+    configs: Sequence[ViewConfig],
+    per_step: int,  # chunks
+    device: torch.device,
+    broken: dict[int, str],
+) -> Generator[Batch, None, None]:
+    chunks = iter(loader)
+    try:
+        while made := list(itertools.islice(chunks, per_step)):
+            for chunk in made:
+                if isinstance(chunk, Dinov3Error):  # raised here: the loader would put the traceback into the message
+                    raise chunk
+                broken |= chunk.broken
+            masks = torch.cat([chunk.masks for chunk in made])
+            indices = torch.cat([chunk.indices for chunk in made])
+            yield collate([chunk.views for chunk in made], masks, indices, configs[made[0].row], device)
+    finally:
+        del chunks  # ends the workers now, even where somebody keeps the exception and this frame with it
+
+
+def _ahead(configs: Sequence[ViewConfig], per_step: int, workers: int, world_size: int) -> int:
+    """Chunks that each worker prepares in advance: two batches in all, as far as half of the shared memory holds them.
+
+    It is not refused but kills the worker where it runs out.
+    """
+    wanted = 2 * per_step
+    if os.path.isdir("/dev/shm"):
+        largest = CHUNK * max(config.picture_bytes for config in configs)
+        wanted = min(wanted, shutil.disk_usage("/dev/shm").free // (2 * world_size * largest))
+    return max(2, -(-wanted // workers))
+
+
+def _tasks(
+    data: Data,
+    rows: Sequence[float],
+    seed: int,
+    batch_size: int,
+    start: int,
+    stop: int | None,
+    mine: range,
+) -> Iterator[Task]:
+    """What there is to prepare, from step `start` on; the steps before only count."""
+
+    @lru_cache(maxsize=4)
+    def shuffled(stream: int, epoch: int, length: int) -> Tensor:
+        return torch.randperm(length, generator=generator(seed, epoch, "order", stream))
+
+    # Each source of pure batches is a stream of its own, the others are one together.
+    pictures: dict[int, list[range]] = {}
+    for which, probability in enumerate(data.pure):
+        pictures.setdefault(which if probability else len(data.pure), []).append(data.range_of(which))
+    streams = list(pictures)
+    chances = [data.pure[stream] if stream < len(data.pure) else 1 - sum(data.pure) for stream in streams]
+    drawn = dict.fromkeys(streams, 0)  # steps so far
+    for step in itertools.count() if stop is None else range(stop):
+        stream = streams[_pick(chances, seed, step, "mixture")]
+        first = drawn[stream] * batch_size
+        drawn[stream] += 1
+        if step < start:
+            continue
+        ranges = pictures[stream]
+        length = sum(map(len, ranges))
+        row = _pick(rows, seed, step, "resolution")
+        for begin in range(mine.start, mine.stop, CHUNK):
+            slots = list(range(begin, min(begin + CHUNK, mine.stop)))
+            indices = []
+            for slot in slots:
+                epoch, place = divmod(first + slot, length)
+                index = int(shuffled(stream, epoch, length)[place])
+                for numbers in ranges:
+                    if index < len(numbers):
+                        indices.append(numbers[index])
+                        break
+                    index -= len(numbers)
+            yield Task(step, row, slots, indices)
+
+
+def _pick(chances: Sequence[float], seed: int, step: int, purpose: str) -> int:
+    """One of several, the same in all processes."""
+    if len(chances) == 1:
+        return 0
+    ends = list(itertools.accumulate(chances))
+    drawn = float(torch.rand((), generator=generator(seed, step, purpose), dtype=torch.float64)) * ends[-1]
+    return min(bisect.bisect_right(ends, drawn), len(ends) - 1)
+
+
+class _Prepared(Dataset[Chunk]):
+    """Tasks in, chunks out; a picture's views depend on seed, step and slot, whoever makes them."""
+
+    def __init__(self, data: Data, configs: Sequence[ViewConfig], seed: int, batch_size: int) -> None:
+        self._data, self._configs, self._seed, self._batch_size = data, configs, seed, batch_size
+
+    def __getitem__(self, task: Task) -> Chunk:
+        try:
+            with _one_thread():
+                return self._prepare(task)
+        except Dinov3Error as error:
+            return cast(Chunk, error)
+
+    def _prepare(self, task: Task) -> Chunk:
+        seed, step, size, config = self._seed, task.step, self._batch_size, self._configs[task.row]
+        broken: dict[int, str] = {}
+        taken, made = [], []
+        for slot, index in zip(task.slots, task.indices, strict=True):
+            index, image = self._read(index, step, slot, config.picture_px, broken)
+            taken.append(index)
+            made.append(make_views(image, config, generator(seed, step, "views", slot)))
+        rows, columns = config.grid
+        counts = masked_counts(
+            2 * size, rows * columns, generator(seed, step, "masked"), config.mask_probability, config.mask_ratio
+        )
+        crops = [slot + k * size for slot in task.slots for k in range(2)]
+        masks = [block_mask(config.grid, counts[crop], generator(seed, step, "mask", crop)) for crop in crops]
+        gram = [views.gram_crops for views in made if views.gram_crops is not None]
+        views = Views(
+            torch.stack([views.global_crops for views in made]),
+            torch.stack([views.local_crops for views in made]),
+            torch.stack(gram) if gram else None,
+        )
+        return Chunk(task.row, views, torch.stack(masks).unflatten(0, (-1, 2)), torch.tensor(taken), broken)
+
+    def _read(self, index: int, step: int, slot: int, short_px: int, broken: dict[int, str]) -> tuple[int, Tensor]:
+        """The picture, or another one of its source that is drawn for this slot."""
+        wanted = self._data.range_of(self._data.source_of(index))
+        others = torch.randint(len(wanted), (REPLACEMENTS,), generator=generator(self._seed, step, "instead", slot))
+        for candidate in (index, *(wanted[i] for i in others.tolist())):
+            try:
+                return candidate, self._data.read(candidate, short_px)
+            except (ImageError, MissingFileError) as error:
+                broken[candidate] = str(error)
+        raise ImageError(f"{len(broken)} pictures drawn one after the other cannot be read, such as: {broken[index]}")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in a worker: the pieces are too small for more, and sums do not depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk
+
+
+def _leave_interrupts_to_the_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

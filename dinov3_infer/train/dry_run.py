@@ -1,0 +1,51 @@
+"""What a run would do and need, without doing it."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import TrainConfig
+from .loop import Run, device_of
+from .method import split_batch
+from .plots import draw_batch
+
+__all__ = ["dry_run"]
+
+
+def dry_run(config: TrainConfig) -> dict[str, Any]:
+    """The settings and what a step needs, counted on two pictures; writes the first batch as a picture into `out`.
+
+    Activations are counted as if none were recomputed, so that the real peak is below the sum of the two sizes.
+    """
+    run = Run(dataclasses.replace(config, recompute="none", accumulate=1), device_of(config), dry=True)
+    batch = next(run.stream())
+    run.folder.mkdir(parents=True, exist_ok=True)
+    draw_batch(batch, run.views[0][1], run.folder / "first_batch.png")
+    few = split_batch(batch, max(1, len(batch.indices) // 2))[0]
+    part = run.parts(few)[0]
+    parameters = list(run.method.parameters())
+    fixed = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in fixed:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with run.autocast(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        target = run.method.targets([part], 0)[0]
+        terms = run.method.train()(part, target, config.steps)  # the last step: nothing is frozen
+    learning = [p for p in parameters if p.requires_grad]
+    weights = sum(p.nbytes for p in parameters) + 3 * sum(p.nbytes for p in learning)
+    at_once = len(batch.indices) / config.accumulate
+    return dataclasses.asdict(config) | {
+        "pictures": len(run.data),
+        "learning_rate": config.lr,
+        "trained_parameters": sum(p.numel() for p in learning),
+        "gib_of_weights_gradients_and_moments": round(weights / 2**30, 3),
+        "gib_of_activations_at_most": round(sum(kept.values()) / len(part.indices) * at_once / 2**30, 3),
+        "first_loss": float(terms["loss"].detach()),
+    }

@@ -1,0 +1,141 @@
+"""Pictures to train on, by number: folders, list files, tar archives, any torch Dataset, and mixtures of them."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError, MissingFileError
+from ..images.opening import ARCHIVES, LISTS, open_source
+from ..images.paths import walk
+from ..images.sources import Files, Source, folder_labels, picture_suffixes
+
+__all__ = ["Data", "Spec", "open_data"]
+
+Spec: TypeAlias = Any  # a path, "PATH:PROBABILITY:pure", a torch Dataset, or a pair (one of these, probability)
+
+
+class Data:
+    """Pictures of all sources under one numbering; what `open_data` gives."""
+
+    def __init__(self, sources: Sequence[Source], pure: Sequence[float]) -> None:
+        """`pure`: for each source the probability of a batch out of it alone; 0 where it is one of the mixed ones."""
+        if sum(pure) > 1 or (not all(pure) and sum(pure) == 1) or (all(pure) and sum(pure) < 1):
+            raise InputError(
+                f"pure batches have probabilities {', '.join(f'{p:g}' for p in pure if p)}; they add up to less than 1 "
+                "beside a source without one, else to 1"
+            )
+        self.sources, self.pure = tuple(sources), tuple(pure)
+        self._ends = np.cumsum([len(source) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Tensor:
+        """uint8 [3, H_px, W_px].  Raises: ImageError for a picture that cannot be read, IndexError."""
+        return self.read(index)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def read(self, index: int, short_px: int = 0) -> Tensor:
+        """The same; with `short_px` a JPEG may come smaller, by a power of two, while no side is below that."""
+        which = self.source_of(index)
+        wanted = (lambda _height, _width: (short_px, short_px)) if short_px else None
+        image = self.sources[which].load(index - self.range_of(which)[0], wanted).image
+        return image if image.dtype == torch.uint8 else image.mul(255.0).round_().to(torch.uint8)
+
+    def source_of(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
+        return int(np.searchsorted(self._ends, index, side="right"))
+
+    def range_of(self, which: int) -> range:
+        """Numbers of the pictures of a source."""
+        end = int(self._ends[which])
+        return range(end - len(self.sources[which]), end)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the labels, sorted; empty where not every picture has one."""
+        found: set[str] = set()
+        for source in self.sources:
+            if source.labels is None:
+                return []
+            found.update(source.labels)
+        return sorted(found)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """[N] int64, indices into `classes`; None where not every picture has one or all have the same."""
+        number = {name: i for i, name in enumerate(self.classes)}
+        if len(number) < 2:
+            return None
+        return torch.tensor([number[label] for source in self.sources for label in source.labels or ()])
+
+
+def open_data(specs: Spec | Sequence[Spec]) -> Data:
+    """One source or a list of them: a folder (looked through to the bottom), a list file (.txt: a path per line, from
+    where the list lies, and a label after a tab if you have one), a tar archive, a Parquet table, or a Dataset.
+
+    "PATH:0.1:pure", or a pair (source, 0.1), takes a tenth of the batches from that source alone; the other batches
+    are mixed from all sources without such a number, in proportion to their pictures.
+
+    Raises: MissingFileError, InputError (no pictures, damaged archive, probabilities), InputTypeError.
+    """
+    given = specs if isinstance(specs, list) or (isinstance(specs, tuple) and not _is_pair(specs)) else [specs]
+    if not given:
+        raise InputError("no data was given; give a folder of pictures")
+    pairs = [_probability(spec) for spec in given]
+    return Data([_open(spec) for spec, _ in pairs], [probability for _, probability in pairs])
+
+
+def _is_pair(spec: Any) -> bool:
+    return isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[1], (int, float))
+
+
+def _probability(spec: Spec) -> tuple[Any, float]:
+    probability: float
+    if isinstance(spec, str) and (found := re.fullmatch(r"(.+):([^:]*):pure", spec)):
+        try:
+            spec, probability = found[1], float(found[2])
+        except ValueError:
+            raise InputError(f"'{spec}' has no number before ':pure'; write PATH:0.1:pure") from None
+    elif _is_pair(spec):
+        spec, probability = spec
+    else:
+        return spec, 0.0
+    if not 0 < probability <= 1:
+        raise InputError(f"a share of pure batches lies above 0 and up to 1; got {probability:g}")
+    return spec, probability
+
+
+def _open(spec: Any) -> Source:
+    if not isinstance(spec, (str, os.PathLike)):
+        return open_source(spec)
+    path = Path(spec).expanduser()
+    if path.is_dir() and not (path / "state.json").is_file():
+        return _open_folder(path)
+    if not path.exists():
+        raise MissingFileError(f"no data at '{path.absolute()}'; check the path")
+    if path.suffix.lower() in picture_suffixes():
+        raise InputError(f"'{path}' is one picture; give a folder of them, or a list in a .txt file")
+    if path.is_file() and path.suffix.lower() not in (*ARCHIVES, *LISTS):
+        raise InputError(f"'{path}' is no source of pictures; give a folder, {', '.join((*LISTS, *ARCHIVES))}")
+    return open_source(path)
+
+
+def _open_folder(folder: Path) -> Source:
+    paths = sorted(os.path.relpath(path, folder) for path in walk(str(folder)))
+    pictures = [path for path in paths if os.path.splitext(path)[1].lower() in picture_suffixes()]
+    if not pictures:
+        kinds = Counter(os.path.splitext(path)[1] or "no extension" for path in paths)
+        held = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3)) or "no files"
+        raise InputError(f"no pictures in '{folder}', which holds {held}; give a folder of pictures, or its tar files")
+    return Files(str(folder), (str(folder / path) for path in pictures), folder_labels(pictures))
