@@ -7,7 +7,6 @@ See dinov3_infer/torchhub.py.
 """
 
 import sys as _sys
-from contextlib import suppress as _suppress
 from pathlib import Path as _Path
 
 import dinov3_infer as _package
@@ -15,13 +14,13 @@ from dinov3_infer.torchhub import entry_points as _entry_points
 
 dependencies = ["torch", "numpy", "PIL", "safetensors", "huggingface_hub", "tqdm"]
 
-# torch.hub takes its path away after loading, before the first tokens on a GPU want the kernels.  So they are bound
-# now: those beside the package that was really imported.  An installed package has them beside it already.
+# torch.hub takes its path away after loading, before the first image wants the kernels.  So they are bound now: those
+# beside the package that was really imported.  An installed package has them beside it already.
 _kernels = str(_Path(_package.__file__).resolve().parent.parent / "kernels")
 if _Path(_kernels, "dinov3_infer_kernels").is_dir():
     _sys.path.insert(0, _kernels)
-    with _suppress(ImportError):  # without Triton they cannot run, and attention says so when asked
-        import dinov3_infer_kernels as _bound  # noqa: F401
+    import dinov3_infer_kernels as _bound  # noqa: F401
+
     _sys.path.remove(_kernels)
 
 globals().update(_entry_points())

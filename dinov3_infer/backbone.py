@@ -17,11 +17,11 @@ from .checkpoints.reading import CONFIG, PROCESSOR, Checkpoint, TensorsInMemory,
 from .checkpoints.saving import save_checkpoint
 from .errors import CheckpointError, InputError, InputTypeError
 from .features.extractor import FeatureExtractor
-from .fused import start_compiler
 from .hub.locate import HubOptions, locate, locate_file
 from .hub.publish import push
 from .images.preprocess import Preprocess
 from .model.attention import resolve_attention
+from .model.cpu.compiled import start_compiler
 from .model.dispatch import Mode, check_mode, drop_plan
 from .model.vit import ViTConfig
 from .zoo import MODELS, OWN, ModelInfo, Style, find, preprocess_of
@@ -80,7 +80,7 @@ class Backbone(FeatureExtractor):
         target_device = _device(device)
         cast = _dtype(dtype)
         check_mode(mode)
-        if target_device.type == "cpu" and cast in (None, torch.float32):
+        if target_device.type == "cpu" and cast in (None, torch.float32) and mode != "plain":
             start_compiler()  # it is done when the weights are read
         resolve_attention(attn_implementation)  # typos are found before gigabytes are read
         if rope_periods not in (None, *get_args(Periods)):

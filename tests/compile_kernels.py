@@ -24,10 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dinov3_infer_kernels.backward import delta_kernel, key_value_kernel, query_kernel
-from dinov3_infer_kernels.configs import ROTATION, TABLE, Config
-from dinov3_infer_kernels.forward import forward_kernel
-from dinov3_infer_kernels.rotation import rotate_kernel
+from dinov3_infer_kernels.gpu.backward import delta_kernel, key_value_kernel, query_kernel
+from dinov3_infer_kernels.gpu.configs import ROTATION, TABLE, Config
+from dinov3_infer_kernels.gpu.forward import forward_kernel
+from dinov3_infer_kernels.gpu.rotation import rotate_kernel
 
 # chip -> compute capability, bytes of shared memory that a program may have
 CHIPS = {"sm80": (80, 163 << 10), "sm90": (90, 227 << 10), "sm100": (100, 227 << 10), "small": (86, 99 << 10)}

@@ -161,7 +161,7 @@ def refresh(name: str, cache_dir: str) -> str:
     """`hf download`."""
     from huggingface_hub import snapshot_download
 
-    from dinov3_infer.hub.download import queries_cut
+    from dinov3_infer.web import queries_cut
 
     with queries_cut():  # it is not ours, and tells what it likes
         return snapshot_download(name, cache_dir=cache_dir)

@@ -47,7 +47,7 @@ def test_the_readme_shows_the_records_and_nothing_else(scripts: Any) -> None:
 
 def test_what_the_compiler_said_is_of_the_shipped_configurations(scripts: Any) -> None:
     """Both ways, for each version of Triton."""
-    configs = pytest.importorskip("dinov3_infer_kernels").configs
+    configs = pytest.importorskip("dinov3_infer_kernels.gpu").configs
     render = scripts("render")
     expected = {
         (kind, str(width), size, chip, f"{c.block_m}x{c.block_n}", str(c.warps), str(c.stages))

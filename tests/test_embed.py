@@ -194,7 +194,6 @@ def test_every_name_is_found_again(suffix: str, bb: Backbone, tmp_path: Path) ->
 @pytest.mark.parametrize("mode", ["exact", "fast", "int8"])
 def test_the_record_says_which_mode_was_in_effect(mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the one that was asked for, if this machine or this model is not good for that."""
-    monkeypatch.delenv("DINOV3_INFER_PLAN", raising=False)
     fast = Backbone.from_pretrained("nano", device="cpu", mode=mode)
     fast.embed([photo(20, 20)], tmp_path / "x.npy", size=32)
     here = {"exact": None, "fast": why_not_packed(torch.bfloat16), "int8": why_not_int8()}[mode] is None

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
-from dinov3_infer import fused
-from dinov3_infer.fused import attended, normed, why_not_fused
 from dinov3_infer.model.cpu.linear import runs_bfloat16
 from dinov3_infer.model.rope import apply_rope
+from dinov3_infer_kernels import cpu as fused
+from dinov3_infer_kernels.cpu import attended, normed, why_not_fused
 
 compiled = pytest.mark.skipif(why_not_fused() is not None, reason=f"{why_not_fused()}")
 DTYPES = [torch.float32, *([torch.bfloat16] if runs_bfloat16() else [])]
@@ -137,7 +137,7 @@ def test_threads_and_neighbours_change_no_bit(dtype: torch.dtype, many_threads: 
 
 # --- who does without --------------------------------------------------------------------------------------------
 
-ASK = "from dinov3_infer.fused import why_not_fused; print(why_not_fused())"
+ASK = "from dinov3_infer_kernels.cpu import why_not_fused; print(why_not_fused())"
 
 
 def asked(folder: Path, code: str = ASK, **variables: str) -> str:
@@ -154,7 +154,8 @@ def script(path: Path, body: str) -> str:
 
 
 @pytest.mark.skipif(
-    shutil.which("cc") is None or "DINOV3_INFER_PLAN" in os.environ, reason="there is no C compiler, or no wish for it"
+    shutil.which("cc") is None or "DINOV3_INFER_COMPILE" in os.environ,
+    reason="there is no C compiler, or no wish for it",
 )
 def test_a_compiler_is_enough() -> None:
     """Where there is one, nothing of this file is skipped."""
@@ -162,7 +163,7 @@ def test_a_compiler_is_enough() -> None:
 
 
 def test_it_can_be_turned_off(tmp_path: Path) -> None:
-    assert "DINOV3_INFER_PLAN=torch" in asked(tmp_path, DINOV3_INFER_PLAN="torch")
+    assert "DINOV3_INFER_COMPILE=0" in asked(tmp_path, DINOV3_INFER_COMPILE="0")
     assert not list(tmp_path.iterdir())
 
 
@@ -182,7 +183,7 @@ def test_a_compiler_that_fails(tmp_path: Path) -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """Nothing is compiled yet, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("DINOV3_INFER_PLAN", raising=False)
+    monkeypatch.delenv("DINOV3_INFER_COMPILE", raising=False)
     monkeypatch.setattr(fused, "_started", fused._started.__wrapped__)
     return monkeypatch
 
@@ -249,7 +250,7 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     (library,) = (tmp_path / "dinov3_infer").iterdir()
     assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
     before = library.stat().st_mtime_ns
-    start = "from dinov3_infer.fused import start_compiler, _started; start_compiler(); print(_started())"
+    start = "from dinov3_infer_kernels.cpu import start_compiler, _started; start_compiler(); print(_started())"
     assert asked(tmp_path, start) == str(library) and library.stat().st_mtime_ns == before
 
 

@@ -24,7 +24,7 @@ from dinov3_infer.model.attention import sdpa_attention
 from dinov3_infer.model.rope import rope_periods, rope_table
 
 pytest.importorskip("triton")
-import dinov3_infer_kernels as shipped  # after the check
+from dinov3_infer_kernels import gpu as shipped  # after the check
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter, which is off beside a GPU"
@@ -238,7 +238,7 @@ def broken(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     """The package with one line changed."""
     file, old, new = BREAKAGES[request.param]
     name = f"broken_kernels_{list(BREAKAGES).index(request.param)}"
-    shutil.copytree(ROOT / "kernels" / "dinov3_infer_kernels", tmp_path / name)
+    shutil.copytree(ROOT / "kernels" / "dinov3_infer_kernels" / "gpu", tmp_path / name)
     source = (tmp_path / name / file).read_text(encoding="utf-8")
     assert old in source, f"{file} has changed: {old!r} is no longer there"
     (tmp_path / name / file).write_text(source.replace(old, new), encoding="utf-8")

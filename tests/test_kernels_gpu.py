@@ -19,7 +19,7 @@ from dinov3_infer import Backbone, ViTConfig
 from dinov3_infer.model.attention import rope_attention, sdpa_attention
 
 pytest.importorskip("triton")
-import dinov3_infer_kernels as shipped  # after the check
+from dinov3_infer_kernels import gpu as shipped  # after the check
 
 pytestmark = pytest.mark.gpu
 

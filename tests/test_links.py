@@ -16,7 +16,8 @@ from hub_client import small as small
 from hub_server import PAGE, SECRET, Hub
 
 from dinov3_infer import Backbone, CheckpointError, GatedModelError, InputError, ModelNotFoundError, OfflineError
-from dinov3_infer.hub.download import _expiry, is_link, queries_cut, without_query
+from dinov3_infer.hub.download import _expiry
+from dinov3_infer.web import is_link, queries_cut, without_query
 
 VITS = "dinov3_vits16_pretrain_lvd1689m-08c60483"
 

@@ -17,7 +17,7 @@ import dinov3_infer.model.cpu.linear
 import dinov3_infer.model.cpu.plan
 import dinov3_infer.model.dispatch
 from dinov3_infer import Backbone, InputError, ViTConfig
-from dinov3_infer.fused import why_not_fused
+from dinov3_infer.model.cpu.compiled import why_not_compiled
 from dinov3_infer.model.cpu.linear import PackedLinear, QuantisedLinear, smoothed, why_not_int8, why_not_packed
 from dinov3_infer.model.cpu.plan import Plan, spans_of
 from dinov3_infer.model.dispatch import Precision, compare, plan_of
@@ -29,7 +29,9 @@ MODES = [
     for mode, reason in WHY_NOT.items()
 ]
 HOW = [
-    pytest.param("fused", marks=pytest.mark.skipif(why_not_fused() is not None, reason=f"fused: {why_not_fused()}")),
+    pytest.param(
+        "fused", marks=pytest.mark.skipif(why_not_compiled() is not None, reason=f"fused: {why_not_compiled()}")
+    ),
     "torch",
 ]
 pytestmark = pytest.mark.skipif(WHY_NOT["exact"] is not None, reason=f"no plan here: {WHY_NOT['exact']}")
@@ -135,7 +137,7 @@ def test_fewer_bits_stay_near(name: str, mode: str, how: str, no_grad: None) -> 
 
 def test_large_pictures_go_in_parts(monkeypatch: pytest.MonkeyPatch, no_grad: None) -> None:
     """How many scores and pictures go at a time, where attention is made of products, changes nothing but rounding."""
-    monkeypatch.setattr(dinov3_infer.model.cpu.plan, "why_not_fused", lambda *_: "no compiler")
+    monkeypatch.setattr(dinov3_infer.model.cpu.plan, "why_not_compiled", lambda *_: "no compiler")
     bb = backbone()
     pixels = torch.randn(3, 3, 80, 112)
     expected = [Plan(bb, dtype)(bb, [pixels])[0].patch_tokens for dtype in (torch.float32, torch.bfloat16)]

@@ -15,6 +15,7 @@ from oracles import randomise
 from test_optimize import PICTURES, WHY_NOT, backbone, features, plain, planned
 from torch import Tensor, nn
 
+import dinov3_infer.model.dispatch
 from dinov3_infer import Backbone
 from dinov3_infer.model.dispatch import _PLANS, plan_of
 
@@ -131,9 +132,8 @@ def test_only_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     bb = backbone()
     assert planned(bb) is not None
     assert plan_of(bb, "exact", bb._samples) is None  # gradients are on
-    with monkeypatch.context() as patch:
-        patch.setenv("DINOV3_INFER_PLAN", "0")
-        assert planned(bb) is None
+    with torch.no_grad():
+        assert plan_of(bb, "plain", bb._samples) is None
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert planned(bb) is None
@@ -194,11 +194,11 @@ def test_a_mode_that_cannot_be_had_is_told_once(
         bb = backbone(mode=mode)
         _hook(bb)
         features(bb, PICTURES[0]), features(bb, PICTURES[1])
-    monkeypatch.setenv("DINOV3_INFER_PLAN", "0")
+    monkeypatch.setattr(dinov3_infer.model.dispatch, "why_not_packed", lambda *_: "no oneDNN")
     features(backbone(mode="int8"), PICTURES[0])
     hooked, off = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert hooked.startswith("mode='fast' gives way to the model as it is written: it has modules, hooks or tensors")
-    assert off.startswith("mode='int8' gives way") and off.endswith("DINOV3_INFER_PLAN=0")
+    assert off.startswith("mode='int8' gives way") and off.endswith("no oneDNN")
 
 
 def test_nan_in_what_is_not_needed_makes_no_new_plan() -> None:

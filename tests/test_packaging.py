@@ -27,7 +27,7 @@ def lacking(name: str, least: int = 0) -> bool:
 
 # what is in the packages besides Python
 DATA = {
-    "dinov3_infer/fused.c",
+    "dinov3_infer_kernels/cpu.c",
     *(f"{package}/py.typed" for package in ("dinov3_infer", "dinov3_infer_kernels")),
     *(f"dinov3_infer/cli/data/{name}" for name in ("cat.png", "coffee.png", "golden.safetensors", "rocket.png")),
 }
@@ -195,7 +195,7 @@ BESIDE = """
 import importlib.util as u, kernels, torch, dinov3_infer
 assert callable(kernels.get_kernel) and "env" in kernels.__file__, kernels.__file__
 if u.find_spec("triton"):
-    import dinov3_infer_kernels
+    from dinov3_infer_kernels import gpu as dinov3_infer_kernels
     assert dinov3_infer_kernels.forward and kernels.__file__ != dinov3_infer_kernels.__file__
 model = dinov3_infer.Backbone.from_config("nano", seed=0)
 print(*model.extract_features(torch.zeros(3, 32, 32), size=32).embedding.shape)

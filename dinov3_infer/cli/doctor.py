@@ -14,13 +14,13 @@ import torch
 from .. import __file__ as package_file
 from ..checkpoints.reading import CONFIG
 from ..errors import Dinov3Error
-from ..fused import why_not_fused
 from ..hub.answers import HubOptions, explain
-from ..hub.download import client_error, queries_cut, reach, reason, without_query
 from ..hub.locate import locate
 from ..model.attention import why_not_triton
+from ..model.cpu.compiled import why_not_compiled
 from ..model.cpu.linear import why_not_int8, why_not_packed
 from ..version import __version__
+from ..web import client_error, queries_cut, reach, reason, without_query
 from ..zoo import MODELS
 from .golden import FORMULA, by_formula, compute, difference, known
 from .main import FAILED, OK, say
@@ -95,7 +95,7 @@ def _plan() -> Iterator[str]:
     """What of the fast path on a CPU can be used."""
     lacking = {"exact": why_not_packed(), "fast": why_not_packed(torch.bfloat16), "int8": why_not_int8()}
     yield ", ".join(f"{mode} {'works' if reason is None else f'not: {reason}'}" for mode, reason in lacking.items())
-    reason = why_not_fused()
+    reason = why_not_compiled()
     yield "attention and norms are compiled" if reason is None else f"attention and norms are torch's: {reason}"
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..backbone import Backbone
-from ..hub.download import sha256
 from ..hub.locate import HubOptions, locate
+from ..system import sha256
 from ..zoo import MODELS, ModelInfo, find
 from .golden import compute, difference, known
 from .main import FAILED, OK, SKIPPED, say

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import Dinov3Error, GatedModelError, InputError, ModelNotFoundError, OfflineError
-from .download import reason
+from ..web import reason
 
 __all__ = ["HubOptions", "explain", "not_cached"]
 

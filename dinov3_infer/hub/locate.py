@@ -15,9 +15,11 @@ from urllib.parse import unquote
 
 from ..checkpoints.reading import CONFIG, INDEX, PICKLED, PROCESSOR, SUFFIXES, WEIGHTS, open_checkpoint, read_index
 from ..errors import CheckpointError, Dinov3Error, InputError, InputTypeError, ModelNotFoundError
+from ..system import sha256
+from ..web import client_error, is_link, queries_cut, reach, without_query
 from ..zoo import MODELS, ModelInfo, find
 from .answers import HubOptions, explain, not_cached
-from .download import client_error, download, is_link, queries_cut, reach, sha256, without_query
+from .download import download
 
 __all__ = ["HubOptions", "locate", "locate_file"]
 

@@ -8,9 +8,9 @@ from ..checkpoints.saving import save_checkpoint
 from ..errors import Dinov3Error, GatedModelError, InputError, OfflineError
 from ..images.preprocess import Preprocess
 from ..model.vit import VisionTransformer
+from ..web import client_error, queries_cut, reason
 from ..zoo import OWN, ModelInfo
 from .answers import HubOptions
-from .download import client_error, queries_cut, reason
 
 __all__ = ["model_card", "push"]
 

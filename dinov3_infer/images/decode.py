@@ -8,7 +8,6 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from typing import BinaryIO, TypeAlias
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -19,6 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import ImageError, InputTypeError, MissingFileError, one_line
+from ..system import keep_freed_memory
 from .paths import address_scheme, is_collection, list_pictures, name_of, read_address
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "MAX_BYTES",
     "ImageLike",
     "from_hwc",
-    "keep_freed_memory",
     "load_image",
     "open_picture",
     "split_batch",
@@ -249,17 +248,6 @@ def _from_pil(picture: Image.Image, label: str) -> Tensor:
         if animated and next(_first, False):
             log.warning("%s has several frames; the first is taken, of this and of all others", one_line(label))
     return torch.from_numpy(upright).permute(2, 0, 1)
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Once per process: has glibc keep what is freed, up to 62 MiB for each thread.
-
-    Otherwise it goes back to the system and comes again page by page, up to half of the time of a large picture and 8
-    to 10 % of that of a model in float32, until glibc has seen one such block freed.  This is just below the largest
-    size that it learns from.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def _opaque(picture: Image.Image) -> Image.Image:

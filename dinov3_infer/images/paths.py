@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from urllib.parse import unquote_to_bytes
 
+from .. import web
 from ..errors import Dinov3Error, ImageError, InputError, MissingFileError
-from ..hub import download as links
 
 __all__ = [
     "address_scheme",
@@ -174,19 +174,19 @@ def read_address(address: str) -> bytes:
             return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote_to_bytes(body)
         except ValueError:
             raise ImageError(f"a data: address of {len(address)} characters is no base64; encode it anew") from None
-    shown = links.without_query(address)
+    shown = web.without_query(address)
     try:
-        with links.queries_cut():
+        with web.queries_cut():
             return _download(address, shown)
     except Dinov3Error:
         raise
-    except (OSError, links.client_error()) as error:
-        raise ImageError(f"cannot download '{shown}' ({links.reason(error)}); check it, or give a file") from None
+    except (OSError, web.client_error()) as error:
+        raise ImageError(f"cannot download '{shown}' ({web.reason(error)}); check it, or give a file") from None
 
 
 def _download(address: str, shown: str) -> bytes:
     content, started = bytearray(), time.monotonic()
-    with links.get(address) as (response, chunks):
+    with web.get(address) as (response, chunks):
         if response.status_code in (404, 410):
             raise MissingFileError(f"no picture at '{shown}' (HTTP {response.status_code}); check the address")
         if response.status_code >= 400:

@@ -195,10 +195,10 @@ torch.library.register_autograd("dinov3_infer::rope_attention", _differentiate, 
 @cache
 def _kernels() -> ModuleType:
     """The Triton launchers, imported when the first tokens on a GPU want them: importing Triton takes its time."""
-    import dinov3_infer_kernels
+    from dinov3_infer_kernels import gpu
 
     count_flops()
-    return dinov3_infer_kernels
+    return gpu
 
 
 torch.library.define("dinov3_infer::rope_rotate", "(Tensor qkv, Tensor cos, Tensor sin) -> Tensor")

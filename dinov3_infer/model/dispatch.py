@@ -5,7 +5,6 @@ and whatever changes or replaces one ends the plan.
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, get_args
 from weakref import WeakKeyDictionary, WeakSet
@@ -28,7 +27,7 @@ log = logging.getLogger("dinov3_infer")
 
 _PACKAGE = __name__.split(".")[0]  # whose methods a plan knows
 
-Mode = Literal["exact", "fast", "int8"]
+Mode = Literal["exact", "fast", "int8", "plain"]
 _LEAST = (0.99, 0.98)  # cosines of int8 with float32: mean of class tokens, 1st percentile of patches
 
 
@@ -86,14 +85,14 @@ def plan_of(model: VisionTransformer, mode: Mode, pictures: Callable[[], Tensor]
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    off = os.environ.get("DINOV3_INFER_PLAN") == "0"
-    state = None if off else _state(model)
+    if mode == "plain":
+        return None
+    state = _state(model)
     if state is None:
         drop_plan(model)
         if mode != "exact" and model.device.type == "cpu" and model not in _TOLD:
             _TOLD.add(model)
-            unknown = "it has modules, hooks or tensors that the fast path does not know"
-            reason = "DINOV3_INFER_PLAN=0" if off else why_not_packed() or unknown
+            reason = why_not_packed() or "it has modules, hooks or tensors that the fast path does not know"
             log.warning("mode='%s' gives way to the model as it is written: %s", mode, reason)
         return None
     kept = _PLANS.get(model)

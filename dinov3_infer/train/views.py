@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from ..images.decode import keep_freed_memory
+from ..system import keep_freed_memory
 from .distort import blur, brightness, contrast, greyscale, hue, saturation, solarize
 
 __all__ = ["Batch", "ViewConfig", "Views", "block_mask", "collate", "make_views", "masked_counts"]

@@ -20,12 +20,12 @@ import torch
 from operators import HEADS, LIMIT, random_inputs
 from peers import Inputs, fused, rotation_and_sdpa
 
-import dinov3_infer_kernels as launchers
 from dinov3_infer.cli.bench.contest import Run, Settings, interleaved, reason, relative_error, replayed
 from dinov3_infer.model.attention import sdpa_attention
-from dinov3_infer_kernels.backward import key_value_kernel, query_kernel
-from dinov3_infer_kernels.configs import ANY, TABLE, Config, chip_of
-from dinov3_infer_kernels.forward import forward_kernel
+from dinov3_infer_kernels import gpu as launchers
+from dinov3_infer_kernels.gpu.backward import key_value_kernel, query_kernel
+from dinov3_infer_kernels.gpu.configs import ANY, TABLE, Config, chip_of
+from dinov3_infer_kernels.gpu.forward import forward_kernel
 
 # longest picture of a row of the table in tokens: the side in patches at which it is tuned
 BUCKETS = {640: 16, 2048: 32, ANY: 64}

@@ -1,12 +1,4 @@
-"""Triton kernels of attention with rotary positions: launchers and kernels, torch and triton only.
+"""All hand-written kernels: `cpu` for a C compiler, `gpu` for Triton.  They know tensors, and nothing of models.
 
-`forward`, `backward` and `rotate` take packed qkv tensors and know nothing of models.  Reading order: tiles, forward,
-rotation, backward, configs, launch.
+Importing this package imports neither.
 """
-
-from .backward import backward
-from .configs import crossover
-from .forward import forward
-from .rotation import rotate
-
-__all__ = ["backward", "crossover", "forward", "rotate"]

@@ -1,7 +1,7 @@
 """The forward pass of a model with weights of its own, in the form that a CPU computes with fastest.
 
 The weights are packed once (see `packed`) with LayerScale and the softmax scale in them, and a few pictures at a time
-go through a block.  What lies between two products is one pass of compiled C (see `fused`); where that cannot be, q and
+go through a block.  What lies between two products is one pass of compiled C (see `compiled`); where that cannot be, q and
 k are turned by one complex product, for which the channels of a pair lie side by side, and attention is made of packed
 products.  What each step brings is in tests/benchmarks/records/plan_steps.md.
 """
@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ...fused import attended, normed, why_not_fused
-from ...images.decode import keep_freed_memory
+from ...system import keep_freed_memory
 from ..layers import GatedMlp, MaskedKeyLinear
 from ..vit import BackboneOutput, LayerOutput, VisionTransformer
+from .compiled import passes, why_not_compiled
 from .linear import PackedLinear, QuantisedLinear, smoothed
 
 __all__ = ["Plan", "Spans", "spans_of"]
@@ -46,7 +46,7 @@ class Plan:
         keep_freed_memory()
         embed: Any = model.patch_embed.proj
         self.patches = PackedLinear(embed.weight.flatten(1), embed.bias, self.dtype)
-        self.fused = why_not_fused(dtype, self.config.head_dim) is None
+        self.fused = why_not_compiled(dtype, self.config.head_dim) is None
         pairs = model.rope_periods is not None and not self.fused
         each: Sequence[Spans | None] = [None] * len(model.blocks) if spans is None else spans
         self.blocks = [_Block(*both, pairs, self.fused, dtype) for both in zip(model.blocks, each, strict=True)]
@@ -137,7 +137,7 @@ class _Block:
             return QuantisedLinear(weight, bias, *smoothed(low, high, weight if like is None else like), mean, dtype)
 
         attn, mlp = block.attn, block.mlp
-        self.heads, self.fused = attn.num_heads, fused
+        self.heads, self.passes = attn.num_heads, passes() if fused else None
         self.proj = packed("proj", *_scaled(attn.proj, block.ls1))
         self.qkv = packed("qkv", *_qkv(attn, pairs, self.proj))
         self.gate: Any = None
@@ -163,7 +163,7 @@ class _Block:
 
     def __call__(self, part: _Part) -> None:
         qkv = self.qkv(self._normed(part, 0))
-        attend = attended if self.fused else _attended
+        attend = _attended if self.passes is None else self.passes.attended
         part.more = self.proj(self.proj.taken(attend(qkv, part.turns, part.count, self.heads, self.proj.takes)))
         h = self._normed(part, 1)
         wide = self.up(h, "gelu") if self.gate is None else self.up.times(h, self.gate(h, "swish"))
@@ -173,15 +173,15 @@ class _Block:
         """What the next linear takes, after what was computed has been added to the stream."""
         linear = (self.qkv, self.up if self.gate is None else self.gate)[number]
         weight, bias, eps = self.norms[number]
-        if self.fused:
-            return normed(part.x, part.more, weight, bias, eps, linear.takes)
+        if self.passes is not None:
+            return self.passes.normed(part.x, part.more, weight, bias, eps, linear.takes)  # type: ignore[no-any-return]
         if part.more is not None:
             part.x += part.more
         return linear.taken(torch.layer_norm(part.x, weight.shape, weight, bias, eps))  # type: ignore[no-any-return]
 
 
 def _attended(qkv: Tensor, turns: Tensor | None, count: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """`attended` by operators of torch, and not yet in the dtype that is asked for."""
+    """`passes().attended` by operators of torch, and not yet in the dtype that is asked for."""
     length = len(qkv) // count
     parts = qkv.view(count, length, 3, heads, -1).permute(2, 0, 3, 1, 4)  # [3, B, H, N, D]
     if turns is None:

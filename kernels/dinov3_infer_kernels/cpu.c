@@ -260,6 +260,12 @@ static void take(void *given) {
             n->half ? normed(n, HALF, line) : normed(n, FLOAT, line);
 }
 
+#ifdef __AVX512BF16__
+const int multiplies_bfloat16 = 1;
+#else
+const int multiplies_bfloat16 = 0;
+#endif
+
 void fused(struct work *work) {
     if (work->run && work->threads > 1) work->run(take, work, work->threads, 0);
     else take(work);

@@ -1,7 +1,7 @@
-"""What a plan computes between two products, each in one pass: `fused.c`, compiled once for the CPU at hand and kept.
+"""Attention and layer norm, each in one pass: `cpu.c`, compiled once for the CPU at hand and kept.
 
-It takes a C compiler (`cc`, or what CC names); without one a plan runs on the operators of torch, see `frozen`.  The
-library is compared with the plain form before it is used.  `DINOV3_INFER_PLAN=torch` does without it.
+It takes a C compiler (`cc`, or what CC names).  The library is compared with the plain form before it is used.
+DINOV3_INFER_COMPILE=0 starts no compiler.
 """
 
 import ctypes
@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
-from .model.cpu.linear import runs_bfloat16
-
 __all__ = ["attended", "normed", "start_compiler", "why_not_fused"]
 
-_SOURCE = Path(__file__).with_name("fused.c")
+_SOURCE = Path(__file__).with_name("cpu.c")
 _TARGET = {"arm64": "-mcpu=native", "aarch64": "-mcpu=native"}
 _SECONDS = 60  # that a compiler may take; one does
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
@@ -112,7 +110,10 @@ def why_not_fused(dtype: torch.dtype = torch.float32, head_dim: int = 64) -> str
     if head_dim % 32 or head_dim > _WIDEST:
         return f"it is made for heads of 32, 64, 96 or {_WIDEST} channels, and these have {head_dim}"
     with _ONE:
-        return _why_not()
+        reason = _why_not()
+    if reason is None and dtype == torch.bfloat16 and not _multiplies_bfloat16():
+        return "the compiler has no products in bfloat16 for this CPU"
+    return reason
 
 
 @cache
@@ -132,7 +133,7 @@ def _pairs() -> list[tuple[Tensor, Tensor, float]]:
     wide = torch.randn(count * tokens, 3 * heads * width, **kind)
     angles = torch.randn(tokens, width // 2, **kind)
     turns, turn = torch.cat((angles.cos(), angles.sin()), 1), torch.polar(torch.ones_like(angles), angles)
-    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 0.1))[: 1 + runs_bfloat16()]:
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 0.1))[: 1 + _multiplies_bfloat16()]:
         qkv = wide.to(dtype)
         q, k, v = qkv.float().view(count, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
         pairs = (torch.complex(*t.chunk(2, -1)) * turn for t in (q, k))
@@ -156,6 +157,10 @@ def _loaded() -> tuple[Any, int | None]:
     return library, None if parallel is None else ctypes.cast(parallel, c_void_p).value
 
 
+def _multiplies_bfloat16() -> bool:
+    return bool(ctypes.c_int.in_dll(_loaded()[0], "multiplies_bfloat16").value)
+
+
 # --- the compiler --------------------------------------------------------------------------------------------------
 
 
@@ -167,17 +172,14 @@ class _Compiler(NamedTuple):
 
 def start_compiler() -> None:
     """Has the library made while something else is done, where it is not there yet; nobody has to call this."""
-    if os.environ.get("DINOV3_INFER_PLAN") not in ("0", "torch"):
-        try:
-            _started()
-        except OSError:
-            return  # which `why_not_fused` tells
+    try:
+        _started()
+    except OSError:
+        return  # which `why_not_fused` tells
 
 
 def _made() -> Path:
     """The library of this source, compiler and CPU."""
-    if os.environ.get("DINOV3_INFER_PLAN") == "torch":
-        raise OSError("DINOV3_INFER_PLAN=torch does without it")
     found = _started()
     if isinstance(found, Path):
         return found
@@ -202,6 +204,8 @@ def _made() -> Path:
 
 @cache
 def _started() -> Path | _Compiler:
+    if os.environ.get("DINOV3_INFER_COMPILE") == "0":
+        raise OSError("DINOV3_INFER_COMPILE=0 starts no compiler")
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
     if compiler is None or os.name != "posix":
         raise OSError("there is no C compiler")
