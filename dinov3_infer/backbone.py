@@ -15,14 +15,14 @@ from .checkpoints.export import Dynamic, export_model
 from .checkpoints.loading import LayoutName, Periods, fingerprint, load_model
 from .checkpoints.reading import CONFIG, PROCESSOR, Checkpoint, TensorsInMemory, open_checkpoint
 from .checkpoints.saving import save_checkpoint
-from .errors import CheckpointError, InputError, InputTypeError
+from .errors import CheckpointError, InputError, InputTypeError, check_choice
 from .features.extractor import FeatureExtractor
 from .hub.locate import HubOptions, locate, locate_file
 from .hub.publish import push
 from .images.preprocess import Preprocess
 from .model.attention import resolve_attention
 from .model.cpu.compiled import start_compiler
-from .model.dispatch import Mode, check_mode, drop_plan
+from .model.dispatch import Mode, drop_plan
 from .model.vit import ViTConfig
 from .zoo import MODELS, OWN, ModelInfo, Style, find, preprocess_of
 
@@ -79,7 +79,7 @@ class Backbone(FeatureExtractor):
         """
         target_device = _device(device)
         cast = _dtype(dtype)
-        check_mode(mode)
+        check_choice("mode", mode, Mode)
         if target_device.type == "cpu" and cast in (None, torch.float32) and mode != "plain":
             start_compiler()  # it is done when the weights are read
         resolve_attention(attn_implementation)  # typos are found before gigabytes are read

@@ -3,6 +3,8 @@
 A message is one sentence: what is wrong, what was given, how to mend it.
 """
 
+from typing import Any, get_args
+
 __all__ = [
     "CheckpointError",
     "Dinov3Error",
@@ -16,6 +18,7 @@ __all__ = [
     "OfflineError",
     "PrecisionError",
     "UnsupportedError",
+    "check_choice",
     "one_line",
 ]
 
@@ -78,3 +81,10 @@ class PrecisionError(Dinov3Error, FloatingPointError):
 
 class UnsupportedError(Dinov3Error, NotImplementedError):
     """Something that exists elsewhere and not here."""
+
+
+def check_choice(name: str, value: object, kind: Any) -> None:
+    """Raises InputError for a value that is none of a Literal's, or of these names."""
+    known: tuple[str, ...] = get_args(kind) or tuple(kind)
+    if value not in known:
+        raise InputError(f"{name} is one of {', '.join(map(str, known))}; got {value!r}")

@@ -22,6 +22,16 @@ if importlib.util.find_spec("torchvision") is not None and not torch.cuda.is_ava
     _schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plain", action="store_true", help="models run as they are written, without a plan")
+
+
+@pytest.fixture(autouse=True)
+def _plain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.config.getoption("--plain"):
+        monkeypatch.setattr("dinov3_infer.features.extractor.plan_of", lambda *_: None)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

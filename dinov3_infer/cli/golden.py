@@ -2,7 +2,7 @@
 
 The pictures are parts of Chelsea the cat by Stefan van der Walt and of a cup of coffee by Rachel Michetti, both CC0,
 and of a rocket by SpaceX, in the public domain.  They have 112 pixels a side, whole patches of 8, 14 and 16, so that
-nothing is resized.  tests/make_golden.py wrote them and the vectors.
+nothing is resized.  tests/support/make_golden.py wrote them and the vectors.
 """
 
 import json

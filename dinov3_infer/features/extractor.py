@@ -5,26 +5,26 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args, overload
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import Dinov3Error, InputError, InputTypeError, PrecisionError
+from ..errors import Dinov3Error, InputError, InputTypeError, PrecisionError, check_choice
 from ..images.decode import ImageLike, split_batch
 from ..images.opening import open_pictures
 from ..images.preprocess import Fit, PixelBatch, Preprocess
 from ..images.sources import Numbered, Source
 from ..model.dispatch import Mode, Precision, compare, plan_of
 from ..model.dropin import DropInTransformer
-from ..model.introspection import Facet, attention_rows, check_facet, facet_of
+from ..model.introspection import Facet, attention_rows, facet_of
 from ..model.vit import BackboneOutput, ViTConfig, resolve_layers
 from .disk.recipe import Plan, Recipe, recipe_of
 from .disk.target import Target
 from .disk.write import Model, write
-from .result import Features, Pooling, check_pooling, features_of
-from .stream import MAX_TOKENS, Batcher, Decode, OnError, Reading, check_choice, in_order, items_of
+from .result import Features, Pooling, features_of
+from .stream import MAX_TOKENS, Batcher, Decode, OnError, Reading, in_order, items_of
 from .vectors import Asked, EmbedReport, Kind, OutDtype, Vector, collect, vectors_of
 
 __all__ = ["FeatureExtractor"]
@@ -129,7 +129,7 @@ class FeatureExtractor(DropInTransformer):
         Raises: as `extract_features`.
         """
         blocks = self._blocks(layers, pooling, facet)
-        check_choice("on_error", on_error, get_args(OnError))
+        check_choice("on_error", on_error, OnError)
         transform = self.preprocess.with_options(size, fit)
         forward = partial(self._on_cpu, blocks=blocks, pooling=pooling, facet=facet)
         batcher = Batcher(transform, forward, batch_size, self._max_tokens(), self._reading(num_workers))
@@ -248,8 +248,8 @@ class FeatureExtractor(DropInTransformer):
 
     def _blocks(self, layers: int | Sequence[int] | None, pooling: str, facet: str) -> list[int]:
         """The layers asked for; wrong options are refused before a picture is read."""
-        check_pooling(pooling)
-        check_facet(facet)
+        check_choice("pooling", pooling, Pooling)
+        check_choice("facet", facet, Facet)
         blocks = resolve_layers(layers, self.config.depth)
         if facet != "token" and not blocks:
             raise InputError(f"facet={facet!r} is that of layers; say which, e.g. layers=[-1]")

@@ -8,24 +8,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import InputError, InputTypeError
+from ..errors import InputError, InputTypeError, check_choice
 from ..images.preprocess import PixelBatch, Placement
 from ..model.vit import BackboneOutput, as_map
 
-__all__ = ["Features", "LayerFeatures", "Pooling", "check_pooling", "features_of", "pool"]
+__all__ = ["Features", "LayerFeatures", "Pooling", "features_of", "pool"]
 
 Pooling = Literal["cls", "mean", "cls_mean"]
 
 
-def check_pooling(pooling: str) -> None:
-    """Raises InputError for a pooling that does not exist."""
-    if pooling not in ("cls", "mean", "cls_mean"):
-        raise InputError(f"pooling is 'cls', 'mean' or 'cls_mean', got {pooling!r}")
-
-
 def pool(cls_token: Tensor, patch_tokens: Tensor, pooling: Pooling, valid: Tensor | None = None) -> Tensor:
     """[B, C], or [B, 2C] for "cls_mean" with the class token first; the mean leaves padding and registers out."""
-    check_pooling(pooling)
+    check_choice("pooling", pooling, Pooling)
     if pooling == "cls":
         return cls_token
     if valid is None:

@@ -9,13 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from operator import index
-from typing import Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import Dinov3Error, InputError, InputTypeError
+from ..errors import Dinov3Error, InputError, InputTypeError, check_choice
 from ..images.decode import ImageLike
 from ..images.paths import name_of
 from ..images.preprocess import PixelBatch, Placement, Preprocess
@@ -30,7 +30,6 @@ __all__ = [
     "OnError",
     "Reading",
     "Result",
-    "check_choice",
     "count_of",
     "in_order",
     "items_of",
@@ -44,12 +43,6 @@ Decode = Literal["exact", "fast"]
 MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 
 T = TypeVar("T")
-
-
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises InputError for a rule that does not exist."""
-    if value not in known:
-        raise InputError(f"{name} is one of {', '.join(known)}; got {value!r}")
 
 
 class Item(NamedTuple):
@@ -80,7 +73,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "workers", count_of("num_workers", self.workers, 0))
-        check_choice("decode", self.decode, get_args(Decode))
+        check_choice("decode", self.decode, Decode)
 
 
 class _Read(NamedTuple):

@@ -4,15 +4,15 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
 
-from ..errors import Dinov3Error, InputError
+from ..errors import Dinov3Error, InputError, check_choice
 from ..images.preprocess import Fit
-from .result import Features, Pooling, check_pooling
-from .stream import Decode, Result, check_choice, count_of
+from .result import Features, Pooling
+from .stream import Decode, Result, count_of
 
 __all__ = ["Asked", "EmbedReport", "Failure", "Kind", "OutDtype", "Vector", "collect", "vectors_of"]
 
@@ -38,9 +38,9 @@ class Asked:
     num_workers: int | None = None
 
     def __post_init__(self) -> None:
-        check_pooling(self.pooling)
-        check_choice("kind", self.kind, get_args(Kind))
-        check_choice("out_dtype", self.out_dtype, get_args(OutDtype))
+        check_choice("pooling", self.pooling, Pooling)
+        check_choice("kind", self.kind, Kind)
+        check_choice("out_dtype", self.out_dtype, OutDtype)
         for name, value in (("batch_size", self.batch_size), ("shard_size", self.shard_size)):
             if value is not None:
                 count_of(name, value, 1)

@@ -9,7 +9,7 @@ import math
 import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, check_choice
 from .decode import ImageLike, from_hwc, load_image
 
 __all__ = ["Fit", "PixelBatch", "Placement", "Preprocess"]
@@ -94,8 +94,7 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         for name, known in (("fit", Fit), ("filter", Filter), ("engine", Engine), ("crop_rounds", Rounding)):
-            if getattr(self, name) not in get_args(known):
-                raise InputError(f"{name} is one of {', '.join(get_args(known))}; got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), known)
         for name in ("mean", "std"):
             values = getattr(self, name)
             low = 1e-6 if name == "std" else -1e6

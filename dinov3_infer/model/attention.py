@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..errors import InputError, UnsupportedError
+from ..errors import UnsupportedError, check_choice
 from .rope import apply_rope
 
 __all__ = [
@@ -342,6 +342,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
 
 def resolve_attention(name: str) -> Callable[..., Tensor]:
     """The function behind `attn_implementation`."""
-    if name not in IMPLEMENTATIONS:
-        raise InputError(f"attn_implementation is one of {', '.join(IMPLEMENTATIONS)}; got {name!r}")
+    check_choice("attn_implementation", name, IMPLEMENTATIONS)
     return IMPLEMENTATIONS[name]

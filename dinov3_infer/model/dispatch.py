@@ -6,7 +6,7 @@ and whatever changes or replaces one ends the plan.
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _all_modules
 
-from ..errors import InputError
 from .attention import rope_attention
 from .cpu.linear import why_not_int8, why_not_packed
 from .cpu.plan import Plan, spans_of
 from .layers import Attention, Block, GatedMlp, LayerNorm, MaskedKeyLinear, Mlp, PatchEmbed, Residual
 from .vit import BackboneOutput, VisionTransformer
 
-__all__ = ["Mode", "Precision", "check_mode", "compare", "drop_plan", "plan_of"]
+__all__ = ["Mode", "Precision", "compare", "drop_plan", "plan_of"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -29,12 +28,6 @@ _PACKAGE = __name__.split(".")[0]  # whose methods a plan knows
 
 Mode = Literal["exact", "fast", "int8", "plain"]
 _LEAST = (0.99, 0.98)  # cosines of int8 with float32: mean of class tokens, 1st percentile of patches
-
-
-def check_mode(mode: str) -> None:
-    """Raises InputError for a mode that does not exist."""
-    if mode not in get_args(Mode):
-        raise InputError(f"mode is one of {', '.join(get_args(Mode))}; got {mode!r}")
 
 
 class Precision(NamedTuple):

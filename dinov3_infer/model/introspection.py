@@ -1,24 +1,17 @@
 """What one block makes of its tokens: queries, keys, values, and rows of its attention matrix."""
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from .rope import apply_rope
 from .vit import LayerOutput, VisionTransformer
 
-__all__ = ["Facet", "attention_rows", "check_facet", "facet_of"]
+__all__ = ["Facet", "attention_rows", "facet_of"]
 
 Facet = Literal["token", "query", "key", "value"]
 _THIRD = {"query": 0, "key": 1, "value": 2}
-
-
-def check_facet(facet: str) -> None:
-    """Raises InputError for a facet that does not exist."""
-    if facet not in get_args(Facet):
-        raise InputError(f"facet is one of {', '.join(get_args(Facet))}; got {facet!r}")
 
 
 def _qkv(model: VisionTransformer, stream: Tensor, number: int) -> Tensor:

@@ -7,13 +7,13 @@ it is given to the dtype of its weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, check_choice
 from .attention import resolve_attention
 from .packing import Packing
 from .rope import RopeTable
@@ -52,8 +52,7 @@ class ViTConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; give a whole number above 0")
         if self.num_registers < 0:
             raise InputError(f"num_registers is {self.num_registers}; give 0 or more")
-        if self.position_resize not in get_args(PositionResize):
-            raise InputError(f"position_resize is one of {get_args(PositionResize)}, got {self.position_resize!r}")
+        check_choice("position_resize", self.position_resize, PositionResize)
         width = self.embed_dim // self.num_heads
         if width * self.num_heads != self.embed_dim or (self.position_grid is None and width % 4):
             raise InputError(

@@ -2,9 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_origin
 
-from ..errors import InputError
+from ..errors import InputError, check_choice
 from ..model.rope import RopeAugmentation
 from .adapters import Recompute
 from .losses import GramNegatives, GramOf
@@ -192,8 +192,7 @@ class TrainConfig:
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "TrainConfig":
         """A preset with changes.  Raises: InputError for a name or a field that does not exist."""
-        if name not in PRESETS:
-            raise InputError(f"preset is one of {', '.join(PRESETS)}; got {name!r}")
+        check_choice("preset", name, PRESETS)
         known = {field.name for field in dataclasses.fields(cls)}
         for field in overrides:
             if field not in known:
@@ -257,9 +256,8 @@ def check(config: TrainConfig) -> None:
         if not getattr(config, name) >= 0:
             raise InputError(f"{name} is {getattr(config, name)}; give 0 or more")
     for field in dataclasses.fields(config):
-        choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-        if choices and getattr(config, field.name) not in choices:
-            raise InputError(f"{field.name} is one of {', '.join(choices)}; got {getattr(config, field.name)!r}")
+        if get_origin(field.type) is Literal:
+            check_choice(field.name, getattr(config, field.name), field.type)
     for name in ("global_scale", "local_scale", "mask_ratio"):
         low, high = getattr(config, name)
         if not 0 < low <= high <= 1:

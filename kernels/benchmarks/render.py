@@ -141,7 +141,7 @@ def measurements(folder: Path = RECORDS) -> str:
 
 
 def compiled(folder: Path = RECORDS) -> str:
-    """What ptxas says of each configuration, from what tests/compile_kernels.py printed with each version of Triton."""
+    """What ptxas says of each configuration, from what compile_kernels.py printed with each Triton."""
     logs = {path.stem.removeprefix("compile-"): path.read_text() for path in sorted(folder.glob("compile-*.txt"))}
     found: dict[tuple[str, ...], dict[str, list[re.Match[str]]]] = {}
     for version, log in logs.items():

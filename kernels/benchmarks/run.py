@@ -32,7 +32,7 @@ MEASURED = (
     HERE,
     *(
         ROOT / "dinov3_infer" / f"{name}.py"
-        for name in ("attention", "layers", "packing", "rope", "vit", "bench/contest")
+        for name in ("model/attention", "model/layers", "model/packing", "model/rope", "model/vit", "cli/bench/contest")
     ),
 )
 # part -> its share of the time; seconds if all of them have 25 minutes

@@ -4,7 +4,7 @@
 
 Two runs that differ in Gram anchoring alone.  Before and after: 20-NN and a linear probe on class tokens at 112 pixels
 (classes are never trained on, test pictures never seen), the relative change of the weights, and the quality of dense
-features, which is one-shot segmentation of pasted cut-outs (examples/nano/one_shot.py) at 448 pixels.  A number is
+features, which is one-shot segmentation of pasted cut-outs (nano/one_shot.py) at 448 pixels.  A number is
 [value, lower end, upper end] with its interval of 95 %.  Interrupted runs are resumed.
 
 The record is written to records/adaptation.json, the curves beside it.

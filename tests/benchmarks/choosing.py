@@ -6,7 +6,7 @@
 Measures what the record lacks for this model and these numbers, a cell at a time, so that it can be stopped and started
 again, and writes the tables of examples/CHOOSING.md from the record.  CIFAR-10: 20 neighbours and a linear probe.
 One-shot segmentation: cut-outs pasted on photographs, each found in another view on another photograph, by
-`OneShotSegmenter`.  The pictures are those of examples/results/sets.py.
+`OneShotSegmenter`.  The pictures are those of tests/benchmarks/tasks/sets.py.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path += [str(ROOT), str(ROOT / "examples" / "results")]
+sys.path += [str(ROOT), str(ROOT / "tests" / "benchmarks" / "tasks")]
 
 from metrics import iou  # noqa: E402
 

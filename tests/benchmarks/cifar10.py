@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "nano"), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks" / "nano"), str(ROOT / "tests" / "support")]
 
 from evaluate import cifar10, knn, wilson  # noqa: E402
 

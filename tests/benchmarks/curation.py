@@ -29,7 +29,7 @@ from PIL import Image, ImageEnhance
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(HERE.parent), str(HERE), str(ROOT), str(ROOT / "kernels"), str(ROOT / "examples" / "nano")]
+sys.path[:0] = [str(HERE.parent / "support"), str(HERE), str(ROOT), str(ROOT / "kernels"), str(HERE / "nano")]
 
 from dinov3_infer import Backbone  # noqa: E402
 from dinov3_infer.features.disk.store import Store  # noqa: E402

@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT), str(ROOT / "kernels"), str(ROOT / "examples" / "nano")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "support"), str(ROOT), str(ROOT / "kernels"), str(HERE / "nano")]
 
 from albums import BREAKAGES, write_album  # noqa: E402
 from PIL import Image  # noqa: E402

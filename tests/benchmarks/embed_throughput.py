@@ -29,7 +29,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(HERE.parent), str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(HERE.parent / "support"), str(ROOT), str(ROOT / "kernels")]
 
 SIZE, BATCH = 224, 16
 SETS = {"500 px": (500, 375), "12 MP": (4000, 3000)}

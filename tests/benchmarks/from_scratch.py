@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import conftest  # noqa: F401  (lets a CUDA build of torchvision be imported beside a CPU build of torch)
 import numpy as np

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/fuzz.py --images 100000 --checkpoints 100000 --seed 1
 
-See tests/fuzzing.  The record, with every error branch and how often it was met, is written to records/fuzz.json; the
-exit status is 1 if there is a fault, or an error branch of the readers that no case met.  `--only checkpoints:17` runs
-one drawn case by its number in the record and says how it ends.
+See tests/support/fuzzing.  The record, with every error branch and how often it was met, is written to
+records/fuzz.json; the exit status is 1 if there is a fault, or an error branch of the readers that no case met.
+`--only checkpoints:17` runs one drawn case by its number in the record and says how it ends.
 """
 
 import argparse
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> int:
-    sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
+    sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent / "support")]
     os.environ["HF_HUB_OFFLINE"] = "1"
     from fuzzing import runner
     from fuzzing.kinds import CHECKPOINT, PICTURE

@@ -25,7 +25,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent / "support")]
 
 import conftest  # noqa: E402, F401  (lets a CUDA build of torchvision be imported beside a CPU build of torch)
 import fetch  # noqa: E402

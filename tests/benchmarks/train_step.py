@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent / "support")]
 
 import conftest  # noqa: E402, F401  (lets a CUDA build of torchvision be imported beside a CPU build of torch)
 import lightly  # noqa: E402

@@ -1,9 +1,9 @@
 """The forward pass of a model with weights of its own, in the form that a CPU computes with fastest.
 
-The weights are packed once (see `packed`) with LayerScale and the softmax scale in them, and a few pictures at a time
-go through a block.  What lies between two products is one pass of compiled C (see `compiled`); where that cannot be, q and
-k are turned by one complex product, for which the channels of a pair lie side by side, and attention is made of packed
-products.  What each step brings is in tests/benchmarks/records/plan_steps.md.
+The weights are packed once (see `linear`) with LayerScale and the softmax scale in them, and a few pictures at a time
+go through a block.  What lies between two products is one pass of compiled C (see `compiled`); where that cannot be, q
+and k are turned by one complex product, for which the channels of a pair lie side by side, and attention is made of
+packed products.  What each step brings is in tests/benchmarks/records/plan_steps.md.
 """
 
 from collections import OrderedDict

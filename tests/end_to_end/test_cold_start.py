@@ -1,0 +1,34 @@
+"""What the first feature of a process costs beside torch: no compiler, no Triton, no client of the hub, no peer."""
+
+import json
+import os
+import subprocess
+import sys
+
+from cli_runs import small_model
+from repository import ROOT
+
+SCRIPT = """
+import sys, time, json
+import torch
+known, begun = set(sys.modules), time.process_time()
+from dinov3_infer import Backbone
+Backbone
+imported = time.process_time() - begun
+Backbone.from_pretrained(sys.argv[1], device="cpu").extract_features(sys.argv[2])
+print(json.dumps([imported, sorted(set(sys.modules) - known)]))
+"""
+EXPENSIVE = {"torch._dynamo", "torch._inductor", "sympy", "triton", "huggingface_hub", "httpx",
+             "torchvision", "transformers", "timm", "peft", "tqdm", "numpy.testing"}  # fmt: skip
+
+
+def test_loading_from_a_directory_imports_little() -> None:
+    """CPU time, so that a busy machine does not count."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, small_model(), ROOT / "examples" / "cat.jpg"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seconds, new = json.loads(done.stdout)
+    assert not EXPENSIVE & set(new), EXPENSIVE & set(new)
+    assert seconds < 0.4, f"{seconds:.2f} s of CPU time to import Backbone, 0.07 s when this was written"

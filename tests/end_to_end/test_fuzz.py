@@ -1,0 +1,71 @@
+"""Two thousand damaged and hostile files of each kind: plain sentences, nothing else.  See tests/support/fuzzing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from repository import BENCHMARKS, ROOT
+
+SCRIPT = BENCHMARKS / "fuzz.py"
+RECORD = BENCHMARKS / "records" / "fuzz.json"
+
+
+def fuzzed(images: int, checkpoints: int, out: Path) -> dict[str, Any]:
+    command = [sys.executable, SCRIPT, "--images", images, "--checkpoints", checkpoints, "--seed", 6, "--out", out]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a process of its own: its workers are forked
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=550, env=environment)
+    assert out.exists(), done.stderr[-2000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("kind", ["pictures", "checkpoints"])
+def test_two_thousand(kind: str, tmp_path: Path) -> None:
+    """No fault, no branch of the readers' errors that is not met, and at least half pass for what they are not."""
+    counts = (2000, 0) if kind == "pictures" else (0, 2000)
+    found = fuzzed(*counts, tmp_path / "record.json")[kind]
+    assert found["faults"] == [] and found["all ended"], found["faults"][:5]
+    assert found["branches not hit"] == []
+    assert found["cases"] >= 2000 and found["looks right"] >= 0.5 and found["ends"]["read"] > 50
+
+
+def test_the_record_is_of_a_long_run() -> None:
+    """100,000 of each, no fault."""
+    if not RECORD.exists():
+        pytest.skip("no long run was recorded yet")
+    record = json.loads(RECORD.read_text())
+    for kind in ("pictures", "checkpoints"):
+        found = record[kind]
+        assert found["cases"] >= 100_000 and found["looks right"] >= 0.5 and found["all ended"]
+        assert not found["faults"] and not found["branches not hit"]
+        assert found["slowest, CPU s"] <= 5 and found["most memory, MiB"] <= 1024
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["raise KeyError('x')", "os.kill(os.getpid(), 11)", "open('left', 'w')", "bytearray(1500 * 2**20)",
+     "exec('while True: pass')", "raise ImageError('two\\nlines at ' + '0x7f' * 999 + hex(id(0)))"],
+    ids=["other_class", "crash", "writes", "memory", "hang", "address"],
+)  # fmt: skip
+def test_faults_are_noticed(fault: str, tmp_path: Path) -> None:
+    """The runner tells each kind of fault by its case, and goes on after it."""
+    script = f"""
+import os, sys, json
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests" / "support")]!r}
+from fuzzing import runner
+from dinov3_infer.errors import ImageError
+runner.SECONDS = 0.5
+def read(source, draw):
+    if source == "bad":
+        {fault}
+corners = {{"one": lambda folder: "good", "two": lambda folder: "bad"}}
+kind = runner.Kind("x", lambda draw, folder: ("good", True), read, corners, (), {{}})
+print(json.dumps(runner.run(kind, 5, 0)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    found = json.loads(done.stdout)
+    assert [fault["case"] for fault in found["faults"]] == ["two"], done.stderr
+    assert found["cases"] == 7 and found["all ended"] and found["ends"]["read"] == 6

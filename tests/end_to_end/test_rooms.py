@@ -1,0 +1,163 @@
+"""Imports run one way, between rooms and inside each.  Read from the source alone: nothing is imported here."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+PACKAGE = ROOT / "dinov3_infer"
+KERNELS = ROOT / "kernels" / "dinov3_infer_kernels"
+
+# A room imports from lines above its own only.
+ROOMS = (
+    "errors version",
+    "system web",
+    "model",
+    "images",
+    "zoo",
+    "checkpoints",
+    "hub features",
+    "backbone",
+    "tasks",
+    "train",
+    "cli ray torchhub",
+    "__main__",
+)
+LEVEL = {name: level for level, line in enumerate(ROOMS) for name in line.split()}
+FOREIGN = {"transformers", "timm", "torchvision", "peft", "triton", "onnx", "onnxruntime", "openvino", "nncf"}
+# Inside functions only: contestants are loaded when somebody asks how fast they are, an engine to check its file.
+GUESTS = {
+    "cli/bench/contestants.py": {"transformers", "timm", "onnxruntime", "openvino", "nncf"},
+    "checkpoints/export.py": {"onnx", "onnxruntime"},
+}
+KNOW_KERNELS = {"model/attention.py", "model/cpu/compiled.py"}
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def named(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(dots, dotted name) of every import statement, those inside functions too."""
+    return [found for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for found in imported(node)]
+
+
+def imported(node: ast.AST) -> list[tuple[int, str]]:
+    """(dots, dotted name) of what a statement imports; of others nothing."""
+    if isinstance(node, ast.Import):
+        return [(0, alias.name) for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [(node.level, name) for name in ([node.module] if node.module else [a.name for a in node.names])]
+    return []
+
+
+def modules(path: Path) -> set[str]:
+    """Dotted names, from the package on, of our own modules that a file imports."""
+    own = path.relative_to(PACKAGE).parts[:-1]
+    return {".".join((*own[: len(own) + 1 - dots], name)) for dots, name in imports(path) if dots}
+
+
+@pytest.mark.parametrize("path", sources(), ids=named)
+def test_rooms_import_from_above_only(path: Path) -> None:
+    """Every room has its place in the table, and imports only what stands before it."""
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    assert room in LEVEL, f"give {room} its place in ROOMS"
+    used = {name.split(".")[0] for name in modules(path)} - {room, "__init__"}
+    upwards = {name for name in used if LEVEL.get(name, -1) >= LEVEL[room]}
+    assert not upwards, f"{room} imports {upwards}, which do not stand above it"
+
+
+def test_the_table_has_no_dead_names() -> None:
+    """A name in the table is a room."""
+    assert set(LEVEL) <= {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in sources()}
+
+
+def test_there_is_no_circle() -> None:
+    """Inside a room too, those imports that wait until a function is called among them."""
+    paths = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sources()}
+    needs = {
+        name: {other for other in modules(path) if other in paths}
+        for name, path in paths.items()
+        if path.name != "__init__.py"
+    }
+    while needs:
+        free = {name for name, others in needs.items() if not others & needs.keys()}
+        assert free, f"a circle among {sorted(needs)}"
+        needs = {name: others for name, others in needs.items() if name not in free}
+
+
+def test_a_name_stands_in_one_room_only() -> None:
+    """Except for that of a command, whose module in `cli` calls another one of the same name."""
+    found: dict[str, str] = {}
+    for path in sources():
+        if path.stem.startswith("__") or path.relative_to(PACKAGE).parts[0] == "cli":
+            continue
+        assert path.stem not in found, f"{named(path)} and {found[path.stem]}"
+        found[path.stem] = named(path)
+    rooms = {path.name for path in PACKAGE.rglob("*") if path.is_dir() and (path / "__init__.py").exists()}
+    assert not rooms & found.keys()
+
+
+@pytest.mark.parametrize("path", sources(), ids=named)
+def test_files_fit_on_a_few_screens(path: Path) -> None:
+    """350 lines, but for a file that says in its first lines why it has more."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 350 or any("350 lines" in line for line in lines[:20]), len(lines)
+
+
+@pytest.mark.parametrize("path", sources(), ids=named)
+def test_foreign_and_absolute_imports(path: Path) -> None:
+    """No module needs another implementation, and inside the package imports are relative and stay inside."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    refused = FOREIGN - GUESTS.get(path.relative_to(PACKAGE).as_posix(), set()) | {"dinov3_infer"}
+    for dots, name in imports(path):
+        assert dots <= depth, f"{'.' * dots}{name} leaves the package"
+        assert dots or name.split(".")[0] not in refused, name
+        assert dots or name != "dinov3_infer_kernels" or named(path) in KNOW_KERNELS, KNOW_KERNELS
+
+
+@pytest.mark.parametrize("path", [PACKAGE / name for name in GUESTS], ids=list(GUESTS))
+def test_guests_are_imported_when_they_are_asked_for(path: Path) -> None:
+    """Not when the module is: each is optional, and costs seconds."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {node for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and node not in inside:
+            assert not any(name.split(".")[0] in FOREIGN for dots, name in imported(node) if not dots), ast.unparse(
+                node
+            )
+
+
+@pytest.mark.parametrize("path", sources(), ids=named)
+def test_pickles_are_never_trusted(path: Path) -> None:
+    """Every torch.load says weights_only=True, and nothing unpickles by other means."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        assert called not in ("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load", "eval", "exec"), called
+        if called in ("torch.load", "load"):
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert options.get("weights_only") == "True", ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: path.name)
+def test_kernels_know_torch_and_triton_only(path: Path) -> None:
+    """The kernel package could be shipped by itself."""
+    allowed = {*sys.stdlib_module_names, "torch", "triton"}
+    assert {name.split(".")[0] for dots, name in imports(path) if not dots} <= allowed
+
+
+def test_the_folder_of_kernels_is_no_package() -> None:
+    """A `kernels` package at the root would shadow the one that transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "__init__.py").exists()

@@ -1,0 +1,148 @@
+"""The benchmarks of the kernel: all of them run, wrong contestants are not timed, the README shows the records."""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from repository import ROOT
+
+from dinov3_infer import Backbone
+from dinov3_infer.cli.bench import contest
+
+SCRIPTS = ROOT / "kernels" / "benchmarks"
+LACKING = {"rotation + cuDNN", "rotation + efficient", "packed, rotation + varlen flash"}  # on a CPU
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Any]:
+    """Imports a script by name; they are no package."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, SCRIPTS / "run.py", *arguments]
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=1800)
+
+
+# --- the README ----------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_shows_the_records_and_nothing_else(scripts: Any) -> None:
+    render = scripts("render")
+    text = render.README.read_text(encoding="utf-8")
+    assert render.filled(text) == text, "run python kernels/benchmarks/render.py"
+    measured = any((render.RECORDS / f"{part}.json").exists() for part in render.TITLES)
+    assert (render.NOTHING in text) is ("No GPU has run it yet" in text) is not measured
+
+
+def test_what_the_compiler_said_is_of_the_shipped_configurations(scripts: Any) -> None:
+    """Both ways, for each version of Triton."""
+    configs = pytest.importorskip("dinov3_infer_kernels.gpu").configs
+    render = scripts("render")
+    expected = {
+        (kind, str(width), size, chip, f"{c.block_m}x{c.block_n}", str(c.warps), str(c.stages))
+        for (kind, width, size), chips in configs.TABLE.items() for chip, rows in chips.items() for _, c in rows
+    }  # fmt: skip
+    logs = sorted(render.RECORDS.glob("compile-*.txt"))
+    assert len(logs) == 2
+    for path in logs:
+        matches = render.COMPILED.finditer(path.read_text(encoding="utf-8"))
+        found = {m.group("kernel", "width", "dtype", "chip", "tile", "warps", "stages") for m in matches}
+        found = {(*key[:2], 4 if key[2] == "float32" else 2, *key[3:]) for key in found}
+        assert {key for key in found if key[0] not in ("rotate", "delta")} == expected, (
+            f"run python tests/support/compile_kernels.py > {path.relative_to(ROOT)} with that version of Triton"
+        )
+
+
+def test_tables_of_a_record(scripts: Any, tmp_path: Path) -> None:
+    """Ratios are medians of per-round ratios, not ratios of medians; who was not timed is named with the reason."""
+    render = scripts("render")
+    times = {"fused": [1.0, 2.0, 4.0], "transformers": [3.0, 2.0, 8.0]}
+    contestants: dict[str, Any] = {n: {"rounds_ms": t, "error": 0.001, "kernels": []} for n, t in times.items()}
+    contestants["timm"] = {"refused": "wrong: error 0.5, 0.02 is allowed", "error": 0.5}
+    contestants["rotation + SDPA"] = {"rounds_ms": [1.0, 1.0, 1.0], "error": 0.001, "kernels": ["cudnn_fmha_sm90"]}
+    cell = {"cell": {"tokens": 261, "width": 64}, "flops": 8e9, "contestants": contestants}
+    where = dict.fromkeys(("driver", "torch", "triton", "cudnn", "transformers", "commit"), "1") | {"gpu": "H200"}
+    record = {"part": "op", "dry_run": False, "environment": where | {"configurations": "shipped"}, "cells": [cell]}
+    (tmp_path / "op.json").write_text(json.dumps(record))
+    text = render.measurements(tmp_path)
+    assert "| 261 | 64 | 2.000 ±0.750 | 4 | 2.00 ±0.50 |  | 0.50 ±0.19 |" in text
+    assert "Not timed: timm: wrong: error 0.5" in text and "`cudnn_fmha_sm90`" in text
+    (tmp_path / "op.json").write_text(json.dumps(record | {"dry_run": True}))
+    with pytest.raises(ValueError, match="rehearsal"):
+        render.measurements(tmp_path)
+
+
+# --- the method ----------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_contestant_is_reported_and_not_timed() -> None:
+    x = torch.randn(100)
+
+    def fails(_: Any) -> Any:
+        raise NotImplementedError("no such\nkernel")
+
+    calls = {
+        "right": lambda x: x * 2,
+        "wrong": lambda x: x * 2.5,
+        "nan": lambda x: x * float("nan"),
+        "shape": lambda x: x[:1] * 2,
+        "fails": fails,
+    }
+    cell = contest.Cell({"n": 100}, [x, x + 1], calls, lambda out: contest.relative_error(out, 2 * x), 1e-3, 200.0)
+    found = contest.contest(cell, contest.Settings(torch.device("cpu"), rounds=3, least_ms=0.0))["contestants"]
+    assert len(found["right"]["rounds_ms"]) == 3 and found["right"]["error"] == 0.0
+    assert [name for name, entry in found.items() if "rounds_ms" in entry] == ["right"]
+    assert "error 0.25" in found["wrong"]["refused"] and found["fails"]["refused"] == "NotImplementedError: no such"
+
+
+def test_inputs_rotate_through_three_times_the_cache() -> None:
+    assert [contest.copies(size << 20) for size in (1, 50, 100, 4000)] == [12, 4, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["op", "sideways"], "got sideways"), (["--dry-run"], "give --out"), (["--rounds", "3"], "unrecognized")],
+    ids=["part", "rehearsal", "option"],
+)
+def test_wrong_arguments(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr
+
+
+# --- all of it -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
+def test_everything_runs_on_a_cpu(scripts: Any, tmp_path: Path) -> None:
+    """Every part, tiny; all contestants that a CPU has are right, and a second run finds nothing left to do."""
+    Backbone.from_config("nano", seed=0).save_pretrained(tmp_path / "weights")
+    out = tmp_path / "out"
+    done = run("--dry-run", "--out", out, "--weights", tmp_path / "weights")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    records = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    assert set(records) == {"weights", "tune", "op", "mixed", "backward", "model", "training"}
+    for part in scripts("render").TITLES:
+        for cell in records[part]["cells"]:
+            entries = cell["contestants"]
+            refused = {name: entry["refused"] for name, entry in entries.items() if "refused" in entry}
+            assert not [why for why in refused.values() if why.startswith("wrong")], refused
+            assert set(refused) <= LACKING, refused
+            assert all(len(entry["rounds_ms"]) == 2 for name, entry in entries.items() if name not in refused)
+    assert records["tune"]["cells"][0]["rows"] and "crossover" in records["tune"]["cells"][-1]
+    assert all(row["patch_tokens"] > 0.999999 for row in records["weights"]["cells"])
+    assert records["op"]["environment"]["configurations"] == "as tuned in the same run"
+    before = {path: path.read_bytes() for path in out.glob("op.json")}
+    assert run("--dry-run", "--out", out, "op").returncode == 0
+    assert {path: path.read_bytes() for path in before} == before

@@ -1,0 +1,213 @@
+"""The attention operator: its CPU definition, gradient, shapes and FLOPs, and who is asked to compute it."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from oracles import relative
+from qkv import angles, offsets
+from recorder import FUSED, TURNED, Recorder
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinov3_infer.model import attention
+from dinov3_infer.model.attention import count_flops, rope_attention, sdpa_attention, why_not_triton
+
+OP = torch.ops.dinov3_infer.rope_attention
+BACKWARD = torch.ops.dinov3_infer.rope_attention_backward
+ROTATE = torch.ops.dinov3_infer.rope_rotate
+FORMS = pytest.mark.parametrize("packed", [False, True], ids=["fixed", "packed"])
+ROTATED = pytest.mark.parametrize("rotated", [True, False], ids=["rope", "no_rope"])
+LENGTHS = [3, 1, 1, 2]
+
+
+def arguments(packed: bool, rotated: bool, dtype: torch.dtype = torch.float32, heads: int = 2, width: int = 8) -> Any:
+    """qkv with a gradient, and the rest of what the operator takes."""
+    total = sum(LENGTHS)
+    lead = (total,) if packed else (3, total)
+    qkv = torch.randn(*lead, 3, heads, width, dtype=dtype, requires_grad=True)
+    cos, sin = angles(total, width, prefix=1) if rotated else (None, None)
+    return qkv, (cos, sin, offsets(LENGTHS) if packed else None, max(LENGTHS) if packed else total, 0.4)
+
+
+@FORMS
+@ROTATED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_operator_equals_the_definition(packed: bool, rotated: bool, dtype: torch.dtype) -> None:
+    """Output and gradient, against the definition's in float64."""
+    qkv, (cos, sin, cu_seqlens, longest, scale) = arguments(packed, rotated, dtype)
+    wide = qkv.detach().double().requires_grad_()
+    expected = sdpa_attention(wide, cos, sin, cu_seqlens=cu_seqlens, scale=scale)
+    out, _ = OP(qkv, cos, sin, cu_seqlens, longest, scale)
+    weights = torch.randn_like(out)
+    out.backward(weights)
+    expected.backward(weights.double())
+    tolerance = 4 * torch.finfo(dtype).eps  # a few roundings, of unit numbers
+    assert out.dtype == dtype and relative(out, expected) < tolerance
+    assert relative(qkv.grad, wide.grad) < 2 * tolerance
+
+
+@FORMS
+@ROTATED
+def test_the_gradient_equals_finite_differences(packed: bool, rotated: bool) -> None:
+    """In float64."""
+    qkv, rest = arguments(packed, rotated, torch.float64, width=4)
+    assert torch.autograd.gradcheck(lambda x: OP(x, *rest)[0], qkv)
+
+
+@FORMS
+def test_the_second_result_is_the_logarithm_of_the_sum_of_weights(packed: bool) -> None:
+    """To base 2, [B, H, N] or [H, T], of scores that are scaled."""
+    qkv, (cos, sin, cu_seqlens, longest, scale) = arguments(packed, False, torch.float64)
+    _, lse = OP(qkv, cos, sin, cu_seqlens, longest, scale)
+    part = qkv[4:5] if packed else qkv[:1, 2:3]  # a picture of a single token, or the third query of the first picture
+    if packed:
+        scores = (part[:, 0] * part[:, 1]).sum(-1) * scale
+        assert lse.shape == (2, 7)
+        torch.testing.assert_close(lse[:, 4], scores[0] / torch.log(torch.tensor(2.0).double()))
+    else:
+        scores = torch.einsum("hd, nhd -> hn", part[0, 0, 0], qkv[0, :, 1]) * scale
+        assert lse.shape == (3, 2, 7)
+        torch.testing.assert_close(torch.exp2(lse[0, :, 2]), scores.exp().sum(1))
+
+
+@FORMS
+@ROTATED
+def test_opcheck(packed: bool, rotated: bool) -> None:
+    """torch's own checks of schema, autograd registration, fake implementation and tracing, dynamic shapes too."""
+    qkv, rest = arguments(packed, rotated)
+    torch.library.opcheck(OP, (qkv, *rest))
+    out, lse = OP(qkv.detach(), *rest)
+    torch.library.opcheck(BACKWARD, (torch.randn_like(out), qkv.detach(), *rest, out, lse))
+
+
+def test_opcheck_of_the_rotation() -> None:
+    """The rotation alone has no gradient; all else is checked, and it is that of the definition."""
+    qkv, (cos, sin, *_) = arguments(False, True)
+    torch.library.opcheck(ROTATE, (qkv.detach(), cos, sin))
+    turned = ROTATE(qkv.detach(), cos, sin)
+    q, k, _ = attention._rotated(qkv.detach(), cos, sin)
+    assert torch.equal(turned, torch.stack((q, k), dim=2))
+
+
+@FORMS
+def test_compile_and_export_keep_it_as_one_node(packed: bool) -> None:
+    """The whole function is one graph with one operator, and computes the same."""
+    qkv, rest = arguments(packed, True)
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return OP(x, *rest)[0] * 2
+
+    expected = OP(qkv, *rest)[0] * 2
+    torch._dynamo.reset()
+    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
+    out = compiled(qkv)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert qkv.grad is not None
+    program = torch.export.export(Module(), (qkv.detach(),))
+    assert sum("rope_attention" in str(node.target) for node in program.graph.nodes) == 1
+    torch.testing.assert_close(program.module()(qkv.detach()), expected)
+
+
+def test_flops_are_counted_like_those_of_sdpa() -> None:
+    """Forward 4 N^2 H D for each picture, backward 2.5 times that; packed pictures by their own lengths."""
+    count_flops()
+    qkv, rest = arguments(False, True)
+    with FlopCounterMode(display=False) as counter:
+        OP(qkv, *rest)[0].sum().backward()
+    assert counter.get_total_flops() == 3.5 * 4 * 3 * 7**2 * 2 * 8
+    qkv, rest = arguments(True, True)
+    with FlopCounterMode(display=False) as counter:
+        OP(qkv.detach(), *rest)
+    assert counter.get_total_flops() == 4 * (9 + 1 + 1 + 4) * 2 * 8
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "reason"),
+    [
+        ("cpu", torch.bfloat16, 64, "the model is on 'cpu'"),
+        ("mps", torch.bfloat16, 64, "the model is on 'mps'"),
+        ("cuda", torch.float64, 64, "the tokens come in torch.float64"),
+        ("cuda", torch.bfloat16, 32, "heads of 64 and 128 channels, and these have 32"),
+        ("cuda", torch.float32, 128, "float32 tiles of 128 channels"),
+        ("cuda:1", torch.bfloat16, 64, None),
+        ("cuda", torch.float16, 128, None),
+        ("xpu", torch.float32, 64, None),
+    ],
+)
+def test_why_not_triton(
+    device: str, dtype: torch.dtype, head_dim: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pure function of what the tokens are; it needs no GPU to be asked."""
+    monkeypatch.setattr(attention, "_not_installed", lambda: None)
+    answer = why_not_triton(torch.device(device), dtype, head_dim)
+    assert answer is None if reason is None else reason in str(answer)
+
+
+def test_a_missing_triton_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked last is whether the launchers can be imported."""
+    for module in [name for name in sys.modules if name.startswith(("triton", "dinov3_infer_kernels"))]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    attention._kernels.cache_clear()
+    attention._import_error.cache_clear()
+    try:
+        answer = why_not_triton(torch.device("cuda"), torch.bfloat16, 64)
+        assert answer == "'triton' is not installed; on Linux pip install 'dinov3-infer[triton]' brings it"
+    finally:
+        attention._kernels.cache_clear()
+        attention._import_error.cache_clear()
+
+
+def test_the_dispatch_compiles_without_a_break() -> None:
+    """Questions about the installation and the table are answered while tracing, not traced."""
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+
+    def chosen(x: Tensor) -> Tensor:
+        installed = attention._not_installed() is None
+        return x + 1 if installed and x.shape[1] > attention._crossover(x.device, x.dtype, 64) else x - 1
+
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1, 10_000)).mean() == 1 and compiled(torch.zeros(1, 10)).mean() == -1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "dtype", "packed", "rotated", "grad", "expected"),
+    [
+        (10, 64, torch.float32, False, True, False, FUSED),
+        (10, 128, torch.bfloat16, False, True, False, FUSED),
+        (10, 64, torch.float32, False, False, False, None),
+        (30, 64, torch.float32, False, True, False, TURNED),
+        (30, 64, torch.float32, False, True, True, FUSED),
+        (30, 64, torch.float32, True, True, False, FUSED),
+        (10, 64, torch.float32, True, False, False, FUSED),
+        (10, 32, torch.float32, False, True, False, None),
+        (10, 64, torch.float64, False, True, False, None),
+    ],
+    ids=["short", "wide", "unrotated", "long", "long_grad", "packed", "packed_unrotated", "narrow", "float64"],
+)
+def test_who_computes_on_a_gpu(
+    tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    packed: bool,
+    rotated: bool,
+    grad: bool,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokens that pass for a GPU's show which operator is called (None: the definition), and the result is the same."""
+    monkeypatch.setattr(attention, "_not_installed", lambda: None)
+    monkeypatch.setattr(attention, "why_not_triton", lambda _, *rest: why_not_triton(torch.device("cuda"), *rest))
+    monkeypatch.setattr(attention, "_crossover", lambda *_: 20)
+    qkv = torch.randn(*((tokens,) if packed else (2, tokens)), 3, 2, head_dim, dtype=dtype, requires_grad=grad)
+    cos, sin = angles(tokens, head_dim) if rotated else (None, None)
+    cu_seqlens = offsets([tokens - 3, 3]) if packed else None
+    with Recorder() as recorder:
+        out = rope_attention(qkv, cos, sin, cu_seqlens=cu_seqlens)
+    assert [name for name in recorder.called if name.startswith("dinov3_infer")] == ([expected] if expected else [])
+    assert relative(out, sdpa_attention(qkv, cos, sin, cu_seqlens=cu_seqlens)) < 8 * torch.finfo(dtype).eps

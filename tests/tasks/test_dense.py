@@ -1,0 +1,269 @@
+"""Tiles, scales, mirrors, upsamplers and pyramids: the right number at the right place."""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import SMALL, randomise
+from pictures import complaint, photo
+from repository import BENCHMARKS
+from torch import Tensor, nn
+
+from dinov3_infer import Backbone, InputError
+from dinov3_infer.tasks import Pyramid, dense_features, pca_rgb, region_vector, similarity_map
+from dinov3_infer.tasks.dense import _fade, _starts
+
+sys.path.insert(0, str(BENCHMARKS / "tasks"))
+
+from metrics import iou  # noqa: E402
+
+PHOTO = photo(150, 230)
+
+
+@pytest.fixture(scope="module")
+def bb() -> Backbone:
+    return randomise(Backbone.from_config(SMALL["dinov3"]))  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def local() -> Backbone:
+    """A model whose patches do not see each other: what it says of one does not depend on the window around it."""
+    model = randomise(Backbone.from_config(SMALL["dinov3"]))
+    with torch.no_grad():
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.ls1.gamma.zero_()
+    return model  # type: ignore[return-value]
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a, b, dim=1)
+
+
+@pytest.mark.parametrize("size", [96, 160, None], ids=str)
+def test_in_one_pass_it_is_extract_features(size: int | None, bb: Backbone) -> None:
+    """Bit for bit, tokens and placement, also with a picture of its own size."""
+    dense = dense_features(bb, PHOTO, size=size)
+    plain = bb.extract_features(PHOTO, size=size, fit="native")
+    assert dense.grid == plain.grid and dense.placements == plain.placements and dense.valid is None
+    for name in ("patch_tokens", "cls_token", "register_tokens", "embedding"):
+        assert torch.equal(getattr(dense, name), getattr(plain, name)), name
+
+
+def test_layers_lie_side_by_side(bb: Backbone) -> None:
+    plain = bb.extract_features(PHOTO, size=96, fit="native", layers=[0, 1])
+    dense = dense_features(bb, PHOTO, size=96, layers=[0, 1])
+    assert torch.equal(dense.patch_tokens, torch.cat([layer.patch_tokens for layer in plain.layers], dim=-1))
+    assert torch.equal(dense.cls_token, torch.cat([layer.cls_token for layer in plain.layers], dim=-1))
+    assert torch.equal(dense_features(bb, PHOTO, size=96, layers=[0]).patch_tokens, plain.layers[0].patch_tokens)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.33, 0.5, 0.9])
+@pytest.mark.parametrize("tile", [16, 48, 64, 512])
+def test_tiles_meet_where_they_should(tile: int, overlap: float, local: Backbone) -> None:
+    """Of a model that is local, tiles give what the whole picture gives: no seam, no shift, no border left out."""
+    whole = dense_features(local, PHOTO, size=224)
+    tiled = dense_features(local, PHOTO, size=224, tile=tile, overlap=overlap)
+    assert tiled.grid == whole.grid == (9, 14)
+    assert torch.allclose(tiled.patch_tokens, whole.patch_tokens, atol=1e-4)
+
+
+def test_tiles_see_their_window_only(bb: Backbone) -> None:
+    """Without overlap each is the window alone; with overlap the middle of a tile counts more than its rim."""
+    pixels = torch.from_numpy(photo(64, 128)).permute(2, 0, 1)
+    dense = dense_features(bb, pixels, size=None, tile=64, overlap=0.0)
+    left, right = bb.extract_features([pixels[:, :, :64], pixels[:, :, 64:]], size=64)
+    assert torch.allclose(dense.feature_map, torch.cat((left.feature_map, right.feature_map), dim=-1), atol=1e-5)
+    assert torch.allclose(dense.cls_token, (left.cls_token + right.cls_token) / 2, atol=1e-5)
+    three = dense_features(bb, pixels, size=None, tile=64, overlap=0.5)
+    middle = bb.extract_features(pixels[:, :, 32:96], size=64).feature_map
+    fade = _fade(4)
+    weights = fade[2:] / (fade[2:] + fade[:2])
+    expected = weights * left.feature_map[..., 2:] + (1 - weights) * middle[..., :2]
+    assert torch.allclose(three.feature_map[..., 2:4], expected, atol=1e-5) and weights[0] > weights[1]
+
+
+@pytest.mark.parametrize("length, side, overlap", [(10, 4, 0.5), (9, 4, 0.0), (4, 4, 0.5), (30, 7, 0.33), (5, 1, 0.9)])
+def test_tiles_cover_everything(length: int, side: int, overlap: float) -> None:
+    """As few as can be, each with at least the overlap asked for (to a patch), the last at the end."""
+    starts = _starts(length, side, overlap)
+    step = max(1, int(side * (1 - overlap)))
+    assert starts[0] == 0 and starts[-1] == length - side and starts == sorted(set(starts))
+    assert all(0 < b - a <= step for a, b in zip(starts, starts[1:], strict=False))
+    assert (len(starts) - 2) * step < length - side or len(starts) == 1
+
+
+def test_a_mirrored_pass_is_turned_back(bb: Backbone) -> None:
+    """The mean of both is the same for the mirrored picture, mirrored."""
+    picture = torch.from_numpy(PHOTO).permute(2, 0, 1)
+    plain = dense_features(bb, picture, size=224, flip=True).feature_map
+    mirrored = dense_features(bb, picture.flip(-1), size=224, flip=True).feature_map
+    assert torch.allclose(plain, mirrored.flip(-1), atol=1e-4)
+    assert not torch.allclose(dense_features(bb, picture, size=224).feature_map, plain, atol=1e-2)
+
+
+def test_scales_are_averaged_on_the_grid_of_the_first(local: Backbone) -> None:
+    """Half and full: the mean of both; where the picture is smooth each says the same at the same place."""
+    y, x = np.mgrid[:128, :192].astype(np.float32)
+    smooth = np.stack((x / 192, y / 128, (x + y) / 320), axis=-1)
+    one, two = (dense_features(local, smooth, size=192, scales=scales) for scales in ((1.0,), (1.0, 0.5)))
+    half = F.interpolate(local.extract_features(smooth, size=96, fit="native").feature_map, one.grid, mode="bilinear")
+    assert two.grid == one.grid and torch.allclose(two.feature_map, (one.feature_map + half) / 2, atol=1e-4)
+    assert cosines(one.feature_map, two.feature_map)[..., 1:-1, 1:-1].min() > 0.9
+
+
+def test_a_filter_that_overshoots_does_no_harm(bb: Backbone) -> None:
+    model = Backbone.from_config(SMALL["dinov3"])
+    model.preprocess = replace(model.preprocess, filter="bicubic", engine="float")
+    edges = np.kron(np.indices((10, 14)).sum(0) % 2, np.ones((16, 16)))[..., None].repeat(3, -1).astype(np.float32)
+    assert dense_features(model, edges, size=192).patch_tokens.isfinite().all()
+
+
+# --- upsamplers -----------------------------------------------------------------------------------------------------
+
+
+def test_an_upsampler_gets_the_map_and_the_picture_and_gives_a_finer_map(bb: Backbone) -> None:
+    """Everything that takes features takes its result, points still lead to the right place."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def guided(features: Tensor, image: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        seen.append((features, image))
+        return F.interpolate(features, size=image.shape[2:], mode="bilinear")
+
+    dense = dense_features(bb, PHOTO, size=160, tile=64, upsampler=guided)
+    plain = dense_features(bb, PHOTO, size=160, tile=64)
+    assert torch.equal(seen[0][0], plain.feature_map)
+    pixels = bb.preprocess.with_options(160, "native")(PHOTO)
+    assert torch.allclose(seen[0][1][0], pixels, atol=1e-6)  # normalised, as the model sees it
+    assert dense.grid == (112, 160) and dense.feature_map.shape == (1, 64, 112, 160)
+    assert dense.to_patch(229, 0) == (0, 159) and plain.to_patch(229, 0) == (0, 9)
+    mask = np.zeros((150, 230), bool)
+    mask[30:60, 100:140] = True
+    maps = similarity_map(dense, region_vector(dense, mask=mask))
+    assert maps.shape == (1, 112, 160) and pca_rgb(dense)[0].shape == (112, 160, 3)
+    fine, coarse = maps[0], similarity_map(plain, region_vector(plain, mask=mask))
+    assert (F.interpolate(coarse[None], size=(112, 160), mode="bilinear")[0, 0] - fine).abs().mean() < 0.1
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "no tensor": (lambda f, i: None, "gave NoneType"),
+    "other channels": (lambda f, i: f[:, :7], "gave [1, 7, 3, 4]; it has to give [1, 64, h, w]"),
+    "coarser": (lambda f, i: f[..., :2], "gave [1, 64, 3, 2]"),
+    "no batch": (lambda f, i: f[0], "gave [64, 3, 4]"),
+    "not finite": (lambda f, i: f / 0, "not finite; run it in float32"),
+}
+
+
+@pytest.mark.parametrize("wrong, said", WRONG.values(), ids=WRONG)
+def test_what_an_upsampler_gets_wrong_is_said(wrong: Any, said: str, bb: Backbone) -> None:
+    assert said in complaint(InputError, lambda: dense_features(bb, PHOTO, size=64, upsampler=wrong))
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(tile=50), "give whole patches, such as 48"), (dict(tile=0), "such as 16"),
+        (dict(overlap=1.0), "overlap is a share of a tile, got 1.0"), (dict(overlap=-0.1), "give 0 to below 1"),
+        (dict(scales=()), "multiples of size, got []"), (dict(scales=(1, 0)), "got [1, 0]"),
+        (dict(scales=(float("nan"),)), "got [nan]"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_options_are_said(options: dict[str, Any], said: str, bb: Backbone) -> None:
+    assert said in complaint(InputError, lambda: dense_features(bb, PHOTO, **options))
+
+
+# --- pyramids -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["dinov3", "dinov2", "dino"])
+@pytest.mark.parametrize("size", [(64, 96), (70, 100), (33, 31)], ids=str)
+def test_pyramids_have_the_maps_they_promise(size: tuple[int, int], family: str) -> None:
+    """Patches of 16, 14 and 8; sides that are whole numbers of the largest stride, and others."""
+    pyramid = Pyramid(randomise(Backbone.from_config(SMALL[family])), 12, names=("p2", "p3", "p4", "p5"))  # type: ignore[arg-type]
+    maps = pyramid(torch.randn(2, 3, *size))
+    assert list(maps) == ["p2", "p3", "p4", "p5"] == list(pyramid.output_shape())
+    assert pyramid.out_channels == 12 and pyramid.size_divisibility == 32
+    for name, (channels, stride) in pyramid.output_shape().items():
+        assert maps[name].shape == (2, channels, -(-size[0] // stride), -(-size[1] // stride))
+        assert maps[name].isfinite().all() and maps[name].std() > 0.1
+    assert [level.stride for level in pyramid.output_shape().values()] == [4, 8, 16, 32]
+
+
+def test_levels_lie_over_each_other(local: Backbone) -> None:
+    """A patch that is changed changes each level at its place."""
+    pyramid = Pyramid(local, 8).eval()
+    plain = torch.randn(1, 3, 256, 256)
+    changed = plain.clone()
+    changed[..., 96:112, 192:208] += 3
+    with torch.no_grad():
+        before, after = pyramid(plain), pyramid(changed)
+    for name, stride in pyramid.strides.items():
+        rows, columns = ((before[name] - after[name])[0].abs().sum(0) > 1e-4).nonzero().T
+        middle = (rows.min() + rows.max() + 1) * stride / 2, (columns.min() + columns.max() + 1) * stride / 2
+        assert abs(float(middle[0]) - 104) <= stride / 2 and abs(float(middle[1]) - 200) <= stride / 2
+
+
+def test_a_frozen_backbone_stays_as_it_is() -> None:
+    for freeze in (True, False):
+        backbone = randomise(Backbone.from_config(SMALL["dinov3"]))
+        pyramid = Pyramid(backbone, 8, freeze=freeze).train()  # type: ignore[arg-type]
+        assert pyramid.levels.training and backbone.training is not freeze
+        sum(m.square().mean() for m in pyramid(torch.randn(1, 3, 64, 64)).values()).backward()  # type: ignore[union-attr]
+        learnt = [name for name, p in pyramid.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+        assert any(name.startswith("levels.") for name in learnt)
+        assert any(name.startswith("backbone.blocks.0") for name in learnt) is not freeze
+        assert all(p.requires_grad is not freeze for p in backbone.parameters())
+
+
+def test_wrong_strides_are_said(bb: Backbone) -> None:
+    for strides, names in (((4, 12), ("a", "b")), ((), ()), ((4, 8), ("a",)), ((4, 8), ("a", "a")), ((0,), ("a",))):
+        said = complaint(InputError, lambda s=strides, n=names: Pyramid(bb, strides=s, names=n))  # type: ignore[misc]
+        assert "powers of 2 and a name for each" in said
+
+
+def plain_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """Non-maximum suppression in torch, for a torchvision whose compiled operators do not load."""
+    kept: list[int] = []
+    overlaps = iou(boxes, boxes)
+    for i in scores.argsort(descending=True).tolist():
+        if not (overlaps[i, kept] > threshold).any():
+            kept.append(i)
+    return torch.tensor(kept, dtype=torch.long)
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FasterRCNN", "RetinaNet"])
+def test_a_detector_of_torchvision_takes_it_as_its_backbone(kind: str, monkeypatch: Any) -> None:
+    """Its anchors, proposals, pooling over levels and losses run, and the loss falls."""
+    detection = pytest.importorskip("torchvision.models.detection")
+    from torchvision import extension
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    if not extension._has_ops():
+        monkeypatch.setattr("torchvision.ops.boxes.nms", plain_nms)
+    backbone = randomise(Backbone.from_config(SMALL["dinov2"]))
+    anchors = AnchorGenerator(((16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 4)
+    name = {"FasterRCNN": "rpn_anchor_generator", "RetinaNet": "anchor_generator"}[kind]
+    mean, std = backbone.preprocess.mean, backbone.preprocess.std  # type: ignore[union-attr]
+    model: nn.Module = getattr(detection, kind)(
+        Pyramid(backbone, 32),  # type: ignore[arg-type]
+        num_classes=2, image_mean=mean, image_std=std, min_size=128, max_size=160, **{name: anchors},
+    )  # fmt: skip
+    image = torch.rand(3, 100, 130)
+    truth = {"boxes": torch.tensor([[20.0, 30.0, 70.0, 80.0]]), "labels": torch.tensor([1])}
+    solver = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(12):
+        loss = sum(model([image], [truth]).values())
+        solver.zero_grad()
+        loss.backward()  # type: ignore[union-attr]
+        solver.step()
+        losses.append(float(loss.detach()))  # type: ignore[union-attr]
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+    assert set(model.eval()([image])[0]) == {"boxes", "labels", "scores"}

@@ -1,0 +1,250 @@
+"""What goes wrong in training: the right sentence, nothing lost, and never a bad number in a checkpoint."""
+
+import errno
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import complaint
+from PIL import Image
+from safetensors.torch import load_file
+
+from dinov3_infer import Backbone, ViTConfig
+from dinov3_infer.errors import CheckpointError, InputError, MissingFileError
+from dinov3_infer.train import run_state
+from dinov3_infer.train.command import main
+from dinov3_infer.train.config import TrainConfig
+from dinov3_infer.train.health import TrainingStopped, knn_accuracy, rank_me, spread_of
+from dinov3_infer.train.loop import Run, train
+from dinov3_infer.train.method import Method
+
+SMALL = dict(
+    steps=6, batch_size=4, num_local=0, global_px=32, dino_prototypes=16, ibot_prototypes=16, head_hidden=16,
+    head_bottleneck=8, spread_group=2, log_steps=1, workers=0, checkpoint_steps=2, health_steps=2, health_pictures=4,
+    freeze_share=0.0, ramp_share=0.0, device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for i in range(8):
+        pixels = rng.integers(0, 255, (5, 6, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def start() -> Backbone:
+    """Weights under which pictures differ."""
+    backbone = Backbone.from_config(ViTConfig(24, 2, 2, 48), seed=0)
+    for name, parameter in backbone.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.constant_(parameter, 0.5)
+        elif name.endswith("weight") and parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return backbone
+
+
+def settings(pictures: Path, **changes) -> TrainConfig:
+    return TrainConfig(**(SMALL | dict(data=(str(pictures),), out=str(pictures.parent / "run")) | changes))
+
+
+def go(config: TrainConfig, resume: bool = False) -> Backbone:
+    return train(config, backbone=start(), resume=resume)
+
+
+def finite(folder: Path) -> bool:
+    found = [load_file(path) for path in folder.rglob("*.safetensors")]
+    assert found
+    return all(bool(tensor.isfinite().all()) for tensors in found for tensor in tensors.values())
+
+
+def rows(pictures: Path) -> list[dict]:
+    """What was recorded after steps."""
+    found = [json.loads(line) for line in (pictures.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert found[0]["step"] == 0 and found[0]["verdict"] == "start"
+    return found[1:]
+
+
+# --- a run that goes wrong ---------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """The loss of these steps is NaN."""
+    plain = Method.forward
+
+    def forward(self, batch, targets, step):
+        found = plain(self, batch, targets, step)
+        if step in steps:
+            found["loss"] = found["loss"] * math.nan
+        return found
+
+    monkeypatch.setattr(Method, "forward", forward)
+
+
+def test_one_infinite_loss_is_left_out(pictures: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    poison(monkeypatch, {2})
+    go(settings(pictures))
+    assert [row["loss"] is not None for row in rows(pictures)] == [True, True, False, True, True, True]
+    assert "step 2 left out" in caplog.text
+    assert finite(pictures.parent / "run")
+
+
+def test_a_diverged_run_stops_with_the_last_good_weights(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {3, 4, 5})
+    said = complaint(TrainingStopped, lambda: go(settings(pictures)))
+    assert "diverged" in said and "lr_at_1024" in said and "weights of step 2" in said
+    assert finite(pictures.parent / "run")
+    kept = load_file(pictures.parent / "run" / "checkpoints" / "00000002" / "tensors.safetensors")
+    saved = Backbone.from_pretrained(pictures.parent / "run" / "backbone", device="cpu")
+    assert torch.equal(saved.cls_token, kept["ema.backbone.cls_token"])
+
+
+def test_a_collapsed_run_stops(pictures: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """Weights under which all pictures are alike are seen, said, and not kept."""
+    plain = Method.update_ema
+
+    def flat(self, step):
+        plain(self, step)
+        if step >= 2:
+            self.average.norm.weight.data.zero_()
+
+    monkeypatch.setattr(Method, "update_ema", flat)
+    said = complaint(TrainingStopped, lambda: go(settings(pictures, health_steps=1)))
+    assert "collapsed" in said and "weights of step 2" in said
+    assert "collapsing" in caplog.text
+    saved = Backbone.from_pretrained(pictures.parent / "run" / "backbone", device="cpu")
+    assert saved.norm.weight.any()
+
+
+def test_verdicts(pictures: Path) -> None:
+    """The words follow the numbers."""
+    run = Run(settings(pictures), torch.device("cpu"), backbone=start())
+    health, first = run.health, run.health.first
+    health.first = first | {"knn": 0.8}
+    cases = [
+        ({}, "healthy"),
+        ({"spread": 0.01 * first["spread"]}, "collapsing"),
+        ({"rank_me": 0.05 * first["rank_me"]}, "collapsing"),
+        ({"knn": 0.6}, "forgetting"),
+        ({"patch_drift": 0.4}, "forgetting"),
+        ({"teacher_entropy": 0.9999}, "collapsing"),
+        ({"teacher_entropy": 0.95}, "healthy"),
+    ]
+    for change, verdict in cases:
+        assert health.judge(health.first | change, 3)[0] == verdict, change
+
+
+def test_measures_of_health() -> None:
+    """RankMe counts dimensions, spread is 0 for equal features, 20-NN finds clusters."""
+    assert rank_me(torch.eye(6)) == pytest.approx(6.0)
+    assert rank_me(torch.ones(6, 4)) == pytest.approx(1.0)
+    assert spread_of(torch.ones(6, 4)) == pytest.approx(0.0, abs=1e-12)
+    assert spread_of(torch.eye(6)) == pytest.approx(1.0)
+    labels = torch.arange(3).repeat(30)
+    features = torch.nn.functional.one_hot(labels, 3) + 0.1 * torch.randn(90, 3)
+    assert knn_accuracy(features, labels) == 1.0
+    assert knn_accuracy(torch.randn(90, 3), labels) < 0.6
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+def test_half_broken_folder(pictures: Path) -> None:
+    """Broken pictures are replaced and counted."""
+    for i in range(3):
+        (pictures / f"{i}.png").write_bytes(b"no picture")
+    go(settings(pictures))
+    assert rows(pictures)[-1]["broken_pictures"] == 3
+
+
+def test_broken_and_empty_folders(pictures: Path) -> None:
+    for path in pictures.iterdir():
+        path.write_bytes(b"no picture")
+    assert "0 can be read" in complaint(InputError, lambda: go(settings(pictures)))
+    shutil.rmtree(pictures)
+    pictures.mkdir()
+    assert "no pictures" in complaint(InputError, lambda: go(settings(pictures)))
+    assert "no data" in complaint(MissingFileError, lambda: go(settings(pictures / "nowhere")))
+    assert not (pictures.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(batch_size=1), "at least 2"),
+        (dict(batch_size=16), "there are 8 pictures"),
+        (dict(batch_size=4, accumulate=4), "KoLeo"),
+        (dict(batch_size=6, spread_group=4), "KoLeo"),
+        (dict(out=""), "set out (--out RUN)"),
+        (dict(batch_size=4, accumulate=3), "equal parts"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()),
+)
+def test_batches_that_cannot_be(pictures: Path, changes: dict, words: str) -> None:
+    assert words in complaint(InputError, lambda: go(settings(pictures, **changes)))
+
+
+# --- disk and resume ---------------------------------------------------------------------------------------------
+
+
+def refuse(*args, **kwargs) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_for_a_while(pictures: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """The run goes on, earlier checkpoints stay whole, no metric is lost."""
+    plain, calls = run_state.save_file, []
+
+    def full_once(*args, **kwargs):
+        calls.append(1)
+        refuse() if len(calls) == 2 else plain(*args, **kwargs)
+
+    monkeypatch.setattr(run_state, "save_file", full_once)
+    go(settings(pictures))
+    assert "No space left" in caplog.text
+    folder = pictures.parent / "run" / "checkpoints"
+    assert [path.name for path in sorted(folder.iterdir())] == ["00000002", "00000006"]
+    assert len(rows(pictures)) == 6
+
+
+def test_a_disk_that_stays_full(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a run on a full disk is an error, and once there is room the run can be resumed."""
+    plain, calls = run_state.save_file, []
+
+    def full_later(*args, **kwargs):
+        calls.append(1)
+        plain(*args, **kwargs) if len(calls) == 1 else refuse()
+
+    monkeypatch.setattr(run_state, "save_file", full_later)
+    assert "No space left" in complaint(run_state.DiskError, lambda: go(settings(pictures)))
+    monkeypatch.undo()
+    assert run_state.latest(pictures.parent / "run" / "checkpoints").name == "00000002"
+    go(settings(pictures), resume=True)
+    assert [row["step"] for row in rows(pictures)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_wrong_resume_folder(pictures: Path) -> None:
+    config = settings(pictures)
+    assert "no checkpoint" in complaint(InputError, lambda: go(config, resume=True))
+    go(config)
+    assert "holds a run already" in complaint(InputError, lambda: go(config))
+    other = settings(pictures, ibot_prototypes=8)
+    assert "ibot_head" in complaint(CheckpointError, lambda: go(other, resume=True))
+    other = settings(pictures, ibot_weight=0.0)
+    assert "another model or objective" in complaint(CheckpointError, lambda: go(other, resume=True))
+    tensors = pictures.parent / "run" / "checkpoints" / "00000006" / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+    assert "cannot be read" in complaint(CheckpointError, lambda: go(config, resume=True))
+
+
+def test_the_command_says_what_is_wrong(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 2 and one sentence."""
+    assert main(["--data", str(pictures), "--out", str(pictures.parent / "new"), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dinov3-infer: error: ") and said.count("\n") == 1
