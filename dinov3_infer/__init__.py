@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from .images.paths import list_pictures as list_pictures
     from .images.preprocess import Fit as Fit
     from .images.preprocess import Preprocess as Preprocess
+    from .model.network import BackboneOutput as BackboneOutput
+    from .model.network import LayerOutput as LayerOutput
     from .model.rope import RopeAugmentation as RopeAugmentation
-    from .model.vit import BackboneOutput as BackboneOutput
-    from .model.vit import LayerOutput as LayerOutput
     from .model.vit import VisionTransformer as VisionTransformer
     from .model.vit import ViTConfig as ViTConfig
     from .zoo import MODELS as MODELS
@@ -56,7 +56,8 @@ _HOMES = {
     "images.paths": "list_pictures",
     "images.preprocess": "Fit Preprocess",
     "model.rope": "RopeAugmentation",
-    "model.vit": "BackboneOutput LayerOutput VisionTransformer ViTConfig",
+    "model.network": "BackboneOutput LayerOutput",
+    "model.vit": "VisionTransformer ViTConfig",
     "zoo": "MODELS ModelInfo list_models",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

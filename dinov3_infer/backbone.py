@@ -1,46 +1,74 @@
-"""The surface: load a backbone, give it pictures, save it."""
+"""The surface: load a backbone, give it images, save it.
+
+This file has more than 350 lines because the class is the documentation of all that users call.
+"""
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args, overload
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoints.config_json import layout_hint, same_architecture
 from .checkpoints.export import Dynamic, export_model
 from .checkpoints.loading import LayoutName, Periods, fingerprint, load_model
 from .checkpoints.reading import CONFIG, PROCESSOR, Checkpoint, TensorsInMemory, open_checkpoint
 from .checkpoints.saving import save_checkpoint
-from .errors import CheckpointError, InputError, InputTypeError, check_choice
-from .features.extractor import FeatureExtractor
+from .errors import CheckpointError, Dinov3Error, InputError, InputTypeError, check_choice
+from .features.embed import embed
+from .features.extractor import Extractor
+from .features.result import Features, Pooling
+from .features.stream import Decode, OnError, in_order, items_of
+from .features.vectors import EmbedOptions, EmbedReport, Kind, OutDtype
 from .hub.locate import HubOptions, locate, locate_file
 from .hub.publish import push
-from .images.preprocess import Preprocess
+from .images.decode import ImageLike, split_batch
+from .images.preprocess import Fit, PixelBatch, Preprocess
+from .images.sources import Numbered, Source
+from .model import dropin
 from .model.attention import resolve_attention
 from .model.cpu.compiled import start_compiler
-from .model.dispatch import Mode, drop_plan
-from .model.vit import ViTConfig
+from .model.dispatch import Mode, Precision, drop_plan
+from .model.introspection import Facet
+from .model.network import Network, resolve_layers
+from .model.vit import VisionTransformer, ViTConfig
 from .zoo import MODELS, OWN, ModelInfo, Style, find, preprocess_of
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "ViTBackbone"]
 
 log = logging.getLogger("dinov3_infer")
 
+Images: TypeAlias = ImageLike | Iterable[ImageLike]
+Collection: TypeAlias = Images | Source | Numbered
 
-class Backbone(FeatureExtractor):
-    """A DINO-family vision transformer with its weights and the transform of its pictures.
 
-    An ordinary module: `.to`, `state_dict`, compile, export, DDP and adapters work.  `extract_features` takes pictures,
+class Backbone(Network):
+    """A DINO-family network with its weights and the transform of its images.
+
+    An ordinary module: `.to`, `state_dict`, compile, export, DDP and adapters work.  `extract_features` takes images,
     calling it takes normalised pixels.
+
+    This class is the surface.  It is combined with a network in one class for each architecture, so that parameters
+    keep their names; `Backbone(config)` makes the one of the config.
     """
 
+    networks: "ClassVar[dict[type, type[Backbone]]]" = {}  # type of a config -> this surface with its network
+
+    def __new__(cls, config: Any = None, *_: Any, **__: Any) -> Self:
+        found = cls.networks.get(type(config), cls)
+        return super().__new__(found if issubclass(found, cls) else cls)
+
     def __init__(self, config: ViTConfig, info: ModelInfo | None = None) -> None:
-        super().__init__(config, _transform(config, info))
+        super().__init__(config)
         self.info = info
+        self.preprocess = _transform(config, info)
+        self.mode: Mode = "exact"  # on a CPU, see `from_pretrained`
+        self.mixed_precision = True  # on CUDA the matrix work of float32 weights is done in bfloat16
 
     @classmethod
     def from_pretrained(
@@ -155,6 +183,164 @@ class Backbone(FeatureExtractor):
         adopted.preprocess = _with_stored_statistics(_transform(adopted.config, adopted.info), checkpoint)
         return adopted
 
+    def extract_features(
+        self,
+        images: Images,
+        size: int | tuple[int, int] | None = None,
+        fit: Fit | None = None,
+        layers: int | Sequence[int] | None = None,
+        pooling: Pooling = "cls",
+        facet: Facet = "token",
+    ) -> Features:
+        """Features of one picture or a batch of pictures; a single one gives a batch of 1.
+
+        `images`: path, address, bytes, PIL image, array [H_px, W_px, 3], tensor [3, H_px, W_px] (RGB, uint8 or float in
+        0..1), a list of these, or a 4-dimensional batch.
+        `size`: pixels.  The side for fit "squash", the short side for "crop", the long side for "pad" and "native".
+        `fit`: "squash" to a square, "crop" the centre, "pad" to a square (see `valid`), "native" keeps the aspect.
+        `layers`: an int for the last n blocks, a list for these; results are in `.layers`, after the final norm.
+        `pooling`: what `.embedding` is: "cls", "mean" of the patches, or "cls_mean", both in a row.
+        `facet`: what `.layers` are: the tokens, or the "query", "key" or "value" of each block: the output of its qkv
+        layer, heads side by side, without the rotation that DINOv3 applies after it, which depends on the position.
+
+        Raises: ImageError, MissingFileError, InputError, LayerError; PrecisionError where the features are not finite.
+        """
+        extractor = self.extractor
+        blocks = extractor.layers(layers, pooling, facet)
+        batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
+        return extractor.features([batch], blocks, pooling, facet)[0]
+
+    @overload
+    def iter_features(
+        self, images: Images, *, on_error: Literal["raise"] = ..., **options: Any
+    ) -> Iterator[Features]: ...
+    @overload
+    def iter_features(
+        self, images: Images, *, on_error: Literal["return"], **options: Any
+    ) -> Iterator[Features | Dinov3Error]: ...
+    @overload
+    def iter_features(
+        self, images: Images, *, on_error: OnError, **options: Any
+    ) -> Iterator[Features | Dinov3Error | None]: ...
+    def iter_features(  # type: ignore[misc]  # which options there are is known by this signature alone
+        self,
+        images: Images,
+        *,
+        size: int | tuple[int, int] | None = None,
+        fit: Fit | None = None,
+        layers: int | Sequence[int] | None = None,
+        pooling: Pooling = "cls",
+        facet: Facet = "token",
+        batch_size: int = 32,
+        num_workers: int | None = None,
+        on_error: OnError = "raise",
+    ) -> Iterator[Features | Dinov3Error | None]:
+        """One `Features` per picture, of any sizes, in the order of the input, on the CPU.
+
+        `images`: as in `extract_features`, or any iterable of pictures, a folder or a pattern (see `list_pictures`).
+        `batch_size`: pictures of one pass at most; large ones go in smaller passes.  It does not change the features.
+        `num_workers`: threads that read pictures; None for as many as torch has on a CPU, and up to 8 beside a GPU.
+        `on_error`: for a picture that cannot be read "raise" its error, "return" it in its place, or "skip", which
+        gives None and logs why.
+
+        Raises: as `extract_features`.
+        """
+        check_choice("on_error", on_error, OnError)
+        extractor = self.extractor
+        blocks = extractor.layers(layers, pooling, facet)
+
+        def features(batches: list[PixelBatch]) -> list[Sequence[Features]]:
+            return [list(found.to("cpu")) for found in extractor.features(batches, blocks, pooling, facet)]
+
+        transform = self.preprocess.with_options(size, fit)
+        batcher = extractor.batcher(transform, features, batch_size, num_workers=num_workers)
+        return in_order(batcher(items_of(split_batch(images))), on_error)
+
+    @overload
+    def embed(self, images: Collection, out: None = None, **options: Any) -> np.ndarray[Any, Any]: ...
+    @overload
+    def embed(self, images: Collection, out: str | os.PathLike[str], **options: Any) -> EmbedReport: ...
+    def embed(  # type: ignore[misc]
+        self,
+        images: Collection,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        kind: Kind = "embedding",
+        pooling: Pooling = "cls",
+        normalize: bool = False,
+        out_dtype: OutDtype = "float32",
+        size: int | tuple[int, int] | None = None,
+        fit: Fit | None = None,
+        decode: Decode = "exact",
+        batch_size: int | None = None,
+        shard_size: int | None = None,
+        num_workers: int | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        overwrite: bool = False,
+        progress: bool | None = None,
+    ) -> np.ndarray[Any, Any] | EmbedReport:
+        """One row per picture in the order of the input: an array, or the file or folder `out` and a report.
+
+        `images`: as in `iter_features`; also a list file, tar archive, Parquet table or Dataset (see `open_source`).
+        `out`: .npy or .safetensors, beside which goes a .jsonl with row, path, grid and error of every picture, or
+        .parquet with all in one; a name without suffix, or with a slash behind it, is a folder of such files.  What is
+        there of the same call is kept, what is missing is added; under torchrun each process writes a part of a folder.
+        `kind`: "embedding" [N, C] ([N, 2C] with pooling "cls_mean"), "patches" [N, P, C], or "map" [N, C, h, w].
+        `normalize`: every vector to length 1, for cosine similarity by dot product.
+        `decode`: "fast" lets a JPEG's decoder make large photographs smaller, which changes vectors a little.
+        `batch_size`: pictures of one pass; None for what is found to be fastest.  It does not change vectors.
+        `shard_size`: pictures that are written at a time; None for 10,000, or as many as have 256 MiB.
+        `num_workers`, `size`, `fit`: as in `iter_features`.
+        `on_error`: "raise", or "skip", which leaves a row of NaN for a picture that cannot be read.
+        `overwrite`: begin anew, whatever is there.
+        `progress`: a bar on stderr; None shows it where that is a terminal.
+
+        Raises: as `iter_features`; InputError where patches or maps differ in shape, or where what is at `out` was made
+        in another way or from other pictures.
+        """
+        options: dict[str, Any] = dict(locals())  # the signature lists what EmbedOptions holds
+        del options["self"], options["images"], options["out"]
+        return embed(self.extractor, images, out, EmbedOptions(**options))
+
+    def attention_maps(
+        self,
+        images: Images,
+        layer: int = -1,
+        query: Literal["cls"] | tuple[float, float] = "cls",
+        size: int | tuple[int, int] | None = 768,
+        fit: Fit | None = "native",
+    ) -> Tensor:
+        """How much a token attends to each patch, [B, H, h, w], one map per head.
+
+        The softmax runs over all tokens, so a map sums to what class token and registers leave of 1.
+        `layer`: a block from 0, or from the end.
+        `query`: "cls", or a point (x, y) in pixels of the original picture for the patch that covers it.
+
+        Raises: as `extract_features`; InputError for a point that is outside the picture or cropped away.
+        """
+        if not hasattr(layer, "__index__"):
+            raise InputTypeError(f"layer is the number of one block, got {layer!r}; call it once for each")
+        (block,) = resolve_layers([layer], self.n_blocks)
+        batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
+        return self.extractor.attention_maps(batch, block, None if query == "cls" else _point(query))
+
+    def check_precision(
+        self, images: Images, size: int | tuple[int, int] | None = None, fit: Fit | None = None
+    ) -> Precision:
+        """How near the features of these pictures are to those of the model as it is written, in plain float32.
+
+        This is for models that run faster at some cost: with `mode="fast"` or "int8" on a CPU, or in bfloat16 on CUDA.
+
+        Raises: as `extract_features`.
+        """
+        batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
+        return self.extractor.precision(batch)
+
+    @property
+    def extractor(self) -> Extractor:
+        """The network with what features are computed with."""
+        return Extractor(self, self.preprocess, self.mode, self.mixed_precision)
+
     def fingerprint(self) -> str:
         """SHA-256 of the weights, the same whichever layout they came from; see `weights.fingerprint`."""
         return fingerprint(self.state_dict(), self.config)
@@ -225,14 +411,30 @@ class Backbone(FeatureExtractor):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         drop_plan(self)
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        c = self.config
-        positions = "RoPE" if c.position_grid is None else f"learned {c.position_grid}x{c.position_grid}"
-        name = self.info.name if self.info else "own architecture"
-        shape = f"{c.depth} blocks of width {c.embed_dim}, patch {c.patch_size}, {c.num_registers} registers"
-        return f"{name}: {shape}, {positions}"
+        return f"{self.info.name if self.info else 'own architecture'}: {self.summary()}"
+
+
+class ViTBackbone(Backbone, VisionTransformer):
+    """A Backbone whose network is a vision transformer, with the methods that Meta's and timm's users call."""
+
+    forward_features = dropin.forward_features
+    get_intermediate_layers = dropin.get_intermediate_layers
+    get_last_selfattention = dropin.get_last_selfattention
+    forward_intermediates = dropin.forward_intermediates
+
+
+Backbone.networks[ViTConfig] = ViTBackbone
+
+
+def _point(query: Any) -> tuple[float, float]:
+    try:
+        x, y = query
+        return float(x), float(y)
+    except (TypeError, ValueError):
+        raise InputError(f"query is 'cls' or a point (x, y) in pixels, got {query!r}") from None
 
 
 def _as_named(info: ModelInfo, weights: Path) -> ModelInfo:

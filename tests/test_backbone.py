@@ -20,7 +20,7 @@ from dinov3_infer import (
     ViTConfig,
 )
 from dinov3_infer.backbone import _row_of
-from dinov3_infer.model.vit import resolve_layers
+from dinov3_infer.model.network import resolve_layers
 from dinov3_infer.zoo import ARCHITECTURES, MODELS
 
 

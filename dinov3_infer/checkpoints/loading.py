@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError, UnsupportedError
+from ..model.network import Network
 from ..model.rope import rope_periods
-from ..model.vit import VisionTransformer, ViTConfig
+from ..model.vit import ViTConfig
 from ..zoo import ARCHITECTURES, ModelInfo
 from . import layouts
 from .config_json import complete, contradiction, layout_hint, same_architecture, settings_from_config, shown_by_shapes
@@ -30,7 +31,7 @@ log = logging.getLogger("dinov3_infer")
 
 LayoutName = Literal["hf", "meta", "timm"]
 Periods = Literal["exact", "bfloat16"]
-M = TypeVar("M", bound=VisionTransformer)
+M = TypeVar("M", bound=Network)
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _choose_prefix(checkpoint: Checkpoint, prefixes: list[str]) -> str:
     )
 
 
-def _account(model: VisionTransformer, group: _Group, path: str) -> dict[str, tuple[layouts.Row, list[str]]]:
+def _account(model: Network, group: _Group, path: str) -> dict[str, tuple[layouts.Row, list[str]]]:
     """Where each tensor of the model lies in the file; raises for whatever is missing, left over or misshapen."""
     in_any_block = {_any_block(name) for name in group.names}
     rows: dict[str, tuple[layouts.Row, list[str]]] = {}
@@ -221,7 +222,7 @@ def _shape_of_row(row: layouts.Row, names: list[str], group: _Group) -> tuple[in
 
 @torch.no_grad()
 def _fill(
-    model: VisionTransformer,
+    model: Network,
     group: _Group,
     rows: Mapping[str, tuple[layouts.Row, list[str]]],
     dtype: torch.dtype | None,  # None: as stored
@@ -245,7 +246,7 @@ def _fill(
     assert not result.unexpected_keys and set(result.missing_keys) <= {"rope_periods"}
 
 
-def _matrix_names(model: VisionTransformer) -> set[str]:
+def _matrix_names(model: Network) -> set[str]:
     """Parameters that matrix products use: these alone take a lower precision."""
     return {
         f"{name}.{kind}"
@@ -278,9 +279,7 @@ def _read(row: layouts.Row, names: list[str], group: _Group, dtype: torch.dtype,
     return tensor.to(device, dtype)
 
 
-def _settle_periods(
-    model: VisionTransformer, checkpoint: Checkpoint, periods: Periods | None, device: torch.device
-) -> None:
+def _settle_periods(model: Network, checkpoint: Checkpoint, periods: Periods | None, device: torch.device) -> None:
     """RoPE periods: as asked, else as stored in the file or in our block of config.json, else exact."""
     if model.rope_periods is None:
         return

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..images.preprocess import Preprocess
+from ..model.network import Network
 from ..model.rope import rope_periods
-from ..model.vit import VisionTransformer, ViTConfig
+from ..model.vit import ViTConfig
 from ..system import whole
 from ..zoo import OWN, ModelInfo
 from . import layouts
@@ -106,7 +107,7 @@ def layout_for(config: ViTConfig, name: LayoutName) -> Layout:
 
 
 def save_checkpoint(
-    model: VisionTransformer,
+    model: Network,
     target: str | os.PathLike[str],
     layout: LayoutName,
     info: ModelInfo | None,
@@ -132,7 +133,7 @@ def save_checkpoint(
     files: dict[str, Mapping[str, Any]] = {}
     block = _our_block(model, info)
     if layout == "hf":
-        dtype = str(model.patch_embed.proj.weight.dtype).removeprefix("torch.")
+        dtype = str(model.main_weight.dtype).removeprefix("torch.")
         files["config.json"] = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": block}
         files["preprocessor_config.json"] = hf_processor_config(model.config, preprocess.mean, preprocess.std)
     elif layout == "timm":
@@ -156,7 +157,7 @@ def save_checkpoint(
     return target
 
 
-def _our_block(model: VisionTransformer, info: ModelInfo | None) -> dict[str, Any]:
+def _our_block(model: Network, info: ModelInfo | None) -> dict[str, Any]:
     """What the configs of others have no field for."""
     block: dict[str, Any] = {"name": info.name if info else None}
     if info is not None and info.licence == OWN:

@@ -14,7 +14,7 @@ from ..backbone import Backbone
 from ..errors import Dinov3Error, InputError, PrecisionError
 from ..features.result import Features
 from ..images.paths import name_of
-from ..model.vit import resolve_layers
+from ..model.network import resolve_layers
 from ..system import whole
 from .common import load_backbone, results, status
 from .inputs import Picture, check_folder, find_pictures

@@ -62,7 +62,7 @@ def _embedded(
         raise InputError(f"'{args.vectors}' was made with other weights than '{args.model}' holds; give those with -m")
     settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe.preprocess.items()}
     bb.preprocess = Preprocess(**settings)
-    return bb.embed(queries, pooling=recipe.pooling, decode=recipe.decode)  # type: ignore[call-overload,no-any-return]
+    return bb.embed(queries, pooling=recipe.pooling, decode=recipe.decode)
 
 
 def _panels(names: list[str]) -> list[Image.Image]:

@@ -30,6 +30,7 @@ __all__ = [
     "OnError",
     "Reading",
     "Result",
+    "T",
     "count_of",
     "in_order",
     "items_of",

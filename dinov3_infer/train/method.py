@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone
 from ..errors import InputError
-from ..model.vit import BackboneOutput, as_map
+from ..model.network import BackboneOutput, as_map
 from . import losses
 from .adapters import add_adapters
 from .config import TrainConfig

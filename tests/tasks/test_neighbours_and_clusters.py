@@ -17,14 +17,28 @@ from dinov3_infer import InputError, MissingFileError
 from dinov3_infer.features.disk import store as store_module
 from dinov3_infer.features.disk.formats import FORMATS, Rows
 from dinov3_infer.features.disk.lists import listed_in, write_list
-from dinov3_infer.features.disk.recipe import Plan, Recipe
+from dinov3_infer.features.disk.recipe import BatchPlan, Recipe
 from dinov3_infer.features.disk.store import Store
 from dinov3_infer.tasks.clusters import allocate, hierarchy, kmeans, retrieve
 from dinov3_infer.tasks.neighbours import duplicates, nearest
 from dinov3_infer.train import open_data
 
 RECIPE = Recipe(
-    "0", None, "f" * 64, {}, {}, "exact", "float32", "embedding", "cls", False, "float32", (4,), 0, None, Plan(5, 1, 1)
+    "0",
+    None,
+    "f" * 64,
+    {},
+    {},
+    "exact",
+    "float32",
+    "embedding",
+    "cls",
+    False,
+    "float32",
+    (4,),
+    0,
+    None,
+    BatchPlan(5, 1, 1),
 )
 
 
