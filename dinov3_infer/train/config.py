@@ -6,7 +6,7 @@ from typing import Any, Literal, get_origin
 
 from ..errors import InputError, check_choice
 from ..model.rope import RopeAugmentation
-from .adapters import Recompute
+from .blocks import Recompute
 from .losses import GramNegatives, GramOf
 from .views import ViewConfig
 
