@@ -31,6 +31,7 @@ def test_presets_are_whole(name: str) -> None:
     ("changes", "words"),
     [
         (dict(steps=0), "steps is 0"),
+        (dict(local_px=-96), "local_px is -96; give 0 or more"),
         (dict(mask_share=1.5), "mask_share is 1.5"),
         (dict(koleo_weight=-1.0), "koleo_weight is -1"),
         (dict(lr_at_1024=float("nan")), "lr_at_1024 is nan"),
@@ -51,6 +52,12 @@ def test_presets_are_whole(name: str) -> None:
 )
 def test_settings_that_cannot_be_meant(changes: dict, words: str) -> None:
     assert words in complaint(InputError, lambda: TrainConfig.preset("adapt", **changes))
+
+
+def test_every_number_says_which_values_it_takes() -> None:
+    """In its type; any whole number is a seed, and `RopeAugmentation` and AdamW check their own."""
+    bare = {field.name for field in fields(TrainConfig) if field.type in (int, float, tuple[float, float])}
+    assert bare == {"seed", "rope_shift", "rope_jitter", "rope_rescale", "betas"}
 
 
 def test_views_follow_the_patches() -> None:
