@@ -16,8 +16,7 @@ from dinov3_infer.errors import InputError
 from dinov3_infer.train.command import main, parse
 from dinov3_infer.train.config import PRESETS, TrainConfig
 from dinov3_infer.train.heads import ProjectionHead, Standardise
-from dinov3_infer.train.optim import parameter_groups, set_rates
-from dinov3_infer.train.schedules import ramp, warmup_cosine
+from dinov3_infer.train.optim import parameter_groups, ramp, set_rates, warmup_cosine
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
