@@ -25,19 +25,16 @@ def picture(height: int = 300, width: int = 400) -> Tensor:
 
 def ramps(side: int = 240) -> Tensor:
     """Red grows from left to right, green from top to bottom: a crop shows where it was."""
-    ramp = torch.linspace(0, 240, side).round().to(torch.uint8)
-    return torch.stack(
-        (ramp.expand(side, side), ramp[:, None].expand(side, side), torch.zeros_like(ramp.expand(side, side)))
-    )
+    ramp = torch.linspace(0, 240, side).round().to(torch.uint8).expand(side, side)
+    return torch.stack((ramp, ramp.T, torch.zeros_like(ramp)))
 
 
 def region(crop: Tensor) -> tuple[float, float, bool]:
     """Height and width of a crop of `ramps` as shares of the picture, and whether it was flipped."""
     red, green = crop[0].float().mean(0), crop[1].float().mean(1)
     inner = slice(len(red) // 4, 3 * len(red) // 4)  # the filter bends the ends
-    width, height = (
-        float(r[inner][-1] - r[inner][0]) / (inner.stop - inner.start - 1) * len(r) / 240 for r in (red, green)
-    )
+    scale = len(red) / (inner.stop - inner.start - 1) / 240
+    width, height = (float(r[inner][-1] - r[inner][0]) * scale for r in (red, green))
     return height, abs(width), width < 0
 
 
