@@ -147,7 +147,10 @@ class Batcher(Generic[T]):
         if not self.reading.workers:
             yield from map(self._load, items)
             return
-        pool = ThreadPoolExecutor(self.reading.workers, "dinov3-infer-read", initializer=_one_thread)
+        # as many threads of torch's own below each of these would be far too many
+        pool = ThreadPoolExecutor(
+            self.reading.workers, "dinov3-infer-read", initializer=torch.set_num_threads, initargs=(1,)
+        )
         try:
             yield from (self._ahead if self.reading.ahead else self._in_rounds)(pool, iter(items))
         finally:
@@ -218,11 +221,6 @@ class Batcher(Generic[T]):
             raise
         numbers = [[number for number, _ in group] for group in groups.values()]
         return {n: one for group, batch in zip(numbers, done, strict=True) for n, one in zip(group, batch, strict=True)}
-
-
-def _one_thread() -> None:
-    """In a thread that decodes: as many threads of torch's own below each would be far too many."""
-    torch.set_num_threads(1)
 
 
 def in_order(results: Iterable[Result[T]], on_error: OnError) -> Iterator[T | Dinov3Error | None]:

@@ -39,6 +39,12 @@ def nearest(queries: Array, bank: Array, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
+def weighted_votes(cosines: Tensor, classes: Tensor, num_classes: int, temperature: float) -> Tensor:
+    """How probable each class is, [M, K], by the cosines [M, k] and classes [M, k] of neighbours."""
+    votes = cosines.new_zeros(len(cosines), num_classes)
+    return votes.scatter_add_(1, classes, (cosines / temperature).softmax(dim=-1))
+
+
 class Probe(Fitted):
     """Base of the classifiers.  Classes are whole numbers from 0; K is one more than the largest."""
 
@@ -100,8 +106,7 @@ class KNN(Probe):
     def _probabilities(self, features: Tensor) -> Tensor:
         targets = self.tensors["targets"]
         cosines, rows = nearest(features, self.tensors["features"], self.k)
-        votes = cosines.new_zeros(len(cosines), int(targets.max()) + 1)
-        return votes.scatter_add_(1, targets[rows], (cosines / self.temperature).softmax(dim=-1))
+        return weighted_votes(cosines, targets[rows], int(targets.max()) + 1, self.temperature)
 
 
 @dataclass(repr=False)

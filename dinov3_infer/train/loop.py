@@ -19,8 +19,9 @@ from ..errors import InputError, UnsupportedError
 from ..system import whole
 from ..zoo import OWN
 from . import run_state
-from .adapters import plain_copy, wrap_blocks
+from .adapters import plain_copy
 from .batches import Batches, batches
+from .blocks import wrap_blocks
 from .config import TrainConfig
 from .distributed import Engine, is_main, joined, mean_of, rank, world_size
 from .draws import generator

@@ -17,7 +17,7 @@ from .config import TrainConfig
 from .distributed import group, local, mean_over
 from .draws import generator
 from .heads import ProjectionHead, Standardise, linear_projection
-from .schedules import ramp, warmup_cosine
+from .optim import ramp, warmup_cosine
 from .views import Batch
 
 __all__ = ["Method", "Targets", "split_batch"]
