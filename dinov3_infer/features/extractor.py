@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import Dinov3Error, InputError, InputTypeError, PrecisionError, check_choice
-from ..images.decode import ImageLike, split_batch
-from ..images.opening import open_pictures
+from ..images.decode import ImageLike
+from ..images.opening import each_image, open_pictures
 from ..images.preprocess import Fit, PixelBatch, Preprocess
 from ..images.sources import Numbered, Source
 from ..model.dispatch import Mode, Precision, compare, plan_of
@@ -90,7 +90,7 @@ class FeatureExtractor(DropInTransformer):
         Raises: ImageError, MissingFileError, InputError, LayerError; PrecisionError where the features are not finite.
         """
         blocks = self._blocks(layers, pooling, facet)
-        batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
+        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
         return self._features([batch], blocks, pooling, facet)[0]
 
     @overload
@@ -133,7 +133,7 @@ class FeatureExtractor(DropInTransformer):
         transform = self.preprocess.with_options(size, fit)
         forward = partial(self._on_cpu, blocks=blocks, pooling=pooling, facet=facet)
         batcher = Batcher(transform, forward, batch_size, self._max_tokens(), self._reading(num_workers))
-        return in_order(batcher(items_of(split_batch(images))), on_error)
+        return in_order(batcher(items_of(each_image(images))), on_error)
 
     @overload
     def embed(self, images: Collection, out: None = None, **options: Unpack[_EmbedOptions]) -> np.ndarray[Any, Any]: ...
@@ -215,7 +215,7 @@ class FeatureExtractor(DropInTransformer):
         if not hasattr(layer, "__index__"):
             raise InputTypeError(f"layer is the number of one block, got {layer!r}; call it once for each")
         (block,) = resolve_layers([layer], self.config.depth)
-        batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
+        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
         grid = self.grid_of(batch.pixels)
         token = [0] * len(batch.placements)
         if query != "cls":
@@ -236,7 +236,7 @@ class FeatureExtractor(DropInTransformer):
 
         Raises: as `extract_features`.
         """
-        batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
+        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
         pixels = batch.pixels.to(self.device)
         with self._inference():
             plan = plan_of(self, self.mode, self._samples)

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ImageError, InputError, UnsupportedError
-from .decode import MAX_BYTES, ImageLike
-from .reduced import Loaded, Wanted, decode
+from .decode import MAX_BYTES, Decoded, ImageLike, TargetSize, decode
 from .sources import Names, Source, folder_labels, picture_suffixes
 
 __all__ = ["Dataset", "Table", "Tar", "pyarrow", "streamed"]
@@ -175,8 +174,8 @@ class Dataset(Source):
             item = item[0]
         return stored_picture(item, f"item {index} of {self.name}")
 
-    def load(self, index: int, wanted: Wanted | None = None) -> Loaded:
-        return decode(self.picture(index), f"item {index} of {self.name}", wanted)
+    def load(self, index: int, target: TargetSize | None = None) -> Decoded:
+        return decode(self.picture(index), f"item {index} of {self.name}", target)
 
 
 def _undecoded(dataset: Any) -> tuple[Any, str]:

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError, MissingFileError
 from .containers import Dataset, Table, Tar, streamed
-from .decode import ImageLike, split_batch
+from .decode import ImageLike
 from .paths import address_scheme, is_collection, list_pictures, name_of, read_labelled_list
 from .sources import Files, Items, Numbered, Picked, Source, joined
 
-__all__ = ["ARCHIVES", "LISTS", "open_names", "open_pictures", "open_source"]
+__all__ = ["ARCHIVES", "LISTS", "each_image", "open_names", "open_pictures", "open_source"]
 
 LISTS, ARCHIVES = (".txt", ".lst", ".tsv"), (".tar", ".parquet")
 
@@ -36,8 +37,29 @@ def open_pictures(images: ImageLike | Iterable[ImageLike] | Source | Numbered) -
         return Dataset(images)
     if hasattr(images, "cast_column"):  # a Hugging Face dataset that is streamed
         return streamed(images)
-    pictures = split_batch(images)  # type: ignore[arg-type]
+    pictures = each_image(images)  # type: ignore[arg-type]
     return Items(pictures) if isinstance(pictures, Sequence) else pictures
+
+
+def each_image(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """One picture, a 4-dimensional batch, or any iterable of pictures -> an iterable of pictures, not read yet.
+
+    A folder or a pattern is the list of its pictures, see `list_pictures`; an array of paths is a list of them.
+    """
+    if is_collection(images):
+        return list_pictures(images)  # type: ignore[arg-type]
+    if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:
+        return list(images)
+    if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OU":  # a column of a table
+        return images.tolist()  # type: ignore[no-any-return]
+    single = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Tensor, np.ndarray)
+    if isinstance(images, single) or hasattr(images, "read"):
+        return [images]  # type: ignore[list-item]
+    if not isinstance(images, Iterable) or isinstance(images, Mapping):
+        raise InputTypeError(
+            f"a picture is a path, PIL image, array, tensor or a list of these; got {type(images).__name__}"
+        )
+    return images
 
 
 def open_source(spec: Any) -> Source:

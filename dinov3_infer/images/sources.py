@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from .decode import FORMATS, ImageLike
+from .decode import FORMATS, Decoded, ImageLike, TargetSize, decode
 from .paths import name_of
-from .reduced import Loaded, Wanted, decode
 
 __all__ = ["Files", "Items", "Names", "Numbered", "Picked", "Source", "folder_labels", "joined", "picture_suffixes"]
 
@@ -41,10 +40,10 @@ class Source(ABC):
     def picture(self, index: int) -> ImageLike:
         """Not decoded where it lies in a file.  Raises: ImageError, MissingFileError."""
 
-    def load(self, index: int, wanted: Wanted | None = None) -> Loaded:
-        """Decoded; with `wanted` a JPEG may come smaller, see `decode`.  Raises: ImageError, MissingFileError."""
+    def load(self, index: int, target: TargetSize | None = None) -> Decoded:
+        """Decoded; with `target` a JPEG may come smaller, see `decode`.  Raises: ImageError, MissingFileError."""
         key = self.key(index)
-        return decode(self.picture(index), f"item {index}" if key is None else f"'{key}'", wanted)
+        return decode(self.picture(index), f"item {index}" if key is None else f"'{key}'", target)
 
 
 class Names(Sequence[str]):
@@ -79,8 +78,8 @@ class Listed(Source):
     def picture(self, index: int) -> ImageLike:
         return self._pictures[index]
 
-    def load(self, index: int, wanted: Wanted | None = None) -> Loaded:
-        return decode(self._pictures[index], f"item {index}", wanted)  # a path is in what is said anyway
+    def load(self, index: int, target: TargetSize | None = None) -> Decoded:
+        return decode(self._pictures[index], f"item {index}", target)  # a path is in what is said anyway
 
 
 class Files(Listed):
@@ -115,9 +114,9 @@ class Picked(Source):
         which, place = (int(v) for v in self._places[index])
         return self._sources[which].picture(place)
 
-    def load(self, index: int, wanted: Wanted | None = None) -> Loaded:
+    def load(self, index: int, target: TargetSize | None = None) -> Decoded:
         which, place = (int(v) for v in self._places[index])
-        return self._sources[which].load(place, wanted)
+        return self._sources[which].load(place, target)
 
 
 def joined(sources: Sequence[Source]) -> Source:

@@ -15,9 +15,9 @@ from pictures import complaint, photo
 from PIL import Image
 
 from dinov3_infer import Backbone, ImageError, InputError, MissingFileError, load_image
+from dinov3_infer.images.decode import decode
 from dinov3_infer.images.opening import open_pictures, open_source
 from dinov3_infer.images.paths import list_pictures, walk
-from dinov3_infer.images.reduced import decode
 from dinov3_infer.images.sources import Names, Source, joined
 from dinov3_infer.train import open_data
 
