@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import Dinov3Error, InputError, InputTypeError, PrecisionError, check_choice
 from ..images.decode import ImageLike
-from ..images.opening import each_image, open_pictures
+from ..images.opening import each_image, open_images
 from ..images.preprocess import Fit, PixelBatch, Preprocess
 from ..images.sources import Numbered, Source
 from ..model.dispatch import Mode, Precision, compare, plan_of
@@ -95,19 +95,19 @@ class FeatureExtractor(DropInTransformer):
 
     @overload
     def iter_features(
-        self, images: Pictures, *, on_error: Literal["raise"] = ..., **options: Unpack[_IterOptions]
+        self, images: Pictures | Source, *, on_error: Literal["raise"] = ..., **options: Unpack[_IterOptions]
     ) -> Iterator[Features]: ...
     @overload
     def iter_features(
-        self, images: Pictures, *, on_error: Literal["return"], **options: Unpack[_IterOptions]
+        self, images: Pictures | Source, *, on_error: Literal["return"], **options: Unpack[_IterOptions]
     ) -> Iterator[Features | Dinov3Error]: ...
     @overload
     def iter_features(
-        self, images: Pictures, *, on_error: OnError, **options: Unpack[_IterOptions]
+        self, images: Pictures | Source, *, on_error: OnError, **options: Unpack[_IterOptions]
     ) -> Iterator[Features | Dinov3Error | None]: ...
     def iter_features(
         self,
-        images: Pictures,
+        images: Pictures | Source,
         *,
         size: int | tuple[int, int] | None = None,
         fit: Fit | None = None,
@@ -120,7 +120,7 @@ class FeatureExtractor(DropInTransformer):
     ) -> Iterator[Features | Dinov3Error | None]:
         """One `Features` per picture, of any sizes, in the order of the input, on the CPU.
 
-        `images`: as in `extract_features`, or any iterable of pictures, a folder or a pattern (see `list_pictures`).
+        `images`: as in `extract_features`, or any iterable of pictures, a folder or a pattern (see `list_images`).
         `batch_size`: pictures of one pass at most; large ones go in smaller passes.  It does not change the features.
         `num_workers`: threads that read pictures; None for as many as torch has on a CPU, and up to 8 beside a GPU.
         `on_error`: for a picture that cannot be read "raise" its error, "return" it in its place, or "skip", which
@@ -133,7 +133,7 @@ class FeatureExtractor(DropInTransformer):
         transform = self.preprocess.with_options(size, fit)
         forward = partial(self._on_cpu, blocks=blocks, pooling=pooling, facet=facet)
         batcher = Batcher(transform, forward, batch_size, self._max_tokens(), self._reading(num_workers))
-        return in_order(batcher(items_of(each_image(images))), on_error)
+        return in_order(batcher(items_of(images if isinstance(images, Source) else each_image(images))), on_error)
 
     @overload
     def embed(self, images: Collection, out: None = None, **options: Unpack[_EmbedOptions]) -> np.ndarray[Any, Any]: ...
@@ -162,7 +162,7 @@ class FeatureExtractor(DropInTransformer):
     ) -> np.ndarray[Any, Any] | EmbedReport:
         """One row per picture in the order of the input: an array, or the file or folder `out` and a report.
 
-        `images`: as in `iter_features`; also a list file, tar archive, Parquet table or Dataset (see `open_source`).
+        `images`: as in `iter_features`; also a list file, tar archive, Parquet table or Dataset (see `as_source`).
         `out`: .npy or .safetensors, beside which goes a .jsonl with row, path, grid and error of every picture, or
         .parquet with all in one; a name without suffix, or with a slash behind it, is a folder of such files.  What is
         there of the same call is kept, what is missing is added; under torchrun each process writes a part of a folder.
@@ -185,7 +185,7 @@ class FeatureExtractor(DropInTransformer):
             batch_size=batch_size, shard_size=shard_size, num_workers=num_workers,
         )  # fmt: skip
         target = None if out is None else Target.find(out, overwrite)
-        model, raises, pictures = self._model(asked), on_error == "raise", open_pictures(images)
+        model, raises, pictures = self._model(asked), on_error == "raise", open_images(images)
         if target is not None:
             recipe = self._recipe(asked, pictures)
             return write(target, pictures, recipe, model, raises=raises, progress=progress, overwrite=overwrite)

@@ -10,8 +10,6 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO, NamedTuple, TypeAlias
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -20,9 +18,9 @@ from torch import Tensor
 
 from ..errors import Dinov3Error, ImageError, InputTypeError, MissingFileError, one_line
 from ..system import keep_freed_memory
-from .paths import address_scheme, name_of, read_address
+from .paths import FORMATS, fetched, name_of
 
-__all__ = ["FORMATS", "MAX_BYTES", "Decoded", "ImageLike", "TargetSize", "decode", "from_hwc", "load_image"]
+__all__ = ["MAX_BYTES", "Decoded", "ImageLike", "TargetSize", "decode", "from_hwc", "load_image"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -48,9 +46,6 @@ _TURN = {  # EXIF orientation -> what turns it upright, whether rows become colu
     7: (Image.Transpose.TRANSVERSE, True, True),
     8: (Image.Transpose.ROTATE_90, True, False),
 }
-# Pillow reads more kinds: one runs a program (EPS), one unpacks whatever there is (FITS), most are hardly ever tried.
-# The first five come without loading all of Pillow; HEIF and JXL are there if their plugin is.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "HEIF", "JXL")
 # Bytes that a pixel takes while it is decoded, ours among them, as measured; of formats that are not here, AT_MOST.
 _BYTES = {"JPEG": 7, "MPO": 7, "PNG": 7, "BMP": 7, "PPM": 7, "TIFF": 10, "WEBP": 24, "JPEG2000": 24}
 _AT_MOST, _PROGRESSIVE = 12, 10  # a progressive JPEG keeps all its coefficients
@@ -111,15 +106,13 @@ def _from_path(path: str, label: str, target: TargetSize | None) -> Decoded:
     if not path:
         raise MissingFileError(f"{label} is an empty path; give one that leads to a picture")
     shown = f"'{name_of(path)}'" + (f" ({label})" if label != _ALONE else "")
-    scheme = address_scheme(path)
-    if scheme == "file":
-        path = url2pathname(urlsplit(path).path)
-    elif scheme:
-        return _from_file(io.BytesIO(read_address(path)), shown)
+    place = fetched(path)
+    if isinstance(place, bytes):
+        return _from_file(io.BytesIO(place), shown)
     try:
-        status = os.stat(path)
+        status = os.stat(place)
     except (OSError, ValueError):  # ValueError: a name that no file can have
-        raise MissingFileError(f"no picture at '{os.path.abspath(path)}'; check the path") from None
+        raise MissingFileError(f"no picture at '{os.path.abspath(place)}'; check the path") from None
     if stat.S_ISDIR(status.st_mode):
         raise ImageError(f"{shown} is a folder; give it alone, or the pictures in it as a list of paths")
     if not stat.S_ISREG(status.st_mode):
@@ -127,7 +120,7 @@ def _from_path(path: str, label: str, target: TargetSize | None) -> Decoded:
     if status.st_size > MAX_BYTES:
         raise _too_large(shown)
     try:
-        with open(path, "rb") as stream:
+        with open(place, "rb") as stream:
             if not status.st_size:
                 raise ImageError(f"{shown} is empty; copy or download it again")
             return _from_file(stream, shown, target)

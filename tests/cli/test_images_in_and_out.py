@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from dinov3_infer import Backbone, Dinov3Error
 from dinov3_infer.cli import features as features_command
-from dinov3_infer.cli.inputs import find_pictures
+from dinov3_infer.cli.inputs import find_images
+from dinov3_infer.images.sources import relative_names
 
 MODEL = ("-m", small_model(), "--device", "cpu")
 SMALL = ("--size", "64")
@@ -29,7 +30,11 @@ def listed(path: Path) -> list[dict[str, object]]:
 
 
 def names(*sources: object) -> list[tuple[str, str]]:
-    return [(Path(p.path).as_posix(), Path(p.name).as_posix()) for p in find_pictures([str(s) for s in sources])]
+    found = find_images([str(s) for s in sources])
+    keys = [found.key(i) or "" for i in range(len(found))]
+    return [
+        (Path(key).as_posix(), Path(name).as_posix()) for key, name in zip(keys, relative_names(found), strict=True)
+    ]
 
 
 def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from dinov3_infer import Backbone, ImageError, InputError, MissingFileError, load_image
 from dinov3_infer.images import paths as places
-from dinov3_infer.images.paths import list_pictures, name_of
+from dinov3_infer.images.paths import list_images, name_of
 
 _stream = io.BytesIO()
 Image.fromarray(photo(20, 30)).save(_stream, "png")
@@ -156,7 +156,7 @@ def album(tmp_path: Path) -> Path:
 def test_a_folder_is_its_pictures(album: Path) -> None:
     """To the bottom, sorted, without what is hidden or linked."""
     expected = [str(album / name) for name in ("a.JPG", "b.png", "in/c.webp", "in/deep/d.tiff")]
-    assert list_pictures(album) == list_pictures(str(album)) == expected
+    assert list_images(album) == list_images(str(album)) == expected
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_folder_is_its_pictures(album: Path) -> None:
     [("*.png", ["b.png"]), ("in/**/*.*", ["in/c.webp", "in/deep/d.tiff"]), ("?.*", ["a.JPG", "b.png"])],
 )
 def test_a_pattern_is_what_fits_it(pattern: str, names: list[str], album: Path) -> None:
-    found = [path for path in list_pictures(str(album / pattern)) if "loop" not in path]
+    found = [path for path in list_images(str(album / pattern)) if "loop" not in path]
     assert found == [str(album / name) for name in names]
 
 
@@ -183,13 +183,13 @@ def test_patterns_of_folders_end(pattern: str, names: list[str], album: Path, mo
     for i in range(8):
         os.symlink(album, album / f"again{i}")
         os.symlink(album / "in", album / "in" / "deep" / f"up{i}")
-    assert list_pictures(str(album / pattern)) == [str(album / name) for name in names]
+    assert list_images(str(album / pattern)) == [str(album / name) for name in names]
     monkeypatch.chdir(album)
-    assert list_pictures(pattern) == names
+    assert list_images(pattern) == names
 
 
 def test_streams_take_folders_and_patterns(album: Path) -> None:
-    """In the order of `list_pictures`; the report has the paths."""
+    """In the order of `list_images`; the report has the paths."""
     bb = Backbone.from_config(SMALL["dinov3"], seed=0)
     rows = bb.embed(album, size=32)
     assert rows.shape == (4, 64) and np.array_equal(rows[0], bb.embed(PNG, size=32)[0])
@@ -213,5 +213,5 @@ def test_nothing_in_a_folder_is_said(tmp_path: Path) -> None:
     text = complaint(InputError, lambda: bb.embed(tmp_path))
     assert f"no pictures under '{tmp_path}' (looked for .jpg .jpeg" in text and "2 other files)" in text
     for wrong in (tmp_path / "*.png", tmp_path / "none"):
-        assert str(wrong) in complaint(MissingFileError, lambda wrong=wrong: list_pictures(wrong))
+        assert str(wrong) in complaint(MissingFileError, lambda wrong=wrong: list_images(wrong))
     assert "is a folder" in complaint(ImageError, lambda: bb.embed([tmp_path]))

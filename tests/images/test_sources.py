@@ -16,9 +16,9 @@ from PIL import Image
 
 from dinov3_infer import Backbone, ImageError, InputError, MissingFileError, load_image
 from dinov3_infer.images.decode import decode
-from dinov3_infer.images.opening import open_pictures, open_source
-from dinov3_infer.images.paths import list_pictures, walk
-from dinov3_infer.images.sources import Names, Source, joined
+from dinov3_infer.images.opening import as_source, open_images
+from dinov3_infer.images.paths import list_images, walk
+from dinov3_infer.images.sources import Names, Source, chained
 from dinov3_infer.train import open_data
 
 
@@ -66,7 +66,7 @@ def write_table(path: Path, column: str = "image", bare: bool = False, contents:
 def test_containers(make: Any, tmp_path: Path) -> None:
     """Any picture by its number and in any order; sent to another process; taken by embed and by the trainer."""
     path = make(tmp_path)
-    source = open_source(path)
+    source = as_source(path)
     assert same(source, CONTENT) and torch.equal(source.load(6).image, load_image(CONTENT[6]))
     assert torch.equal(source.load(0).image, load_image(CONTENT[0]))
     assert same(pickle.loads(pickle.dumps(source)), CONTENT)
@@ -76,9 +76,9 @@ def test_containers(make: Any, tmp_path: Path) -> None:
     assert np.array_equal(bb.embed(path, size=32), bb.embed(CONTENT, size=32))  # type: ignore[operator]
     listed = tmp_path / "l.txt"
     listed.write_text(f"{source.key(4)}\n{source.key(1)}\n")
-    assert same(open_source(listed), [CONTENT[4], CONTENT[1]])
+    assert same(as_source(listed), [CONTENT[4], CONTENT[1]])
     listed.write_text(f"{path}#99\n")
-    assert "no picture '99'" in complaint(MissingFileError, lambda: open_source(listed))
+    assert "no picture '99'" in complaint(MissingFileError, lambda: as_source(listed))
 
 
 def test_hugging_face_datasets(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_hugging_face_datasets(tmp_path: Path) -> None:
     features = datasets.Features({"label": datasets.Value("int64"), "photo": datasets.Image()})
     dataset = datasets.Dataset.from_dict(rows, features=features)
     dataset.save_to_disk(tmp_path / "saved")
-    for source in (open_pictures(dataset), open_source(tmp_path / "saved")):
+    for source in (open_images(dataset), as_source(tmp_path / "saved")):
         assert isinstance(source, Source) and len(source) == 4
         assert torch.equal(source.load(1).image, load_image(CONTENT[1]))
         assert "item 3 of Dataset" in complaint(ImageError, lambda source=source: source.load(3))
@@ -111,7 +111,7 @@ def test_hugging_face_datasets(tmp_path: Path) -> None:
 def test_tables_that_are_none(make: Any, said: str, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     make(tmp_path / "a.parquet")
-    assert said in complaint(InputError, lambda: open_source(tmp_path / "a.parquet"))
+    assert said in complaint(InputError, lambda: as_source(tmp_path / "a.parquet"))
 
 
 def test_a_table_names_no_files(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_table_names_no_files(tmp_path: Path) -> None:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     column = pa.array([{"bytes": None, "path": str(tmp_path / "secret.png")}], kind)
     pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
-    source = open_source(tmp_path / "a.parquet")
+    source = as_source(tmp_path / "a.parquet")
     assert "holds no bytes" in complaint(ImageError, lambda: source.load(0))
 
 
@@ -132,11 +132,11 @@ def test_patterns_lists_and_several_sources(tmp_path: Path) -> None:
     for i in range(2):
         write_tar(tmp_path / f"{i}.tar", CONTENT[3 * i : 3 * i + 3])
     (tmp_path / "6.png").write_bytes(CONTENT[6])
-    assert same(open_source(tmp_path / "*.tar"), CONTENT[:6])
-    both = joined([open_source(tmp_path / "*.tar"), open_source(tmp_path / "6.png")])
+    assert same(as_source(tmp_path / "*.tar"), CONTENT[:6])
+    both = chained([as_source(tmp_path / "*.tar"), as_source(tmp_path / "6.png")])
     assert same(both, CONTENT) and both.key(6) == str(tmp_path / "6.png")
     (tmp_path / "l.txt").write_text(f"6.png\n{tmp_path / '1.tar'}#in/0.png\n")
-    assert same(open_source(tmp_path / "l.txt"), [CONTENT[6], CONTENT[3]])
+    assert same(as_source(tmp_path / "l.txt"), [CONTENT[6], CONTENT[3]])
 
 
 def test_names_in_one_piece() -> None:
@@ -155,7 +155,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
         (tmp_path / link).symlink_to(tmp_path / there)
     top = str(tmp_path / "top")
     found = ["a/2.png", "b/1.png", "there/3.png", "there/deep/4.png"]
-    assert [os.path.relpath(path, top) for path in list_pictures(top)] == found
+    assert [os.path.relpath(path, top) for path in list_images(top)] == found
     assert sorted(walk(top)) == sorted(os.path.join(top, name) for name in [*found, "gone"]), (
         "a link to no folder is a file"
     )
@@ -165,7 +165,7 @@ def test_an_empty_path_is_not_the_folder_one_is_in(tmp_path: Path, monkeypatch: 
     """A variable of the shell that is not set."""
     (tmp_path / "a.png").write_bytes(CONTENT[0])
     monkeypatch.chdir(tmp_path)
-    assert "empty path" in complaint(MissingFileError, lambda: open_source(""))
+    assert "empty path" in complaint(MissingFileError, lambda: as_source(""))
 
 
 class Column:
@@ -185,7 +185,7 @@ class Column:
 
 
 def test_a_column_of_a_data_frame_keeps_its_order() -> None:
-    source = open_pictures(Column(["b.png", "a.png"]))  # type: ignore[arg-type]
+    source = open_images(Column(["b.png", "a.png"]))  # type: ignore[arg-type]
     assert isinstance(source, Source) and [source.key(i) for i in range(2)] == ["b.png", "a.png"]
 
 
