@@ -237,12 +237,6 @@ def test_what_is_closed_is_not_said_to_be_damaged(tmp_path) -> None:
         assert "item 1 was closed before it was read" in text and "damaged" not in text
 
 
-@pytest.mark.parametrize("kind", ["U", "O"])
-def test_an_array_of_paths_is_a_list_of_them(kind: str) -> None:
-    """A column of a table."""
-    assert each_image(np.array(["a.png", "b.png"], kind)) == ["a.png", "b.png"]
-
-
 def test_open_files_are_read(tmp_path) -> None:
     """A stream is one picture, not an iterable of its lines."""
     content = encoded(Image.fromarray(photo(20, 30)))
@@ -333,10 +327,6 @@ def test_a_file_has_its_name_and_its_number(tmp_path) -> None:
     path.write_bytes(PNG[:500])
     text = complaint(ImageError, lambda: plain(64).batch([photo(64, 64), path]))
     assert f"cannot decode '{path}' (item 1): " in text
-
-
-def test_a_dictionary_is_no_list_of_pictures() -> None:
-    assert "dict" in complaint(InputTypeError, lambda: each_image({"a.jpg": 1}))
 
 
 @pytest.mark.parametrize("row", [{"image": PNG}, (PNG, 3), [PNG]], ids=["dict", "tuple", "list"])
