@@ -58,9 +58,9 @@ def open_all(given: Iterable[str | Source], base: str | None = None) -> Source:
 
 def _is_file(given: str | Source) -> bool:
     """One image: an address, or a file that is no list and no archive."""
-    if isinstance(given, Source) or address_scheme(given):
-        return isinstance(given, str)
-    return os.path.isfile(given) and not given.lower().endswith((*LISTS, *ARCHIVES))
+    if isinstance(given, Source):
+        return False
+    return bool(address_scheme(given)) or (os.path.isfile(given) and not given.lower().endswith((*LISTS, *ARCHIVES)))
 
 
 def as_source(spec: Any) -> Source:
@@ -73,16 +73,18 @@ def as_source(spec: Any) -> Source:
     """
     if not isinstance(spec, (str, os.PathLike)):
         return _open_dataset(spec)
-    text = os.fsdecode(spec)
+    text = os.path.expanduser(os.fsdecode(spec))
     if not text:  # such as a variable of the shell that is not set; it is not the folder one is in
         raise MissingFileError("a source is an empty path; give a picture, folder or pattern")
     if address_scheme(text):
         return Files([text])
-    path = Path(text).expanduser()
+    path = Path(text)
     if (path / "state.json").is_file():
         return _open_dataset(_saved_dataset(path))
     if is_collection(path):
-        return open_all(list_images(path), fixed_part(path))
+        found, base = list_images(path), fixed_part(path)
+        mixed = not path.is_dir() and any(name.lower().endswith((*LISTS, *ARCHIVES)) for name in found)
+        return open_all(found, base) if mixed else Files(found, base)
     if not path.is_file():
         raise MissingFileError(f"no picture, folder or pattern at '{path.absolute()}'; check the path")
     suffix = path.suffix.lower()
