@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .features.vectors import EmbedReport as EmbedReport
     from .images.decode import ImageLike as ImageLike
     from .images.decode import load_image as load_image
-    from .images.paths import list_pictures as list_pictures
+    from .images.paths import list_images as list_images
     from .images.preprocess import Fit as Fit
     from .images.preprocess import Preprocess as Preprocess
     from .model.network import BackboneOutput as BackboneOutput
@@ -53,7 +53,7 @@ _HOMES = {
     "features.result": "Features LayerFeatures",
     "features.vectors": "EmbedReport",
     "images.decode": "ImageLike load_image",
-    "images.paths": "list_pictures",
+    "images.paths": "list_images",
     "images.preprocess": "Fit Preprocess",
     "model.rope": "RopeAugmentation",
     "model.network": "BackboneOutput LayerOutput",

@@ -27,7 +27,8 @@ from .features.stream import Decode, OnError, in_order, items_of
 from .features.vectors import EmbedOptions, EmbedReport, Kind, OutDtype
 from .hub.locate import HubOptions, locate, locate_file
 from .hub.publish import push
-from .images.decode import ImageLike, split_batch
+from .images.decode import ImageLike
+from .images.opening import each_image
 from .images.preprocess import Fit, PixelBatch, Preprocess
 from .images.sources import Numbered, Source
 from .model import dropin
@@ -207,24 +208,24 @@ class Backbone(Network):
         """
         extractor = self.extractor
         blocks = extractor.layers(layers, pooling, facet)
-        batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
+        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
         return extractor.features([batch], blocks, pooling, facet)[0]
 
     @overload
     def iter_features(
-        self, images: Images, *, on_error: Literal["raise"] = ..., **options: Any
+        self, images: Images | Source, *, on_error: Literal["raise"] = ..., **options: Any
     ) -> Iterator[Features]: ...
     @overload
     def iter_features(
-        self, images: Images, *, on_error: Literal["return"], **options: Any
+        self, images: Images | Source, *, on_error: Literal["return"], **options: Any
     ) -> Iterator[Features | Dinov3Error]: ...
     @overload
     def iter_features(
-        self, images: Images, *, on_error: OnError, **options: Any
+        self, images: Images | Source, *, on_error: OnError, **options: Any
     ) -> Iterator[Features | Dinov3Error | None]: ...
     def iter_features(  # type: ignore[misc]  # which options there are is known by this signature alone
         self,
-        images: Images,
+        images: Images | Source,
         *,
         size: int | tuple[int, int] | None = None,
         fit: Fit | None = None,
@@ -254,7 +255,7 @@ class Backbone(Network):
 
         transform = self.preprocess.with_options(size, fit)
         batcher = extractor.batcher(transform, features, batch_size, num_workers=num_workers)
-        return in_order(batcher(items_of(split_batch(images))), on_error)
+        return in_order(batcher(items_of(images if isinstance(images, Source) else each_image(images))), on_error)
 
     @overload
     def embed(self, images: Collection, out: None = None, **options: Any) -> np.ndarray[Any, Any]: ...
@@ -321,7 +322,7 @@ class Backbone(Network):
         if not hasattr(layer, "__index__"):
             raise InputTypeError(f"layer is the number of one block, got {layer!r}; call it once for each")
         (block,) = resolve_layers([layer], self.n_blocks)
-        batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
+        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
         return self.extractor.attention_maps(batch, block, None if query == "cls" else _point(query))
 
     def check_precision(
@@ -333,7 +334,7 @@ class Backbone(Network):
 
         Raises: as `extract_features`.
         """
-        batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
+        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
         return self.extractor.precision(batch)
 
     @property

@@ -24,7 +24,7 @@ from .features.disk.write import Writer
 from .features.result import Pooling
 from .features.vectors import EmbedOptions
 from .images.containers import pyarrow
-from .images.opening import open_pictures
+from .images.opening import open_images
 from .images.preprocess import Fit
 from .images.sources import Source
 
@@ -135,7 +135,7 @@ def embed_dataset(
     check_cluster(actors, num_cpus, num_gpus, ray.cluster_resources())
     path = Path(out).expanduser().absolute()
     target = Target.find(f"{path}{os.sep}")
-    source = open_pictures(pictures)
+    source = open_images(pictures)
     if not isinstance(source, Source):
         raise InputError("a stream cannot be shared by several machines; give a folder, list file, archive or paths")
     count = -(-len(source) // shard_size)

@@ -12,13 +12,12 @@ from ..features.disk.lists import write_list
 from ..features.disk.store import Store
 from ..images.decode import ImageLike
 from ..images.opening import open_names
-from ..images.paths import is_collection, list_pictures
+from ..images.paths import is_collection, list_images
 from ..images.preprocess import Preprocess
 from ..system import whole
 from ..tasks.neighbours import nearest
 from ..tasks.overlay import panel, sheet
-from .common import load_backbone
-from .inputs import check_file
+from .inputs import check_file, load_backbone
 from .main import OK, say, tell
 
 __all__ = ["run"]
@@ -29,7 +28,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 def run(args: argparse.Namespace) -> int:
     outs = [check_file(out, args.overwrite, (*PICTURES, ".txt")) for out in args.out or ()]
     store = Store(args.vectors)
-    queries = list_pictures(args.query) if is_collection(args.query) else [args.query]
+    queries = list_images(args.query) if is_collection(args.query) else [args.query]
     vectors = _embedded(store, queries, args)
     scores, numbers = nearest(store, vectors, args.count, _device())
     best = torch.full((len(store),), -torch.inf).scatter_reduce(0, numbers.flatten(), scores.flatten(), "amax")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..images.decode import ImageLike
-from ..images.opening import open_pictures
+from ..images.opening import open_images
 from ..images.sources import Numbered, Source
 from .disk.target import Target
 from .disk.write import Writer
@@ -26,7 +26,7 @@ def embed(
 ) -> np.ndarray[Any, Any] | EmbedReport:
     """What `Backbone.embed` describes."""
     target = None if out is None else Target.find(out, options.overwrite)
-    opened = open_pictures(images)
+    opened = open_images(images)
     if target is not None:
         return Writer(target, opened, extractor, options).run()
     batcher = extractor.batcher(

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import Dinov3Error, InputError, InputTypeError, check_choice
-from ..images.decode import ImageLike
+from ..images.decode import Decoded, ImageLike, TargetSize, decode
 from ..images.paths import name_of
 from ..images.preprocess import PixelBatch, Placement, Preprocess
-from ..images.reduced import Loaded, Wanted, decode
 from ..images.sources import Items, Source
 
 __all__ = [
@@ -51,7 +50,7 @@ class Item(NamedTuple):
 
     number: int  # in the input, from 0
     path: str | None  # None for pictures that came as objects
-    load: Callable[[Wanted | None], Loaded]
+    load: Callable[[TargetSize | None], Decoded]
     alone: bool = False  # not in a thread: an open picture or stream may come twice, and cannot be read twice at once
 
 

@@ -107,13 +107,13 @@ class Health:
     @torch.no_grad()
     def _features(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
         """Class tokens [n, C], and cosines between the patches of the first pictures."""
-        device = backbone.cls_token.device
+        device, dtype = backbone.main_weight.device, backbone.main_weight.dtype
         transform = backbone.preprocess.with_options(self._side(backbone), "squash")
         tokens: list[Tensor] = []
         maps: list[Tensor] = []
         for start in range(0, len(self.pictures), 32):
             images = [self.data.read(i) for i in self.pictures[start : start + 32]]
-            out = backbone(transform.batch(images).pixels.to(device, backbone.cls_token.dtype))
+            out = backbone(transform.batch(images).pixels.to(device, dtype))
             tokens.append(out.cls_token)
             if start < _DRIFT_PICTURES:
                 patches = F.normalize(out.patch_tokens.float(), dim=-1)

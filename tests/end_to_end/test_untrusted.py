@@ -23,8 +23,7 @@ from dinov3_infer.checkpoints.layouts import normalise
 from dinov3_infer.checkpoints.reading import MAX_JSON, open_checkpoint
 from dinov3_infer.errors import ImageError, InputError, InputTypeError, MissingFileError
 from dinov3_infer.images import decode as images
-from dinov3_infer.images.decode import load_image
-from dinov3_infer.images.reduced import decode
+from dinov3_infer.images.decode import decode, load_image
 
 STATE = meta_named(hf_model(SOURCES["dinov3"]).state_dict(), SOURCES["dinov3"])
 
