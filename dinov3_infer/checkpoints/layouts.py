@@ -9,24 +9,27 @@ Sources: dinov3 at 6876159, dinov2 at b8931f7, dino main; transformers 5.23.0; t
 """
 
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Literal, TypeAlias
+
+from ..errors import InputError
+from ..model.vit import ViTConfig
 
 __all__ = [
     "LAYOUTS",
     "Folded",
     "Joined",
     "Layout",
+    "LayoutName",
     "Masked",
     "Nested",
+    "Parts",
     "Row",
-    "normalise",
-    "recognise",
-    "row_of",
-    "sources",
+    "layout_for",
 ]
+
+LayoutName = Literal["hf", "meta", "timm"]
 
 ZEROS = "?"  # a part that no file holds; its name is ""
 
@@ -82,8 +85,17 @@ def _qkv(query: str, key: str, value: str, *, key_bias: str = "") -> dict[str, R
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Where one of our tensors lies in a file."""
+
+    row: Row
+    names: tuple[str, ...]  # in the file, in the order of the row
+    optional: frozenset[str]  # those of them that may be absent
+
+
+@dataclass(frozen=True)
 class Layout:
-    name: str  # "meta", "hf" or "timm"
+    name: LayoutName
     family: str  # "dinov3", "dinov2" or "dino"
     has: tuple[str, ...]  # patterns of names that are all there, once wrapper prefixes are gone ...
     lacks: tuple[str, ...]  # ... and patterns that are not
@@ -94,6 +106,31 @@ class Layout:
     @property
     def label(self) -> str:
         return f"{self.name} ({self.family})"
+
+    def depth(self, names: Iterable[str]) -> int:
+        """How many blocks a file with these names has."""
+        before = re.escape(str(self.rows["blocks.#.norm1.weight"]).partition("#")[0])
+        found = (re.match(rf"{before}(\d{{1,3}})\.", name) for name in names)
+        return max((int(match[1]) + 1 for match in found if match), default=0)
+
+    def parts(self, depth: int) -> dict[str, Parts]:
+        """The table for a network of so many blocks, by our names; a tensor that is not in it has no place here."""
+        return {
+            ours.replace("#", str(number)): _parts(row, str(number))
+            for ours, row in self.rows.items()
+            for number in range(depth if "#" in ours else 1)
+        }
+
+
+def _parts(row: Row, number: str) -> Parts:
+    if isinstance(row, Joined):
+        written = row.parts
+    elif isinstance(row, Masked):
+        written = (row.value, row.mask)
+    else:
+        written = (row if isinstance(row, str) else row.name,)
+    names = tuple(name.removeprefix("?").replace("#", number) for name in written)
+    return Parts(row, names, frozenset(name for name, w in zip(names, written, strict=True) if w.startswith("?")))
 
 
 _PLAIN: dict[str, Row] = {  # names that Meta and timm share; ours are Meta's
@@ -268,55 +305,12 @@ TIMM_V1 = Layout(
 # The first that fits counts.  Meta's and timm's DINO v1 have the same names: only a config or `layout=` can tell.
 LAYOUTS = (META_V3, META_V2, META_V1, HF_V3, HF_V2_GATED_LIVE, HF_V2, HF_V1, TIMM_V3, TIMM_V2_REG, TIMM_V2, TIMM_V1)
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-_ANCHORS = re.compile(r"^(.*?)(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?)\.weight$")
 
-
-def normalise(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Groups the names of a file by backbone: prefix -> {name without wrappers and prefix: name in the file}.
-
-    Where a backbone begins is told by its patch embedding.  Names under no such prefix are in no group.
-    """
-    clean = {_WRAPPERS.sub("", name): name for name in names}
-    prefixes = {match[1] for name in clean if (match := _ANCHORS.match(name))}
-    ordered = sorted(clean)  # those of a prefix lie together, so that thousands of prefixes take no longer than one
-
-    def under(prefix: str) -> list[str]:
-        start = bisect_left(ordered, prefix)
-        return ordered[start : bisect_right(ordered, prefix, start, key=lambda name: name[: len(prefix)])]
-
-    return {p: {name[len(p) :]: clean[name] for name in under(p)} for p in sorted(prefixes)}
-
-
-def recognise(names: Iterable[str], layout: str | None = None) -> list[Layout]:
-    """The layouts that these names (without prefix) can be, of the kind `layout` if given."""
-    names = set(names)
-
-    def any_matches(pattern: str) -> bool:
-        return any(re.fullmatch(pattern, name) for name in names)
-
-    return [
-        candidate
-        for candidate in LAYOUTS
-        if layout in (None, candidate.name)
-        and all(any_matches(p) for p in candidate.has)
-        and not any(any_matches(p) for p in candidate.lacks)
-    ]
-
-
-def row_of(layout: Layout, ours: str) -> tuple[Row | None, str]:
-    """The row of one of our names, and the number of its block ("" outside the blocks)."""
-    match = re.match(r"blocks\.(\d+)\.", ours)
-    number = match[1] if match else ""
-    return layout.rows.get(re.sub(r"^blocks\.\d+\.", "blocks.#.", ours)), number
-
-
-def sources(row: Row, number: str = "") -> tuple[tuple[str, bool], ...]:
-    """What a row draws on: each name in the file, and whether it has to be there."""
-    if isinstance(row, Joined):
-        names = row.parts
-    elif isinstance(row, Masked):
-        names = (row.value, row.mask)
-    else:
-        names = (row if isinstance(row, str) else row.name,)
-    return tuple((name.removeprefix("?").replace("#", number), not name.startswith("?")) for name in names)
+def layout_for(config: ViTConfig, name: LayoutName) -> Layout:
+    """The table that writes this architecture in layout `name`."""
+    family = "dinov3" if config.position_grid is None else "dinov2" if config.layerscale else "dino"
+    for_others = (HF_V2_GATED_LIVE, TIMM_V2 if config.num_registers else TIMM_V2_REG)
+    for candidate in LAYOUTS:
+        if (candidate.name, candidate.family) == (name, family) and candidate not in for_others:
+            return candidate
+    raise InputError(f"layout is one of 'hf', 'meta', 'timm'; got {name!r}")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, Dinov3Error, MissingFileError
+from .layouts import LayoutName
 
 __all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "open_checkpoint", "read_index"]
 
@@ -100,6 +101,8 @@ class Checkpoint:
     tensors: TensorSource
     config: Mapping[str, Any] = field(default_factory=dict)  # config.json
     processor: Mapping[str, Any] = field(default_factory=dict)  # preprocessor_config.json
+    layout: LayoutName | None = None  # where whoever opened it knows whose names these are
+    known: Mapping[str, Any] = field(default_factory=dict)  # fields of a ViTConfig, known better than from config.json
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -126,17 +129,18 @@ def _open(path: Path) -> Checkpoint:
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         raise CheckpointError(f"'{path}' is a pipe or a device; give a file or a folder")
     file = _file_in(path) if stat.S_ISDIR(mode) else path
-    beside: list[dict[str, Any]] = [{}, {}]
+    config: dict[str, Any] = {}
+    processor: dict[str, Any] = {}
     if file is not path or file.name in (*_NAMES, INDEX):  # a file of any other name may lie in any company
         paths = (file.parent / CONFIG, file.parent / PROCESSOR)
-        beside = [_read_json(p) if p.is_file() else {} for p in paths]
+        config, processor = (_read_json(p) if p.is_file() else {} for p in paths)
     if file.name.endswith(".index.json"):
-        return Checkpoint(str(path), _open_shards(file), *beside)
+        return Checkpoint(str(path), _open_shards(file), config, processor)
     kind = _kind_of(file)
     tensors: TensorSource = (
         SafetensorsFiles([file]) if kind == "safetensors" else _read_torch(file, zipped=kind == "zip")
     )
-    return Checkpoint(str(path), tensors, *beside)
+    return Checkpoint(str(path), tensors, config, processor)
 
 
 def _file_in(folder: Path) -> Path:
