@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from .checkpoints.architecture import rows_like
-from .checkpoints.describe import describe, transform_of
+from .checkpoints.describe import describe, open_module, transform_of
 from .checkpoints.export import Dynamic, export_model
 from .checkpoints.fingerprint import fingerprint
 from .checkpoints.layouts import LayoutName
-from .checkpoints.live import open_module
-from .checkpoints.loading import Periods, load
+from .checkpoints.loading import Periods, load_model
 from .checkpoints.reading import open_checkpoint
 from .checkpoints.saving import save_checkpoint
 from .errors import InputError, InputTypeError, check_choice
@@ -89,7 +88,7 @@ class Backbone(FeatureExtractor):
         path, asked = locate(name, HubOptions(revision, token, cache_dir, local_files_only), weights)
         checkpoint = open_checkpoint(path)
         found = describe(checkpoint, layout=layout, expected=asked, preprocessing=preprocessing)
-        model = load(cls, found, dtype=cast, device=target_device, periods=rope_periods)
+        model = load_model(cls, found, dtype=cast, device=target_device, periods=rope_periods)
         model.info, model.preprocess = found.info, found.preprocess
         model.set_attention(attn_implementation)
         model.mode = mode
@@ -99,8 +98,10 @@ class Backbone(FeatureExtractor):
                 "DINO models are trained in bfloat16 and float16 can overflow; results are checked, "
                 "and bfloat16 is the safer choice"
             )
-        what = found.info.name if found.info else "an architecture of its own"
-        log.debug("%s: layout %s, %s", path, found.stored.layout.label, what)
+        log.debug(
+            "%s: layout %s, %s",
+            path, found.stored.layout.label, found.info.name if found.info else "an architecture of its own",
+        )  # fmt: skip
         return model
 
     @classmethod
@@ -135,7 +136,7 @@ class Backbone(FeatureExtractor):
         if isinstance(model, Backbone):
             raise InputError("this module is a Backbone already; use it as it is, or copy.deepcopy it")
         found = describe(open_module(model))
-        adopted = load(cls, found, keep=True)
+        adopted = load_model(cls, found, keep=True)
         adopted.info, adopted.preprocess = found.info, found.preprocess
         adopted.mixed_precision = False
         return adopted

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import CheckpointError, UnsupportedError
 from ..model.layers import PositionResize, ViTConfig
 from ..zoo import ARCHITECTURES, MODELS, ModelInfo
-from .layouts import Folded, Joined, Layout
+from .layouts import Layout
 from .reading import Checkpoint
 from .recognise import HF_EPS, Stored
 
@@ -42,18 +42,13 @@ def architecture(
     if expected is not None and not same_architecture(expected.config, shown):
         raise CheckpointError(f"it {looks_like(shown)}; you asked for {expected.name} {_size(vars(expected.config))}")
     fields = {**shown, **known}
-    assumed = []
     twin = next((c for c in ARCHITECTURES.values() if same_architecture(c, shown)), None)
-    if "num_heads" not in fields:
-        fields["num_heads"] = max(1, shown["embed_dim"] // 64) if twin is None else twin.num_heads
-        if twin is None:
-            assumed.append(f"{fields['num_heads']} heads of width 64")
-    if "norm_eps" not in fields:
-        fields["norm_eps"] = _usual_eps(stored.layout, shown["key_bias"])
-        if twin is None:
-            assumed.append(f"a norm epsilon of {fields['norm_eps']:g}")
+    heads = max(1, shown["embed_dim"] // 64) if twin is None else twin.num_heads
+    eps = _usual_eps(stored.layout, shown["key_bias"])
+    said = {"num_heads": f"{heads} heads of width 64", "norm_eps": f"a norm epsilon of {eps:g}"}
+    assumed = [words for name, words in said.items() if twin is None and name not in fields]
     note = f"the file does not state everything; taken: {', '.join(assumed)}" if assumed else None
-    return ViTConfig(**fields), note
+    return ViTConfig(**{"num_heads": heads, "norm_eps": eps, **fields}), note
 
 
 def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,9 +56,8 @@ def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = str(config.get("model_type"))
     if kind not in HF_EPS:
         return {}
-    gated = config.get("use_gated_mlp", config.get("use_swiglu_ffn", False))
     activation = config.get("hidden_act", "gelu")
-    if not gated and activation != "gelu":
+    if activation != "gelu" and not config.get("use_gated_mlp", config.get("use_swiglu_ffn", False)):
         raise UnsupportedError(
             f"config.json asks for the activation {reprlib.repr(activation)}; DINO models use the exact 'gelu'"
         )
@@ -119,9 +113,8 @@ def _shown(stored: Stored) -> dict[str, Any]:
     def needed(ours: str, dimensions: int) -> tuple[int, ...]:
         found = shape(ours)
         if found is None or len(found) != dimensions or 0 in found:
-            first = ours.replace("#", "0")
-            name = stored.parts[first].names[0] if first in stored.parts else first
-            fault = "missing" if found is None else f"of shape {list(found)}"
+            parts = stored.parts.get(first := ours.replace("#", "0"))
+            name, fault = parts.names[0] if parts else first, "missing" if found is None else f"of shape {list(found)}"
             raise CheckpointError(
                 f"the names are those of layout {layout.label}, but '{name}' is {fault}; is the file whole?"
             )
@@ -132,10 +125,9 @@ def _shown(stored: Stored) -> dict[str, Any]:
     if conv[1] != 3 or conv[2] != conv[3]:
         raise UnsupportedError(f"the patch embedding has shape {list(conv)}; only RGB and square patches are supported")
     fc2, gate_up = shape("blocks.#.mlp.fc2.weight"), shape("blocks.#.mlp.gate_up.weight")
+    gated = gate_up is not None
     if gate_up is not None and layout.rows["blocks.#.mlp.gate_up.weight"] == layout.rows["blocks.#.mlp.fc1.weight"]:
         gated = fc2 is not None and len(fc2) == 2 and gate_up[:1] == (2 * fc2[1],)  # timm's giant, an MLP by name
-    else:
-        gated = gate_up is not None
     registers = shape("register_tokens")
     num_registers = registers[1] if registers is not None and len(registers) == 3 else 0
     positions = shape("pos_embed") if layout.family == "dinov3" else needed("pos_embed", 3)
@@ -147,7 +139,7 @@ def _shown(stored: Stored) -> dict[str, Any]:
         gated=gated,
         patch_size=conv[2],
         num_registers=num_registers,
-        position_grid=None if positions is None else _grid_side(layout, positions),
+        position_grid=None if positions is None else _grid_side(stored, positions),
         position_resize=_resize_rule(layout, num_registers),
         qkv_bias=qkv_bias,
         key_bias=_key_bias(stored) if qkv_bias else positions is not None,
@@ -167,12 +159,11 @@ def _key_bias(stored: Stored) -> bool:
     biases = (stored.parts[f"blocks.{number}.attn.qkv.bias"] for number in range(stored.depth))
     optional = {name for parts in biases for name in parts.optional}
     present = not optional.isdisjoint(stored.shapes)
-    row = stored.layout.rows["blocks.#.attn.qkv.bias"]
-    return present if isinstance(row, Joined) and optional else not present
+    return present if optional and stored.parts["blocks.0.attn.qkv.bias"].form == "joined" else not present
 
 
-def _grid_side(layout: Layout, positions: tuple[int, ...]) -> int:
-    count = positions[1] - (0 if isinstance(layout.rows["pos_embed"], Folded) else 1)
+def _grid_side(stored: Stored, positions: tuple[int, ...]) -> int:
+    count = positions[1] - (0 if stored.parts["pos_embed"].form == "folded" else 1)
     side = math.isqrt(max(count, 0))
     if side == 0 or side * side != count:
         raise UnsupportedError(

@@ -54,29 +54,30 @@ def hf_config(config: ViTConfig) -> dict[str, Any]:
         "layerscale_value": 1.0,
     }
     if config.num_registers:
-        name = {"architectures": ["Dinov2WithRegistersModel"], "model_type": "dinov2_with_registers"}
-        return common | name | {"num_register_tokens": config.num_registers}
+        return common | {
+            "architectures": ["Dinov2WithRegistersModel"], "model_type": "dinov2_with_registers",
+            "num_register_tokens": config.num_registers,
+        }  # fmt: skip
     return common | {"architectures": ["Dinov2Model"], "model_type": "dinov2", "use_mask_token": config.mask_token}
 
 
 def hf_processor_config(config: ViTConfig, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
     """The preprocessor_config.json of transformers: what its processor of this family does by default."""
-    side = 224
-    common: dict[str, Any] = {"image_mean": list(mean), "image_std": list(std), "rescale_factor": 1 / 255}
-    common |= {"do_resize": True, "do_rescale": True, "do_normalize": True}
-    if config.position_grid is None:
-        side = 14 * config.patch_size
-        name = {"image_processor_type": "DINOv3ViTImageProcessorFast", "resample": 2}
-        return common | name | {"size": {"height": side, "width": side}}
-    if not config.layerscale:
+    common: dict[str, Any] = {
+        "image_mean": list(mean), "image_std": list(std), "rescale_factor": 1 / 255,
+        "do_resize": True, "do_rescale": True, "do_normalize": True,
+    }  # fmt: skip
+    if config.position_grid is None or not config.layerscale:
+        rope = config.position_grid is None
+        side = 14 * config.patch_size if rope else 224
         return common | {
-            "image_processor_type": "ViTImageProcessor",
+            "image_processor_type": "DINOv3ViTImageProcessorFast" if rope else "ViTImageProcessor",
             "resample": 2,
             "size": {"height": side, "width": side},
         }
     return common | {
         "image_processor_type": "BitImageProcessor", "resample": 3, "do_convert_rgb": True, "do_center_crop": True,
-        "size": {"shortest_edge": 256}, "crop_size": {"height": side, "width": side},
+        "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224},
     }  # fmt: skip
 
 

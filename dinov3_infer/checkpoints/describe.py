@@ -6,16 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..images.preprocess import Preprocess
 from ..model.vit import ViTConfig
 from ..zoo import MODELS, OWN, ModelInfo, Style, find_architecture, preprocess_of
 from .architecture import architecture, rows_like
 from .layouts import LayoutName
-from .reading import CONFIG, PROCESSOR, Checkpoint
-from .recognise import Stored, recognise
+from .reading import CONFIG, PROCESSOR, Checkpoint, TensorsInMemory
+from .recognise import Stored, layout_hint, recognise
 
-__all__ = ["Description", "describe", "identity", "transform_of"]
+__all__ = ["Description", "describe", "identity", "open_module", "transform_of"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -72,10 +74,12 @@ def identity(rows: Sequence[ModelInfo], checkpoint: Checkpoint) -> ModelInfo | N
     stem, tag = Path(checkpoint.path).stem, f".{timm.get('tag')}" if isinstance(timm, dict) else "."
     if ours.get("from_scratch") is True:
         rows = [replace(row, licence=OWN) for row in rows]
-    for row in rows:
-        if row.name == ours.get("name") or (row.timm_id or "").endswith(tag) or row.meta_file == stem:
-            return row
-    return rows[0] if rows else None
+    named = (
+        row
+        for row in rows
+        if row.name == ours.get("name") or (row.timm_id or "").endswith(tag) or row.meta_file == stem
+    )
+    return next(named, rows[0] if rows else None)
 
 
 def _our_block(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -109,3 +113,34 @@ def _with_stored_statistics(transform: Preprocess, checkpoint: Checkpoint) -> Pr
                 file = PROCESSOR if source is checkpoint.processor else CONFIG
                 raise CheckpointError(f"{file} of '{checkpoint.path}' is wrong: {error}; mend it") from None
     return transform
+
+
+def open_module(model: nn.Module) -> Checkpoint:
+    """A live module of transformers, timm or Meta as a checkpoint: its tensors, and what it knows besides."""
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    stated = [c.to_dict() for c in configs if hasattr(c, "to_dict") and layout_hint(c.to_dict()) == "hf"]
+    origins = {type(module).__module__.split(".")[0] for module in model.modules()}
+    return Checkpoint(
+        f"a live {type(model).__name__}",
+        TensorsInMemory(model.state_dict(keep_vars=True)),
+        config=stated[0] if stated else _timm_config(model),
+        layout="timm" if "timm" in origins else "hf" if "transformers" in origins else None,
+        known={} if stated else _settings(model),
+    )
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """What a timm or Meta module knows and its tensors do not show."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if name.endswith("blocks.0.attn") and isinstance(getattr(module, "num_heads", None), int):
+            found["num_heads"] = module.num_heads
+        if name.endswith("blocks.0.norm1") and isinstance(getattr(module, "eps", None), float):
+            found["norm_eps"] = module.eps
+    return found
+
+
+def _timm_config(model: nn.Module) -> dict[str, Any]:
+    """timm's config.json of a live module, as far as it knows which weights it holds."""
+    cfg: Any = next((c for module in model.modules() if (c := getattr(module, "pretrained_cfg", None))), {})
+    return {"pretrained_cfg": dict(cfg.to_dict() if hasattr(cfg, "to_dict") else cfg)} if cfg else {}

@@ -17,16 +17,16 @@ from ..model.rope import rope_periods
 from ..model.vit import VisionTransformer, ViTConfig
 from .architecture import looks_like
 from .describe import Description
-from .layouts import Folded, Joined, Masked, Nested, Parts
+from .layouts import Parts
 from .recognise import Stored, some
 
-__all__ = ["Periods", "load"]
+__all__ = ["Periods", "load_model"]
 
 Periods = Literal["exact", "bfloat16"]
 M = TypeVar("M", bound=VisionTransformer)
 
 
-def load(
+def load_model(
     make: Callable[[ViTConfig], M],
     found: Description,
     *,
@@ -56,14 +56,11 @@ def _account(model: VisionTransformer, found: Description) -> dict[str, Parts]:
     """Where each tensor of the model lies in the file; raises for whatever is missing, left over or misshapen."""
     stored = found.stored
     in_any_block = {_any_block(name) for name in stored.shapes}
-    needed: dict[str, Parts] = {}
+    targets = model.state_dict()
+    needed = {ours: stored.parts[ours] for ours in targets if ours in stored.parts}
     faults: dict[str, list[str]] = defaultdict(list)
-    for ours, target in model.state_dict().items():
-        parts = stored.parts.get(ours)
-        if parts is None:
-            faults["missing"].extend([ours] if ours != "rope_periods" else [])  # those can be computed
-            continue
-        needed[ours] = parts
+    faults["missing"] = [ours for ours in targets if ours not in {*needed, "rope_periods"}]  # those can be computed
+    for ours, parts in needed.items():
         absent = [
             name
             for name in parts.names
@@ -74,10 +71,10 @@ def _account(model: VisionTransformer, found: Description) -> dict[str, Parts]:
             continue
         kinds = {name: stored.dtypes[name] for name in parts.names if name in stored.shapes}
         faults["not stored as floating point numbers"].extend(name for name, kind in kinds.items() if kind is None)
-        if _shape(parts, stored) != tuple(target.shape):
+        if _shape(parts, stored) != targets[ours].shape:
             first = parts.names[0]
             faults["of another shape"].append(
-                f"{first} {list(stored.shapes[first])} for our {ours} {list(target.shape)}"
+                f"{first} {list(stored.shapes[first])} for our {ours} {list(targets[ours].shape)}"
             )
     used = {name for parts in needed.values() for name in parts.names}
     unused = "|".join(stored.layout.unused) or r"(?!)"
@@ -101,17 +98,17 @@ def _any_block(name: str) -> str:
 
 def _shape(parts: Parts, stored: Stored) -> tuple[int, ...]:
     """The shape that our tensor gets from its parts in the file; () where they do not go together."""
-    row, first = parts.row, stored.shapes[parts.names[0]]
+    first = stored.shapes[parts.names[0]]
     shapes = [stored.shapes.get(name) for name in parts.names]
-    if isinstance(row, Joined):
+    if parts.form == "joined":
         if not all(shape is None or (shape and shape[1:] == first[1:]) for shape in shapes):
             return ()
         return (sum((shape or first)[0] for shape in shapes), *first[1:])
-    if isinstance(row, Masked) and shapes[1] not in (None, first):
+    if parts.form == "masked" and shapes[1] not in (None, first):
         return ()
-    if isinstance(row, Folded):
+    if parts.form == "folded":
         return (first[0], first[1] + 1, *first[2:]) if len(first) > 1 else ()
-    return first[1:] if isinstance(row, Nested) and first[:1] == (1,) else first
+    return first[1:] if parts.form == "nested" and first[:1] == (1,) else first
 
 
 @torch.no_grad()
@@ -154,8 +151,8 @@ def _matrix_names(model: VisionTransformer) -> set[str]:
 
 def _read(parts: Parts, stored: Stored, dtype: torch.dtype, device: torch.device) -> Tensor:
     """One tensor of ours."""
-    row, names = parts.row, parts.names
-    if isinstance(row, Joined):
+    names = parts.names
+    if parts.form == "joined":
         first = stored.shapes[names[0]]
         lengths = [stored.shapes.get(name, first)[0] for name in names]
         joined = torch.zeros(sum(lengths), *first[1:], dtype=dtype, device=device)
@@ -164,14 +161,14 @@ def _read(parts: Parts, stored: Stored, dtype: torch.dtype, device: torch.device
                 target.copy_(_tensor(stored, name, copying=True))
         return joined
     tensor = _tensor(stored, names[0])
-    if isinstance(row, Masked) and names[1] in stored.shapes:
+    if parts.form == "masked" and names[1] in stored.shapes:
         mask = _tensor(stored, names[1])
         if not mask.isfinite().all():
             raise CheckpointError(f"'{names[1]}' holds NaN: the model was saved before init_weights ran; save it again")
         tensor = tensor * mask.to(tensor.dtype)
-    elif isinstance(row, Nested):
+    elif parts.form == "nested":
         tensor = tensor.squeeze(0)
-    elif isinstance(row, Folded):
+    elif parts.form == "folded":
         tensor = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
     return tensor.to(device, dtype)
 

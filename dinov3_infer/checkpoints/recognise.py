@@ -3,7 +3,7 @@
 import logging
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
@@ -53,20 +53,20 @@ def recognise(checkpoint: Checkpoint, layout: LayoutName | None = None) -> Store
         kinds = "layout" if layout is None else f"layout {layout!r}"
         raise CheckpointError(f"the names in '{checkpoint.path}' are those of no known {kinds}: {some(group)}")
     chosen = candidates[0]
-    if len({c.name for c in candidates}) > 1:
+    others = " or ".join(sorted({repr(c.name) for c in candidates} - {repr(chosen.name)}))
+    if others:
         hint = layout_hint(checkpoint.config)
-        named = [c for c in candidates if c.name == hint]
-        if named:
-            chosen = named[0]
-        else:
-            others = " or ".join(sorted({repr(c.name) for c in candidates} - {repr(chosen.name)}))
+        chosen = next((c for c in candidates if c.name == hint), chosen)
+        if chosen.name != hint:
             log.warning(
                 "%s: %s and %s use the same names here; taken as %r, pass layout=%s to resize positions by its rule",
                 checkpoint.path, chosen.name, others, chosen.name, others,
             )  # fmt: skip
     if prefix:
-        taken, aside = len(group), len(checkpoint.tensors.shapes) - len(group)
-        log.info("%s: took %d tensors under '%s', left %d others aside", checkpoint.path, taken, prefix, aside)
+        log.info(
+            "%s: took %d tensors under '%s', left %d others aside",
+            checkpoint.path, len(group), prefix, len(checkpoint.tensors.shapes) - len(group),
+        )  # fmt: skip
     spelled: dict[str, str] = {}
     for name, original in group.items():
         for pattern, replacement in chosen.spellings:
@@ -92,20 +92,18 @@ def normalise(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def _choose_prefix(checkpoint: Checkpoint, prefixes: list[str]) -> str:
-    if len(prefixes) == 1:
-        return prefixes[0]
     teachers = [p for p in prefixes if re.search(r"(^|\.|_)(teacher|ema)", p) and "gram" not in p]
-    if len(teachers) == 1:
-        return teachers[0]
-    listed = ", ".join(repr(p) for p in prefixes)
-    raise CheckpointError(
-        f"'{checkpoint.path}' holds {len(prefixes)} backbones, under {listed}; save the one you want on its own"
-    )
+    chosen = prefixes if len(prefixes) == 1 else teachers
+    if len(chosen) != 1:
+        raise CheckpointError(
+            f"'{checkpoint.path}' holds {len(prefixes)} backbones, under {', '.join(map(repr, prefixes))}; "
+            "save the one you want on its own"
+        )
+    return chosen[0]
 
 
-def _layouts_of(names: Iterable[str], layout: LayoutName | None) -> list[Layout]:
+def _layouts_of(names: Collection[str], layout: LayoutName | None) -> list[Layout]:
     """The layouts that these names (without prefix) can be, of the kind `layout` if given."""
-    names = set(names)
 
     def any_matches(pattern: str) -> bool:
         return any(re.fullmatch(pattern, name) for name in names)
@@ -137,10 +135,12 @@ def some(names: Iterable[str], most: int = 8) -> str:
 
 def _what_is_there(tensors: TensorSource) -> str:
     names = list(tensors.shapes)
-    if not names:
-        return "it has no tensors"
-    if any(re.search(r"dwconv|conv_dw|depthwise_conv", name) for name in names):
-        return "it is a ConvNeXt, which is not here; timm has DINOv3's as convnext_*.dinov3_lvd1689m"
-    if any("head" in name or "decoder" in name or "classifier" in name for name in names):
-        return f"it looks like a head without its backbone ({some(names, 3)})"
-    return f"no patch embedding among its {len(names)} tensors ({some(names, 3)})"
+    found = (
+        (
+            r"dwconv|conv_dw|depthwise_conv",
+            "it is a ConvNeXt, which is not here; timm has DINOv3's as convnext_*.dinov3_lvd1689m",
+        ),
+        (r"head|decoder|classifier", f"it looks like a head without its backbone ({some(names, 3)})"),
+        (r"", f"no patch embedding among its {len(names)} tensors ({some(names, 3)})"),
+    )
+    return next((what for pattern, what in found if any(re.search(pattern, n) for n in names)), "it has no tensors")

@@ -21,7 +21,7 @@ from ..zoo import OWN, ModelInfo
 from . import layouts
 from .architecture import reading_differs
 from .config_json import hf_config, hf_processor_config, timm_config
-from .layouts import Folded, Joined, Layout, LayoutName, Masked, Nested, Parts, layout_for
+from .layouts import Layout, LayoutName, Parts, layout_for
 from .reading import INDEX, WEIGHTS, read_index
 
 __all__ = ["restore", "save_checkpoint"]
@@ -48,9 +48,9 @@ def restore(
         elif layout is layouts.META_V3 and ours == "rope_periods":
             rounded = tensor.bfloat16()
             tensors["rope_embed.periods"] = rounded if torch.equal(rounded.float(), tensor) else tensor
-        elif isinstance(parts.row, Folded):
+        elif parts.form == "folded":
             tensors["cls_token"] = state["cls_token"] + tensor[:, :1]
-            tensors[parts.row.name] = tensor[:, 1:]
+            tensors[parts.names[0]] = tensor[:, 1:]
             if tensor[:, 0].any():
                 notes.append("timm adds the position of the class token to the class token, and the two stay one")
         else:
@@ -64,20 +64,20 @@ def restore(
 
 def _write(parts: Parts, ours: str, tensor: Tensor, config: ViTConfig) -> dict[str, Tensor]:
     """One tensor of ours under the layout's names."""
-    row, names = parts.row, parts.names
+    names = parts.names
     masked_key = ours.endswith("attn.qkv.bias") and not config.key_bias
-    if isinstance(row, Masked):
+    if parts.form == "masked":
         mask = torch.ones_like(tensor)
         mask.chunk(3)[1].zero_()
         return {names[0]: tensor} | ({names[1]: mask} if masked_key else {})
-    if isinstance(row, Joined):
-        if not masked_key and layouts.ZEROS in row.parts:
+    if parts.form == "joined":
+        if not masked_key and "" in names:  # zeros, see `layouts.ZEROS`
             raise UnsupportedError(
                 "timm's DINOv3 has no bias for the keys and this model has one; write the 'hf' or 'meta' layout"
             )
         chunks = zip(names, tensor.chunk(len(names)), strict=True)
         return {name: chunk for name, chunk in chunks if not masked_key or name not in parts.optional}
-    return {names[0]: tensor[None] if isinstance(row, Nested) else tensor}
+    return {names[0]: tensor[None] if parts.form == "nested" else tensor}
 
 
 def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: ViTConfig) -> str:
@@ -133,16 +133,14 @@ def save_checkpoint(
         notes.append("the meta layout holds no mean and std, and those of this model are its own")
     for note in notes + reading_differs(model.config, table):
         log.warning("%s: %s", target, note)
-    if layout == "meta":
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _write_tensors(target, tensors)
-        return target
-    target.mkdir(parents=True, exist_ok=True)
-    _write_tensors(target / WEIGHTS, tensors)
+    weights = target if layout == "meta" else target / WEIGHTS
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    _write_tensors(weights, tensors)
     for name, content in files.items():
         with whole(target / name) as path:
             path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _remove_shards(target)
+    if layout != "meta":
+        _remove_shards(target)
     return target
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinov3_infer import Backbone, ViTConfig, zoo
-from dinov3_infer.checkpoints import loading
 from dinov3_infer.checkpoints.describe import describe
+from dinov3_infer.checkpoints.loading import load_model
 from dinov3_infer.checkpoints.reading import Checkpoint, TensorsInMemory
 
 State = dict[str, Tensor]
@@ -165,7 +165,7 @@ def load(path: Path, **options: Any) -> Backbone:
 
 
 def in_memory(tensors: State, config: dict[str, Any] | None = None) -> Backbone:
-    return loading.load(Backbone, describe(Checkpoint("a.file", TensorsInMemory(tensors), config or {})))
+    return load_model(Backbone, describe(Checkpoint("a.file", TensorsInMemory(tensors), config or {})))
 
 
 def pixels_for(config: ViTConfig) -> Tensor:

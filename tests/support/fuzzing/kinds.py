@@ -262,5 +262,6 @@ CHECKPOINTS_ONCE = tuple((1, n) for n in (16, 32, 90, 173, 236, 306, 317, 350, 4
 PICTURE = Kind("pictures", pictures.case, read_picture, PICTURES, PICTURES_ONCE, {"images/decode": ("split_batch",)})
 CHECKPOINT = Kind(
     "checkpoints", checkpoints.case, read_checkpoint, CHECKPOINTS, CHECKPOINTS_ONCE,
-    {f"checkpoints/{name}": () for name in ("reading", "recognise", "architecture", "describe", "loading")},
+    {f"checkpoints/{name}": () for name in ("reading", "recognise", "architecture", "loading")}
+    | {"checkpoints/describe": ("transform_of",)},
 )  # fmt: skip
