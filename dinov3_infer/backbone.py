@@ -5,8 +5,7 @@ This file has more than 350 lines because the class is the documentation of all 
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args, overload
 
@@ -14,22 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoints.config_json import layout_hint, same_architecture
+from .checkpoints.architecture import rows_like
+from .checkpoints.describe import describe, open_module, transform_of
 from .checkpoints.export import Dynamic, export_model
-from .checkpoints.loading import LayoutName, Periods, fingerprint, load_model
-from .checkpoints.reading import CONFIG, PROCESSOR, Checkpoint, TensorsInMemory, open_checkpoint
+from .checkpoints.fingerprint import fingerprint
+from .checkpoints.layouts import LayoutName
+from .checkpoints.loading import Periods, load_model
+from .checkpoints.reading import open_checkpoint
 from .checkpoints.saving import save_checkpoint
-from .errors import CheckpointError, Dinov3Error, InputError, InputTypeError, check_choice
+from .errors import Dinov3Error, InputError, InputTypeError, check_choice
 from .features.embed import embed
 from .features.extractor import Extractor
 from .features.result import Features, Pooling
 from .features.stream import Decode, OnError, in_order, items_of
 from .features.vectors import EmbedOptions, EmbedReport, Kind, OutDtype
-from .hub.locate import HubOptions, locate, locate_file
+from .hub.locate import HubOptions, locate
 from .hub.publish import push
 from .images.decode import ImageLike
 from .images.opening import each_image
-from .images.preprocess import Fit, PixelBatch, Preprocess
+from .images.preprocess import Fit, PixelBatch
 from .images.sources import Numbered, Source
 from .model import dropin
 from .model.attention import resolve_attention
@@ -38,7 +40,7 @@ from .model.dispatch import Mode, Precision, drop_plan
 from .model.introspection import Facet
 from .model.network import Network, resolve_layers
 from .model.vit import VisionTransformer, ViTConfig
-from .zoo import MODELS, OWN, ModelInfo, Style, find, preprocess_of
+from .zoo import ModelInfo, Style, find
 
 __all__ = ["Backbone", "ViTBackbone"]
 
@@ -67,7 +69,7 @@ class Backbone(Network):
     def __init__(self, config: ViTConfig, info: ModelInfo | None = None) -> None:
         super().__init__(config)
         self.info = info
-        self.preprocess = _transform(config, info)
+        self.preprocess = transform_of(config, info)
         self.mode: Mode = "exact"  # on a CPU, see `from_pretrained`
         self.mixed_precision = True  # on CUDA the matrix work of float32 weights is done in bfloat16
 
@@ -114,19 +116,11 @@ class Backbone(Network):
         resolve_attention(attn_implementation)  # typos are found before gigabytes are read
         if rope_periods not in (None, *get_args(Periods)):
             raise InputError(f"rope_periods is 'exact', 'bfloat16' (as in Meta's files) or None; got {rope_periods!r}")
-        options = HubOptions(revision, token, cache_dir, local_files_only)
-        if weights is None:
-            path, info = locate(name, options)
-        else:
-            asked = find(os.fspath(name))  # a typo is found before gigabytes are downloaded
-            path = locate_file(weights, options)
-            info = _as_named(asked, path)
+        path, asked = locate(name, HubOptions(revision, token, cache_dir, local_files_only), weights)
         checkpoint = open_checkpoint(path)
-        model, found = load_model(
-            cls, checkpoint, layout=layout, expected=info, dtype=cast, device=target_device, periods=rope_periods
-        )
-        model.info = info or _row_of(model.config, path, checkpoint.config)
-        model.preprocess = _with_stored_statistics(_transform(model.config, model.info, preprocessing), checkpoint)
+        found = describe(checkpoint, layout=layout, expected=asked, preprocessing=preprocessing)
+        model = load_model(cls, found, dtype=cast, device=target_device, periods=rope_periods)
+        model.info, model.preprocess = found.info, found.preprocess
         model.set_attention(attn_implementation)
         model.mode = mode
         model.mixed_precision = cast is None  # an explicit dtype is meant
@@ -136,8 +130,9 @@ class Backbone(Network):
                 "and bfloat16 is the safer choice"
             )
         log.debug(
-            "%s: layout %s, %s", path, found.label, model.info.name if model.info else "an architecture of its own"
-        )
+            "%s: layout %s, %s",
+            path, found.stored.layout.label, found.info.name if found.info else "an architecture of its own",
+        )  # fmt: skip
         return model
 
     @classmethod
@@ -148,7 +143,7 @@ class Backbone(Network):
                 torch.manual_seed(seed)
                 return cls.from_config(config)
         if isinstance(config, ViTConfig):
-            return cls(config, _row_of(config)).eval()
+            return cls(config, next(iter(rows_like(config)), None)).eval()
         if not isinstance(config, str):
             raise InputTypeError(f"from_config takes a name or a ViTConfig, got {type(config).__name__}")
         info = find(config)
@@ -171,17 +166,10 @@ class Backbone(Network):
             )
         if isinstance(model, Backbone):
             raise InputError("this module is a Backbone already; use it as it is, or copy.deepcopy it")
-        configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-        stated = [c.to_dict() for c in configs if hasattr(c, "to_dict") and layout_hint(c.to_dict()) == "hf"]
-        tensors = TensorsInMemory(model.state_dict(keep_vars=True))
-        checkpoint = Checkpoint(
-            f"a live {type(model).__name__}", tensors, stated[0] if stated else _timm_settings(model)
-        )
-        settings = None if stated else _live_settings(model)
-        adopted, _ = load_model(cls, checkpoint, layout=_live_layout(model), keep=True, settings=settings)
+        found = describe(open_module(model))
+        adopted = load_model(cls, found, keep=True)
+        adopted.info, adopted.preprocess = found.info, found.preprocess
         adopted.mixed_precision = False
-        adopted.info = _row_of(adopted.config, None, checkpoint.config)
-        adopted.preprocess = _with_stored_statistics(_transform(adopted.config, adopted.info), checkpoint)
         return adopted
 
     def extract_features(
@@ -343,7 +331,7 @@ class Backbone(Network):
         return Extractor(self, self.preprocess, self.mode, self.mixed_precision)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights, the same whichever layout they came from; see `weights.fingerprint`."""
+        """SHA-256 of the weights, the same whichever layout they came from; see `checkpoints.fingerprint`."""
         return fingerprint(self.state_dict(), self.config)
 
     def save_pretrained(self, directory: str | os.PathLike[str], layout: LayoutName = "hf") -> Path:
@@ -438,14 +426,6 @@ def _point(query: Any) -> tuple[float, float]:
         raise InputError(f"query is 'cls' or a point (x, y) in pixels, got {query!r}") from None
 
 
-def _as_named(info: ModelInfo, weights: Path) -> ModelInfo:
-    """The row that was asked for, unless the file is named as that of another one."""
-    named = next((row for row in MODELS.values() if row.meta_file == weights.stem), info)
-    if named is not info:
-        raise CheckpointError(f"'{weights}' has the name of {named.name}'s file; ask for that, or rename the file")
-    return info
-
-
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -466,76 +446,3 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if resolved not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise InputError(f"dtype is 'auto', float32, bfloat16, float16 or float64; got {dtype!r}")
     return resolved
-
-
-def _row_of(config: ViTConfig, path: Path | None = None, stored: Mapping[str, Any] | None = None) -> ModelInfo | None:
-    """The row of the zoo with this architecture; among equals the one that config.json or the file's name speaks of.
-
-    Of weights that began as random ones, as config.json says, it has no licence.
-    """
-    rows = [row for row in MODELS.values() if same_architecture(row.config, config)]
-    stored = stored or {}
-    ours, timm = stored.get("dinov3_infer"), stored.get("pretrained_cfg")
-    ours = ours if isinstance(ours, dict) else {}
-    if ours.get("from_scratch") is True:
-        rows = [replace(row, licence=OWN) for row in rows]
-    if len(rows) < 2:
-        return rows[0] if rows else None
-    name = ours.get("name")
-    tag = f".{timm.get('tag')}" if isinstance(timm, dict) else "."
-    for row in rows:
-        # of the two ViT-L the satellite model alone was trained with this norm
-        satellite = config.local_cls_norm and row.name == "dinov3_vitl16_sat493m"
-        if row.name == name or (row.timm_id or "").endswith(tag) or (path and row.meta_file == path.stem) or satellite:
-            return row
-    return rows[0]
-
-
-def _transform(config: ViTConfig, info: ModelInfo | None, style: Style | None = None) -> Preprocess:
-    """That of a row; for an architecture of one's own ImageNet's mean and std, and 16 patches a side."""
-    if info is not None:
-        return preprocess_of(info, style)
-    if style is not None:
-        raise InputError(
-            f"preprocessing={style!r} needs a known architecture, and this model has its own; leave it out"
-        )
-    first = next(iter(MODELS.values()))
-    return Preprocess(first.mean, first.std, config.patch_size, size=16 * config.patch_size)
-
-
-def _with_stored_statistics(transform: Preprocess, checkpoint: Checkpoint) -> Preprocess:
-    """The same with mean and std of what lies beside the weights, where that says so."""
-    timm = checkpoint.config.get("pretrained_cfg")
-    sources = (checkpoint.processor, timm if isinstance(timm, Mapping) else {}, checkpoint.config)
-    for source in sources:
-        mean, std = source.get("image_mean", source.get("mean")), source.get("image_std", source.get("std"))
-        if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) == 3:
-            try:
-                return replace(transform, mean=tuple(mean), std=tuple(std))
-            except InputError as error:
-                file = PROCESSOR if source is checkpoint.processor else CONFIG
-                raise CheckpointError(f"{file} of '{checkpoint.path}' is wrong: {error}; mend it") from None
-    return transform
-
-
-def _live_settings(model: nn.Module) -> dict[str, Any]:
-    """What a timm or Meta module knows and its tensors do not show."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        if name.endswith("blocks.0.attn") and isinstance(getattr(module, "num_heads", None), int):
-            found["num_heads"] = module.num_heads
-        if name.endswith("blocks.0.norm1") and isinstance(getattr(module, "eps", None), float):
-            found["norm_eps"] = module.eps
-    return found
-
-
-def _timm_settings(model: nn.Module) -> dict[str, Any]:
-    """timm's config.json of a live module, as far as it knows which weights it holds."""
-    found = (getattr(module, "pretrained_cfg", None) for module in model.modules())
-    cfg: Any = next((c for c in found if c), {})
-    return {"pretrained_cfg": dict(cfg.to_dict() if hasattr(cfg, "to_dict") else cfg)} if cfg else {}
-
-
-def _live_layout(model: nn.Module) -> LayoutName | None:
-    origins = {type(module).__module__.split(".")[0] for module in model.modules()}
-    return "timm" if "timm" in origins else "hf" if "transformers" in origins else None

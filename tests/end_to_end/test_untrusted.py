@@ -19,8 +19,8 @@ from pictures import complaint, photo, plain
 from PIL import Image
 
 from dinov3_infer import Backbone, CheckpointError, Dinov3Error
-from dinov3_infer.checkpoints.layouts import normalise
 from dinov3_infer.checkpoints.reading import MAX_JSON, open_checkpoint
+from dinov3_infer.checkpoints.recognise import normalise
 from dinov3_infer.errors import ImageError, InputError, InputTypeError, MissingFileError
 from dinov3_infer.images import decode as images
 from dinov3_infer.images.decode import decode, load_image

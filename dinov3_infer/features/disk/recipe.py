@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from ...checkpoints.loading import fingerprint
+from ...checkpoints.fingerprint import fingerprint
 from ...errors import InputError
 from ...images.decode import ImageLike
 from ...images.preprocess import Preprocess
