@@ -226,7 +226,7 @@ class Backbone(Network):
     ) -> Iterator[Features | Dinov3Error | None]:
         """One `Features` per picture, of any sizes, in the order of the input, on the CPU.
 
-        `images`: as in `extract_features`, or any iterable of pictures, a folder or a pattern (see `list_pictures`).
+        `images`: as in `extract_features`, or any iterable of pictures, a folder or a pattern (see `list_images`).
         `batch_size`: pictures of one pass at most; large ones go in smaller passes.  It does not change the features.
         `num_workers`: threads that read pictures; None for as many as torch has on a CPU, and up to 8 beside a GPU.
         `on_error`: for a picture that cannot be read "raise" its error, "return" it in its place, or "skip", which
@@ -270,7 +270,7 @@ class Backbone(Network):
     ) -> np.ndarray[Any, Any] | EmbedReport:
         """One row per picture in the order of the input: an array, or the file or folder `out` and a report.
 
-        `images`: as in `iter_features`; also a list file, tar archive, Parquet table or Dataset (see `open_source`).
+        `images`: as in `iter_features`; also a list file, tar archive, Parquet table or Dataset.
         `out`: .npy or .safetensors, beside which goes a .jsonl with row, path, grid and error of every picture, or
         .parquet with all in one; a name without suffix, or with a slash behind it, is a folder of such files.  What is
         there of the same call is kept, what is missing is added; under torchrun each process writes a part of a folder.

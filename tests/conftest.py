@@ -41,7 +41,7 @@ def _seed() -> None:
 def _signals() -> Iterator[None]:
     yield
     if "openvino" in sys.modules:
-        from dinov3_infer.cli.bench.contest import mend_signal_stack
+        from dinov3_infer.cli.bench.repairs import mend_signal_stack
 
         mend_signal_stack()
 

@@ -6,6 +6,7 @@ nothing is resized.  tests/support/make_golden.py wrote them and the vectors.
 """
 
 import json
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,13 +51,10 @@ def compute(bb: Backbone) -> Tensor:
     resized by one rule.
     """
     first = next(iter(MODELS.values()))
-    config, transform = bb.config, bb.preprocess
-    bb.preprocess = Preprocess(first.mean, first.std, bb.patch_size, SIDE)
-    bb.config = replace(config, position_resize="antialias")
-    try:
-        return bb.extract_features(PICTURES, pooling="cls_mean").embedding.cpu()
-    finally:
-        bb.config, bb.preprocess = config, transform
+    same = copy(bb)  # with the parameters of `bb`, and settings of its own
+    same.preprocess = Preprocess(first.mean, first.std, bb.patch_size, SIDE)
+    same.config = replace(bb.config, position_resize="antialias")
+    return same.extract_features(PICTURES, pooling="cls_mean").embedding.cpu()
 
 
 def difference(found: Tensor, recorded: Tensor) -> float:

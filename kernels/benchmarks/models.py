@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import Cell, imported, relative_error
 from operators import Plan
 from peers import OP
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn.functional import cosine_similarity
 
 from dinov3_infer import Backbone
 from dinov3_infer.checkpoints.config_json import hf_config
-from dinov3_infer.cli.bench.contest import Cell, Settings, imported, relative_error
+from dinov3_infer.cli.bench.contest import Settings
 from dinov3_infer.cli.bench.contestants import timm_model
 from dinov3_infer.zoo import ARCHITECTURES
 

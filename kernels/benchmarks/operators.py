@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from measure import Cell, copies, imported, relative_error
 from peers import OP, Attention, Inputs, auto, contestants, differentiable, fused, rotation_and_sdpa, table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dinov3_infer.cli.bench.contest import Cell, Settings, copies, imported, relative_error
+from dinov3_infer.cli.bench.contest import Settings
 from dinov3_infer.model.attention import eager_attention, sdpa_attention
 
 Plan = tuple[dict[str, Any], Callable[[], Cell]]

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from measure import imported
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from dinov3_infer.cli.bench.contest import imported
 from dinov3_infer.model.attention import rope_attention
 from dinov3_infer.model.rope import rope_periods, rope_table
 

@@ -160,10 +160,9 @@ def save(record: dict[str, Any], out: Path) -> None:
 
 def compare_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]) -> None:
     """Cell after cell while the next one, judged by the longest so far, still fits."""
+    import measure
     import render
     import torch
-
-    from dinov3_infer.cli.bench.contest import contest
 
     if args.part in ("op", "mixed", "backward"):
         import operators
@@ -182,7 +181,7 @@ def compare_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]
             continue
         torch._dynamo.reset()  # or it gives up after a few shapes
         begun = time.monotonic()
-        cell = contest(build(), settings)
+        cell = measure.contest(build(), settings)
         longest = max(longest, time.monotonic() - begun)
         record["cells"].append(cell | {"seconds": round(time.monotonic() - begun, 1)})
         save(record, args.out)
@@ -217,8 +216,7 @@ def weights_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]
 
 def environment(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
     import torch
-
-    from dinov3_infer.cli.bench.contest import clocks, smi
+    from measure import clocks, smi
 
     found: dict[str, Any] = {"commit": args.commit or _commit()}
     found |= {"source_sha256": _sources(*MEASURED), "kernels_sha256": _sources(KERNELS)}

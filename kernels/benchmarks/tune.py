@@ -17,10 +17,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from measure import relative_error, replayed
 from operators import HEADS, LIMIT, random_inputs
 from peers import Inputs, fused, rotation_and_sdpa
 
-from dinov3_infer.cli.bench.contest import Run, Settings, interleaved, reason, relative_error, replayed
+from dinov3_infer.cli.bench.contest import Run, Settings, interleaved, reason
 from dinov3_infer.model.attention import sdpa_attention
 from dinov3_infer_kernels import gpu as launchers
 from dinov3_infer_kernels.gpu.backward import key_value_kernel, query_kernel

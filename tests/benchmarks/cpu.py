@@ -34,7 +34,8 @@ from torch.profiler import ProfilerActivity, profile
 from dinov3_infer import Backbone
 from dinov3_infer.cli.bench.contest import Cell, Settings, contest, ratios, reason, spread
 from dinov3_infer.cli.bench.contestants import MODES as OURS
-from dinov3_infer.cli.bench.contestants import Contestant, Setup, cell_of, contestants
+from dinov3_infer.cli.bench.contestants import cell_of, contestants
+from dinov3_infer.cli.bench.setup import Contestant, Setup
 from dinov3_infer.cli.doctor import cpu_name
 
 HERE = Path(__file__).parent
@@ -192,9 +193,7 @@ def main() -> None:
         README.write_text(filled(README.read_text(encoding="utf-8"), recorded()), encoding="utf-8")
         return
     torch.set_num_threads(args.threads)
-    settings = Settings(
-        torch.device("cpu"), rounds=args.rounds, kernels=False, tell=lambda what: print("  ", what, file=sys.stderr)
-    )
+    settings = Settings(torch.device("cpu"), rounds=args.rounds, tell=lambda what: print("  ", what, file=sys.stderr))
     record: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": args.rounds}
     target = HERE / "records" / f"{args.name}.json"
     before = recorded(args.name)

@@ -15,7 +15,7 @@ import torch
 from cli_runs import Ran, refused, run, small_model
 
 from dinov3_infer import Backbone
-from dinov3_infer.cli.bench import contest
+from dinov3_infer.cli.bench import contest, repairs
 from dinov3_infer.cli.bench import contestants as module
 from dinov3_infer.cli.bench import report as bench
 from dinov3_infer.cli.bench.contest import ratios, spread
@@ -196,14 +196,14 @@ def test_a_torchvision_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(name: str) -> None:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(contest, "_KEPT", [])
+    monkeypatch.setattr(repairs, "_KEPT", [])
     monkeypatch.setattr(torch.library, "Library", Library)
-    monkeypatch.setattr(contest.importlib, "import_module", broken)
-    contest.mend_torchvision()
-    assert made == ["nms", "qnms"] and len(contest._KEPT) == 1
-    monkeypatch.setattr(contest.importlib, "import_module", lambda name: None)
-    contest.mend_torchvision()
-    assert len(contest._KEPT) == 1
+    monkeypatch.setattr(repairs.importlib, "import_module", broken)
+    repairs.mend_torchvision()
+    assert made == ["nms", "qnms"] and len(repairs._KEPT) == 1
+    monkeypatch.setattr(repairs.importlib, "import_module", lambda name: None)
+    repairs.mend_torchvision()
+    assert len(repairs._KEPT) == 1
 
 
 def test_of_each_library_the_fastest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def test_of_each_library_the_fastest_goes_on(monkeypatch: pytest.MonkeyPatch) ->
 
 BROKEN = """
 import ctypes, os, signal, struct, sys
-from dinov3_infer.cli.bench.contest import mend_signal_stack
+from dinov3_infer.cli.bench.repairs import mend_signal_stack
 signal.signal(signal.SIGUSR1, lambda number, frame: print("handled"))
 ctypes.CDLL(None).sigaltstack(struct.pack("@Pi4xN", 4096, 0, 65536), None)  # where nothing is
 if sys.argv[1] == "mend":

@@ -29,7 +29,8 @@ LEVEL = {name: level for level, line in enumerate(ROOMS) for name in line.split(
 FOREIGN = {"transformers", "timm", "torchvision", "peft", "triton", "onnx", "onnxruntime", "openvino", "nncf"}
 # Inside functions only: contestants are loaded when somebody asks how fast they are, an engine to check its file.
 GUESTS = {
-    "cli/bench/contestants.py": {"transformers", "timm", "onnxruntime", "openvino", "nncf"},
+    "cli/bench/contestants.py": {"transformers", "timm"},
+    "cli/bench/engines.py": {"onnxruntime", "openvino", "nncf"},
     "checkpoints/export.py": {"onnx", "onnxruntime"},
 }
 KNOW_KERNELS = {"model/attention.py", "model/cpu/compiled.py"}

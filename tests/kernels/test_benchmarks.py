@@ -13,7 +13,7 @@ import torch
 from repository import ROOT
 
 from dinov3_infer import Backbone
-from dinov3_infer.cli.bench import contest
+from dinov3_infer.cli.bench.contest import Settings
 
 SCRIPTS = ROOT / "kernels" / "benchmarks"
 LACKING = {"rotation + cuDNN", "rotation + efficient", "packed, rotation + varlen flash"}  # on a CPU
@@ -86,7 +86,8 @@ def test_tables_of_a_record(scripts: Any, tmp_path: Path) -> None:
 # --- the method ----------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_contestant_is_reported_and_not_timed() -> None:
+def test_a_wrong_contestant_is_reported_and_not_timed(scripts: Any) -> None:
+    measure = scripts("measure")
     x = torch.randn(100)
 
     def fails(_: Any) -> Any:
@@ -99,15 +100,15 @@ def test_a_wrong_contestant_is_reported_and_not_timed() -> None:
         "shape": lambda x: x[:1] * 2,
         "fails": fails,
     }
-    cell = contest.Cell({"n": 100}, [x, x + 1], calls, lambda out: contest.relative_error(out, 2 * x), 1e-3, 200.0)
-    found = contest.contest(cell, contest.Settings(torch.device("cpu"), rounds=3, least_ms=0.0))["contestants"]
+    cell = measure.Cell({"n": 100}, [x, x + 1], calls, lambda out: measure.relative_error(out, 2 * x), 1e-3, 200.0)
+    found = measure.contest(cell, Settings(torch.device("cpu"), rounds=3, least_ms=0.0))["contestants"]
     assert len(found["right"]["rounds_ms"]) == 3 and found["right"]["error"] == 0.0
     assert [name for name, entry in found.items() if "rounds_ms" in entry] == ["right"]
     assert "error 0.25" in found["wrong"]["refused"] and found["fails"]["refused"] == "NotImplementedError: no such"
 
 
-def test_inputs_rotate_through_three_times_the_cache() -> None:
-    assert [contest.copies(size << 20) for size in (1, 50, 100, 4000)] == [12, 4, 2, 2]
+def test_inputs_rotate_through_three_times_the_cache(scripts: Any) -> None:
+    assert [scripts("measure").copies(size << 20) for size in (1, 50, 100, 4000)] == [12, 4, 2, 2]
 
 
 @pytest.mark.parametrize(

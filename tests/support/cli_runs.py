@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -56,6 +57,16 @@ def refused(status: int, words: str, *argv: object) -> Ran:
     if status == 1:
         assert len(lines) == 1 and lines[0].startswith("dinov3-infer: error: "), ran.err
     return ran
+
+
+def verdict(ran: Ran) -> str:
+    """The last line of `verify` and `doctor`."""
+    return ran.out.splitlines()[-1].removeprefix("verdict").strip()
+
+
+def listed(path: Path) -> list[dict[str, object]]:
+    """A file of one JSON object a line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 _folder = TemporaryDirectory(prefix="dinov3_infer_cli_")

@@ -10,6 +10,9 @@ import pytest
 from dinov3_infer.errors import Dinov3Error
 from dinov3_infer.images.preprocess import Preprocess
 
+FITS = [("squash", 64), ("crop", 64), ("pad", 96), ("native", 96)]
+by_fit = pytest.mark.parametrize(("fit", "size"), FITS, ids=[fit for fit, _ in FITS])
+
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
     """[H, W, 3] uint8: smooth shades under strong noise, so that both kinds of content show a wrong filter."""

@@ -6,17 +6,16 @@ contestant is called; one that cannot be built or run is refused with the reason
 
 import copy
 import importlib
-import io
 import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -25,12 +24,12 @@ from torch.nn.functional import cosine_similarity
 
 from ...backbone import Backbone
 from ...errors import InputError, UnsupportedError
-from .contest import Cell, mend_signal_stack, mend_torchvision
+from .contest import Cell
+from .engines import of_onnxruntime, of_openvino
+from .repairs import mend_torchvision
+from .setup import Call, Contestant, Precision, Setup, quiet
 
-__all__ = ["Contestant", "Precision", "Setup", "cell_of", "contestants", "timm_model"]
-
-Precision = Literal["float32", "bfloat16", "int8"]
-Call = Callable[[Tensor], Any]
+__all__ = ["cell_of", "contestants", "timm_model"]
 
 # 1 - cosine of the worst token, in each class of arithmetic; what computes something else is far beyond
 LIMITS: dict[Precision, float] = {"float32": 1e-5, "bfloat16": 3e-2, "int8": 2e-1}
@@ -41,62 +40,11 @@ WAYS: tuple[tuple[Precision, str], ...] = (("float32", ""), ("bfloat16", "cast")
 COMPILE = {"cpu": ("default", "max-autotune"), "cuda": ("default", "reduce-overhead", "max-autotune")}
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """One way to compute the tokens."""
-
-    library: str
-    setting: str  # of that library
-    precision: Precision  # the class it competes in
-    build: Callable[[], Call] = field(compare=False)  # gives what is timed: pixels [B, 3, H_px, W_px] to tokens
-
-    @property
-    def label(self) -> str:
-        return ", ".join(part for part in (self.library, self.setting, self.precision) if part)
-
-
-@dataclass
-class Setup:
-    """What all have in common."""
-
-    model: Backbone  # float32, on the device
-    size: tuple[int, int]
-    batch: int
-    folder: Path  # for files of the model; as large as the weights, several times
-    threads: int
-    precisions: tuple[Precision, ...] = get_args(Precision)
-    compile: bool = False  # minutes
-    reference: Path | None = None  # a checkout of Meta's code
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def resized(self) -> bool:
-        """Whether learned positions are needed for another grid than their own."""
-        side, patch = self.model.config.position_grid, self.model.patch_size
-        return side is not None and (side * patch, side * patch) != self.size
-
-    def written(self, layout: Literal["hf", "meta", "timm"]) -> Path:
-        """The weights in the layout of a library."""
-        path = self.folder / (layout + (".pth" if layout == "meta" else ""))
-        if not path.exists():
-            with _quiet("dinov3_infer"):  # it tells what a layout has no place for, which nothing here needs
-                self.model.save_pretrained(path, layout)
-        return path
-
-    def onnx(self) -> Path:
-        """The model as a file for engines; `Backbone.export` has checked it."""
-        path = self.folder / "model.onnx"
-        return path if path.exists() else self.model.export(path, size=self.size)
-
-
 def contestants(setup: Setup) -> list[Contestant]:
     """Those of all libraries that are installed, ours first."""
     found = [*_ours(setup), *_transformers(setup), *_timm(setup), *_reference(setup)]
     if setup.device.type == "cpu":
-        found += [*_onnxruntime(setup), *_openvino(setup)]
+        found += [*of_onnxruntime(setup), *of_openvino(setup)]
     return [one for one in found if one.precision in setup.precisions]
 
 
@@ -119,7 +67,7 @@ def cell_of(setup: Setup, taking_part: list[Contestant]) -> Cell:
     if setup.resized:
         limits |= {one.label: max(OTHER_RULE, limits[one.label]) for one in taking_part if one.library != "ours"}
     what = dict(pixels=list(setup.size), batch=setup.batch)
-    return Cell(what, [pixels], {one.label: _lazy(one.build) for one in taking_part}, error, limits, replay=False)
+    return Cell(what, [pixels], {one.label: _lazy(one.build) for one in taking_part}, error, limits)
 
 
 def _lazy(build: Callable[[], Call]) -> Call:
@@ -131,19 +79,6 @@ def _lazy(build: Callable[[], Call]) -> Call:
             return built()(pixels)
 
     return call
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """No warnings of this library, and no bars; what goes wrong is raised."""
-    log = logging.getLogger(name)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        log.setLevel(level)
 
 
 def _tokens(output: Any, prefix: int) -> Tensor:
@@ -194,7 +129,7 @@ def _prepared(module: Callable[[], Any], way: str, mode: str | None, device: tor
             from torch._inductor import config
 
             freezing = config.patch(freezing=True)
-        with arithmetic, freezing, nullcontext() if mode is None else _quiet("torch"):  # tuning prints tables
+        with arithmetic, freezing, nullcontext() if mode is None else quiet("torch"):  # tuning prints tables
             if mode == "reduce-overhead":
                 torch.compiler.cudagraph_mark_step_begin()
             return run(pixels.to(dtype))
@@ -237,7 +172,7 @@ def _transformers(setup: Setup) -> Iterator[Contestant]:
         mend_torchvision()
         import transformers
 
-        with _quiet("transformers"):  # it speaks of a pooler that nobody asked for
+        with quiet("transformers"):  # it speaks of a pooler that nobody asked for
             model = transformers.AutoModel.from_pretrained(
                 setup.written("hf"), attn_implementation=attention, dtype=torch.float32
             )
@@ -301,59 +236,3 @@ def _reference(setup: Setup) -> Iterator[Contestant]:
         return model.to(setup.device).eval()
 
     yield from _ways(setup, "reference", "", load)
-
-
-# --- engines -------------------------------------------------------------------------------------------------------
-
-
-def _onnxruntime(setup: Setup) -> Iterator[Contestant]:
-    def load() -> Call:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = setup.threads
-        session = onnxruntime.InferenceSession(setup.onnx(), options, providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
-        return lambda pixels: dict(zip(names, session.run(names, {"pixel_values": pixels.numpy()}), strict=True))
-
-    if find_spec("onnxruntime") is not None:
-        yield Contestant("onnxruntime", "all optimisations", "float32", load)
-
-
-class _Compiled:
-    """A model of OpenVINO, which does not go without leaving something behind."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, pixels: Tensor) -> Any:
-        return {output.get_any_name(): tokens for output, tokens in self.model(pixels.numpy()).items()}
-
-    def __del__(self) -> None:
-        del self.model
-        mend_signal_stack()
-
-
-def _openvino(setup: Setup) -> Iterator[Contestant]:
-    def load(precision: str, quantised: bool = False) -> Call:
-        import openvino
-
-        model = openvino.convert_model(setup.onnx())
-        model.reshape([setup.batch, 3, *setup.size])
-        if quantised:
-            import nncf
-
-            noise = torch.rand(16, setup.batch, 3, *setup.size, generator=torch.Generator().manual_seed(1))
-            data = nncf.Dataset([pixels.numpy() for pixels in noise])
-            with _quiet("nncf"):
-                model = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=16)
-        hints = dict(
-            PERFORMANCE_HINT="LATENCY", INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=setup.threads
-        )
-        return _Compiled(openvino.Core().compile_model(model, "CPU", hints))
-
-    if find_spec("openvino") is not None:
-        yield Contestant("openvino", "f32", "float32", partial(load, "f32"))
-        yield Contestant("openvino", "bf16", "bfloat16", partial(load, "bf16"))
-        if find_spec("nncf") is not None:
-            yield Contestant("openvino", "int8 by nncf", "int8", partial(load, "bf16", True))

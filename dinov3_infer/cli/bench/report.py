@@ -21,7 +21,8 @@ from ..doctor import cpu_name
 from ..inputs import check_file
 from ..main import FAILED, OK, say, tell
 from .contest import Settings, contest, ratios, spread
-from .contestants import Precision, Setup, cell_of, contestants
+from .contestants import cell_of, contestants
+from .setup import Precision, Setup
 
 __all__ = ["run"]
 
@@ -79,7 +80,7 @@ def _measured(setup: Setup, rounds: int) -> dict[str, Any]:
     """The record of the contest, each contestant with what it is."""
     taking_part = contestants(setup)
     with tqdm(bar_format="{desc}", disable=None) as bar:
-        settings = Settings(setup.device, rounds, LEAST_MS, kernels=False, tell=bar.set_description_str)
+        settings = Settings(setup.device, rounds, LEAST_MS, bar.set_description_str)
         found = contest(cell_of(setup, taking_part), settings)
     for one in taking_part:
         found["contestants"][one.label] |= dict(library=one.library, setting=one.setting, precision=one.precision)

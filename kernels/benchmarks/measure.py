@@ -1,0 +1,109 @@
+"""The contest of `dinov3-infer bench` on a GPU: with CUDA graphs, and with what the GPU says of itself.
+
+Short operations are replayed from a CUDA graph, so that it is the kernels that are compared and not Python.
+"""
+
+import importlib
+import subprocess
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from dinov3_infer.cli.bench import contest as method
+from dinov3_infer.cli.bench.contest import Run, Settings, reason
+
+L2_BYTES = 60 << 20  # of an H200; inputs rotate through three times as much
+
+
+@dataclass
+class Cell(method.Cell):
+    """One row of a table, and what is recorded of it beside the times."""
+
+    flops: float = 0.0  # of one call
+    replay: bool = True  # from a CUDA graph
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def contest(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """The record of a cell, with the longest kernels of each contestant, and clocks before judging and at the end."""
+
+    def prepare(run: Run, entry: dict[str, Any]) -> Run:
+        entry["kernels"] = longest_kernels(run, settings)
+        if not (settings.cuda and cell.replay):
+            return run
+        try:
+            run = replayed(run)
+            entry["replayed"] = True
+        except Exception as error:
+            torch.cuda.synchronize()
+            entry["not_replayed"] = reason(error)
+        return run
+
+    before = clocks(settings)
+    found = method.contest(cell, settings, prepare)
+    return found | {"flops": cell.flops, "clocks": {"before": before, "after": clocks(settings)}} | cell.notes
+
+
+def copies(size: int) -> int:
+    """How many inputs of so many bytes it takes to fill three times the L2 cache."""
+    return min(12, max(2, -(-3 * L2_BYTES // max(1, size))))
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    """||out - reference|| / ||reference|| in float64; infinite for another shape or what is not finite."""
+    if out.shape != reference.shape or not bool(out.isfinite().all()):
+        return float("inf")
+    return float((out.double() - reference.double()).norm() / reference.double().norm())
+
+
+def replayed(run: Run) -> Run:
+    """The same kernels from a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def longest_kernels(run: Run, settings: Settings, count: int = 3) -> list[str]:
+    """Names of the kernels that take most time: which attention it is that a call comes down to."""
+    activity = ProfilerActivity.CUDA if settings.cuda else ProfilerActivity.CPU
+    clock = "self_device_time_total" if settings.cuda else "self_cpu_time_total"
+    try:
+        with profile(activities=[activity]) as profiler:
+            run()
+            if settings.cuda:
+                torch.cuda.synchronize()
+        events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, clock))
+    except RuntimeError as error:  # no profiler here is no reason not to measure
+        return [reason(error)]
+    return [event.key[:160] for event in events[:count] if getattr(event, clock) > 0]
+
+
+def clocks(settings: Settings) -> str | None:
+    """SM and memory clock, temperature and power as nvidia-smi has them."""
+    return smi("clocks.sm,clocks.mem,temperature.gpu,power.draw") if settings.cuda else None
+
+
+def smi(query: str) -> str | None:
+    """One line of nvidia-smi about the first GPU."""
+    try:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def imported(module: str, name: str) -> Any:
+    """None for what is not installed, or is and cannot be imported: others go on without it."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception:
+        return None
