@@ -70,6 +70,7 @@ class Backbone(Network):
         super().__init__(config)
         self.info = info
         self.preprocess = transform_of(config, info)
+        self.origin: dict[str, str] = {}  # of a loaded model: what was taken from where
         self.mode: Mode = "exact"  # on a CPU, see `from_pretrained`
         self.mixed_precision = True  # on CUDA the matrix work of float32 weights is done in bfloat16
 
@@ -86,6 +87,7 @@ class Backbone(Network):
         preprocessing: Style | None = None,
         rope_periods: Periods | None = None,
         layout: LayoutName | None = None,
+        num_heads: int | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -105,6 +107,7 @@ class Backbone(Network):
         `preprocessing`: None for our defaults, "meta", "hf" or "timm" for exactly what those do with a picture.
         `rope_periods`: None for those of the file, "exact", or "bfloat16" for those that Meta's files hold.
         `layout`: "hf", "meta" or "timm" where the names in a file do not tell.
+        `num_heads`: of a model of one's own whose files do not state it.
 
         Raises: ModelNotFoundError, UnsupportedError, MissingFileError, GatedModelError, OfflineError, CheckpointError.
         """
@@ -118,9 +121,9 @@ class Backbone(Network):
             raise InputError(f"rope_periods is 'exact', 'bfloat16' (as in Meta's files) or None; got {rope_periods!r}")
         path, asked = locate(name, HubOptions(revision, token, cache_dir, local_files_only), weights)
         checkpoint = open_checkpoint(path)
-        found = describe(checkpoint, layout=layout, expected=asked, preprocessing=preprocessing)
+        found = describe(checkpoint, layout=layout, expected=asked, preprocessing=preprocessing, num_heads=num_heads)
         model = load_model(cls, found, dtype=cast, device=target_device, periods=rope_periods)
-        model.info, model.preprocess = found.info, found.preprocess
+        model.info, model.preprocess, model.origin = found.info, found.preprocess, found.origin
         model.set_attention(attn_implementation)
         model.mode = mode
         model.mixed_precision = cast is None  # an explicit dtype is meant
@@ -168,7 +171,7 @@ class Backbone(Network):
             raise InputError("this module is a Backbone already; use it as it is, or copy.deepcopy it")
         found = describe(open_module(model))
         adopted = load_model(cls, found, keep=True)
-        adopted.info, adopted.preprocess = found.info, found.preprocess
+        adopted.info, adopted.preprocess, adopted.origin = found.info, found.preprocess, found.origin
         adopted.mixed_precision = False
         return adopted
 

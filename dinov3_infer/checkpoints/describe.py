@@ -32,6 +32,7 @@ class Description:
     info: ModelInfo | None  # the row of the zoo, with the licence; None for an architecture of one's own
     preprocess: Preprocess
     rope_periods: Any  # what our block of config.json says of them, if anything
+    origin: dict[str, str]  # what was taken from where
 
 
 def describe(
@@ -40,10 +41,12 @@ def describe(
     layout: LayoutName | None = None,
     expected: ModelInfo | None = None,
     preprocessing: Style | None = None,
+    num_heads: int | None = None,
 ) -> Description:
     """What a checkpoint is.
 
     `expected` is what the caller asked for: a file of another size is refused with both names.
+    `num_heads` is what the caller says where nothing in or beside the file does.
 
     Raises: CheckpointError for tensors and configs that do not fit, UnsupportedError for networks that are not here,
     InputError for a `preprocessing` that this model does not have.
@@ -51,18 +54,20 @@ def describe(
     stored = recognise(checkpoint, layout or checkpoint.layout)
     like = find_architecture(str(checkpoint.config.get("architecture"))) or expected
     try:
-        config, note = architecture(stored, checkpoint, expected, like)
+        config, origin = architecture(stored, checkpoint, expected, like, num_heads)
     except (CheckpointError, InputError) as error:
         raise CheckpointError(f"'{checkpoint.path}' does not fit: {error}") from None
     except UnsupportedError as error:
         raise UnsupportedError(f"'{checkpoint.path}': {error}") from None
-    if note:
-        log.warning("%s: %s", checkpoint.path, note)
+    for name in ("num_heads", "norm_eps"):
+        where = origin.get(name, "")
+        if "default" in where or where.startswith("known models"):
+            log.warning("%s: nothing states %s; taken %s, from %s", checkpoint.path, name, getattr(config, name), where)
     rows = rows_like(config)
     info = expected or identity(rows, checkpoint)
     periods = _our_block(checkpoint).get("rope_periods")
     preprocess = _with_stored_statistics(transform_of(config, info, preprocessing), checkpoint)
-    return Description(checkpoint.path, stored, config, info, preprocess, periods)
+    return Description(checkpoint.path, stored, config, info, preprocess, periods, origin)
 
 
 def identity(rows: Sequence[ModelInfo], checkpoint: Checkpoint) -> ModelInfo | None:

@@ -275,11 +275,10 @@ def test_a_failed_write_leaves_the_old_file(layout: str, tmp_path: Path, monkeyp
         Path(target).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "save_file", full)
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(saving, "save_file", full)
+        patch.setattr(torch, "save", full)
         save(model_of(SOURCES["dinov3"], seed=1), tmp_path, layout)
-    monkeypatch.undo()
     assert load(path).config.depth == 2
     assert load(path).fingerprint() == before
     assert sorted(os.listdir(path if path.is_dir() else tmp_path)) == names
