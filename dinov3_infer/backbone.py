@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints.architecture import rows_like
-from .checkpoints.describe import describe, open_module, transform_of
+from .checkpoints.describe import describe, open_module
 from .checkpoints.export import Dynamic, export_model
 from .checkpoints.fingerprint import fingerprint
 from .checkpoints.layouts import LayoutName
 from .checkpoints.loading import Periods, load_model
 from .checkpoints.reading import open_checkpoint
 from .checkpoints.saving import save_checkpoint
+from .checkpoints.transforms import transform_of
 from .errors import Dinov3Error, InputError, InputTypeError, check_choice
 from .features.embed import embed
 from .features.extractor import Extractor

@@ -1,6 +1,6 @@
 """A `ViTConfig` and its transform as the JSON files that transformers and timm read."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import UnsupportedError
@@ -9,7 +9,7 @@ from ..model.layers import ViTConfig
 from ..zoo import OWN, ModelInfo, preprocess_of, timm_model
 from .architecture import same_architecture
 
-__all__ = ["hf_config", "hf_processor_config", "timm_config"]
+__all__ = ["hf_config", "hf_processor_config", "is_default", "timm_config"]
 
 
 def hf_config(config: ViTConfig) -> dict[str, Any]:
@@ -61,12 +61,31 @@ def hf_config(config: ViTConfig) -> dict[str, Any]:
     return common | {"architectures": ["Dinov2Model"], "model_type": "dinov2", "use_mask_token": config.mask_token}
 
 
-def hf_processor_config(config: ViTConfig, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-    """The preprocessor_config.json of transformers: what its processor of this family does by default."""
+def is_default(preprocess: Preprocess, info: ModelInfo | None) -> bool:
+    """Whether, but for mean and std, this is the transform that a row of the zoo has here."""
+    return info is not None and replace(preprocess_of(info), mean=preprocess.mean, std=preprocess.std) == preprocess
+
+
+def hf_processor_config(config: ViTConfig, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, Any]:
+    """The preprocessor_config.json of transformers: what its processor of this family does by default.
+
+    A transform of one's own is written as it is, where transformers has it.
+    """
     common: dict[str, Any] = {
-        "image_mean": list(mean), "image_std": list(std), "rescale_factor": 1 / 255,
+        "image_mean": list(preprocess.mean), "image_std": list(preprocess.std), "rescale_factor": 1 / 255,
         "do_resize": True, "do_rescale": True, "do_normalize": True,
     }  # fmt: skip
+    side = preprocess.size
+    if isinstance(side, int) and preprocess.fit in ("squash", "crop") and not is_default(preprocess, info):
+        fast = "" if preprocess.engine == "pil" else "Fast"
+        common["resample"] = 3 if preprocess.filter == "bicubic" else 2
+        if preprocess.fit == "squash":
+            kind = "DINOv3ViTImageProcessorFast" if preprocess.engine == "float" else f"ViTImageProcessor{fast}"
+            return common | {"image_processor_type": kind, "size": {"height": side, "width": side}}
+        return common | {
+            "image_processor_type": f"BitImageProcessor{fast}", "do_convert_rgb": True, "do_center_crop": True,
+            "size": {"shortest_edge": preprocess.resize_to or side}, "crop_size": {"height": side, "width": side},
+        }  # fmt: skip
     if config.position_grid is None or not config.layerscale:
         rope = config.position_grid is None
         side = 14 * config.patch_size if rope else 224

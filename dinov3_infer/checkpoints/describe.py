@@ -11,13 +11,14 @@ from torch import nn
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..images.preprocess import Preprocess
 from ..model.vit import ViTConfig
-from ..zoo import MODELS, OWN, ModelInfo, Style, find_architecture, preprocess_of
+from ..zoo import OWN, ModelInfo, Style, find_architecture
 from .architecture import architecture, rows_like
 from .layouts import LayoutName
-from .reading import CONFIG, PROCESSOR, Checkpoint, TensorsInMemory
+from .reading import Checkpoint, TensorsInMemory
 from .recognise import Stored, layout_hint, recognise
+from .transforms import stated_transform
 
-__all__ = ["Description", "describe", "identity", "open_module", "transform_of"]
+__all__ = ["Description", "describe", "identity", "open_module"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -66,7 +67,8 @@ def describe(
     rows = rows_like(config)
     info = expected or identity(rows, checkpoint)
     periods = _our_block(checkpoint).get("rope_periods")
-    preprocess = _with_stored_statistics(transform_of(config, info, preprocessing), checkpoint)
+    preprocess, of_transform = stated_transform(checkpoint, config, info, preprocessing, _our_block(checkpoint))
+    origin |= of_transform
     return Description(checkpoint.path, stored, config, info, preprocess, periods, origin)
 
 
@@ -91,33 +93,6 @@ def _our_block(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What `save_pretrained` writes into the configs of others."""
     ours = checkpoint.config.get("dinov3_infer")
     return ours if isinstance(ours, dict) else {}
-
-
-def transform_of(config: ViTConfig, info: ModelInfo | None, style: Style | None = None) -> Preprocess:
-    """That of a row; for an architecture of one's own ImageNet's mean and std, and 16 patches a side."""
-    if info is not None:
-        return preprocess_of(info, style)
-    if style is not None:
-        raise InputError(
-            f"preprocessing={style!r} needs a known architecture, and this model has its own; leave it out"
-        )
-    first = next(iter(MODELS.values()))
-    return Preprocess(first.mean, first.std, config.patch_size, size=16 * config.patch_size)
-
-
-def _with_stored_statistics(transform: Preprocess, checkpoint: Checkpoint) -> Preprocess:
-    """The same with mean and std of what lies beside the weights, where that says so."""
-    timm = checkpoint.config.get("pretrained_cfg")
-    sources = (checkpoint.processor, timm if isinstance(timm, Mapping) else {}, checkpoint.config)
-    for source in sources:
-        mean, std = source.get("image_mean", source.get("mean")), source.get("image_std", source.get("std"))
-        if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) == 3:
-            try:
-                return replace(transform, mean=tuple(mean), std=tuple(std))
-            except InputError as error:
-                file = PROCESSOR if source is checkpoint.processor else CONFIG
-                raise CheckpointError(f"{file} of '{checkpoint.path}' is wrong: {error}; mend it") from None
-    return transform
 
 
 def open_module(model: nn.Module) -> Checkpoint:

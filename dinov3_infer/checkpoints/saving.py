@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from ..system import whole
 from ..zoo import OWN, ModelInfo
 from . import layouts
 from .architecture import reading_differs
-from .config_json import hf_config, hf_processor_config, timm_config
+from .config_json import hf_config, hf_processor_config, is_default, timm_config
 from .layouts import Layout, LayoutName, Parts, layout_for
 from .reading import INDEX, WEIGHTS, read_index
+from .transforms import transform_of
 
 __all__ = ["restore", "save_checkpoint"]
 
@@ -121,17 +123,17 @@ def save_checkpoint(
         name.endswith("qkv.bias") and bool(tensor.any()) for name, tensor in state.items()
     )
     files: dict[str, Mapping[str, Any]] = {}
-    block = _our_block(model, info)
+    block = _our_block(model, info, preprocess)
     if layout == "hf":
         dtype = str(model.main_weight.dtype).removeprefix("torch.")
         files["config.json"] = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": block}
-        files["preprocessor_config.json"] = hf_processor_config(model.config, preprocess.mean, preprocess.std)
+        files["preprocessor_config.json"] = hf_processor_config(model.config, preprocess, info)
     elif layout == "timm":
-        ours = {"dinov3_infer": block} if "from_scratch" in block else {}
+        ours = {"dinov3_infer": block} if {"from_scratch", "preprocess"} & block.keys() else {}
         files["config.json"] = timm_config(model.config, info, preprocess, with_bias) | ours
     tensors, notes = restore(state, model.config, table, with_bias)
-    if layout == "meta" and info is not None and (preprocess.mean, preprocess.std) != (info.mean, info.std):
-        notes.append("the meta layout holds no mean and std, and those of this model are its own")
+    if layout == "meta" and preprocess != transform_of(model.config, info):
+        notes.append("the meta layout holds no transform, no mean and std, and those of this model are its own")
     for note in notes + reading_differs(model.config, table):
         log.warning("%s: %s", target, note)
     weights = target if layout == "meta" else target / WEIGHTS
@@ -145,13 +147,15 @@ def save_checkpoint(
     return target
 
 
-def _our_block(model: Network, info: ModelInfo | None) -> dict[str, Any]:
+def _our_block(model: Network, info: ModelInfo | None, preprocess: Preprocess) -> dict[str, Any]:
     """What the configs of others have no field for."""
     block: dict[str, Any] = {"name": info.name if info else None}
     if info is not None and info.licence == OWN:
         block["from_scratch"] = True
     if model.rope_periods is not None and not _are_exact(model.rope_periods, model.config):
         block["rope_periods"] = model.rope_periods.tolist()
+    if not is_default(preprocess, info):
+        block["preprocess"] = asdict(preprocess)
     return block
 
 

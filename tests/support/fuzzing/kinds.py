@@ -263,5 +263,5 @@ PICTURE = Kind("pictures", pictures.case, read_picture, PICTURES, PICTURES_ONCE,
 CHECKPOINT = Kind(
     "checkpoints", checkpoints.case, read_checkpoint, CHECKPOINTS, CHECKPOINTS_ONCE,
     {f"checkpoints/{name}": () for name in ("reading", "recognise", "architecture", "loading")}
-    | {"checkpoints/describe": ("transform_of",)},
+    | {"checkpoints/transforms": ("transform_of",)},
 )  # fmt: skip
