@@ -52,7 +52,7 @@ def describe(
     Raises: CheckpointError for tensors and configs that do not fit, UnsupportedError for networks that are not here,
     InputError for a `preprocessing` that this model does not have.
     """
-    stored = recognise(checkpoint, layout or checkpoint.layout)
+    stored = recognise(checkpoint, layout or checkpoint.layout, named=expected is not None)
     like = find_architecture(str(checkpoint.config.get("architecture"))) or expected
     try:
         config, origin = architecture(stored, checkpoint, expected, like, num_heads)

@@ -16,7 +16,7 @@ from typing import Literal
 from ..errors import InputError
 from ..model.vit import ViTConfig
 
-__all__ = ["LAYOUTS", "Layout", "LayoutName", "Parts", "Row", "layout_for"]
+__all__ = ["LAYOUTS", "OURS", "Layout", "LayoutName", "Parts", "Row", "layout_for"]
 
 LayoutName = Literal["hf", "meta", "timm"]
 Form = Literal["copied", "joined", "masked", "nested", "folded"]
@@ -272,6 +272,20 @@ TIMM_V1 = Layout(
 
 # The first that fits counts.  Meta's and timm's DINO v1 have the same names: only a config or `layout=` can tell.
 LAYOUTS = (META_V3, META_V2, META_V1, HF_V3, HF_V2_GATED_LIVE, HF_V2, HF_V1, TIMM_V3, TIMM_V2_REG, TIMM_V2, TIMM_V1)
+
+
+# A Backbone's own state_dict, which says nothing of its config: read where the caller gives a name.
+_OURS: dict[str, str | Row] = {
+    **_PLAIN, **_LS, **{name: name for name in ("register_tokens", "mask_token", "rope_periods", "pos_embed")},
+    **_both("blocks.#.mlp.gate_up"), **_both("blocks.#.mlp.down"), **_both("cls_norm"), **_both("local_cls_norm"),
+}  # fmt: skip
+OURS = tuple(
+    Layout("meta", family, has=(has,), lacks=lacks, rows=_OURS, unused=_HEADS)
+    for family, has, lacks in (
+        ("dinov3", "rope_periods", ("rope_embed.periods",)),
+        ("dinov2", r"blocks\.0\.mlp\.gate_up\.weight", ()),
+    )
+)
 
 
 def layout_for(config: ViTConfig, name: LayoutName) -> Layout:
