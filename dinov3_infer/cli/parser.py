@@ -99,7 +99,12 @@ def _batches(default: int | None) -> argparse.ArgumentParser:
         "-b", "--batch-size", type=_count, default=default, metavar="N", help=f"pictures per pass ({shown})"
     )
     found.add_argument(
-        "-j", "--workers", type=_whole, metavar="N", help="threads that read pictures (those of torch; CUDA: up to 8)"
+        "-j",
+        "--workers",
+        dest="num_workers",
+        type=_whole,
+        metavar="N",
+        help="threads that read pictures (those of torch; CUDA: up to 8)",
     )
     return found
 
