@@ -12,6 +12,7 @@ error, and a shard has one name.
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def embed_dataset(
         return 0
     given = dict(
         model=str(model), pictures=source, target=target, device=device, dtype=dtype,
-        options=EmbedOptions(shard_size=shard_size, on_error="skip", progress=False, **options),
+        options=EmbedOptions(shard_size=shard_size, **options),
     )  # fmt: skip
     tasks = ray.data.from_items([{"shard": k} for k in todo], override_num_blocks=len(todo))
     resources = dict(num_cpus=num_cpus) | (dict(num_gpus=num_gpus) if num_gpus else {})
@@ -163,7 +164,7 @@ class _Shards:
         self, model: str, pictures: Source, target: Target, options: EmbedOptions, device: str, dtype: str
     ) -> None:
         bb = Backbone.from_pretrained(model, device=device, dtype=dtype)
-        self._writer = Writer(target, pictures, bb.extractor, options)
+        self._writer = Writer(target, pictures, bb.extractor, replace(options, on_error="skip", progress=False))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         rows = [self._writer.run(only=[int(shard)]).shape[0] for shard in batch["shard"]]

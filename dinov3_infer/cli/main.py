@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status; nothing is raised."""
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = make_parser().parse_args(_joined(given if given[:1] != ["train"] else given[:1]))
+        trains = given[:1] == ["train"]  # which reads its own options, so that the parser needs no torch
+        arguments = make_parser().parse_args(given[:1] if trains else _joined(given))
+        arguments.rest = given[1:]
     except SystemExit as ended:  # help, version, wrong usage
         return int(ended.code or 0)
     handler = _Lines()
@@ -44,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if debug else logging.WARNING)
     try:
-        return _run(arguments.command, arguments, given[1:])
+        module = arguments.command.split()[-1]  # of "embed search" search
+        status: int = import_module(f".{module}", __package__).run(arguments)
+        sys.stdout.flush()  # a closed pipe shows here, not when Python ends
+        return status
     except SystemExit as ended:  # of the trainer's own options
         return int(ended.code or 0)
     except KeyboardInterrupt:
@@ -62,16 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
-
-
-def _run(command: str, arguments: object, rest: list[str]) -> int:
-    if command == "train":
-        status = import_module("..train.command", __package__).main(rest)
-    else:
-        module = command.split()[-1]  # of "embed search" search
-        status = import_module(f".{module}", __package__).run(arguments)
-    sys.stdout.flush()  # a closed pipe shows here, not when Python ends
-    return int(status)
 
 
 def _joined(argv: list[str]) -> list[str]:

@@ -76,6 +76,14 @@ class ViTConfig:
         return 1 + self.num_registers
 
 
+def cubic_kernel(x: Tensor, a: float) -> Tensor:
+    """Keys' cubic convolution kernel; torch takes a = -0.75, and -0.5 where it filters."""
+    x = x.abs()
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    far = ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a
+    return torch.where(x <= 1.0, near, torch.where(x < 2.0, far, 0.0))
+
+
 def resize_positions(
     positions: Tensor,  # [1, G*G, C] learned for a square grid of G patches a side
     grid: tuple[int, int],  # h, w in patches
