@@ -49,6 +49,7 @@ class Case(NamedTuple):
     config: Config
     packed: bool
     rotate: bool = True
+    tail: int = 16  # of the forward pass over images of one size
 
     def constants(self) -> dict[str, Any]:
         c = self.config
@@ -58,7 +59,7 @@ class Case(NamedTuple):
         found |= dict(PACKED=self.packed, PRECISION="tf32x3" if self.dtype == torch.float32 else "ieee")
         found |= {} if self.packed else dict(CU_SEQLENS=None)
         found |= {} if self.rotate else dict(COS=None, SIN=None)
-        return found | (dict(TAIL=c.block_n if self.packed else 16) if self.kind == "forward" else {})
+        return found | (dict(TAIL=c.block_n if self.packed else self.tail) if self.kind == "forward" else {})
 
     def type_of(self, argument: str) -> str:
         if argument in ("COS", "SIN", "LSE", "DELTA"):
