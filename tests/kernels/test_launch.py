@@ -151,3 +151,12 @@ def test_configurations_that_fail_are_left_out(measured: list[Config]) -> None:
 
     with pytest.raises(RuntimeError, match="PassManager"):
         chosen(none, longest=1029)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("chip", ["sm80", "sm90", "sm100", "small"])
+def test_the_crossover_follows_the_chip(chip: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 pixels are the kernel's everywhere, 512 pixels on Hopper and data centre Blackwell alone at most."""
+    monkeypatch.setattr(configs, "chip_of", lambda _: chip)
+    found = configs.crossover(torch.device("cuda", 0), torch.bfloat16, width)
+    assert found >= 261 and (found < 1029 or (chip in ("sm90", "sm100") and width == 64))
