@@ -1,6 +1,6 @@
 """The fast inference path on a CPU: a plan beside the module tree, made when a model first runs without gradients.
 
-A plan (see `frozen`) holds a second copy of the weights and is no part of the model: parameters stay what they are,
+A plan (see `cpu.plan`) holds a second copy of the weights and is no part of the model: parameters stay what they are,
 and whatever changes or replaces one ends the plan.
 """
 
