@@ -5,13 +5,13 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
 from ..backbone import Backbone
 from ..errors import Dinov3Error, InputError, PrecisionError
+from ..features.disk.formats import Array
 from ..features.result import Features
 from ..images.paths import name_of
 from ..model.vit import resolve_layers
@@ -22,7 +22,7 @@ from .main import tell
 
 __all__ = ["run"]
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays = dict[str, Array]
 INDEX = "index.jsonl"
 
 
