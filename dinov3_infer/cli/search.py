@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     store = Store(args.vectors)
     queries = list_pictures(args.query) if is_collection(args.query) else [args.query]
     vectors = _embedded(store, queries, args)
-    scores, numbers = search(store, vectors, args.count, _device())
+    scores, numbers = search(store, vectors, args.count, "cuda" if torch.cuda.is_available() else "cpu")
     best = torch.full((len(store),), -torch.inf).scatter_reduce(0, numbers.flatten(), scores.flatten(), "amax")
     top = best.topk(min(args.count, int(best.isfinite().sum())))
     names = [store.paths[int(number)] for number in top.indices]
@@ -84,7 +84,3 @@ def _square(picture: Image.Image, side: int = 320) -> Image.Image:
     picture.thumbnail((side, side))
     made.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return made
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
