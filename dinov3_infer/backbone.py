@@ -1,46 +1,78 @@
-"""The surface: load a backbone, give it pictures, save it."""
+"""The surface: load a backbone, give it images, save it.
+
+This file has more than 350 lines because the class is the documentation of all that users call.
+"""
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias, get_args, overload
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .checkpoints.config_json import layout_hint, same_architecture
-from .checkpoints.export import Dynamic, export_model
-from .checkpoints.loading import LayoutName, Periods, fingerprint, load_model
-from .checkpoints.reading import CONFIG, PROCESSOR, Checkpoint, TensorsInMemory, open_checkpoint
+from .checkpoints.architecture import rows_like
+from .checkpoints.describe import describe, open_module, transform_of
+from .checkpoints.fingerprint import fingerprint
+from .checkpoints.layouts import LayoutName
+from .checkpoints.loading import Periods, load_model
+from .checkpoints.reading import open_checkpoint
 from .checkpoints.saving import save_checkpoint
-from .errors import CheckpointError, InputError, InputTypeError, check_choice
-from .features.extractor import FeatureExtractor
-from .hub.locate import HubOptions, locate, locate_file
-from .hub.publish import push
-from .images.preprocess import Preprocess
+from .errors import Dinov3Error, InputError, InputTypeError, check_choice
+from .features.embed import embed
+from .features.extractor import Extractor
+from .features.result import Features, Pooling
+from .features.stream import Decode, OnError, in_order, items_of
+from .features.vectors import EmbedOptions, EmbedReport, Kind, OutDtype
+from .hub.locate import HubOptions, locate
+from .images.decode import ImageLike
+from .images.opening import each_image
+from .images.preprocess import Fit, PixelBatch
+from .images.sources import Numbered, Source
+from .model import dropin
 from .model.attention import resolve_attention
 from .model.cpu.compiled import start_compiler
-from .model.dispatch import Mode, drop_plan
-from .model.vit import ViTConfig
-from .zoo import MODELS, OWN, ModelInfo, Style, find, preprocess_of
+from .model.dispatch import Mode, Precision, drop_plan
+from .model.introspection import Facet
+from .model.network import Network, resolve_layers
+from .model.vit import VisionTransformer, ViTConfig
+from .zoo import ModelInfo, Style, find
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "ViTBackbone"]
+
+if TYPE_CHECKING:
+    from .checkpoints.export_graph import Dynamic
 
 log = logging.getLogger("dinov3_infer")
 
+Images: TypeAlias = ImageLike | Iterable[ImageLike]
+Collection: TypeAlias = Images | Source | Numbered
 
-class Backbone(FeatureExtractor):
-    """A DINO-family vision transformer with its weights and the transform of its pictures.
 
-    An ordinary module: `.to`, `state_dict`, compile, export, DDP and adapters work.  `extract_features` takes pictures,
+class Backbone(Network):
+    """A DINO-family network with its weights and the transform of its images.
+
+    An ordinary module: `.to`, `state_dict`, compile, export, DDP and adapters work.  `extract_features` takes images,
     calling it takes normalised pixels.
+
+    This class is the surface.  It is combined with a network in one class for each architecture, so that parameters
+    keep their names; `Backbone(config)` makes the one of the config.
     """
 
+    networks: "ClassVar[dict[type, type[Backbone]]]" = {}  # type of a config -> this surface with its network
+
+    def __new__(cls, config: Any = None, *_: Any, **__: Any) -> Self:
+        found = cls.networks.get(type(config), cls)
+        return super().__new__(found if issubclass(found, cls) else cls)
+
     def __init__(self, config: ViTConfig, info: ModelInfo | None = None) -> None:
-        super().__init__(config, _transform(config, info))
+        super().__init__(config)
         self.info = info
+        self.preprocess = transform_of(config, info)
+        self.mode: Mode = "exact"  # on a CPU, see `from_pretrained`
+        self.mixed_precision = True  # on CUDA the matrix work of float32 weights is done in bfloat16
 
     @classmethod
     def from_pretrained(
@@ -85,19 +117,11 @@ class Backbone(FeatureExtractor):
         resolve_attention(attn_implementation)  # typos are found before gigabytes are read
         if rope_periods not in (None, *get_args(Periods)):
             raise InputError(f"rope_periods is 'exact', 'bfloat16' (as in Meta's files) or None; got {rope_periods!r}")
-        options = HubOptions(revision, token, cache_dir, local_files_only)
-        if weights is None:
-            path, info = locate(name, options)
-        else:
-            asked = find(os.fspath(name))  # a typo is found before gigabytes are downloaded
-            path = locate_file(weights, options)
-            info = _as_named(asked, path)
+        path, asked = locate(name, HubOptions(revision, token, cache_dir, local_files_only), weights)
         checkpoint = open_checkpoint(path)
-        model, found = load_model(
-            cls, checkpoint, layout=layout, expected=info, dtype=cast, device=target_device, periods=rope_periods
-        )
-        model.info = info or _row_of(model.config, path, checkpoint.config)
-        model.preprocess = _with_stored_statistics(_transform(model.config, model.info, preprocessing), checkpoint)
+        found = describe(checkpoint, layout=layout, expected=asked, preprocessing=preprocessing)
+        model = load_model(cls, found, dtype=cast, device=target_device, periods=rope_periods)
+        model.info, model.preprocess = found.info, found.preprocess
         model.set_attention(attn_implementation)
         model.mode = mode
         model.mixed_precision = cast is None  # an explicit dtype is meant
@@ -107,8 +131,9 @@ class Backbone(FeatureExtractor):
                 "and bfloat16 is the safer choice"
             )
         log.debug(
-            "%s: layout %s, %s", path, found.label, model.info.name if model.info else "an architecture of its own"
-        )
+            "%s: layout %s, %s",
+            path, found.stored.layout.label, found.info.name if found.info else "an architecture of its own",
+        )  # fmt: skip
         return model
 
     @classmethod
@@ -119,7 +144,7 @@ class Backbone(FeatureExtractor):
                 torch.manual_seed(seed)
                 return cls.from_config(config)
         if isinstance(config, ViTConfig):
-            return cls(config, _row_of(config)).eval()
+            return cls(config, next(iter(rows_like(config)), None)).eval()
         if not isinstance(config, str):
             raise InputTypeError(f"from_config takes a name or a ViTConfig, got {type(config).__name__}")
         info = find(config)
@@ -142,21 +167,172 @@ class Backbone(FeatureExtractor):
             )
         if isinstance(model, Backbone):
             raise InputError("this module is a Backbone already; use it as it is, or copy.deepcopy it")
-        configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-        stated = [c.to_dict() for c in configs if hasattr(c, "to_dict") and layout_hint(c.to_dict()) == "hf"]
-        tensors = TensorsInMemory(model.state_dict(keep_vars=True))
-        checkpoint = Checkpoint(
-            f"a live {type(model).__name__}", tensors, stated[0] if stated else _timm_settings(model)
-        )
-        settings = None if stated else _live_settings(model)
-        adopted, _ = load_model(cls, checkpoint, layout=_live_layout(model), keep=True, settings=settings)
+        found = describe(open_module(model))
+        adopted = load_model(cls, found, keep=True)
+        adopted.info, adopted.preprocess = found.info, found.preprocess
         adopted.mixed_precision = False
-        adopted.info = _row_of(adopted.config, None, checkpoint.config)
-        adopted.preprocess = _with_stored_statistics(_transform(adopted.config, adopted.info), checkpoint)
         return adopted
 
+    def extract_features(
+        self,
+        images: Images,
+        size: int | tuple[int, int] | None = None,
+        fit: Fit | None = None,
+        layers: int | Sequence[int] | None = None,
+        pooling: Pooling = "cls",
+        facet: Facet = "token",
+    ) -> Features:
+        """Features of one picture or a batch of pictures; a single one gives a batch of 1.
+
+        `images`: path, address, bytes, PIL image, array [H_px, W_px, 3], tensor [3, H_px, W_px] (RGB, uint8 or float in
+        0..1), a list of these, or a 4-dimensional batch.
+        `size`: pixels.  The side for fit "squash", the short side for "crop", the long side for "pad" and "native".
+        `fit`: "squash" to a square, "crop" the centre, "pad" to a square (see `valid`), "native" keeps the aspect.
+        `layers`: an int for the last n blocks, a list for these; results are in `.layers`, after the final norm.
+        `pooling`: what `.embedding` is: "cls", "mean" of the patches, or "cls_mean", both in a row.
+        `facet`: what `.layers` are: the tokens, or the "query", "key" or "value" of each block: the output of its qkv
+        layer, heads side by side, without the rotation that DINOv3 applies after it, which depends on the position.
+
+        Raises: ImageError, MissingFileError, InputError, LayerError; PrecisionError where the features are not finite.
+        """
+        extractor = self.extractor
+        blocks = extractor.layers(layers, pooling, facet)
+        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
+        return extractor.features([batch], blocks, pooling, facet)[0]
+
+    @overload
+    def iter_features(
+        self, images: Images | Source, *, on_error: Literal["raise"] = ..., **options: Any
+    ) -> Iterator[Features]: ...
+    @overload
+    def iter_features(
+        self, images: Images | Source, *, on_error: Literal["return"], **options: Any
+    ) -> Iterator[Features | Dinov3Error]: ...
+    @overload
+    def iter_features(
+        self, images: Images | Source, *, on_error: OnError, **options: Any
+    ) -> Iterator[Features | Dinov3Error | None]: ...
+    def iter_features(  # type: ignore[misc]  # which options there are is known by this signature alone
+        self,
+        images: Images | Source,
+        *,
+        size: int | tuple[int, int] | None = None,
+        fit: Fit | None = None,
+        layers: int | Sequence[int] | None = None,
+        pooling: Pooling = "cls",
+        facet: Facet = "token",
+        batch_size: int = 32,
+        num_workers: int | None = None,
+        on_error: OnError = "raise",
+    ) -> Iterator[Features | Dinov3Error | None]:
+        """One `Features` per picture, of any sizes, in the order of the input, on the CPU.
+
+        `images`: as in `extract_features`, or any iterable of pictures, a folder or a pattern (see `list_images`).
+        `batch_size`: pictures of one pass at most; large ones go in smaller passes.  It does not change the features.
+        `num_workers`: threads that read pictures; None for as many as torch has on a CPU, and up to 8 beside a GPU.
+        `on_error`: for a picture that cannot be read "raise" its error, "return" it in its place, or "skip", which
+        gives None and logs why.
+
+        Raises: as `extract_features`.
+        """
+        check_choice("on_error", on_error, OnError)
+        extractor = self.extractor
+        blocks = extractor.layers(layers, pooling, facet)
+
+        def features(batches: list[PixelBatch]) -> list[Sequence[Features]]:
+            return [list(found.to("cpu")) for found in extractor.features(batches, blocks, pooling, facet)]
+
+        transform = self.preprocess.with_options(size, fit)
+        batcher = extractor.batcher(transform, features, batch_size, num_workers=num_workers)
+        return in_order(batcher(items_of(images if isinstance(images, Source) else each_image(images))), on_error)
+
+    @overload
+    def embed(self, images: Collection, out: None = None, **options: Any) -> np.ndarray[Any, Any]: ...
+    @overload
+    def embed(self, images: Collection, out: str | os.PathLike[str], **options: Any) -> EmbedReport: ...
+    def embed(  # type: ignore[misc]
+        self,
+        images: Collection,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        kind: Kind = "embedding",
+        pooling: Pooling = "cls",
+        normalize: bool = False,
+        out_dtype: OutDtype = "float32",
+        size: int | tuple[int, int] | None = None,
+        fit: Fit | None = None,
+        decode: Decode = "exact",
+        batch_size: int | None = None,
+        shard_size: int | None = None,
+        num_workers: int | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        overwrite: bool = False,
+        progress: bool | None = None,
+    ) -> np.ndarray[Any, Any] | EmbedReport:
+        """One row per picture in the order of the input: an array, or the file or folder `out` and a report.
+
+        `images`: as in `iter_features`; also a list file, tar archive, Parquet table or Dataset.
+        `out`: .npy or .safetensors, beside which goes a .jsonl with row, path, grid and error of every picture, or
+        .parquet with all in one; a name without suffix, or with a slash behind it, is a folder of such files.  What is
+        there of the same call is kept, what is missing is added; under torchrun each process writes a part of a folder.
+        `kind`: "embedding" [N, C] ([N, 2C] with pooling "cls_mean"), "patches" [N, P, C], or "map" [N, C, h, w].
+        `normalize`: every vector to length 1, for cosine similarity by dot product.
+        `decode`: "fast" lets a JPEG's decoder make large photographs smaller, which changes vectors a little.
+        `batch_size`: pictures of one pass; None for what is found to be fastest.  It does not change vectors.
+        `shard_size`: pictures that are written at a time; None for 10,000, or as many as have 256 MiB.
+        `num_workers`, `size`, `fit`: as in `iter_features`.
+        `on_error`: "raise", or "skip", which leaves a row of NaN for a picture that cannot be read.
+        `overwrite`: begin anew, whatever is there.
+        `progress`: a bar on stderr; None shows it where that is a terminal.
+
+        Raises: as `iter_features`; InputError where patches or maps differ in shape, or where what is at `out` was made
+        in another way or from other pictures.
+        """
+        options: dict[str, Any] = dict(locals())  # the signature lists what EmbedOptions holds
+        del options["self"], options["images"], options["out"]
+        return embed(self.extractor, images, out, EmbedOptions(**options))
+
+    def attention_maps(
+        self,
+        images: Images,
+        layer: int = -1,
+        query: Literal["cls"] | tuple[float, float] = "cls",
+        size: int | tuple[int, int] | None = 768,
+        fit: Fit | None = "native",
+    ) -> Tensor:
+        """How much a token attends to each patch, [B, H, h, w], one map per head.
+
+        The softmax runs over all tokens, so a map sums to what class token and registers leave of 1.
+        `layer`: a block from 0, or from the end.
+        `query`: "cls", or a point (x, y) in pixels of the original picture for the patch that covers it.
+
+        Raises: as `extract_features`; InputError for a point that is outside the picture or cropped away.
+        """
+        if not hasattr(layer, "__index__"):
+            raise InputTypeError(f"layer is the number of one block, got {layer!r}; call it once for each")
+        (block,) = resolve_layers([layer], self.n_blocks)
+        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
+        return self.extractor.attention_maps(batch, block, None if query == "cls" else _point(query))
+
+    def check_precision(
+        self, images: Images, size: int | tuple[int, int] | None = None, fit: Fit | None = None
+    ) -> Precision:
+        """How near the features of these pictures are to those of the model as it is written, in plain float32.
+
+        This is for models that run faster at some cost: with `mode="fast"` or "int8" on a CPU, or in bfloat16 on CUDA.
+
+        Raises: as `extract_features`.
+        """
+        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
+        return self.extractor.precision(batch)
+
+    @property
+    def extractor(self) -> Extractor:
+        """The network with what features are computed with."""
+        return Extractor(self, self.preprocess, self.mode, self.mixed_precision)
+
     def fingerprint(self) -> str:
-        """SHA-256 of the weights, the same whichever layout they came from; see `weights.fingerprint`."""
+        """SHA-256 of the weights, the same whichever layout they came from; see `checkpoints.fingerprint`."""
         return fingerprint(self.state_dict(), self.config)
 
     def save_pretrained(self, directory: str | os.PathLike[str], layout: LayoutName = "hf") -> Path:
@@ -171,7 +347,7 @@ class Backbone(FeatureExtractor):
         path: str | os.PathLike[str],
         *,
         size: int | tuple[int, int] | None = None,
-        dynamic: Dynamic = "batch",
+        dynamic: "Dynamic" = "batch",
         opset: int = 18,
     ) -> Path:
         """Writes a file for other engines: .onnx, or .pt2, which torch runs without this package.
@@ -191,6 +367,8 @@ class Backbone(FeatureExtractor):
         Raises: InputError for a wrong size or suffix, UnsupportedError for an opset, a dtype or a package that is not
         there, PrecisionError for a file that gives other tokens.
         """
+        from .checkpoints.export import export_model  # not above: few processes export or publish
+
         return export_model(self, path, self.preprocess, self.info, size=size, dynamic=dynamic, opset=opset)
 
     def push_to_hub(
@@ -212,6 +390,8 @@ class Backbone(FeatureExtractor):
 
         Raises: InputError for a wrong id or no token, GatedModelError without the right to write, OfflineError.
         """
+        from .hub.publish import push
+
         return push(
             self, repo_id, self.info, self.preprocess,
             private=private, revision=revision, token=token, commit_message=commit_message, card=card,
@@ -225,22 +405,30 @@ class Backbone(FeatureExtractor):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         drop_plan(self)
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        c = self.config
-        positions = "RoPE" if c.position_grid is None else f"learned {c.position_grid}x{c.position_grid}"
-        name = self.info.name if self.info else "own architecture"
-        shape = f"{c.depth} blocks of width {c.embed_dim}, patch {c.patch_size}, {c.num_registers} registers"
-        return f"{name}: {shape}, {positions}"
+        return f"{self.info.name if self.info else 'own architecture'}: {self.summary()}"
 
 
-def _as_named(info: ModelInfo, weights: Path) -> ModelInfo:
-    """The row that was asked for, unless the file is named as that of another one."""
-    named = next((row for row in MODELS.values() if row.meta_file == weights.stem), info)
-    if named is not info:
-        raise CheckpointError(f"'{weights}' has the name of {named.name}'s file; ask for that, or rename the file")
-    return info
+class ViTBackbone(Backbone, VisionTransformer):
+    """A Backbone whose network is a vision transformer, with the methods that Meta's and timm's users call."""
+
+    forward_features = dropin.forward_features
+    get_intermediate_layers = dropin.get_intermediate_layers
+    get_last_selfattention = dropin.get_last_selfattention
+    forward_intermediates = dropin.forward_intermediates
+
+
+Backbone.networks[ViTConfig] = ViTBackbone
+
+
+def _point(query: Any) -> tuple[float, float]:
+    try:
+        x, y = query
+        return float(x), float(y)
+    except (TypeError, ValueError):
+        raise InputError(f"query is 'cls' or a point (x, y) in pixels, got {query!r}") from None
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -263,76 +451,3 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if resolved not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise InputError(f"dtype is 'auto', float32, bfloat16, float16 or float64; got {dtype!r}")
     return resolved
-
-
-def _row_of(config: ViTConfig, path: Path | None = None, stored: Mapping[str, Any] | None = None) -> ModelInfo | None:
-    """The row of the zoo with this architecture; among equals the one that config.json or the file's name speaks of.
-
-    Of weights that began as random ones, as config.json says, it has no licence.
-    """
-    rows = [row for row in MODELS.values() if same_architecture(row.config, config)]
-    stored = stored or {}
-    ours, timm = stored.get("dinov3_infer"), stored.get("pretrained_cfg")
-    ours = ours if isinstance(ours, dict) else {}
-    if ours.get("from_scratch") is True:
-        rows = [replace(row, licence=OWN) for row in rows]
-    if len(rows) < 2:
-        return rows[0] if rows else None
-    name = ours.get("name")
-    tag = f".{timm.get('tag')}" if isinstance(timm, dict) else "."
-    for row in rows:
-        # of the two ViT-L the satellite model alone was trained with this norm
-        satellite = config.local_cls_norm and row.name == "dinov3_vitl16_sat493m"
-        if row.name == name or (row.timm_id or "").endswith(tag) or (path and row.meta_file == path.stem) or satellite:
-            return row
-    return rows[0]
-
-
-def _transform(config: ViTConfig, info: ModelInfo | None, style: Style | None = None) -> Preprocess:
-    """That of a row; for an architecture of one's own ImageNet's mean and std, and 16 patches a side."""
-    if info is not None:
-        return preprocess_of(info, style)
-    if style is not None:
-        raise InputError(
-            f"preprocessing={style!r} needs a known architecture, and this model has its own; leave it out"
-        )
-    first = next(iter(MODELS.values()))
-    return Preprocess(first.mean, first.std, config.patch_size, size=16 * config.patch_size)
-
-
-def _with_stored_statistics(transform: Preprocess, checkpoint: Checkpoint) -> Preprocess:
-    """The same with mean and std of what lies beside the weights, where that says so."""
-    timm = checkpoint.config.get("pretrained_cfg")
-    sources = (checkpoint.processor, timm if isinstance(timm, Mapping) else {}, checkpoint.config)
-    for source in sources:
-        mean, std = source.get("image_mean", source.get("mean")), source.get("image_std", source.get("std"))
-        if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) == 3:
-            try:
-                return replace(transform, mean=tuple(mean), std=tuple(std))
-            except InputError as error:
-                file = PROCESSOR if source is checkpoint.processor else CONFIG
-                raise CheckpointError(f"{file} of '{checkpoint.path}' is wrong: {error}; mend it") from None
-    return transform
-
-
-def _live_settings(model: nn.Module) -> dict[str, Any]:
-    """What a timm or Meta module knows and its tensors do not show."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        if name.endswith("blocks.0.attn") and isinstance(getattr(module, "num_heads", None), int):
-            found["num_heads"] = module.num_heads
-        if name.endswith("blocks.0.norm1") and isinstance(getattr(module, "eps", None), float):
-            found["norm_eps"] = module.eps
-    return found
-
-
-def _timm_settings(model: nn.Module) -> dict[str, Any]:
-    """timm's config.json of a live module, as far as it knows which weights it holds."""
-    found = (getattr(module, "pretrained_cfg", None) for module in model.modules())
-    cfg: Any = next((c for c in found if c), {})
-    return {"pretrained_cfg": dict(cfg.to_dict() if hasattr(cfg, "to_dict") else cfg)} if cfg else {}
-
-
-def _live_layout(model: nn.Module) -> LayoutName | None:
-    origins = {type(module).__module__.split(".")[0] for module in model.modules()}
-    return "timm" if "timm" in origins else "hf" if "transformers" in origins else None

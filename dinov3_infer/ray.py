@@ -12,6 +12,7 @@ error, and a shard has one name.
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ import numpy as np
 from .backbone import Backbone
 from .errors import Dinov3Error, InputError, UnsupportedError
 from .features.disk.target import Target
-from .features.disk.write import write
+from .features.disk.write import Writer
 from .features.result import Pooling
-from .features.vectors import Asked
+from .features.vectors import EmbedOptions
 from .images.containers import pyarrow
-from .images.opening import open_pictures
+from .images.opening import open_images
 from .images.preprocess import Fit
 from .images.sources import Source
 
@@ -135,7 +136,7 @@ def embed_dataset(
     check_cluster(actors, num_cpus, num_gpus, ray.cluster_resources())
     path = Path(out).expanduser().absolute()
     target = Target.find(f"{path}{os.sep}")
-    source = open_pictures(pictures)
+    source = open_images(pictures)
     if not isinstance(source, Source):
         raise InputError("a stream cannot be shared by several machines; give a folder, list file, archive or paths")
     count = -(-len(source) // shard_size)
@@ -144,7 +145,7 @@ def embed_dataset(
         return 0
     given = dict(
         model=str(model), pictures=source, target=target, device=device, dtype=dtype,
-        asked=Asked(shard_size=shard_size, **options),
+        options=EmbedOptions(shard_size=shard_size, **options),
     )  # fmt: skip
     tasks = ray.data.from_items([{"shard": k} for k in todo], override_num_blocks=len(todo))
     resources = dict(num_cpus=num_cpus) | (dict(num_gpus=num_gpus) if num_gpus else {})
@@ -159,18 +160,14 @@ def embed_dataset(
 class _Shards:
     """An actor: numbers of shards in, and the number of rows in each out."""
 
-    def __init__(self, model: str, pictures: Source, target: Target, asked: Asked, device: str, dtype: str) -> None:
+    def __init__(
+        self, model: str, pictures: Source, target: Target, options: EmbedOptions, device: str, dtype: str
+    ) -> None:
         bb = Backbone.from_pretrained(model, device=device, dtype=dtype)
-        self._pictures, self._target = pictures, target
-        self._model, self._recipe = bb._model(asked), bb._recipe(asked, pictures)
+        self._writer = Writer(target, pictures, bb.extractor, replace(options, on_error="skip", progress=False))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        rows = []
-        for shard in batch["shard"]:
-            report = write(
-                self._target, self._pictures, self._recipe, self._model, raises=False, progress=False, only=[int(shard)]
-            )
-            rows.append(report.shape[0])
+        rows = [self._writer.run(only=[int(shard)]).shape[0] for shard in batch["shard"]]
         return {"shard": batch["shard"], "rows": np.array(rows)}
 
 

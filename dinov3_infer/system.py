@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their hashes, and memory that is kept."""
+"""Files that appear whole or not at all, their hashes, memory that is kept, and threads of torch."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-__all__ = ["keep_freed_memory", "sha256", "whole"]
+__all__ = ["keep_freed_memory", "sha256", "torch_threads", "whole"]
 
 
 @contextmanager
@@ -59,3 +59,16 @@ def keep_freed_memory() -> None:
     import torch  # not above: the command line starts without it
 
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch computes with so many threads, and afterwards with as many as before."""
+    import torch  # as above
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

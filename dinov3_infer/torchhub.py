@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .backbone import Backbone
+from .backbone import ViTBackbone
 from .errors import InputTypeError, UnsupportedError
 from .zoo import MODELS, ModelInfo, find
 
@@ -22,7 +22,7 @@ _ELSEWHERE = (
 )
 
 
-class HubBackbone(Backbone):
+class HubBackbone(ViTBackbone):
     """A Backbone that is called as Meta's models are; everything else is as in `Backbone`."""
 
     def forward(  # type: ignore[override]

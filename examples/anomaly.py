@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from common import layer_features, load, parser, run, save
 from torch import Tensor
 
-from dinov3_infer import Features, InputError, list_pictures
+from dinov3_infer import Features, InputError, list_images
 from dinov3_infer.tasks import nearest, overlay, panel, sheet
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     bb = load(args)
     good, asked = (
         list(layer_features(bb, pictures, args.layer, args.size))
-        for pictures in (list_pictures(args.good), args.pictures)
+        for pictures in (list_images(args.good), args.pictures)
     )
     bank = MemoryBank(good)
     shown, captions, limit = [], [], bank.limit()

@@ -14,9 +14,17 @@ from PIL import Image, ImageDraw, ImageSequence, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import trange
 
-from dinov3_infer import Backbone, Dinov3Error, Features, InputError, MissingFileError, list_pictures, load_image
-from dinov3_infer.images.decode import ImageLike
-from dinov3_infer.images.preprocess import Fit
+from dinov3_infer import (
+    Backbone,
+    Dinov3Error,
+    Features,
+    Fit,
+    ImageLike,
+    InputError,
+    MissingFileError,
+    list_images,
+    load_image,
+)
 
 MODEL = "dinov2_vits14"  # the smallest whose licence (Apache-2.0) lets everyone have it without asking
 
@@ -82,7 +90,7 @@ def read_frames(source: str, most: int = 500) -> list[Image.Image]:
     """
     path = Path(source)
     if path.is_dir():
-        return [Image.open(name).convert("RGB") for name in list_pictures(path)[:most]]
+        return [Image.open(name).convert("RGB") for name in list_images(path)[:most]]
     if not path.is_file():
         raise MissingFileError(f"no video and no folder of frames at '{source}'; check the path")
     try:

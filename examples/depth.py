@@ -15,7 +15,7 @@ from common import fit, load, maps, parser, read_depths, run, save, upright
 from heads import Depth, layers_of
 from torch import Tensor
 
-from dinov3_infer import InputError, list_pictures
+from dinov3_infer import InputError, list_images
 from dinov3_infer.tasks import overlay, sheet
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     options = parser(__doc__, "depth.jpg", "pictures", "depths", "photo", size=448, steps=400)
     options.add_argument("--head", choices=("linear", "dpt"), default="dpt")
     args = options.parse_args()
-    names, bb = list_pictures(args.pictures), load(args)
+    names, bb = list_images(args.pictures), load(args)
     layers = layers_of(args.head, bb.config.depth)
     model = train(maps(bb, names, args.size, layers), read_depths(args.depths, names, 128), args.head, args.steps)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from heads import MaskQueries, layers_of
 from set_prediction import assign, class_cost, class_loss, mask_cost, read_segments
 from torch import Tensor
 
-from dinov3_infer import list_pictures
+from dinov3_infer import list_images
 
 Segments = tuple[Tensor, Tensor]  # of one picture: masks [n, height, width] bool, classes [n]
 
@@ -65,7 +65,7 @@ def panoptic(scores: Tensor, chance: Tensor, names: Tensor, least: float = 0.1) 
 
 def main() -> None:
     args = parser(__doc__, "masks.jpg", "pictures", "segments", "photo", size=448, steps=1000).parse_args()
-    files, bb, shown = list_pictures(args.pictures), load(args), upright(args.photo)
+    files, bb, shown = list_images(args.pictures), load(args), upright(args.photo)
     segments = read_segments(args.segments, files)
     classes = max(int(names.max()) for _, names in segments) + 1
     known, asked = (maps(bb, p, args.size, layers_of("dpt", bb.config.depth)) for p in (files, [shown]))

@@ -14,7 +14,7 @@ from heads import DPT, Linear, layers_of
 from PIL import Image
 from torch import Tensor
 
-from dinov3_infer import InputError, list_pictures
+from dinov3_infer import InputError, list_images
 from dinov3_infer.tasks import sheet
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     options = parser(__doc__, "normals.jpg", "pictures", "depths", "photo", size=448, steps=400)
     options.add_argument("--focal", type=float, default=1.0, help="in widths of a picture (1.0)")
     args = options.parse_args()
-    names, bb, shown = list_pictures(args.pictures), load(args), upright(args.photo)
+    names, bb, shown = list_images(args.pictures), load(args), upright(args.photo)
     layers = layers_of("dpt", bb.config.depth)
     truth = normals_of(read_depths(args.depths, names, 128), args.focal)
     model = train(maps(bb, names, args.size, layers), *truth, steps=args.steps)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from dinov3_infer import Backbone
-from dinov3_infer.tasks.pca import pca_picture, pca_rgb
+from dinov3_infer.tasks import pca_picture, pca_rgb
 
 
 def main() -> None:

@@ -12,8 +12,7 @@ from common import load, parser, run, save
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dinov3_infer import Backbone, list_pictures
-from dinov3_infer.images.decode import ImageLike
+from dinov3_infer import Backbone, ImageLike, list_images
 from dinov3_infer.tasks import nearest, panel, sheet
 
 SIDE = 224  # pixels of a picture on the sheet
@@ -37,7 +36,7 @@ def main() -> None:
     options.add_argument("folder", help="a folder, or a pattern such as 'photos/**/*.jpg'")
     options.add_argument("--count", type=int, default=5, help="pictures to find for each (5)")
     args = options.parse_args()
-    gallery = list_pictures(args.folder)
+    gallery = list_images(args.folder)
     bb = load(args)
     bank = embed(bb, gallery, args.size)
     cosines, found = nearest(embed(bb, args.queries, args.size), bank, min(args.count, len(gallery)))

@@ -1,7 +1,5 @@
 """What a Backbone knows of itself, and what it says of wrong options before it reads gigabytes."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,50 +17,7 @@ from dinov3_infer import (
     UnsupportedError,
     ViTConfig,
 )
-from dinov3_infer.backbone import _row_of
-from dinov3_infer.model.vit import resolve_layers
-from dinov3_infer.zoo import ARCHITECTURES, MODELS
-
-
-@pytest.mark.parametrize(
-    "architecture, path, stored, name",
-    [
-        ("dinov3_vits16", None, {}, "dinov3_vits16"),
-        ("dinov3_vits16", None, {"dinov3_infer": {"name": "lingbot_vits16"}}, "lingbot_vits16"),
-        ("dinov3_vits16", None, {"pretrained_cfg": {"tag": "robbyant"}}, "lingbot_vits16"),
-        ("dinov3_vits16", None, {"pretrained_cfg": {"tag": "lvd1689m"}}, "dinov3_vits16"),
-        ("dinov3_vitl16", None, {"pretrained_cfg": {"tag": "sat493m"}}, "dinov3_vitl16_sat493m"),
-        ("dinov3_vitl16", "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth", {}, "dinov3_vitl16_sat493m"),
-        ("dinov3_vitl16", "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", {}, "dinov3_vitl16"),
-        ("dinov2_vitb14_reg", None, {"dinov3_infer": {"name": 3}, "pretrained_cfg": []}, "dinov2_vitb14_reg"),
-    ],
-)  # fmt: skip
-def test_models_of_one_shape_are_told_apart(architecture: str, path: str | None, stored: Any, name: str) -> None:
-    """By our own config.json, by timm's tag, or by the name of Meta's file."""
-    row = _row_of(ARCHITECTURES[architecture], Path(path) if path else None, stored)
-    assert row is not None and row.name == name
-
-
-def test_the_norm_for_local_crops_tells_the_satellite_model() -> None:
-    row = _row_of(replace(ARCHITECTURES["dinov3_vitl16"], local_cls_norm=True))
-    assert row is not None and row.name == "dinov3_vitl16_sat493m"
-
-
-def test_a_saved_model_keeps_its_name_and_its_mean(tmp_path: Path) -> None:
-    bb = Backbone.from_config("nano", seed=0)
-    bb.preprocess = replace(bb.preprocess, mean=MODELS["dinov3_vitl16_sat493m"].mean)
-    loaded = Backbone.from_pretrained(bb.save_pretrained(tmp_path))
-    assert loaded.info is MODELS["nano"] and loaded.preprocess == bb.preprocess
-
-
-@pytest.mark.parametrize("file", ["preprocessor_config.json", "config.json"])
-def test_a_wrong_mean_is_said_with_its_file(file: str, tmp_path: Path) -> None:
-    Backbone.from_config("nano", seed=0).save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").unlink()
-    stored = json.loads(path.read_text()) if (path := tmp_path / file).exists() else {}
-    path.write_text(json.dumps(stored | {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.2, 0, 0.2]}))
-    with pytest.raises(CheckpointError, match=rf"^{file} of '{tmp_path}' is wrong: std is three numbers.*got"):
-        Backbone.from_pretrained(tmp_path)
+from dinov3_infer.model.network import resolve_layers
 
 
 def test_an_architecture_of_ones_own_has_a_transform_too() -> None:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..errors import InputError, MissingFileError, PrecisionError, UnsupportedError
 from ..images.preprocess import Preprocess
-from ..model.vit import VisionTransformer
+from ..model.network import Network
 from ..version import __version__
 from ..zoo import ModelInfo
-from .export_graph import INPUT, Dynamic, Tokens, Traced, program, twin
+from .export_graph import INPUT, Dynamic, Tokens, export_copy, graph_of, program
 
 __all__ = ["Dynamic", "export_model", "worst_token"]
 
@@ -36,7 +36,7 @@ Engine = Callable[[Tensor], Tokens]
 
 
 def export_model(
-    model: VisionTransformer,
+    model: Network,
     path: str | os.PathLike[str],
     preprocess: Preprocess,
     info: ModelInfo | None = None,
@@ -62,19 +62,19 @@ def export_model(
                 f"to write and check '{target.suffix}' takes {needed}, which is not installed; "
                 "pip install 'dinov3-infer[onnx]' brings it"
             )
-    dtype = model.patch_embed.proj.weight.dtype
+    dtype = model.main_weight.dtype
     if dtype not in kind.dtypes:
         raise UnsupportedError(
             f"a model in {dtype} cannot be checked as '{target.suffix}'; load it with dtype=torch.float32 and let the "
             "engine choose its precision"
         )
     grid = _grid(model, preprocess.size if size is None else size)
-    host = twin(model)
-    traced = Traced(twin(host), None if dynamic is True else grid)
+    host = export_copy(model)
+    graph = graph_of(export_copy(host), None if dynamic is True else grid)
     beside = target.with_name(f".{uuid.uuid4().hex[:8]}{target.suffix}")
     try:
         with _quiet():
-            kind.write(program(traced, grid, dynamic), beside, _facts(host, preprocess, info), opset)
+            kind.write(program(graph, grid, dynamic), beside, _facts(host, preprocess, info), opset)
             distance = _distance(host, kind.open(beside), _inputs(host, grid, dynamic))
         if not distance <= LIMITS[dtype]:
             failed = target.with_name(f"{target.name}.failed")
@@ -91,9 +91,9 @@ def export_model(
     return target
 
 
-def _grid(model: VisionTransformer, size: int | tuple[int, int] | None) -> tuple[int, int]:
+def _grid(model: Network, size: int | tuple[int, int] | None) -> tuple[int, int]:
     """(h, w) in patches.  Raises InputError for what is not whole patches."""
-    patch = model.config.patch_size
+    patch = model.patch_size
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, (tuple, list)) or len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
         raise InputError(f"size is the side of a square or (height, width) in pixels, got {size!r}")
@@ -105,7 +105,7 @@ def _grid(model: VisionTransformer, size: int | tuple[int, int] | None) -> tuple
     return sides[0] // patch, sides[1] // patch
 
 
-def _facts(model: VisionTransformer, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, str]:
+def _facts(model: Network, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, str]:
     """What whoever finds the file has to know."""
     found: dict[str, Any] = dict(dinov3_infer=__version__, patch_size=model.patch_size)
     found |= dict(mean=list(preprocess.mean), std=list(preprocess.std))
@@ -157,7 +157,7 @@ def _write_onnx(program: Any, path: Path, facts: dict[str, str], opset: int) -> 
     onnx.save(model, path)
 
 
-_AXES = {  # outputs in the order of `Traced`
+_AXES = {  # outputs in the order of `Graph`
     INPUT: ("batch", "channels", "height", "width"),
     "cls_token": ("batch", "width"),
     "register_tokens": ("batch", "registers", "width"),
@@ -223,9 +223,9 @@ def worst_token(ours: Tensor, theirs: Tensor) -> float:
     return float(((ours.double() - theirs).norm(dim=-1) / lengths).max()) if theirs.numel() else 0.0
 
 
-def _inputs(model: VisionTransformer, grid: tuple[int, int], dynamic: Dynamic) -> Iterator[Tensor]:
+def _inputs(model: Network, grid: tuple[int, int], dynamic: Dynamic) -> Iterator[Tensor]:
     """Noise of several sizes and numbers of pictures, as far as these are free."""
-    grids, own, draw = [grid], model.config.position_grid, torch.Generator().manual_seed(0)
+    grids, own, draw = [grid], getattr(model.config, "position_grid", None), torch.Generator().manual_seed(0)
     if dynamic is True:
         h, w = (max(2, n) for n in grid)
         grids = [(h, w), (w + 1, h), (max(2, h // 2), w + 2), *([(own, own)] if own else [])]
@@ -237,10 +237,10 @@ def _inputs(model: VisionTransformer, grid: tuple[int, int], dynamic: Dynamic) -
 
 
 @torch.no_grad()
-def _distance(model: VisionTransformer, engine: Engine, inputs: Iterator[Tensor]) -> float:
+def _distance(model: Network, engine: Engine, inputs: Iterator[Tensor]) -> float:
     found = 0.0
     for pixels in inputs:
-        ours, tokens = VisionTransformer.forward(model, pixels), engine(pixels)
+        ours, tokens = model(pixels, layers=[]), engine(pixels)
         found = max(found, *(worst_token(t, getattr(ours, name)) for name, t in tokens.items()))
     return found
 

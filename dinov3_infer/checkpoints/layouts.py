@@ -2,92 +2,76 @@
 
 Read forwards to load, backwards to save.
 
-`#` stands for the number of a block.  A plain string is copied, `Nested` has one dimension more in the file, `Joined`
-is cut along dimension 0 there, `Masked` is to be multiplied, `Folded` lacks a row.  A name with a `?` may be absent.
+`#` stands for the number of a block.  A plain string is copied, a `Row` is anything else.  A name with a `?` may be
+absent.
 
 Sources: dinov3 at 6876159, dinov2 at b8931f7, dino main; transformers 5.23.0; timm 1.0.31.
 """
 
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Literal
 
-__all__ = [
-    "LAYOUTS",
-    "Folded",
-    "Joined",
-    "Layout",
-    "Masked",
-    "Nested",
-    "Row",
-    "normalise",
-    "recognise",
-    "row_of",
-    "sources",
-]
+from ..errors import InputError
+from ..model.vit import ViTConfig
+
+__all__ = ["LAYOUTS", "Layout", "LayoutName", "Parts", "Row", "layout_for"]
+
+LayoutName = Literal["hf", "meta", "timm"]
+Form = Literal["copied", "joined", "masked", "nested", "folded"]
 
 ZEROS = "?"  # a part that no file holds; its name is ""
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Parts end to end along dimension 0; absent ones are zeros."""
+class Row:
+    """How a file holds one of our tensors.
 
-    parts: tuple[str, ...]
+    "joined": parts end to end along dimension 0; absent ones are zeros.
+    "masked": a tensor times a mask that the file may hold beside it.
+    "nested": a copy that has one leading dimension more in the file.
+    "folded": a position table without a row for the class token, whose position the file has added to the class token.
+    """
 
-
-@dataclass(frozen=True)
-class Masked:
-    """A tensor times a mask that the file may hold beside it."""
-
-    value: str
-    mask: str
-
-
-@dataclass(frozen=True)
-class Nested:
-    """A copy that has one leading dimension more in the file."""
-
-    name: str
+    form: Form
+    names: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Folded:
-    """A position table without a row for the class token, whose position the file has added to the class token."""
-
-    name: str
-
-
-Row: TypeAlias = str | Joined | Masked | Nested | Folded
-
-
-def _both(ours: str, theirs: str | Callable[[str], Row] | None = None) -> dict[str, Row]:
+def _both(ours: str, theirs: str | Callable[[str], Row] | None = None) -> dict[str, str | Row]:
     """Rows for the weight and the bias of a module."""
     make = (lambda kind: f"{theirs or ours}.{kind}") if not callable(theirs) else theirs
     return {f"{ours}.{kind}": make(kind) for kind in ("weight", "bias")}
 
 
 def _joined(*names: str) -> Callable[[str], Row]:
-    return lambda kind: Joined(tuple(f"{name}.{kind}" for name in names))
+    return lambda kind: Row("joined", tuple(f"{name}.{kind}" for name in names))
 
 
-def _qkv(query: str, key: str, value: str, *, key_bias: str = "") -> dict[str, Row]:
+def _qkv(query: str, key: str, value: str, *, key_bias: str = "") -> dict[str, str | Row]:
     """Three linears; with `key_bias` "?" that bias may be missing while those of query and value are there."""
     return {
-        "blocks.#.attn.qkv.weight": Joined((f"{query}.weight", f"{key}.weight", f"{value}.weight")),
-        "blocks.#.attn.qkv.bias": Joined((f"{query}.bias", f"{key_bias}{key}.bias", f"{value}.bias")),
+        "blocks.#.attn.qkv.weight": Row("joined", (f"{query}.weight", f"{key}.weight", f"{value}.weight")),
+        "blocks.#.attn.qkv.bias": Row("joined", (f"{query}.bias", f"{key_bias}{key}.bias", f"{value}.bias")),
     }
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Where one of our tensors lies in a file."""
+
+    form: Form
+    names: tuple[str, ...]  # in the file
+    optional: frozenset[str]  # those of them that may be absent
+
+
+@dataclass(frozen=True)
 class Layout:
-    name: str  # "meta", "hf" or "timm"
+    name: LayoutName
     family: str  # "dinov3", "dinov2" or "dino"
     has: tuple[str, ...]  # patterns of names that are all there, once wrapper prefixes are gone ...
     lacks: tuple[str, ...]  # ... and patterns that are not
-    rows: dict[str, Row]
+    rows: dict[str, str | Row]
     unused: Mapping[str, str] = field(default_factory=dict)  # pattern of a name in the file -> why we leave it
     spellings: tuple[tuple[str, str], ...] = ()  # other ways to write the names on the left: pattern, replacement
 
@@ -95,8 +79,29 @@ class Layout:
     def label(self) -> str:
         return f"{self.name} ({self.family})"
 
+    def depth(self, names: Iterable[str]) -> int:
+        """How many blocks a file with these names has."""
+        before = re.escape(str(self.rows["blocks.#.norm1.weight"]).partition("#")[0])
+        found = (re.match(rf"{before}(\d{{1,3}})\.", name) for name in names)
+        return max((int(match[1]) + 1 for match in found if match), default=0)
 
-_PLAIN: dict[str, Row] = {  # names that Meta and timm share; ours are Meta's
+    def parts(self, depth: int) -> dict[str, Parts]:
+        """The table for a network of so many blocks, by our names; a tensor that is not in it has no place here."""
+        return {
+            ours.replace("#", str(number)): _parts(row, str(number))
+            for ours, row in self.rows.items()
+            for number in range(depth if "#" in ours else 1)
+        }
+
+
+def _parts(row: str | Row, number: str) -> Parts:
+    row = Row("copied", (row,)) if isinstance(row, str) else row
+    names = tuple(name.removeprefix("?").replace("#", number) for name in row.names)
+    optional = (name for name, written in zip(names, row.names, strict=True) if written.startswith("?"))
+    return Parts(row.form, names, frozenset(optional))
+
+
+_PLAIN: dict[str, str | Row] = {  # names that Meta and timm share; ours are Meta's
     "cls_token": "cls_token",
     "patch_embed.proj.weight": "patch_embed.proj.weight",
     "patch_embed.proj.bias": "patch_embed.proj.bias",
@@ -108,7 +113,7 @@ _PLAIN: dict[str, Row] = {  # names that Meta and timm share; ours are Meta's
     **_both("blocks.#.mlp.fc2"),
     **_both("norm"),
 }
-_LS: dict[str, Row] = {f"blocks.#.ls{i}.gamma": f"blocks.#.ls{i}.gamma" for i in (1, 2)}
+_LS: dict[str, str | Row] = {f"blocks.#.ls{i}.gamma": f"blocks.#.ls{i}.gamma" for i in (1, 2)}
 _HF_LS: dict[str, str] = {f"blocks.#.ls{i}.gamma": f"layer.#.layer_scale{i}.lambda1" for i in (1, 2)}
 _CHUNKS = ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),)  # a training run with block_chunks > 0
 _HEADS = {r"(dino_|ibot_)?head\..*": "a head, not the backbone"}
@@ -120,7 +125,7 @@ META_V3 = Layout(
         "register_tokens": "storage_tokens",
         "mask_token": "mask_token",
         "rope_periods": "rope_embed.periods",
-        "blocks.#.attn.qkv.bias": Masked("blocks.#.attn.qkv.bias", "?blocks.#.attn.qkv.bias_mask"),
+        "blocks.#.attn.qkv.bias": Row("masked", ("blocks.#.attn.qkv.bias", "?blocks.#.attn.qkv.bias_mask")),
         **_both("blocks.#.mlp.gate_up", _joined("blocks.#.mlp.w1", "blocks.#.mlp.w2")),
         **_both("blocks.#.mlp.down", "blocks.#.mlp.w3"),
         **_both("cls_norm"),
@@ -155,7 +160,7 @@ HF_V3 = Layout(
     rows={
         "cls_token": "embeddings.cls_token",
         "register_tokens": "embeddings.register_tokens",
-        "mask_token": Nested("embeddings.mask_token"),
+        "mask_token": Row("nested", ("embeddings.mask_token",)),
         **_both("patch_embed.proj", "embeddings.patch_embeddings"),
         **_both("blocks.#.norm1", "layer.#.norm1"),
         **_qkv(*(f"layer.#.attention.{part}_proj" for part in "qkv"), key_bias="?"),
@@ -237,7 +242,7 @@ TIMM_V3 = Layout(
     has=(r"patch_embed\.proj\.weight", r"blocks\.0\.gamma_1"), lacks=(r"pos_embed",),
     rows=_PLAIN | {
         "register_tokens": "reg_token",
-        "blocks.#.attn.qkv.bias": Joined(("blocks.#.attn.q_bias", ZEROS, "blocks.#.attn.v_bias")),
+        "blocks.#.attn.qkv.bias": Row("joined", ("blocks.#.attn.q_bias", ZEROS, "blocks.#.attn.v_bias")),
         **{f"blocks.#.ls{i}.gamma": f"blocks.#.gamma_{i}" for i in (1, 2)},
         **_both("blocks.#.mlp.gate_up", _joined("blocks.#.mlp.fc1_g", "blocks.#.mlp.fc1_x")),
         **_both("blocks.#.mlp.down", "blocks.#.mlp.fc2"),
@@ -258,7 +263,7 @@ TIMM_V2 = Layout(
 TIMM_V2_REG = replace(
     TIMM_V2,
     has=(*TIMM_V2.has, r"reg_token"),
-    rows=TIMM_V2.rows | {"register_tokens": "reg_token", "pos_embed": Folded("pos_embed")},
+    rows=TIMM_V2.rows | {"register_tokens": "reg_token", "pos_embed": Row("folded", ("pos_embed",))},
 )
 
 TIMM_V1 = Layout(
@@ -268,55 +273,12 @@ TIMM_V1 = Layout(
 # The first that fits counts.  Meta's and timm's DINO v1 have the same names: only a config or `layout=` can tell.
 LAYOUTS = (META_V3, META_V2, META_V1, HF_V3, HF_V2_GATED_LIVE, HF_V2, HF_V1, TIMM_V3, TIMM_V2_REG, TIMM_V2, TIMM_V1)
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-_ANCHORS = re.compile(r"^(.*?)(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?)\.weight$")
 
-
-def normalise(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Groups the names of a file by backbone: prefix -> {name without wrappers and prefix: name in the file}.
-
-    Where a backbone begins is told by its patch embedding.  Names under no such prefix are in no group.
-    """
-    clean = {_WRAPPERS.sub("", name): name for name in names}
-    prefixes = {match[1] for name in clean if (match := _ANCHORS.match(name))}
-    ordered = sorted(clean)  # those of a prefix lie together, so that thousands of prefixes take no longer than one
-
-    def under(prefix: str) -> list[str]:
-        start = bisect_left(ordered, prefix)
-        return ordered[start : bisect_right(ordered, prefix, start, key=lambda name: name[: len(prefix)])]
-
-    return {p: {name[len(p) :]: clean[name] for name in under(p)} for p in sorted(prefixes)}
-
-
-def recognise(names: Iterable[str], layout: str | None = None) -> list[Layout]:
-    """The layouts that these names (without prefix) can be, of the kind `layout` if given."""
-    names = set(names)
-
-    def any_matches(pattern: str) -> bool:
-        return any(re.fullmatch(pattern, name) for name in names)
-
-    return [
-        candidate
-        for candidate in LAYOUTS
-        if layout in (None, candidate.name)
-        and all(any_matches(p) for p in candidate.has)
-        and not any(any_matches(p) for p in candidate.lacks)
-    ]
-
-
-def row_of(layout: Layout, ours: str) -> tuple[Row | None, str]:
-    """The row of one of our names, and the number of its block ("" outside the blocks)."""
-    match = re.match(r"blocks\.(\d+)\.", ours)
-    number = match[1] if match else ""
-    return layout.rows.get(re.sub(r"^blocks\.\d+\.", "blocks.#.", ours)), number
-
-
-def sources(row: Row, number: str = "") -> tuple[tuple[str, bool], ...]:
-    """What a row draws on: each name in the file, and whether it has to be there."""
-    if isinstance(row, Joined):
-        names = row.parts
-    elif isinstance(row, Masked):
-        names = (row.value, row.mask)
-    else:
-        names = (row if isinstance(row, str) else row.name,)
-    return tuple((name.removeprefix("?").replace("#", number), not name.startswith("?")) for name in names)
+def layout_for(config: ViTConfig, name: LayoutName) -> Layout:
+    """The table that writes this architecture in layout `name`."""
+    family = "dinov3" if config.position_grid is None else "dinov2" if config.layerscale else "dino"
+    for_others = (HF_V2_GATED_LIVE, TIMM_V2 if config.num_registers else TIMM_V2_REG)
+    for candidate in LAYOUTS:
+        if (candidate.name, candidate.family) == (name, family) and candidate not in for_others:
+            return candidate
+    raise InputError(f"layout is one of 'hf', 'meta', 'timm'; got {name!r}")

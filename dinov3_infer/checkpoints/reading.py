@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, Dinov3Error, MissingFileError
+from .layouts import LayoutName
 
 __all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "open_checkpoint", "read_index"]
 
@@ -100,6 +101,8 @@ class Checkpoint:
     tensors: TensorSource
     config: Mapping[str, Any] = field(default_factory=dict)  # config.json
     processor: Mapping[str, Any] = field(default_factory=dict)  # preprocessor_config.json
+    layout: LayoutName | None = None  # where whoever opened it knows whose names these are
+    known: Mapping[str, Any] = field(default_factory=dict)  # fields of a ViTConfig, known better than from config.json
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -126,17 +129,17 @@ def _open(path: Path) -> Checkpoint:
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         raise CheckpointError(f"'{path}' is a pipe or a device; give a file or a folder")
     file = _file_in(path) if stat.S_ISDIR(mode) else path
-    beside: list[dict[str, Any]] = [{}, {}]
-    if file is not path or file.name in (*_NAMES, INDEX):  # a file of any other name may lie in any company
-        paths = (file.parent / CONFIG, file.parent / PROCESSOR)
-        beside = [_read_json(p) if p.is_file() else {} for p in paths]
+    described = file is not path or file.name in (*_NAMES, INDEX)  # a file of any other name may lie in any company
+    beside = (file.parent / CONFIG, file.parent / PROCESSOR)
+    config, processor = (_read_json(p) if described and p.is_file() else {} for p in beside)
+    return Checkpoint(str(path), _open_tensors(file), config, processor)
+
+
+def _open_tensors(file: Path) -> TensorSource:
     if file.name.endswith(".index.json"):
-        return Checkpoint(str(path), _open_shards(file), *beside)
+        return _open_shards(file)
     kind = _kind_of(file)
-    tensors: TensorSource = (
-        SafetensorsFiles([file]) if kind == "safetensors" else _read_torch(file, zipped=kind == "zip")
-    )
-    return Checkpoint(str(path), tensors, *beside)
+    return SafetensorsFiles([file]) if kind == "safetensors" else _read_torch(file, zipped=kind == "zip")
 
 
 def _file_in(folder: Path) -> Path:
@@ -217,16 +220,14 @@ def _kind_of(file: Path) -> str:
     if len(head) > 9 and head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
     text = head.decode("ascii", "replace").strip()
-    if size == 0:
-        what = "it is empty"
-    elif text.startswith("version https://git-lfs"):
-        what = "it is a Git LFS pointer, not the file that it points to"
-    elif text.startswith("<"):
-        what = f"it starts with {text[:5]!r}, as an error page does"
-    elif head.startswith(b"PK") or (len(head) > 9 and head[8:9] == b"{"):
-        what = "it is cut short"
-    else:
-        what = f"it starts with {head[:5]!r}"
+    others = (
+        (size == 0, "it is empty"),
+        (text.startswith("version https://git-lfs"), "it is a Git LFS pointer, not the file that it points to"),
+        (text.startswith("<"), f"it starts with {text[:5]!r}, as an error page does"),
+        (head.startswith(b"PK") or (len(head) > 9 and head[8:9] == b"{"), "it is cut short"),
+        (True, f"it starts with {head[:5]!r}"),
+    )
+    what = next(words for fits, words in others if fits)
     raise CheckpointError(f"'{file}' is not a checkpoint: {what} ({size:,} bytes); download it again")
 
 
@@ -279,6 +280,5 @@ def _may_unpack_more(file: Path, zipped: bool) -> bool:
 
 def _is_stored(tensor: Tensor) -> bool:
     """Whether every element lies in memory: neither sparse, nor on no device, nor one number stretched to many."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+    return dense and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..images.preprocess import Preprocess
+from ..model.network import Network
 from ..model.rope import rope_periods
-from ..model.vit import VisionTransformer, ViTConfig
+from ..model.vit import ViTConfig
 from ..system import whole
 from ..zoo import OWN, ModelInfo
 from . import layouts
-from .config_json import hf_config, hf_processor_config, reading_differs, timm_config
-from .layouts import Folded, Joined, Layout, Masked, Nested, row_of, sources
-from .loading import LayoutName
+from .architecture import reading_differs
+from .config_json import hf_config, hf_processor_config, timm_config
+from .layouts import Layout, LayoutName, Parts, layout_for
 from .reading import INDEX, WEIGHTS, read_index
 
 __all__ = ["restore", "save_checkpoint"]
@@ -38,22 +39,23 @@ def restore(
     """
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
+    table = layout.parts(config.depth)
     for ours, tensor in state.items():
-        row, number = row_of(layout, ours)
-        if row is None:
+        parts = table.get(ours)
+        if parts is None:
             notes.append(_note_of_loss(ours, layout, tensor, config))
         elif layout is layouts.TIMM_V3 and ours.endswith("attn.qkv.bias") and not with_bias:
             continue  # timm's plain variant has no biases, and these are zero
         elif layout is layouts.META_V3 and ours == "rope_periods":
             rounded = tensor.bfloat16()
             tensors["rope_embed.periods"] = rounded if torch.equal(rounded.float(), tensor) else tensor
-        elif isinstance(row, Folded):
+        elif parts.form == "folded":
             tensors["cls_token"] = state["cls_token"] + tensor[:, :1]
-            tensors[row.name] = tensor[:, 1:]
+            tensors[parts.names[0]] = tensor[:, 1:]
             if tensor[:, 0].any():
                 notes.append("timm adds the position of the class token to the class token, and the two stay one")
         else:
-            tensors.update(_write(row, number, ours, tensor, config))
+            tensors.update(_write(parts, ours, tensor, config))
     if layout is layouts.HF_V3 and not config.num_registers:
         tensors["embeddings.register_tokens"] = torch.zeros(1, 0, config.embed_dim)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, [
@@ -61,23 +63,22 @@ def restore(
     ]
 
 
-def _write(row: layouts.Row, number: str, ours: str, tensor: Tensor, config: ViTConfig) -> dict[str, Tensor]:
+def _write(parts: Parts, ours: str, tensor: Tensor, config: ViTConfig) -> dict[str, Tensor]:
     """One tensor of ours under the layout's names."""
-    parts = sources(row, number)
-    first = parts[0][0]
+    names = parts.names
     masked_key = ours.endswith("attn.qkv.bias") and not config.key_bias
-    if isinstance(row, Masked):
+    if parts.form == "masked":
         mask = torch.ones_like(tensor)
         mask.chunk(3)[1].zero_()
-        return {first: tensor} | ({parts[1][0]: mask} if masked_key else {})
-    if isinstance(row, Joined):
-        if not masked_key and layouts.ZEROS in row.parts:
+        return {names[0]: tensor} | ({names[1]: mask} if masked_key else {})
+    if parts.form == "joined":
+        if not masked_key and "" in names:  # zeros, see `layouts.ZEROS`
             raise UnsupportedError(
                 "timm's DINOv3 has no bias for the keys and this model has one; write the 'hf' or 'meta' layout"
             )
-        chunks = zip(parts, tensor.chunk(len(parts)), strict=True)
-        return {name: chunk for (name, needed), chunk in chunks if needed or not masked_key}
-    return {first: tensor[None] if isinstance(row, Nested) else tensor}
+        chunks = zip(names, tensor.chunk(len(names)), strict=True)
+        return {name: chunk for name, chunk in chunks if not masked_key or name not in parts.optional}
+    return {names[0]: tensor[None] if parts.form == "nested" else tensor}
 
 
 def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: ViTConfig) -> str:
@@ -95,18 +96,8 @@ def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: ViTConfig) 
     raise UnsupportedError(f"the {layout.name} layout has no place for {ours}; write {other}")
 
 
-def layout_for(config: ViTConfig, name: LayoutName) -> Layout:
-    """The table that writes this architecture in layout `name`."""
-    family = "dinov3" if config.position_grid is None else "dinov2" if config.layerscale else "dino"
-    for_others = (layouts.HF_V2_GATED_LIVE, layouts.TIMM_V2 if config.num_registers else layouts.TIMM_V2_REG)
-    for candidate in layouts.LAYOUTS:
-        if (candidate.name, candidate.family) == (name, family) and candidate not in for_others:
-            return candidate
-    raise InputError(f"layout is one of 'hf', 'meta', 'timm'; got {name!r}")
-
-
 def save_checkpoint(
-    model: VisionTransformer,
+    model: Network,
     target: str | os.PathLike[str],
     layout: LayoutName,
     info: ModelInfo | None,
@@ -132,7 +123,7 @@ def save_checkpoint(
     files: dict[str, Mapping[str, Any]] = {}
     block = _our_block(model, info)
     if layout == "hf":
-        dtype = str(model.patch_embed.proj.weight.dtype).removeprefix("torch.")
+        dtype = str(model.main_weight.dtype).removeprefix("torch.")
         files["config.json"] = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": block}
         files["preprocessor_config.json"] = hf_processor_config(model.config, preprocess.mean, preprocess.std)
     elif layout == "timm":
@@ -143,20 +134,18 @@ def save_checkpoint(
         notes.append("the meta layout holds no mean and std, and those of this model are its own")
     for note in notes + reading_differs(model.config, table):
         log.warning("%s: %s", target, note)
-    if layout == "meta":
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _write_tensors(target, tensors)
-        return target
-    target.mkdir(parents=True, exist_ok=True)
-    _write_tensors(target / WEIGHTS, tensors)
+    weights = target if layout == "meta" else target / WEIGHTS
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    _write_tensors(weights, tensors)
     for name, content in files.items():
         with whole(target / name) as path:
             path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _remove_shards(target)
+    if layout != "meta":
+        _remove_shards(target)
     return target
 
 
-def _our_block(model: VisionTransformer, info: ModelInfo | None) -> dict[str, Any]:
+def _our_block(model: Network, info: ModelInfo | None) -> dict[str, Any]:
     """What the configs of others have no field for."""
     block: dict[str, Any] = {"name": info.name if info else None}
     if info is not None and info.licence == OWN:

@@ -5,42 +5,42 @@ import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
 from ..backbone import Backbone
 from ..errors import Dinov3Error, InputError, PrecisionError
-from ..features.disk.formats import Array
 from ..features.result import Features
-from ..images.paths import name_of
-from ..model.vit import resolve_layers
+from ..images.opening import find_images
+from ..images.sources import relative_names
+from ..model.network import resolve_layers
 from ..system import whole
-from .common import load_backbone, results, status
-from .inputs import Picture, check_folder, find_pictures
+from .inputs import check_folder, load_backbone, results, status
 from .main import tell
 
 __all__ = ["run"]
 
-Arrays = dict[str, Array]
+Arrays = dict[str, np.ndarray[Any, Any]]
 INDEX = "index.jsonl"
 
 
 def run(args: argparse.Namespace) -> int:
-    pictures = find_pictures(args.sources)
-    names = [f"{picture.name}.{args.format}" for picture in pictures]
-    _check_names(pictures, names)
+    images = find_images(args.sources)
+    paths = [images.key(i) or images.label(i) for i in range(len(images))]
+    names = [f"{name}.{args.format}" for name in relative_names(images)]
+    _check_names(paths, names)
     folder = check_folder(args.out, args.overwrite)
     bb = load_backbone(args)
     blocks = resolve_layers(args.layers, bb.config.depth)
-    stream = results(bb, [picture.path for picture in pictures], args, args.layers)
+    stream = results(bb, images, args, args.layers)
     folder.mkdir(exist_ok=True)
     skipped = done = 0
     beside = folder / f".{INDEX}.{uuid.uuid4().hex[:8]}"
     try:
         with open(beside, "w", encoding="utf-8") as index:
-            for name, picture, found in zip(names, pictures, stream, strict=True):
-                path = name_of(picture.path) or ""
+            for name, path, found in zip(names, paths, stream, strict=True):
                 line: dict[str, str | None] = dict(file=name, path=path, error="")
                 if not isinstance(found, Dinov3Error):
                     _write(folder / name, _maps(found, blocks, args.half), _facts(bb, found, path))
@@ -61,17 +61,17 @@ def run(args: argparse.Namespace) -> int:
     return status(done, skipped)
 
 
-def _check_names(pictures: list[Picture], names: list[str]) -> None:
+def _check_names(paths: list[str], names: list[str]) -> None:
     """No two pictures may go to one file."""
     first: dict[str, int] = {}
-    for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
-        other = pictures[first.setdefault(os.path.normcase(name), i)]
-        if other is not picture and other.path == picture.path:
-            raise InputError(f"'{picture.path}' is given twice; give it once")
-        if other is not picture:
+    for i, (path, name) in enumerate(zip(paths, names, strict=True)):
+        other = first.setdefault(os.path.normcase(name), i)
+        if other != i and paths[other] == path:
+            raise InputError(f"'{path}' is given twice; give it once")
+        if other != i:
             raise InputError(
-                f"'{other.path}' and '{picture.path}' would both go to '{name}'; give them in runs of their own, with "
-                "a folder each"
+                f"'{paths[other]}' and '{path}' would both go to '{name}'; give them in runs of their own, with a "
+                "folder each"
             )
 
 

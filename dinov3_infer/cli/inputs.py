@@ -1,64 +1,76 @@
-"""Which pictures are meant, and where results may go."""
+"""What commands share: the model, its options, and where results may go."""
 
-import glob
+import argparse
 import os
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
-from ..errors import InputError, MissingFileError
-from ..images.paths import address_scheme, is_collection, list_pictures, name_of, read_list
+from ..errors import Dinov3Error, InputError, MissingFileError, ModelNotFoundError
+from ..images.preprocess import Fit
+from ..images.sources import Source
+from .main import FAILED, OK, SKIPPED
 
-__all__ = ["Picture", "check_file", "check_folder", "find_pictures"]
+if TYPE_CHECKING:
+    from ..backbone import Backbone
+    from ..features.result import Features
 
+__all__ = ["Geometry", "check_file", "check_folder", "geometry", "load_backbone", "results", "status"]
 
-@dataclass(frozen=True)
-class Picture:
-    """One picture of the command line."""
-
-    path: str  # or address
-    name: str  # below the folder of results, without a suffix
-
-
-def find_pictures(sources: list[str]) -> list[Picture]:
-    """All pictures that are meant, in the order given; what a folder or a pattern holds is sorted.
-
-    Names keep the folders below a folder that was given, below the fixed part of a pattern, or below what all single
-    files have in common.
-
-    Raises: MissingFileError, InputError for a folder or list without a picture.
-    """
-    found: list[tuple[str, str | None]] = []  # path, and the folder that its name begins below
-    for source in sources:
-        if source.startswith("@"):
-            found += [(path, None) for path in read_list(source[1:])]
-        elif is_collection(source):
-            found += [(path, _base(source)) for path in list_pictures(source)]
-        elif address_scheme(source) or os.path.isfile(source):
-            found.append((source, None))
-        else:
-            raise MissingFileError(f"no picture, folder or pattern at '{os.path.abspath(source)}'; check the path")
-    single = [
-        os.path.dirname(os.path.abspath(path)) for path, base in found if base is None and not address_scheme(path)
-    ]
-    common = os.path.commonpath(single) if single else ""
-    return [Picture(path, _name(path, common if base is None else base)) for path, base in found]
+DEFAULT_MODEL = "nano"
 
 
-def _base(source: str) -> str:
-    if os.path.isdir(source):
-        return os.path.abspath(source)
-    fixed = source
-    while glob.has_magic(fixed):
-        fixed = os.path.dirname(fixed)
-    return os.path.abspath(fixed)
+class Geometry(TypedDict):
+    """How images become pixels, as the methods of a Backbone take it."""
+
+    size: int | tuple[int, int] | None
+    fit: Fit | None
 
 
-def _name(path: str, base: str) -> str:
-    if address_scheme(path):
-        inside = PurePosixPath(urlsplit(name_of(path) or "").path).name
-        return os.path.splitext(inside)[0] or "picture"
-    return os.path.splitext(os.path.relpath(os.path.abspath(path), base))[0]
+def geometry(args: argparse.Namespace) -> Geometry:
+    """Raises InputError for the picture's own size where the fit needs another."""
+    if args.size == "own" and args.fit != "native":
+        raise InputError(f"--size own goes with --fit native; with --fit {args.fit or 'of the model'} give pixels")
+    return Geometry(size=None if args.size == "own" else args.size, fit=args.fit)
+
+
+def load_backbone(args: argparse.Namespace) -> "Backbone":
+    """The model of the command line."""
+    from ..backbone import Backbone  # not above: commands without a model start without it
+
+    try:
+        return Backbone.from_pretrained(
+            DEFAULT_MODEL if args.model is None else args.model, device=args.device, dtype=args.dtype
+        )
+    except ModelNotFoundError:
+        if args.model is not None:
+            raise
+        raise InputError(
+            "no model was named, and this release holds no weights of its own; give -m with a name (dinov3-infer "
+            "models lists them), a folder or a weights file"
+        ) from None
+
+
+def results(
+    bb: "Backbone", images: Source, args: argparse.Namespace, layers: list[int] | None = None
+) -> Iterable["Features | Dinov3Error"]:
+    """One per picture, in order, under a bar where stderr is a terminal.  Wrong options are refused at once."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    found = bb.iter_features(
+        images,
+        **geometry(args),
+        layers=layers,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        on_error="return",
+    )
+    return tqdm(found, total=len(images), unit="img", disable=None)  # type: ignore[no-any-return]
+
+
+def status(count: int, skipped: int) -> int:
+    """Exit status after `skipped` of `count` pictures could not be read."""
+    return OK if not skipped else FAILED if skipped == count else SKIPPED
 
 
 def check_file(out: str, overwrite: bool, suffixes: tuple[str, ...]) -> Path:

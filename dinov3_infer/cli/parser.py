@@ -72,7 +72,7 @@ def _make_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", help="train a backbone on pictures without labels", add_help=False, prefix_chars="\0"
     )
-    train.add_argument("options", nargs="*")  # as they are, since no word begins with that prefix
+    train.add_argument("rest", nargs="*")  # as they are, since no word begins with that prefix
     return found
 
 
@@ -110,7 +110,12 @@ def _batches(default: int | None) -> _Parser:
         "-b", "--batch-size", type=_count, default=default, metavar="N", help=f"pictures per pass ({shown})"
     )
     found.add_argument(
-        "-j", "--workers", type=_whole, metavar="N", help="threads that read pictures (those of torch; CUDA: up to 8)"
+        "-j",
+        "--workers",
+        dest="num_workers",
+        type=_whole,
+        metavar="N",
+        help="threads that read pictures (those of torch; CUDA: up to 8)",
     )
     return found
 

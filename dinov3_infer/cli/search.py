@@ -12,13 +12,12 @@ from ..features.disk.lists import write_list
 from ..features.disk.store import Store
 from ..images.decode import ImageLike
 from ..images.opening import open_names
-from ..images.paths import is_collection, list_pictures
+from ..images.paths import is_collection, list_images
 from ..images.preprocess import Preprocess
 from ..system import whole
 from ..tasks.neighbours import search
 from ..tasks.overlay import panel, sheet
-from .common import load_backbone
-from .inputs import check_file
+from .inputs import check_file, load_backbone
 from .main import OK, say, tell
 
 __all__ = ["run"]
@@ -29,9 +28,9 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 def run(args: argparse.Namespace) -> int:
     outs = [check_file(out, args.overwrite, (*PICTURES, ".txt")) for out in args.out or ()]
     store = Store(args.vectors)
-    queries = list_pictures(args.query) if is_collection(args.query) else [args.query]
+    queries = list_images(args.query) if is_collection(args.query) else [args.query]
     vectors = _embedded(store, queries, args)
-    scores, numbers = search(store, vectors, args.count, "cuda" if torch.cuda.is_available() else "cpu")
+    scores, numbers = search(store, vectors, args.count, _device())
     best = torch.full((len(store),), -torch.inf).scatter_reduce(0, numbers.flatten(), scores.flatten(), "amax")
     top = best.topk(min(args.count, int(best.isfinite().sum())))
     names = [store.paths[int(number)] for number in top.indices]
@@ -62,7 +61,7 @@ def _embedded(
         raise InputError(f"'{args.vectors}' was made with other weights than '{args.model}' holds; give those with -m")
     settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe.preprocess.items()}
     bb.preprocess = Preprocess(**settings)
-    return bb.embed(queries, pooling=recipe.pooling, decode=recipe.decode)  # type: ignore[call-overload,no-any-return]
+    return bb.embed(queries, pooling=recipe.pooling, decode=recipe.decode)
 
 
 def _panels(names: list[str]) -> list[Image.Image]:
@@ -84,3 +83,7 @@ def _square(picture: Image.Image, side: int = 320) -> Image.Image:
     picture.thumbnail((side, side))
     made.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return made
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

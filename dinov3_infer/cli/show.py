@@ -9,13 +9,13 @@ from PIL import Image
 from ..backbone import Backbone
 from ..errors import InputError
 from ..features.result import Features
-from ..images.decode import load_image
+from ..images.decode import ImageLike, load_image
+from ..images.opening import find_images
 from ..system import whole
 from ..tasks.overlay import attention_picture, overlay, panel, sheet
 from ..tasks.pca import foreground, pca_picture, pca_rgb
 from ..tasks.similarity import region_vector, similarity_map
-from .common import geometry, load_backbone
-from .inputs import check_file, find_pictures
+from .inputs import check_file, geometry, load_backbone
 from .main import OK, tell
 
 __all__ = ["run"]
@@ -24,9 +24,10 @@ MOST = 64  # pictures on one sheet
 
 
 def run(args: argparse.Namespace) -> int:
-    paths = [picture.path for picture in find_pictures(args.sources)]
-    if len(paths) > MOST:
-        raise InputError(f"{len(paths)} pictures do not fit on one sheet; give {MOST} at most")
+    images = find_images(args.sources)
+    paths = [images.picture(i) for i in range(min(len(images), MOST))]
+    if len(images) > MOST:
+        raise InputError(f"{len(images)} pictures do not fit on one sheet; give {MOST} at most")
     out = check_file(args.out, args.overwrite, (".png", ".jpg", ".jpeg", ".webp"))
     rows = _KINDS[args.kind](load_backbone(args), paths, args)
     with whole(out) as path:
@@ -35,11 +36,11 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
-def _features(bb: Backbone, paths: list[str], args: argparse.Namespace) -> list[Features]:
+def _features(bb: Backbone, paths: list[ImageLike], args: argparse.Namespace) -> list[Features]:
     return list(bb.iter_features(paths, **geometry(args)))
 
 
-def _pca(bb: Backbone, paths: list[str], args: argparse.Namespace) -> list[Image.Image]:
+def _pca(bb: Backbone, paths: list[ImageLike], args: argparse.Namespace) -> list[Image.Image]:
     features = _features(bb, paths, args)
     colours = pca_rgb(features, foreground(features) if args.foreground else None)
     return [
@@ -47,7 +48,7 @@ def _pca(bb: Backbone, paths: list[str], args: argparse.Namespace) -> list[Image
     ]
 
 
-def _attention(bb: Backbone, paths: list[str], args: argparse.Namespace) -> list[Image.Image]:
+def _attention(bb: Backbone, paths: list[ImageLike], args: argparse.Namespace) -> list[Image.Image]:
     rows = []
     for path in paths:
         found = bb.attention_maps(path, layer=args.layer, query=args.point or "cls", **geometry(args))[0].cpu()
@@ -61,7 +62,7 @@ def _attention(bb: Backbone, paths: list[str], args: argparse.Namespace) -> list
     return rows
 
 
-def _similarity(bb: Backbone, paths: list[str], args: argparse.Namespace) -> list[Image.Image]:
+def _similarity(bb: Backbone, paths: list[ImageLike], args: argparse.Namespace) -> list[Image.Image]:
     features = _features(bb, paths, args)
     vector = region_vector(features[0], point=args.point)
     maps = [similarity_map(found, vector)[0] for found in features]
@@ -73,7 +74,7 @@ def _similarity(bb: Backbone, paths: list[str], args: argparse.Namespace) -> lis
     ]
 
 
-def _pair(path: str, shown: Image.Image) -> Image.Image:
+def _pair(path: ImageLike, shown: Image.Image) -> Image.Image:
     return sheet([panel(path), shown], columns=2)
 
 
@@ -95,7 +96,7 @@ def _together(rows: list[Image.Image]) -> Image.Image:
     return made
 
 
-_KINDS: dict[str, Callable[[Backbone, list[str], argparse.Namespace], list[Image.Image]]] = {
+_KINDS: dict[str, Callable[[Backbone, list[ImageLike], argparse.Namespace], list[Image.Image]]] = {
     "pca": _pca,
     "attention": _attention,
     "similarity": _similarity,

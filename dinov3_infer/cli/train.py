@@ -1,4 +1,4 @@
-"""`dinov3-infer train`: the trainer, whose options are the fields of its settings."""
+"""`dinov3-infer train`: the trainer, which knows its own options."""
 
 import argparse
 
@@ -8,4 +8,4 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
-    return main(args.options)
+    return main(args.rest)

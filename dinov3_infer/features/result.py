@@ -1,7 +1,7 @@
 """What `extract_features` returns: named tokens, the grid they lie on, and the way back to the picture."""
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError, InputTypeError, check_choice
 from ..images.preprocess import PixelBatch, Placement
-from ..model.vit import BackboneOutput, as_map
+from ..model.network import BackboneOutput, as_map
 
 __all__ = ["Features", "LayerFeatures", "Pooling", "features_of", "pool"]
 
@@ -164,10 +164,13 @@ class Features:
         return found | {"layers": [arrays(layer, *tokens) for layer in self.layers]} if self.layers else found
 
 
-def features_of(output: BackboneOutput, batch: PixelBatch, patch_size: int, pooling: Pooling) -> Features:
-    """Names the tokens of a batch of pictures, in float32."""
-    height, width = batch.pixels.shape[2:]
-    grid = (height // patch_size, width // patch_size)
+def features_of(
+    output: BackboneOutput,
+    batch: PixelBatch,
+    grids: Sequence[tuple[int, int]],  # (h, w) in patches of the last layer, then of each layer asked for
+    pooling: Pooling,
+) -> Features:
+    """Names the tokens of a batch of images, in float32."""
     cls_token, registers, patches = (t.float() for t in output[:3])
     valid = batch.valid.to(patches.device) if batch.valid is not None else None
     return Features(
@@ -175,11 +178,11 @@ def features_of(output: BackboneOutput, batch: PixelBatch, patch_size: int, pool
         cls_token=cls_token,
         register_tokens=registers,
         patch_tokens=patches,
-        grid=grid,
+        grid=grids[0],
         placements=batch.placements,
         valid=valid,
         layers=tuple(
             LayerFeatures(cls.float(), registers.float(), patches.float(), grid)
-            for cls, registers, patches in output.layers
+            for (cls, registers, patches), grid in zip(output.layers, grids[1:], strict=True)
         ),
     )

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import Dinov3Error, InputError, InputTypeError, check_choice
-from ..images.decode import ImageLike
+from ..images.decode import Decoded, ImageLike, TargetSize, decode
 from ..images.paths import name_of
 from ..images.preprocess import PixelBatch, Placement, Preprocess
-from ..images.reduced import Loaded, Wanted, decode
 from ..images.sources import Items, Source
 
 __all__ = [
@@ -30,6 +29,7 @@ __all__ = [
     "OnError",
     "Reading",
     "Result",
+    "T",
     "count_of",
     "in_order",
     "items_of",
@@ -50,7 +50,7 @@ class Item(NamedTuple):
 
     number: int  # in the input, from 0
     path: str | None  # None for pictures that came as objects
-    load: Callable[[Wanted | None], Loaded]
+    load: Callable[[TargetSize | None], Decoded]
     alone: bool = False  # not in a thread: an open picture or stream may come twice, and cannot be read twice at once
 
 
@@ -146,7 +146,10 @@ class Batcher(Generic[T]):
         if not self.reading.workers:
             yield from map(self._load, items)
             return
-        pool = ThreadPoolExecutor(self.reading.workers, "dinov3-infer-read", initializer=_one_thread)
+        # as many threads of torch's own below each of these would be far too many
+        pool = ThreadPoolExecutor(
+            self.reading.workers, "dinov3-infer-read", initializer=torch.set_num_threads, initargs=(1,)
+        )
         try:
             yield from (self._ahead if self.reading.ahead else self._in_rounds)(pool, iter(items))
         finally:
@@ -217,11 +220,6 @@ class Batcher(Generic[T]):
             raise
         numbers = [[number for number, _ in group] for group in groups.values()]
         return {n: one for group, batch in zip(numbers, done, strict=True) for n, one in zip(group, batch, strict=True)}
-
-
-def _one_thread() -> None:
-    """In a thread that decodes: as many threads of torch's own below each would be far too many."""
-    torch.set_num_threads(1)
 
 
 def in_order(results: Iterable[Result[T]], on_error: OnError) -> Iterator[T | Dinov3Error | None]:

@@ -1,49 +1,59 @@
 """Vectors of many pictures in one array."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch.nn.functional as F
 
 from ..errors import Dinov3Error, InputError, check_choice
-from ..images.preprocess import Fit
+from ..images.preprocess import Fit, PixelBatch
+from .extractor import Extractor
 from .result import Features, Pooling
 from .stream import Decode, Result, count_of
 
-__all__ = ["Asked", "EmbedReport", "Failure", "Kind", "OutDtype", "Vector", "collect", "vectors_of"]
+__all__ = ["Array", "EmbedOptions", "EmbedReport", "Failure", "Kind", "OutDtype", "Vector", "collect", "vectors_of"]
 
 log = logging.getLogger("dinov3_infer")
 
+Array: TypeAlias = np.ndarray[Any, Any]
 Kind = Literal["embedding", "patches", "map"]
 OutDtype = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """How vectors are made, as `embed` takes it; wrong options are refused before a picture is read."""
+class EmbedOptions:
+    """The options of `embed`, for the method, the command, a Ray cluster and the record beside the vectors.
 
+    Raises: InputError, InputTypeError for a wrong one, before an image is read.
+    """
+
+    # what vectors depend on
     kind: Kind = "embedding"
     pooling: Pooling = "cls"
     normalize: bool = False
     out_dtype: OutDtype = "float32"
-    size: int | tuple[int, int] | None = None
+    size: int | tuple[int, int] | None = None  # pixels
     fit: Fit | None = None
     decode: Decode = "exact"
-    batch_size: int | None = None
-    shard_size: int | None = None
-    num_workers: int | None = None
+    # how they are made
+    batch_size: int | None = None  # images; None for what is found to be fastest
+    shard_size: int | None = None  # images; None for 10,000, or as many as have 256 MiB
+    num_workers: int | None = None  # threads that read images
+    on_error: Literal["raise", "skip"] = "raise"
+    overwrite: bool = False
+    progress: bool | None = None  # None: where stderr is a terminal
 
     def __post_init__(self) -> None:
-        check_choice("pooling", self.pooling, Pooling)
-        check_choice("kind", self.kind, Kind)
-        check_choice("out_dtype", self.out_dtype, OutDtype)
-        for name, value in (("batch_size", self.batch_size), ("shard_size", self.shard_size)):
-            if value is not None:
-                count_of(name, value, 1)
+        for name, kind in (("pooling", Pooling), ("kind", Kind), ("out_dtype", OutDtype), ("decode", Decode)):
+            check_choice(name, getattr(self, name), kind)
+        check_choice("on_error", self.on_error, ("raise", "skip"))
+        for name, least in (("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
+            if (value := getattr(self, name)) is not None:
+                count_of(name, value, least)
 
 
 @dataclass(frozen=True)
@@ -69,64 +79,64 @@ class EmbedReport:
 class Vector(NamedTuple):
     """What is kept of one picture."""
 
-    array: np.ndarray[Any, Any]  # float32 [C], [P, C] or [C, h, w]
+    array: Array  # float32 [C], [P, C] or [C, h, w]
     grid: tuple[int, int]  # (h, w) in patches
 
 
-def vectors_of(features: Features, kind: Kind, normalize: bool) -> list[Vector]:
-    """One per picture, with memory of its own."""
-    tensor = features.embedding if kind == "embedding" else features.patch_tokens
-    tensor = F.normalize(tensor, dim=-1) if normalize else tensor
-    if kind == "map":
+def vectors_of(extractor: Extractor, batches: list[PixelBatch], options: EmbedOptions) -> list[Sequence[Vector]]:
+    """For each batch one vector per image, with memory of its own."""
+    return [_kept(features, options) for features in extractor.features(batches, pooling=options.pooling)]
+
+
+def _kept(features: Features, options: EmbedOptions) -> list[Vector]:
+    tensor = features.embedding if options.kind == "embedding" else features.patch_tokens
+    tensor = F.normalize(tensor, dim=-1) if options.normalize else tensor
+    if options.kind == "map":
         tensor = tensor.unflatten(1, features.grid).permute(0, 3, 1, 2)
     return [Vector(array.copy(), features.grid) for array in tensor.cpu().numpy()]
 
 
 def collect(
     results: Iterable[Result[Vector]],
-    kind: Kind,
+    options: EmbedOptions,
     width: int,  # numbers of an embedding
-    *,
-    out_dtype: OutDtype = "float32",
-    raises: bool = True,
-    total: int | None = None,  # pictures, where that is known
-    progress: bool | None = None,
-) -> np.ndarray[Any, Any]:
+    total: int | None = None,  # images, where that is known
+) -> Array:
     """Rows in the order of the input: [N, C], or [N, P, C] of patches, or [N, C, h, w] of maps; NaN for failures.
 
-    With `raises` the first error is raised.
+    Raises: with on_error="raise" the error of the first image that cannot be read.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    array: np.ndarray[Any, Any] | None = None
+    array: Array | None = None
     count = 0
     failures: list[Failure] = []
     for row, result in enumerate(
-        tqdm(results, total=total, unit="img", disable=None if progress is None else not progress)
+        tqdm(results, total=total, unit="img", disable=None if options.progress is None else not options.progress)
     ):
         count = row + 1
         if isinstance(result.found, Dinov3Error):
-            if raises:
+            if options.on_error == "raise":
                 raise result.found
             failures.append(Failure(row, result.path, str(result.found)))
             continue
         vector = result.found.array
         if array is None:
-            array = _rows(total or 64, vector.shape, out_dtype)
+            array = _rows(total or 64, vector.shape, options.out_dtype)
         if vector.shape != array.shape[1:]:
             raise InputError(
-                f"item {row} gives {kind} of shape {list(vector.shape)} where those before have "
+                f"item {row} gives {options.kind} of shape {list(vector.shape)} where those before have "
                 f"{list(array.shape[1:])}; use fit='squash', or iter_features()"
             )
         while row >= len(array):
-            array = np.concatenate((array, _rows(len(array), vector.shape, out_dtype)))
+            array = np.concatenate((array, _rows(len(array), vector.shape, options.out_dtype)))
         array[row] = vector
     if array is None:
-        if kind != "embedding" and count:
+        if options.kind != "embedding" and count:
             raise InputError(f"none of the {count} pictures could be read; the first says: {failures[0].error}")
-        array = _rows(0, (width,), out_dtype)
+        array = _rows(0, (width,), options.out_dtype)
     if len(array) < count:
-        array = np.concatenate((array, _rows(count - len(array), array.shape[1:], out_dtype)))
+        array = np.concatenate((array, _rows(count - len(array), array.shape[1:], options.out_dtype)))
     say_failures(failures, count)
     return array[:count]
 
@@ -140,5 +150,5 @@ def say_failures(failures: list[Failure], count: int) -> None:
         )  # fmt: skip
 
 
-def _rows(count: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
+def _rows(count: int, shape: tuple[int, ...], dtype: str) -> Array:
     return np.full((count, *shape), np.nan, dtype)

@@ -28,10 +28,14 @@ log = logging.getLogger("dinov3_infer")
 EMBEDDED = Path(__file__).parent.parent / "data"  # the weights that the package holds, a folder for each model
 
 
-def locate(name: str | os.PathLike[str], options: HubOptions) -> tuple[Path, ModelInfo | None]:
+def locate(
+    name: str | os.PathLike[str], options: HubOptions, weights: str | os.PathLike[str] | None = None
+) -> tuple[Path, ModelInfo | None]:
     """The path of a model's weights, and its row of the zoo if it was called by a name.
 
     What can only be a path is returned as one, there or not.
+
+    `weights`: where they lie if not where the name leads to; a file that is named as that of another model is refused.
 
     Raises: ModelNotFoundError, GatedModelError, OfflineError; for a link also InputError and CheckpointError;
     InputTypeError for what is neither name nor path.
@@ -39,6 +43,13 @@ def locate(name: str | os.PathLike[str], options: HubOptions) -> tuple[Path, Mod
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise InputTypeError(f"a model is a name of list_models(), a hub id, a path or a link; got {name!r}")
     path, text = Path(os.path.expanduser(name)), os.fspath(name)
+    if weights is not None:
+        asked = find(text)  # a typo is found before gigabytes are downloaded
+        path = locate_file(weights, options)
+        named = _row_of_file(path.stem) or asked
+        if named is not asked:
+            raise CheckpointError(f"'{path}' has the name of {named.name}'s file; ask for that, or rename the file")
+        return path, asked
     if is_link(name):
         page = _of_hub(text)
         if page is None or page[2] is not None:

@@ -7,7 +7,7 @@ from ..checkpoints.reading import INDEX
 from ..checkpoints.saving import save_checkpoint
 from ..errors import Dinov3Error, GatedModelError, InputError, OfflineError
 from ..images.preprocess import Preprocess
-from ..model.vit import VisionTransformer
+from ..model.network import Network
 from ..web import client_error, queries_cut, reason
 from ..zoo import OWN, ModelInfo
 from .answers import HubOptions
@@ -22,7 +22,7 @@ _LICENCES = {
 }
 
 
-def model_card(model: VisionTransformer, repository: str, info: ModelInfo | None) -> str:
+def model_card(model: Network, repository: str, info: ModelInfo | None) -> str:
     """README.md of a repository that holds `model` in the layout of transformers.
 
     The licence and the base model are those of the row of the zoo with this architecture; without a row, and for
@@ -87,7 +87,7 @@ outputs.last_hidden_state[:, 0]  # class token
 
 
 def push(
-    model: VisionTransformer,
+    model: Network,
     repository: str,
     info: ModelInfo | None,
     preprocess: Preprocess,

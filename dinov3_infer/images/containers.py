@@ -15,8 +15,8 @@ import numpy as np
 
 from ..errors import ImageError, InputError, UnsupportedError
 from .decode import MAX_BYTES, ImageLike
-from .reduced import Loaded, Wanted, decode
-from .sources import Names, Source, folder_labels, picture_suffixes
+from .paths import image_suffixes
+from .sources import Names, Source, folder_labels
 
 __all__ = ["Dataset", "Table", "Tar", "pyarrow", "streamed"]
 
@@ -30,14 +30,14 @@ class Tar(Source):
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._path = path
-        names, spans, classes = [], [], {}
+        names, spans, classes, suffixes = [], [], {}, image_suffixes()
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
                     stem, suffix = os.path.splitext(member.name)
                     if not member.isfile() or os.path.basename(stem).startswith("."):
                         continue
-                    if suffix.lower() in picture_suffixes():
+                    if suffix.lower() in suffixes:
                         names.append(member.name)
                         spans.append((member.offset_data, member.size))
                     elif suffix == ".cls" and (text := archive.extractfile(member)):
@@ -135,8 +135,7 @@ class Table(Source):
             rows = self._rows[group]
             back = self._ends[group] - index  # from the end of the group
             row = rows[-back] if back <= len(rows) else None
-        label = f"'{self.key(index)}'"
-        item = None if row is None else row.as_py()
+        item, label = None if row is None else row.as_py(), self.label(index)
         if isinstance(item, Mapping) and item["bytes"] is None:  # a path is not followed: tables come from strangers
             raise ImageError(f"{label} holds no bytes of a picture; leave it out, or embed the files themselves")
         return stored_picture(item, label)
@@ -173,10 +172,10 @@ class Dataset(Source):
             item = next((item[key] for key in (self._column, *COLUMNS) if key in item), item)
         elif isinstance(item, (tuple, list)) and item:
             item = item[0]
-        return stored_picture(item, f"item {index} of {self.name}")
+        return stored_picture(item, self.label(index))
 
-    def load(self, index: int, wanted: Wanted | None = None) -> Loaded:
-        return decode(self.picture(index), f"item {index} of {self.name}", wanted)
+    def label(self, index: int) -> str:
+        return f"item {index} of {self.name}"
 
 
 def _undecoded(dataset: Any) -> tuple[Any, str]:

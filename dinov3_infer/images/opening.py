@@ -1,34 +1,36 @@
-"""From what a user names to a source of pictures."""
+"""From what a user names to images: the one place that decides which are meant, and in which order."""
 
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError, MissingFileError
 from .containers import Dataset, Table, Tar, streamed
-from .decode import ImageLike, split_batch
-from .paths import address_scheme, is_collection, list_pictures, name_of, read_labelled_list
-from .sources import Files, Items, Numbered, Picked, Source, joined
+from .decode import ImageLike
+from .paths import address_scheme, fixed_part, is_collection, list_images, read_labelled_list, read_list
+from .sources import Files, Items, Numbered, Picked, Source, chained
 
-__all__ = ["ARCHIVES", "LISTS", "open_names", "open_pictures", "open_source"]
+__all__ = ["ARCHIVES", "LISTS", "as_source", "each_image", "find_images", "open_all", "open_images", "open_names"]
 
 LISTS, ARCHIVES = (".txt", ".lst", ".tsv"), (".tar", ".parquet")
 
 
-def open_pictures(images: ImageLike | Iterable[ImageLike] | Source | Numbered) -> Source | Iterable[ImageLike]:
-    """Pictures that can be asked for by number, where that is possible; else a stream of them.
+def open_images(images: ImageLike | Iterable[ImageLike] | Source | Numbered) -> Source | Iterable[ImageLike]:
+    """Images that can be asked for by number, where that is possible; else a stream of them.
 
-    Raises: as `open_source`.
+    Raises: as `as_source`.
     """
     if isinstance(images, Source):
         return images
     if isinstance(images, (str, os.PathLike)):
-        return open_source(images)
+        return as_source(images)
     if hasattr(images, "to_list") and not hasattr(images, "cast_column"):  # a column of a table, which may number its
         images = images.to_list()  # rows in an order of its own
     dataset = hasattr(images, "__getitem__") and hasattr(images, "__len__")
@@ -36,11 +38,40 @@ def open_pictures(images: ImageLike | Iterable[ImageLike] | Source | Numbered) -
         return Dataset(images)
     if hasattr(images, "cast_column"):  # a Hugging Face dataset that is streamed
         return streamed(images)
-    pictures = split_batch(images)  # type: ignore[arg-type]
-    return Items(pictures) if isinstance(pictures, Sequence) else pictures
+    found = each_image(images)  # type: ignore[arg-type]
+    return Items(found) if isinstance(found, Sequence) else found
 
 
-def open_source(spec: Any) -> Source:
+def open_all(given: Iterable[str | Source], base: str | None = None) -> Source:
+    """All images of several sources, in order; `base` is that of the files among them, see `Source.base`.
+
+    Raises: as `as_source`.
+    """
+    sources: list[Source] = []
+    for in_files, group in groupby(given, _is_file):  # neighbours, such as a pattern that the shell has resolved
+        if in_files:
+            sources.append(Files(cast("Iterable[str]", group), base))
+        else:
+            sources += (one if isinstance(one, Source) else as_source(one) for one in group)
+    return chained(sources)
+
+
+def find_images(given: list[str]) -> Source:
+    """All images that are meant, in the order given: as `as_source`, and "@LIST" for the paths that a file lists.
+
+    Raises: as `as_source`; MissingFileError, InputError for a list.
+    """
+    return open_all(Files(read_list(text[1:])) if text.startswith("@") else text for text in given)
+
+
+def _is_file(given: str | Source) -> bool:
+    """One image: an address, or a file that is no list and no archive."""
+    if isinstance(given, Source):
+        return False
+    return bool(address_scheme(given)) or (os.path.isfile(given) and not given.lower().endswith((*LISTS, *ARCHIVES)))
+
+
+def as_source(spec: Any) -> Source:
     """A folder, pattern, list file (.txt .lst .tsv), tar archive, Parquet table, picture, address, or a Dataset.
 
     A list file has a path per line, from where the list lies, and a label after a tab if there are any; what this
@@ -50,19 +81,18 @@ def open_source(spec: Any) -> Source:
     """
     if not isinstance(spec, (str, os.PathLike)):
         return _open_dataset(spec)
-    text = os.fsdecode(spec)
+    text = os.path.expanduser(os.fsdecode(spec))
     if not text:  # such as a variable of the shell that is not set; it is not the folder one is in
         raise MissingFileError("a source is an empty path; give a picture, folder or pattern")
     if address_scheme(text):
-        return Files(name_of(text) or "", [text])
-    path = Path(text).expanduser()
+        return Files([text])
+    path = Path(text)
     if (path / "state.json").is_file():
         return _open_dataset(_saved_dataset(path))
     if is_collection(path):
-        found = list_pictures(path)
-        if not path.is_dir() and any(name.lower().endswith((*ARCHIVES, *LISTS)) for name in found):
-            return joined([open_source(name) for name in found])
-        return Files(text, found)
+        found, base = list_images(path), fixed_part(path)
+        mixed = not path.is_dir() and any(name.lower().endswith((*LISTS, *ARCHIVES)) for name in found)
+        return open_all(found, base) if mixed else Files(found, base)
     if not path.is_file():
         raise MissingFileError(f"no picture, folder or pattern at '{path.absolute()}'; check the path")
     suffix = path.suffix.lower()
@@ -72,7 +102,28 @@ def open_source(spec: Any) -> Source:
         return Tar(path)
     if suffix == ".parquet":
         return Table(path)
-    return Files(text, [text])
+    return Files([text])
+
+
+def each_image(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """One picture, a 4-dimensional batch, or any iterable of pictures -> an iterable of pictures, not read yet.
+
+    A folder or a pattern is the list of its pictures, see `list_images`; an array of paths is a list of them.
+    """
+    if is_collection(images):
+        return list_images(images)  # type: ignore[arg-type]
+    if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:
+        return list(images)
+    if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OU":  # a column of a table
+        return images.tolist()  # type: ignore[no-any-return]
+    single = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Tensor, np.ndarray)
+    if isinstance(images, single) or hasattr(images, "read"):
+        return [images]  # type: ignore[list-item]
+    if not isinstance(images, Iterable) or isinstance(images, Mapping):
+        raise InputTypeError(
+            f"a picture is a path, PIL image, array, tensor or a list of these; got {type(images).__name__}"
+        )
+    return images
 
 
 def _open_dataset(spec: Any) -> Source:
@@ -90,17 +141,17 @@ def _open_dataset(spec: Any) -> Source:
 
 
 def _open_list(path: Path) -> Source:
-    """A list file, see `open_source`."""
+    """A list file, see `as_source`."""
     names, labels = read_labelled_list(path)
-    source = open_names([_from(path.parent, name) for name in names], str(path))
+    source = open_names([name if address_scheme(name) else str(path.parent / name) for name in names], str(path))
     source.labels = labels
     return source
 
 
 def open_names(names: Sequence[str], origin: str) -> Source:
-    """Pictures by the names that `key` of a source gave them.  Raises: as `open_source`."""
+    """Pictures by the names that `key` of a source gave them.  Raises: as `as_source`."""
     if not any(_INSIDE.fullmatch(name) for name in names):
-        return Files(origin, names)
+        return Files(names)
     sources: list[Source] = []
     opened: dict[str, tuple[int, dict[str | None, int]]] = {}  # archive -> its place, and numbers by key
     places = []
@@ -108,24 +159,20 @@ def open_names(names: Sequence[str], origin: str) -> Source:
         found = _INSIDE.fullmatch(name)
         if found is None or os.path.exists(name):
             places.append((len(sources), 0))
-            sources.append(Files(name, [name]))
+            sources.append(Files([name]))
             continue
         if found[1] not in opened:
-            source = open_source(found[1])
+            source = as_source(found[1])
             opened[found[1]] = len(sources), {source.key(i): i for i in range(len(source))}
             sources.append(source)
         which, numbers = opened[found[1]]
         if name not in numbers:
             raise MissingFileError(f"no picture '{found[2]}' in '{found[1]}', which '{origin}' lists; make it anew")
         places.append((which, numbers[name]))
-    return Picked(origin, sources, places)
+    return Picked(sources, places)
 
 
 _INSIDE = re.compile(r"(.+\.(?:tar|parquet))#(.+)", re.DOTALL | re.IGNORECASE)
-
-
-def _from(folder: Path, name: str) -> str:
-    return name if address_scheme(name) else str(folder / name)
 
 
 def _saved_dataset(folder: Path) -> Any:

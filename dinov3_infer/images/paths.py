@@ -1,4 +1,4 @@
-"""Where pictures lie: folders, patterns, lists, addresses."""
+"""Where images lie, and which files are images: folders, patterns, lists, addresses."""
 
 import base64
 import glob
@@ -6,33 +6,62 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from urllib.parse import unquote_to_bytes
+from itertools import chain
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
+
+from PIL import Image
 
 from .. import web
 from ..errors import Dinov3Error, ImageError, InputError, MissingFileError
 
 __all__ = [
+    "FORMATS",
     "address_scheme",
+    "fetched",
+    "fixed_part",
+    "image_suffixes",
     "is_collection",
-    "list_pictures",
+    "list_images",
     "name_of",
-    "read_address",
     "read_labelled_list",
     "read_list",
     "walk",
 ]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of pictures in a folder
+# What is decoded, and the names of such files.  A table of our own, since Pillow's needs all of Pillow to be loaded, as
+# all formats do but the first five.  HEIF and JXL are there if their plugin is, and so are the suffixes that it brings.
+# Pillow reads more kinds: one runs a program (EPS), one unpacks whatever there is (FITS), most are hardly ever tried.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    "HEIF": (),
+    "JXL": (),
+}
 MAX_BYTES, MAX_SECONDS = 2**27, 60  # of one download
 
 
-def list_pictures(source: str | os.PathLike[str]) -> list[str]:
-    """Paths of all pictures under a folder, or of all files that a pattern ("photos/**/*.jpg") fits, sorted.
+def image_suffixes() -> tuple[str, ...]:
+    """What names of image files end in, in lower case."""
+    plugged = (suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS)
+    return tuple(dict.fromkeys((*chain.from_iterable(FORMATS.values()), *plugged)))
 
-    A folder is searched to the bottom for the usual suffixes; hidden files and folders are left out, see `walk`.
 
-    Raises: MissingFileError where there is nothing, InputError for a folder without a picture.
+def list_images(source: str | os.PathLike[str]) -> list[str]:
+    """Paths of all images under a folder, or of all files that a pattern ("photos/**/*.jpg") fits, sorted.
+
+    A folder is searched to the bottom by `image_suffixes`; hidden files and folders are left out, see `walk`.
+
+    Raises: MissingFileError where there is nothing, InputError for a folder without an image.
     """
     path = os.fsdecode(source)
     if not os.path.isdir(path):
@@ -40,15 +69,25 @@ def list_pictures(source: str | os.PathLike[str]) -> list[str]:
         if not found:
             raise MissingFileError(f"no folder and no file at '{os.path.abspath(path)}'; check the path or pattern")
         return found
-    names, others = [], 0
-    for name in walk(path):
-        if name.lower().endswith(SUFFIXES):
-            names.append(name)
-        else:
-            others += 1
-    if not names:
-        raise InputError(f"no pictures under '{path}' (looked for {' '.join(SUFFIXES)}; {others} other files)")
-    return sorted(names)
+    suffixes = image_suffixes()
+    files = list(walk(path))
+    images = sorted(name for name in files if name.lower().endswith(suffixes))
+    if not images:
+        kinds = Counter(os.path.splitext(name)[1] or "no extension" for name in files)
+        held = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3)) or "no files"
+        raise InputError(
+            f"no pictures under '{path}' (looked for {' '.join(suffixes)}; {len(files)} other files), which holds "
+            f"{held}; give a folder of pictures, or its tar files"
+        )
+    return images
+
+
+def fixed_part(source: str | os.PathLike[str]) -> str:
+    """The absolute path of a folder, or of the folders of a pattern that hold no magic."""
+    fixed = os.fsdecode(source)
+    while not os.path.isdir(fixed) and glob.has_magic(fixed):
+        fixed = os.path.dirname(fixed)
+    return os.path.abspath(fixed)
 
 
 def _fitting(pattern: str) -> Iterator[str]:
@@ -161,42 +200,42 @@ def name_of(source: object) -> str | None:
     return re.sub(r"(?<=://)[^/?#]*@|[?#].*", "", path, flags=re.DOTALL) if scheme else path
 
 
-def read_address(address: str) -> bytes:
-    """What lies behind an http, https or data address.
+def fetched(source: str) -> str | bytes:
+    """A path as it is, that of a file address, and what lies behind an http, https or data address.
 
     The connection is that of huggingface_hub, with its proxies and certificates, without its token.
 
     Raises: InputError for other schemes, MissingFileError, ImageError for a download that fails or is too large.
     """
-    if address_scheme(address) == "data":
-        head, _, body = address.partition(",")
+    scheme = address_scheme(source)
+    if not scheme:
+        return source
+    if scheme == "file":
+        return url2pathname(urlsplit(source).path)
+    if scheme == "data":
+        head, _, body = source.partition(",")
         try:
             return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote_to_bytes(body)
         except ValueError:
-            raise ImageError(f"a data: address of {len(address)} characters is no base64; encode it anew") from None
-    shown = web.without_query(address)
+            raise ImageError(f"a data: address of {len(source)} characters is no base64; encode it anew") from None
+    shown, content, started = web.without_query(source), bytearray(), time.monotonic()
     try:
-        with web.queries_cut():
-            return _download(address, shown)
+        with web.queries_cut(), web.get(source) as (response, chunks):
+            if response.status_code in (404, 410):
+                raise MissingFileError(f"no picture at '{shown}' (HTTP {response.status_code}); check the address")
+            if response.status_code >= 400:
+                raise ImageError(
+                    f"cannot download '{shown}' (HTTP {response.status_code}); fetch it in another way, and give the "
+                    "file"
+                )
+            for chunk in chunks:
+                content += chunk
+                if len(content) > MAX_BYTES:
+                    raise ImageError(f"'{shown}' is larger than {MAX_BYTES >> 20} MiB; download it, and give the file")
+                if time.monotonic() - started > MAX_SECONDS:
+                    raise ImageError(f"'{shown}' took longer than {MAX_SECONDS} s; download it, and give the file")
     except Dinov3Error:
         raise
     except (OSError, web.client_error()) as error:
         raise ImageError(f"cannot download '{shown}' ({web.reason(error)}); check it, or give a file") from None
-
-
-def _download(address: str, shown: str) -> bytes:
-    content, started = bytearray(), time.monotonic()
-    with web.get(address) as (response, chunks):
-        if response.status_code in (404, 410):
-            raise MissingFileError(f"no picture at '{shown}' (HTTP {response.status_code}); check the address")
-        if response.status_code >= 400:
-            raise ImageError(
-                f"cannot download '{shown}' (HTTP {response.status_code}); fetch it in another way, and give the file"
-            )
-        for chunk in chunks:
-            content += chunk
-            if len(content) > MAX_BYTES:
-                raise ImageError(f"'{shown}' is larger than {MAX_BYTES >> 20} MiB; download it, and give the file")
-            if time.monotonic() - started > MAX_SECONDS:
-                raise ImageError(f"'{shown}' took longer than {MAX_SECONDS} s; download it, and give the file")
     return bytes(content)

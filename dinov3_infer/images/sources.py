@@ -1,19 +1,19 @@
-"""What every source of pictures is, and the simple ones: names, lists, and what is picked out of several."""
+"""What every source of images is, and the simple ones: names, lists, and what is picked out of several."""
 
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
-from PIL import Image
 
-from .decode import FORMATS, ImageLike
-from .paths import name_of
-from .reduced import Loaded, Wanted, decode
+from .decode import Decoded, ImageLike, TargetSize, decode
+from .paths import address_scheme, name_of
 
-__all__ = ["Files", "Items", "Names", "Numbered", "Picked", "Source", "folder_labels", "joined", "picture_suffixes"]
+__all__ = ["Files", "Items", "Names", "Numbered", "Picked", "Source", "chained", "folder_labels", "relative_names"]
 
 
 class Numbered(Protocol):
@@ -25,26 +25,35 @@ class Numbered(Protocol):
 
 
 class Source(ABC):
-    """Numbered pictures of one origin."""
-
-    name: str
-    labels: list[str] | None = None  # class of each picture
+    """Numbered images of one origin."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def key(self, index: int) -> str | None:
-        """What a list may call a picture: its path, "ARCHIVE.tar#MEMBER", "TABLE.parquet#ROW"; None for an object."""
+        """What a list may call an image: its path, "ARCHIVE.tar#MEMBER", "TABLE.parquet#ROW"; None for an object."""
 
     @abstractmethod
     def picture(self, index: int) -> ImageLike:
         """Not decoded where it lies in a file.  Raises: ImageError, MissingFileError."""
 
-    def load(self, index: int, wanted: Wanted | None = None) -> Loaded:
-        """Decoded; with `wanted` a JPEG may come smaller, see `decode`.  Raises: ImageError, MissingFileError."""
-        key = self.key(index)
-        return decode(self.picture(index), f"item {index}" if key is None else f"'{key}'", wanted)
+    @cached_property
+    def labels(self) -> list[str] | None:
+        """Class of each image, where all have one."""
+        return None
+
+    def base(self, index: int) -> str | None:
+        """The folder, or the fixed part of a pattern, that an image was found below; None if it was given itself."""
+        return None
+
+    def label(self, index: int) -> str:
+        """What messages call an image."""
+        return f"item {index}" if (key := self.key(index)) is None else f"'{key}'"
+
+    def load(self, index: int, target: TargetSize | None = None) -> Decoded:
+        """Decoded; with `target` a JPEG may come smaller, see `decode`.  Raises: ImageError, MissingFileError."""
+        return decode(self.picture(index), self.label(index), target)
 
 
 class Names(Sequence[str]):
@@ -64,68 +73,79 @@ class Names(Sequence[str]):
         return os.fsdecode(self._content[self._ends[index] : self._ends[index + 1]])
 
 
-class Listed(Source):
-    """Pictures that are given one by one."""
+class Items(Source):
+    """Images of a list, of any kind."""
 
-    def __init__(self, name: str, pictures: Sequence[ImageLike], labels: list[str] | None = None) -> None:
-        self.name, self._pictures, self.labels = name, pictures, labels
+    def __init__(self, images: Sequence[ImageLike]) -> None:
+        self._images = images
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def key(self, index: int) -> str | None:
-        return name_of(self._pictures[index])
+        return name_of(self._images[index])
 
     def picture(self, index: int) -> ImageLike:
-        return self._pictures[index]
+        return self._images[index]
 
-    def load(self, index: int, wanted: Wanted | None = None) -> Loaded:
-        return decode(self._pictures[index], f"item {index}", wanted)  # a path is in what is said anyway
-
-
-class Files(Listed):
-    """Pictures in files or at addresses of their own."""
-
-    def __init__(self, name: str, paths: Iterable[str], labels: list[str] | None = None) -> None:
-        super().__init__(name, Names(paths), labels)
+    def label(self, index: int) -> str:
+        return f"item {index}"  # a path is in what is said anyway
 
 
-class Items(Listed):
-    """Pictures of a list, of any kind."""
+class Files(Items):
+    """Images in files or at addresses of their own."""
 
-    def __init__(self, items: Sequence[ImageLike]) -> None:
-        super().__init__("a list", items)
+    def __init__(self, paths: Iterable[str], base: str | None = None) -> None:
+        """`base`: the folder, or the fixed part of a pattern, that all were found below."""
+        super().__init__(Names(paths))
+        self._base = base
+
+    @cached_property
+    def labels(self) -> list[str] | None:
+        if self._base is None:
+            return None
+        return folder_labels([os.path.relpath(path, self._base) for path in self._images])  # type: ignore[arg-type]
+
+    def base(self, index: int) -> str | None:
+        return self._base
 
 
 class Picked(Source):
-    """Some pictures of several sources, in an order of their own."""
+    """Some images of several sources, in an order of their own."""
 
-    def __init__(self, name: str, sources: Sequence[Source], places: Sequence[tuple[int, int]]) -> None:
-        self.name, self._sources = name, tuple(sources)
+    def __init__(self, sources: Sequence[Source], places: Sequence[tuple[int, int]]) -> None:
+        self._sources = tuple(sources)
         self._places = np.array(places, np.int64).reshape(-1, 2)  # which source, and its number there
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def key(self, index: int) -> str | None:
+    def _place(self, index: int) -> tuple[Source, int]:
         which, place = (int(v) for v in self._places[index])
-        return self._sources[which].key(place)
+        return self._sources[which], place
+
+    def key(self, index: int) -> str | None:
+        source, place = self._place(index)
+        return source.key(place)
 
     def picture(self, index: int) -> ImageLike:
-        which, place = (int(v) for v in self._places[index])
-        return self._sources[which].picture(place)
+        source, place = self._place(index)
+        return source.picture(place)
 
-    def load(self, index: int, wanted: Wanted | None = None) -> Loaded:
-        which, place = (int(v) for v in self._places[index])
-        return self._sources[which].load(place, wanted)
+    def base(self, index: int) -> str | None:
+        source, place = self._place(index)
+        return source.base(place)
+
+    def label(self, index: int) -> str:
+        source, place = self._place(index)
+        return f"item {index}" if isinstance(source, Items) else source.label(place)
 
 
-def joined(sources: Sequence[Source]) -> Source:
-    """All pictures of several sources, one source after the other."""
+def chained(sources: Sequence[Source]) -> Source:
+    """All images of several sources, one source after the other."""
     if len(sources) == 1:
         return sources[0]
-    places = ((which, i) for which, source in enumerate(sources) for i in range(len(source)))
-    return Picked("several sources", sources, list(places))
+    return Picked(sources, [(which, i) for which, source in enumerate(sources) for i in range(len(source))])
 
 
 def folder_labels(paths: Sequence[str]) -> list[str] | None:
@@ -137,8 +157,18 @@ def folder_labels(paths: Sequence[str]) -> list[str] | None:
     return [parent[common] for parent in parents]
 
 
-@cache
-def picture_suffixes() -> frozenset[str]:
-    """File name extensions of the formats that are read."""
-    known = Image.registered_extensions()
-    return frozenset(suffix for suffix, kind in known.items() if kind in Image.OPEN and kind in FORMATS)
+def relative_names(source: Source) -> list[str]:
+    """Names for what is written for each image: its path below the folder or pattern that was given, or below what all
+    that were given themselves have in common, without a suffix."""
+    found = [(source.key(i) or source.label(i), source.base(i)) for i in range(len(source))]
+    single = [os.path.dirname(os.path.abspath(key)) for key, base in found if base is None and not address_scheme(key)]
+    common = os.path.commonpath(single) if single else ""
+    names = []
+    for key, base in found:
+        if address_scheme(key):
+            names.append(os.path.splitext(PurePosixPath(urlsplit(key).path).name)[0] or "picture")
+            continue
+        name = os.path.relpath(os.path.abspath(key), common if base is None else base)
+        stem, suffix = os.path.splitext(name)
+        names.append(name if "#" in suffix else stem)  # "TABLE.parquet#ROW" has no suffix
+    return names

@@ -5,7 +5,7 @@ One signature for pictures of one size (`[B, N, 3, H, D]`) and for pictures of m
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import groupby
 from types import ModuleType
@@ -28,8 +28,6 @@ __all__ = [
     "why_not_triton",
 ]
 
-# q, k, v [B, H, N, D] and the softmax scale -> [B, H, N, D]
-Core = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
 C = TypeVar("C", bound=Callable[..., Any])
 
 
@@ -40,12 +38,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Softmax in float32 at least, the whole matrix in memory: to look at, or to differentiate twice."""
-    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
-    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
-
-
 def sdpa_attention(
     qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
     cos: Tensor | None,  # [N or T, D/2] float32, identity rows for class and register tokens; None: no rotation
@@ -54,12 +46,11 @@ def sdpa_attention(
     cu_seqlens: Tensor | None = None,  # [S + 1] int32, the first token of each sequence and T; packed input only
     max_seqlen: int | None = None,  # kernels want it; nothing here does
     scale: float | None = None,
-    core: Core = _sdpa,
 ) -> Tensor:
     """`rope_attention` in plain torch: one rotation of all tokens, then attention for each run of equal lengths."""
     q, k, v = _rotated(qkv, cos, sin)
     parts = [
-        core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale).transpose(1, 2).flatten(2)
+        _sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale).transpose(1, 2).flatten(2)
         for q, k, v in zip(*(_runs(t, cu_seqlens) for t in (q, k, v)), strict=True)
     ]
     return parts[0] if cu_seqlens is None else torch.cat([part.flatten(0, 1) for part in parts])
@@ -74,8 +65,18 @@ def eager_attention(
     max_seqlen: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`rope_attention` with the whole score matrix in memory and nothing but elementary operations."""
-    return sdpa_attention(qkv, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=scale, core=_eager)
+    """`rope_attention` with the whole score matrix in memory: to look at, or to differentiate twice."""
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    return _joined([out for out, _ in _weighted(qkv, cos, sin, cu_seqlens, scale)], cu_seqlens)
+
+
+def _weighted(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, cu_seqlens: Tensor | None, scale: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each run of equal lengths its result [B, N, H*D] and scores [B, H, N, N]; softmax in float32 at least."""
+    for q, k, v in zip(*(_runs(t, cu_seqlens) for t in _rotated(qkv, cos, sin)), strict=True):
+        scores = _scores(q, k, scale)
+        yield torch.einsum("bhqk, bkhd -> bqhd", scores.softmax(-1).to(v.dtype), v).flatten(2), scores
 
 
 def _rotated(qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,10 +110,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """What `rope_attention` returns, and log2 of each query's sum of weights, [B, H, N] or [H, T]."""
     outs, sums = [], []
-    for q, k, v in zip(*(_runs(t, cu_seqlens) for t in _rotated(qkv, cos, sin)), strict=True):
-        scores = _scores(q, k, scale)  # [B, H, N, N]
+    for out, scores in _weighted(qkv, cos, sin, cu_seqlens, scale):
+        outs.append(out)
         sums.append(scores.logsumexp(-1).transpose(1, 2) / math.log(2.0))
-        outs.append(torch.einsum("bhqk, bkhd -> bqhd", scores.softmax(-1).to(v.dtype), v).flatten(2))
     return _joined(outs, cu_seqlens), _joined(sums, cu_seqlens).transpose(-1, -2).contiguous()
 
 

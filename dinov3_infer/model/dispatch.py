@@ -16,9 +16,10 @@ from torch.nn.modules import module as _all_modules
 
 from .attention import rope_attention
 from .cpu.linear import why_not_int8, why_not_packed
-from .cpu.plan import Plan, spans_of
+from .cpu.plan import CpuPlan, spans_of
 from .layers import Attention, Block, GatedMlp, LayerNorm, MaskedKeyLinear, Mlp, PatchEmbed, Residual
-from .vit import BackboneOutput, VisionTransformer
+from .network import BackboneOutput, Network
+from .vit import VisionTransformer
 
 __all__ = ["Mode", "Precision", "compare", "drop_plan", "plan_of"]
 
@@ -49,10 +50,8 @@ def compare(found: BackboneOutput, plain: BackboneOutput) -> Precision:
 # --- when there is one ---------------------------------------------------------------------------------------------
 
 # Of each model the mode asked for, its state, a few values of each of its tensors (see `_values`), and the plan.
-_PLANS: WeakKeyDictionary[VisionTransformer, tuple[Mode, tuple[int, ...], list[Tensor], Tensor, Plan]] = (
-    WeakKeyDictionary()
-)
-_TOLD: WeakSet[VisionTransformer] = WeakSet()  # models whose mode cannot be had, which the log says once
+_PLANS: WeakKeyDictionary[Network, tuple[Mode, tuple[int, ...], list[Tensor], Tensor, CpuPlan]] = WeakKeyDictionary()
+_TOLD: WeakSet[Network] = WeakSet()  # models whose mode cannot be had, which the log says once
 # What a plan knows how to compute.  A module of any other class, such as an adapter, runs as it is written.
 _KNOWN = {
     nn.ModuleList, nn.Conv2d, nn.Linear, MaskedKeyLinear, Attention, Block, GatedMlp, LayerNorm, Mlp, PatchEmbed,
@@ -71,7 +70,7 @@ _OWN = {
 }
 
 
-def plan_of(model: VisionTransformer, mode: Mode, pictures: Callable[[], Tensor]) -> Plan | None:
+def plan_of(model: Network, mode: Mode, pictures: Callable[[], Tensor]) -> CpuPlan | None:
     """The plan of a model as it is now; None where it has to run as it is written.
 
     `pictures`: normalised pixels [B, 3, H_px, W_px] to find the ranges of int8 with.
@@ -80,8 +79,8 @@ def plan_of(model: VisionTransformer, mode: Mode, pictures: Callable[[], Tensor]
         return None
     if mode == "plain":
         return None
-    state = _state(model)
-    if state is None:
+    state = _state(model) if isinstance(model, VisionTransformer) else None
+    if state is None or not isinstance(model, VisionTransformer):
         drop_plan(model)
         if mode != "exact" and model.device.type == "cpu" and model not in _TOLD:
             _TOLD.add(model)
@@ -96,26 +95,26 @@ def plan_of(model: VisionTransformer, mode: Mode, pictures: Callable[[], Tensor]
     return kept[4]
 
 
-def drop_plan(model: VisionTransformer) -> None:
+def drop_plan(model: Network) -> None:
     """Frees the memory of a plan; the next one is made when it is needed."""
     _PLANS.pop(model, None)
 
 
-def _made(model: VisionTransformer, mode: Mode, pictures: Callable[[], Tensor]) -> Plan:
+def _made(model: VisionTransformer, mode: Mode, pictures: Callable[[], Tensor]) -> CpuPlan:
     """In the mode asked for, or with a line in the log the next one that this machine and this model are good for."""
     lacking = None if mode == "exact" else why_not_packed(torch.bfloat16)
     half = torch.float32 if mode == "exact" or lacking else torch.bfloat16
     if mode == "int8" and (lacking := why_not_int8()) is None:
         pixels = pictures()
-        plan, unseen = Plan(model, half, spans_of(model, pixels)), pixels.flip(-1)
-        found = compare(plan(model, [unseen])[0], Plan(model, torch.float32)(model, [unseen])[0])
+        plan, unseen = CpuPlan(model, half, spans_of(model, pixels)), pixels.flip(-1)
+        found = compare(plan(model, [unseen])[0], CpuPlan(model, torch.float32)(model, [unseen])[0])
         if found.cls_mean >= _LEAST[0] and found.patch_percentile >= _LEAST[1]:
             return plan
         lacking = (
             f"class tokens have a cosine of {found.cls_mean:.3f} with float32, patches {found.patch_percentile:.3f}"
         )
     if lacking is None:
-        return Plan(model, half)
+        return CpuPlan(model, half)
     other: Mode = "fast" if mode == "int8" else "exact"
     log.warning("mode='%s' gives way to '%s': %s", mode, other, lacking)
     return _made(model, other, pictures)

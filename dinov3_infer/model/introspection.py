@@ -1,14 +1,16 @@
 """What one block makes of its tokens: queries, keys, values, and rows of its attention matrix."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .network import BackboneOutput, LayerOutput
 from .rope import apply_rope
-from .vit import LayerOutput, VisionTransformer
+from .vit import VisionTransformer
 
-__all__ = ["Facet", "attention_rows", "facet_of"]
+__all__ = ["Facet", "attention_rows", "with_facet"]
 
 Facet = Literal["token", "query", "key", "value"]
 _THIRD = {"query": 0, "key": 1, "value": 2}
@@ -21,9 +23,11 @@ def _qkv(model: VisionTransformer, stream: Tensor, number: int) -> Tensor:
     return block.attn.qkv(x).unflatten(-1, (3, model.num_heads, -1))  # type: ignore[no-any-return]
 
 
-def facet_of(model: VisionTransformer, stream: Tensor, block: int, facet: Facet) -> LayerOutput:
-    """Queries, keys or values of a block for the stream [B, N, C] that enters it: heads side by side, not rotated."""
-    return LayerOutput(*model.split(_qkv(model, stream, block)[:, :, _THIRD[facet]].flatten(2)))
+def with_facet(model: VisionTransformer, pixels: Tensor, blocks: Sequence[int], facet: Facet) -> BackboneOutput:
+    """The output of a model whose layers are queries, keys or values: heads side by side, [B, *, C], not rotated."""
+    last, entering = model.run_blocks(pixels, indices=[block - 1 for block in blocks])
+    layers = (_qkv(model, entering[block - 1], block)[:, :, _THIRD[facet]].flatten(2) for block in blocks)
+    return BackboneOutput(*model.split(model.normed(last)), tuple(LayerOutput(*model.split(x)) for x in layers))
 
 
 def attention_rows(

@@ -76,6 +76,14 @@ class ViTConfig:
         return 1 + self.num_registers
 
 
+def cubic_kernel(x: Tensor, a: float) -> Tensor:
+    """Keys' cubic convolution kernel; torch takes a = -0.75, and -0.5 where it filters."""
+    x = x.abs()
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    far = ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a
+    return torch.where(x <= 1.0, near, torch.where(x < 2.0, far, 0.0))
+
+
 def resize_positions(
     positions: Tensor,  # [1, G*G, C] learned for a square grid of G patches a side
     grid: tuple[int, int],  # h, w in patches
@@ -183,10 +191,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(config.ffn_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.contract(_project(self.fc1, x))
+        return _project(self.fc2, self.activate(_project(self.fc1, x)))
 
-    def contract(self, hidden: Tensor) -> Tensor:
-        return _project(self.fc2, F.gelu(hidden))
+    def activate(self, hidden: Tensor) -> Tensor:
+        return F.gelu(hidden)
 
 
 class GatedMlp(nn.Module):
@@ -198,26 +206,23 @@ class GatedMlp(nn.Module):
         self.down = nn.Linear(config.ffn_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.contract(_project(self.gate_up, x))
+        return _project(self.down, self.activate(_project(self.gate_up, x)))
 
-    def contract(self, hidden: Tensor) -> Tensor:
+    def activate(self, hidden: Tensor) -> Tensor:
         gate, up = hidden.chunk(2, dim=-1)
-        return _project(self.down, _silu(gate) * up)
+        return _silu(gate) * up
 
 
 class Residual(nn.Module):
-    """Adds a branch to the stream, each channel times `gamma` (LayerScale) where the model has one."""
+    """A branch in the dtype of the stream, each channel times `gamma` (LayerScale) where the model has one."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.empty(config.embed_dim)) if config.layerscale else None
 
-    def scaled(self, branch: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, branch: Tensor, dtype: torch.dtype) -> Tensor:
         branch = branch.to(dtype)
         return branch if self.gamma is None else branch * self.gamma.to(dtype)
-
-    def forward(self, stream: Tensor, branch: Tensor) -> Tensor:
-        return stream + self.scaled(branch, stream.dtype)
 
 
 class Block(nn.Module):
@@ -230,6 +235,20 @@ class Block(nn.Module):
         self.mlp = GatedMlp(config) if config.gated else Mlp(config)
         self.ls2 = Residual(config)
 
+    def attention_branch(
+        self,
+        x: Tensor,  # [B, N, C] or packed [T, C]
+        rope: RopeTable | None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """What is added to the stream, of its shape and dtype."""
+        return self.ls1(self.attn(self.norm1(x), rope, cu_seqlens, max_seqlen), x.dtype)  # type: ignore[no-any-return]
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """What is added to the stream, of its shape and dtype."""
+        return self.ls2(self.mlp(self.norm2(x)), x.dtype)  # type: ignore[no-any-return]
+
     def forward(
         self,
         x: Tensor,  # [B, N, C] or packed [T, C]
@@ -237,8 +256,8 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        x = self.ls1(x, self.attn(self.norm1(x), rope, cu_seqlens, max_seqlen))
-        return self.ls2(x, self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+        x = x + self.attention_branch(x, rope, cu_seqlens, max_seqlen)
+        return x + self.mlp_branch(x)
 
     def forward_dropped(
         self,
@@ -251,8 +270,7 @@ class Block(nn.Module):
         """Each branch runs on a subset of the pictures of its own."""
         rows, kept, factor = packing.draw(drop_path, generator)
         rope = kept.table(tables) if tables is not None else None
-        branch = self.attn(self.norm1(x[rows]), rope, kept.cu_seqlens(), kept.longest)
-        x = x.index_add(0, rows, self.ls1.scaled(branch, x.dtype) * factor.to(x.dtype))
+        branch = self.attention_branch(x[rows], rope, kept.cu_seqlens(), kept.longest)
+        x = x.index_add(0, rows, branch * factor.to(x.dtype))
         rows, kept, factor = packing.draw(drop_path, generator)
-        branch = self.mlp(self.norm2(x[rows]))
-        return x.index_add(0, rows, self.ls2.scaled(branch, x.dtype) * factor.to(x.dtype))
+        return x.index_add(0, rows, self.mlp_branch(x[rows]) * factor.to(x.dtype))

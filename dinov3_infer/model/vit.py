@@ -4,72 +4,26 @@ Source: DINOv3 paper (arXiv 2508.10104), DINOv2 (2304.07193), registers (2309.16
 """
 
 from collections.abc import Callable, Sequence
-from operator import index
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, InputTypeError, LayerError, UnsupportedError
+from ..errors import InputError, InputTypeError, UnsupportedError
 from .attention import resolve_attention, triton_attention, why_not_triton
 from .layers import Attention, Block, LayerNorm, PatchEmbed, Residual, ViTConfig, resize_positions
+from .network import BackboneOutput, LayerOutput, Network, resolve_layers
 from .packing import Packing
 from .rope import RopeAugmentation, RopeTable, rope_periods, rope_table
 
-__all__ = ["BackboneOutput", "LayerOutput", "ViTConfig", "VisionTransformer", "as_map", "resolve_layers"]
+__all__ = ["ViTConfig", "VisionTransformer"]
 
 
-class LayerOutput(NamedTuple):
-    """Tokens after one block and the final norm."""
-
-    cls_token: Tensor  # [B, C]
-    register_tokens: Tensor  # [B, R, C]
-    patch_tokens: Tensor  # [B, P, C]
-
-
-class BackboneOutput(NamedTuple):
-    """Tokens after the last block and the final norm, and those of the layers asked for."""
-
-    cls_token: Tensor  # [B, C]
-    register_tokens: Tensor  # [B, R, C]
-    patch_tokens: Tensor  # [B, P, C]
-    layers: tuple[LayerOutput, ...] = ()
-
-
-def as_map(
-    patch_tokens: Tensor,  # [B, P, C]
-    grid: tuple[int, int],  # (h, w) in patches
-) -> Tensor:
-    """[B, C, h, w], a view."""
-    return patch_tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
-
-
-def resolve_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
-    """Block indices from 0: an int asks for the last n, a sequence for these, negative ones from the end."""
-    if layers is None:
-        return []
-    try:
-        single = isinstance(layers, int) or getattr(layers, "ndim", 1) == 0  # numpy's and torch's numbers too
-        last = index(layers) if single else None  # type: ignore[arg-type]
-        asked = [] if last is not None else [index(layer) for layer in layers]  # type: ignore[union-attr]
-    except TypeError:
-        raise InputTypeError(f"layers is a number of blocks or a list of block numbers, got {layers!r}") from None
-    if last is not None:
-        if not 1 <= last <= depth:
-            raise LayerError(
-                f"layers={last} asks for the last {last} blocks of {depth}; give 1 to {depth}, or a list of blocks"
-            )
-        return list(range(depth - last, depth))
-    for layer in asked:
-        if not -depth <= layer < depth:
-            raise LayerError(f"layer {layer} does not exist; this model has {depth} (0..{depth - 1} or -{depth}..-1)")
-    return [layer % depth for layer in asked]
-
-
-class VisionTransformer(nn.Module):
+class VisionTransformer(Network):
     """Pre-norm ViT; parameter names are Meta's, but for `register_tokens` and the gated FFN's `gate_up` and `down`."""
 
-    rope_periods: Tensor | None
+    config: ViTConfig
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -144,38 +98,41 @@ class VisionTransformer(nn.Module):
             self.rope_periods = kept.to(self.rope_periods.device)
         return self
 
-    # --- what other code expects to find -------------------------------------------------------------------------
+    # --- the contract of a network, and what other code expects to find -----------------------------------------
 
-    @property
-    def device(self) -> torch.device:
-        return self.patch_embed.proj.weight.device
+    def stride(self, layer: int = -1) -> int:
+        return self.config.patch_size
 
-    @property
-    def embed_dim(self) -> int:
+    def width(self, layer: int = -1) -> int:
         return self.config.embed_dim
 
-    num_features = embed_dim
-
     @property
-    def patch_size(self) -> int:
-        return self.config.patch_size
+    def main_weight(self) -> Tensor:
+        return self.patch_embed.proj.weight
+
+    def description(self) -> dict[str, Any]:
+        periods = self.rope_periods
+        return asdict(self.config) | {"rope_periods": None if periods is None else periods.tolist()}
+
+    def summary(self) -> str:
+        c = self.config
+        positions = "RoPE" if c.position_grid is None else f"learned {c.position_grid}x{c.position_grid}"
+        return (
+            f"{c.depth} blocks of width {c.embed_dim}, patch {c.patch_size}, {c.num_registers} registers, {positions}"
+        )
 
     @property
     def num_heads(self) -> int:
         return self.config.num_heads
 
     @property
-    def n_blocks(self) -> int:
-        return self.config.depth
-
-    @property
-    def num_register_tokens(self) -> int:
+    def num_register_tokens(self) -> int:  # type: ignore[override]
         return self.config.num_registers
 
     n_storage_tokens = num_register_tokens
 
     @property
-    def num_prefix_tokens(self) -> int:
+    def num_prefix_tokens(self) -> int:  # type: ignore[override]
         return self.config.num_prefix
 
     # --- the forward pass ----------------------------------------------------------------------------------------
@@ -186,17 +143,18 @@ class VisionTransformer(nn.Module):
         layers: int | Sequence[int] | None = None,
         masks: Tensor | None = None,  # [B, P] bool: these patches become the mask token
     ) -> BackboneOutput:
-        """Tokens after the final norm, float32 at least.
-
-        `layers` asks for intermediate layers too: an int for the last n, a list for these (in that order, negative from
-        the end); they pass through the final norm like the last one.
-
-        Raises: InputError for sizes that are not whole patches or a wrong mask, LayerError for a missing layer.
-        """
+        """As in `Network`; layers pass through the final norm like the last one."""
         indices = resolve_layers(layers, self.config.depth)
         last, taken = self.run_blocks(pixels, masks, indices)
         picked = tuple(LayerOutput(*self.split(self.normed(taken[i]))) for i in indices)
         return BackboneOutput(*self.split(self.normed(last)), picked)
+
+    def forward_sizes(
+        self, batches: Sequence[Tensor], layers: int | Sequence[int] | None = None
+    ) -> list[BackboneOutput]:
+        if len(batches) == 1 or self.training:  # whose packed pass norms all but its first size otherwise
+            return super().forward_sizes(batches, layers)
+        return self.forward_packed(batches, layers=layers)
 
     def run_blocks(
         self,
@@ -204,10 +162,12 @@ class VisionTransformer(nn.Module):
         masks: Tensor | None = None,  # [B, P] bool
         indices: Sequence[int] = (),  # blocks to keep; -1 is what enters the first
         stop_early: bool = False,  # after the last of them
+        positions: Tensor | None = None,  # [1, P, C], where they are known already; see `positions`
+        rope: RopeTable | None = None,  # likewise
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The stream before the final norm, [B, N, C], after the last block and after each block of `indices`."""
-        x = self.embed_tokens(pixels, masks)
-        rope = self.rope(self.grid_of(pixels))
+        x = self.embed_tokens(pixels, masks, positions)
+        rope = self.rope(self.grid_of(pixels)) if rope is None else rope
         taken = {-1: x} if -1 in indices else {}
         end = max(indices) + 1 if stop_early and indices else self.config.depth
         for i, block in enumerate(self.blocks[:end]):
@@ -276,6 +236,7 @@ class VisionTransformer(nn.Module):
         self,
         pixels: Tensor,  # [B, 3, H_px, W_px]
         masks: Tensor | None = None,  # [B, P] bool
+        positions: Tensor | None = None,  # [1, P, C]
     ) -> Tensor:
         """Class token, registers and patches before the first block, [B, N, C]."""
         grid = self.grid_of(pixels)
@@ -289,17 +250,18 @@ class VisionTransformer(nn.Module):
                     f"masks are bool {list(x.shape[:2])} for this input; got {masks.dtype} {list(masks.shape)}"
                 )
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
-        return self.with_prefix(x, grid)
+        return self.with_prefix(x, grid, positions)
 
     def with_prefix(
         self,
         x: Tensor,  # [B, P, C] embedded patches
         grid: tuple[int, int],
+        positions: Tensor | None = None,  # [1, P, C]
     ) -> Tensor:
         """Class token, registers and patches, [B, N, C], with learned positions where the model has them."""
         prefix = self.cls_token.to(x.dtype)
         if self.pos_embed is not None:
-            x = x + self.positions(grid, x.dtype).to(x.dtype)
+            x = x + (self.positions(grid, x.dtype) if positions is None else positions).to(x.dtype)
             prefix = prefix + self.pos_embed[:, :1].to(x.dtype)
         if self.register_tokens is not None:
             prefix = torch.cat((prefix, self.register_tokens.to(x.dtype)), dim=1)
@@ -315,7 +277,7 @@ class VisionTransformer(nn.Module):
         """Angles of all tokens of one picture; None for learned positions."""
         return None if self.rope_periods is None else rope_table(grid, self.rope_periods, self.config.num_prefix)
 
-    def grid_of(self, pixels: Tensor) -> tuple[int, int]:
+    def grid_of(self, pixels: Tensor, layer: int = -1) -> tuple[int, int]:
         """(h, w) in patches.  Raises InputError for anything that is not a batch of whole patches."""
         if not isinstance(pixels, Tensor):
             raise InputTypeError(

@@ -1,4 +1,4 @@
-"""What people do with the features: on what the backbone gave once, in memory or on disk, in the field's terms.
+"""What people do with the features: on what the backbone gave once, in the field's terms.
 
 Labels are whole numbers from 0; in masks 0 is the background and 255 is left out.  All that is fitted has `fit`,
 `predict`, `save` and `load`, and goes with the weights of one backbone.
@@ -7,10 +7,10 @@ Labels are whole numbers from 0; in masks 0 is the background and 255 is left ou
 from .attentive import AttentiveProbe
 from .clusters import Hierarchy, hierarchy, retrieve
 from .dense import dense_features
-from .neighbours import Duplicates, duplicates, nearest, search
+from .neighbours import Duplicates, duplicates, search
 from .overlay import at_pixels, attention_picture, overlay, panel, sheet
 from .pca import foreground, pca_picture, pca_rgb
-from .probes import KNN, LinearProbe, LogisticProbe, Probe
+from .probes import KNN, LinearProbe, LogisticProbe, Probe, nearest
 from .pyramid import Pyramid
 from .segmentation import OneShotSegmenter, SegmentationHead
 from .similarity import patch_weights, region_vector, similarity_map

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..features.disk.formats import Array
 from ..features.disk.store import BLOCK, Store
+from ..features.vectors import Array
 from .neighbours import search
 
 __all__ = ["Hierarchy", "allocate", "default_clusters", "hierarchy", "kmeans", "retrieve"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..features.result import Features
 from ..images.decode import ImageLike, load_image
-from ..model.vit import as_map
+from ..model.network import as_map
 
 if TYPE_CHECKING:
     from ..backbone import Backbone

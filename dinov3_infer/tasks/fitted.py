@@ -6,9 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,9 +19,7 @@ from ..system import whole
 if TYPE_CHECKING:
     from ..backbone import Backbone
 
-__all__ = ["Fitted", "Vectors", "as_features", "descend"]
-
-Vectors: TypeAlias = Tensor | np.ndarray
+__all__ = ["Fitted", "descend"]
 
 _KEY = "dinov3_infer"  # of our entry in the metadata of the file
 
@@ -142,24 +139,6 @@ def descend(
         solver.zero_grad()
         value.backward()
         solver.step()
-
-
-def as_features(given: Any, what: str, dims: int = 2) -> Tensor:
-    """A float tensor of so many dimensions with something in it, finite; float32 where it has two.
-
-    Raises: InputError for anything else.
-    """
-    tensor = torch.as_tensor(given).detach()
-    shape = ("[N, C]", "[N, P, C]")[dims - 2]
-    if tensor.ndim != dims or not tensor.numel() or not tensor.is_floating_point():
-        raise InputError(f"{what} are float {shape}, one row for each, got {tensor.dtype} {list(tensor.shape)}")
-    finite = tensor.flatten(1).sum(dim=1, dtype=torch.float32).isfinite()
-    if not finite.all():
-        raise InputError(
-            f"{int((~finite).sum())} of {len(finite)} rows of the {what} are not finite, the first is number "
-            f"{int(finite.int().argmin())}; drop the pictures that could not be read"
-        )
-    return tensor.float() if dims == 2 else tensor
 
 
 def _derived(cls: type[Any]) -> list[type[Any]]:

@@ -1,4 +1,4 @@
-"""Exact cosine neighbours among vectors in memory and on disk, and groups of near-duplicates.
+"""Exact cosine neighbours over vectors on disk: search, and groups of near-duplicates.
 
 Source: DINOv2 paper (arXiv 2304.07193), section 3 and appendix A: pairs above a cosine, connected components, one of
 each kept; components that touch an evaluation set dropped whole.  Whitening, as copy detection does it: Pizzi et al.
@@ -10,37 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from ..features.disk.formats import Array
 from ..features.disk.store import BLOCK, Store
-from .fitted import Vectors, as_features
+from ..features.vectors import Array
 
-__all__ = ["Duplicates", "duplicates", "nearest", "search"]
+__all__ = ["Duplicates", "duplicates", "search"]
 
-CELLS = 2**26  # numbers of one matrix of cosines
 TILE = 4096  # rows that are compared with a block at a time
-
-
-def nearest(queries: Vectors, bank: Vectors, k: int) -> tuple[Tensor, Tensor]:
-    """The k vectors of a bank [N, C] that are most like each query [M, C]: cosines [M, k], best first, and their rows.
-
-    Raises: InputError for widths that differ, values that are not finite, or a bank of fewer than k vectors.
-    """
-    asked, known = as_features(queries, "queries"), as_features(bank, "bank")
-    if asked.shape[1] != known.shape[1]:
-        raise InputError(
-            f"the queries have {asked.shape[1]} numbers and the bank {known.shape[1]}; use one model and one pooling"
-        )
-    if not 1 <= k <= len(known):
-        raise InputError(f"k is {k} and the bank holds {len(known)} vectors; give a k from 1 to {len(known)}")
-    known = F.normalize(known, dim=-1)
-    parts = F.normalize(asked.to(known.device), dim=-1).split(max(1, CELLS // len(known)))
-    found = [_most_like(part, known, k) for part in parts]
-    cosines, rows = zip(*found, strict=True)
-    return torch.cat(cosines), torch.cat(rows)
 
 
 def search(
@@ -49,7 +27,7 @@ def search(
     k: int,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """The `k` images of a store that are most like each query: cosines [Q, k], falling, and numbers [Q, k].
+    """The `k` pictures that are most like each query: cosines [Q, k], falling, and numbers [Q, k].
 
     Raises: InputError for vectors of another width.
     """
@@ -57,21 +35,16 @@ def search(
         raise InputError(
             f"queries have {queries.shape[1]} numbers and '{store.path}' has {store.width}; use one model and pooling"
         )
-    asked = F.normalize(torch.from_numpy(queries).float(), dim=1).to(device)
-    cosines = torch.empty(len(asked), 0, device=device)
+    asked = torch.nn.functional.normalize(torch.from_numpy(queries).float(), dim=1).to(device)
+    scores = torch.empty(len(asked), 0, device=device)
     numbers = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
     for first, block in store.blocks():
-        found, rows = _most_like(asked, torch.from_numpy(block).to(device), k)
-        cosines, numbers = torch.cat((cosines, found), 1), torch.cat((numbers, rows + first), 1)
-        cosines, best = cosines.topk(min(k, cosines.shape[1]), dim=1)
-        numbers = numbers.gather(1, best)
-    return cosines.cpu(), numbers.cpu()
-
-
-def _most_like(asked: Tensor, known: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines [Q, k] of vectors [Q, C] and [N, C] of length 1, falling, and rows; NaN is like nothing."""
-    found = (asked @ known.T).nan_to_num(nan=-torch.inf).topk(min(k, len(known)), dim=1)
-    return found.values, found.indices
+        found = (asked @ torch.from_numpy(block).to(device).T).nan_to_num(nan=-torch.inf)
+        top = found.topk(min(k, found.shape[1]), dim=1)
+        scores, numbers = torch.cat((scores, top.values), 1), torch.cat((numbers, top.indices + first), 1)
+        kept = scores.topk(min(k, scores.shape[1]), dim=1)
+        scores, numbers = kept.values, numbers.gather(1, kept.indices)
+    return scores.cpu(), numbers.cpu()
 
 
 @dataclass(frozen=True)
@@ -152,7 +125,7 @@ def _blocks(
     for first, block in store.blocks(rows):
         found = torch.from_numpy(block).to(device)
         if change is not None:
-            found = F.normalize((found - change[0]) @ change[1], dim=1)
+            found = torch.nn.functional.normalize((found - change[0]) @ change[1], dim=1)
         yield first, found
 
 

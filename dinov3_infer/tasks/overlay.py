@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -11,24 +12,25 @@ from torch import Tensor
 from ..errors import InputError
 from ..images.decode import ImageLike, load_image
 from ..images.preprocess import Placement
+from ..model.layers import cubic_kernel
 
 __all__ = ["at_pixels", "attention_picture", "heat_colours", "overlay", "panel", "sheet"]
 
 SIDES = 512, 1024  # pixels: the long side of a shown picture lies between
 GAP = 8  # pixels between pictures of a sheet
 WIDEST = 4096  # pixels of a sheet
-# Every 17th of 256 colours, sRGB: dark violet over magenta and orange to pale yellow, even steps of OKLab.
+# Dark violet over magenta and orange to pale yellow, in steps that look alike and get ever lighter.
 _HEAT = bytes.fromhex(
-    "0a0738 1f0d4f 371264 521574 701680 8e1684 a91f79 c12b69 d63b56 e7503d f26712 f8850c f9a22a f9bf4d f7da73 f7f49c"
+    "0a07381f0d4f3712645215747016808e1684a91f79c12b69d63b56e7503df26712f8850cf9a22af9bf4df7da73f7f49c"
 )
 
 
+@cache
 def heat_colours() -> np.ndarray:
-    """256 colours from low to high, [256, 3] uint8: equally far from each other to the eye, and ever lighter."""
-    known = np.frombuffer(_HEAT, np.uint8).reshape(-1, 3)
-    return (
-        np.stack([np.interp(range(256), range(0, 256, 17), one) for one in known.T], axis=-1).round().astype(np.uint8)
-    )
+    """256 colours from low to high, [256, 3] uint8."""
+    rows = np.frombuffer(_HEAT, np.uint8).reshape(-1, 3)
+    steps = np.linspace(0, len(rows) - 1, 256)
+    return np.stack([np.interp(steps, range(len(rows)), row) for row in rows.T], axis=-1).round().astype(np.uint8)
 
 
 def at_pixels(
@@ -54,10 +56,8 @@ def _cubic(positions: Tensor, count: int) -> Tensor:
     weights = torch.zeros(len(positions), count, dtype=positions.dtype)
     first = (positions - 0.5).floor().long()
     for tap in range(-1, 3):
-        x = (positions - 0.5 - (first + tap)).abs()
-        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
         index = (first + tap).clamp(0, count - 1)[:, None]
-        weights.scatter_add_(1, index, torch.where(x < 1, near, far)[:, None])  # far is 0 at 2, and no tap is beyond
+        weights.scatter_add_(1, index, cubic_kernel(positions - 0.5 - (first + tap), -0.5)[:, None])
     weights[(positions < 0) | (positions > count)] = torch.nan
     return weights
 

@@ -3,21 +3,46 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from .fitted import Fitted, Vectors, as_features
-from .neighbours import nearest
+from .fitted import Fitted
 
-__all__ = ["KNN", "LinearProbe", "LogisticProbe", "Probe"]
+__all__ = ["KNN", "LinearProbe", "LogisticProbe", "Probe", "nearest"]
 
-NUMBERS = 2**22  # of the features that are classified at a time
+Vectors: TypeAlias = Tensor | np.ndarray
+CELLS = 2**26  # numbers of one matrix of cosines
 MOST_CLASSES = 2**16
 HELD_OUT = 0.1  # share of the examples that choose a learning rate or a penalty
+
+
+def nearest(queries: Vectors, bank: Vectors, k: int) -> tuple[Tensor, Tensor]:
+    """The k vectors of a bank [N, C] that are most like each query [M, C]: cosines [M, k], best first, and their rows.
+
+    Raises: InputError for widths that differ, values that are not finite, or a bank of fewer than k vectors.
+    """
+    asked, known = as_features(queries, "queries"), as_features(bank, "bank")
+    if asked.shape[1] != known.shape[1]:
+        raise InputError(
+            f"the queries have {asked.shape[1]} numbers and the bank {known.shape[1]}; use one model and one pooling"
+        )
+    if not 1 <= k <= len(known):
+        raise InputError(f"k is {k} and the bank holds {len(known)} vectors; give a k from 1 to {len(known)}")
+    known = F.normalize(known, dim=-1)
+    parts = F.normalize(asked.to(known.device), dim=-1).split(max(1, CELLS // len(known)))
+    found = [torch.topk(part @ known.T, k) for part in parts]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def weighted_votes(cosines: Tensor, classes: Tensor, num_classes: int, temperature: float) -> Tensor:
+    """How probable each class is, [M, K], by the cosines [M, k] and classes [M, k] of neighbours."""
+    votes = cosines.new_zeros(len(cosines), num_classes)
+    return votes.scatter_add_(1, classes, (cosines / temperature).softmax(dim=-1))
 
 
 class Probe(Fitted):
@@ -45,7 +70,7 @@ class Probe(Fitted):
         """How probable each class is, [N, K] float32."""
         asked = as_features(features, "features", self.dims)
         self._check(asked.shape[-1])
-        rows = max(1, NUMBERS // asked[0].numel())
+        rows = max(1, CELLS // 16 // asked[0].numel())
         with torch.no_grad():
             return torch.cat([self._probabilities(part.to(self._device).float()) for part in asked.split(rows)])
 
@@ -81,8 +106,7 @@ class KNN(Probe):
     def _probabilities(self, features: Tensor) -> Tensor:
         targets = self.tensors["targets"]
         cosines, rows = nearest(features, self.tensors["features"], self.k)
-        votes = cosines.new_zeros(len(cosines), int(targets.max()) + 1)
-        return votes.scatter_add_(1, targets[rows], (cosines / self.temperature).softmax(dim=-1))
+        return weighted_votes(cosines, targets[rows], int(targets.max()) + 1, self.temperature)
 
 
 @dataclass(repr=False)
@@ -202,6 +226,24 @@ def best(logits: Tensor, targets: Tensor) -> int:  # [L, N, K], [N]
         raise InputError("no learning rate converged; the features are very large, so bring them to length 1 before")
     hits = hits.masked_fill(~losses.isfinite(), -1.0)
     return int(torch.where(hits == hits.max(), losses, torch.inf).argmin())
+
+
+def as_features(given: Any, what: str, dims: int = 2) -> Tensor:
+    """A float tensor of so many dimensions with something in it, finite; float32 where it has two.
+
+    Raises: InputError for anything else.
+    """
+    tensor = torch.as_tensor(given).detach()
+    shape = ("[N, C]", "[N, P, C]")[dims - 2]
+    if tensor.ndim != dims or not tensor.numel() or not tensor.is_floating_point():
+        raise InputError(f"{what} are float {shape}, one row for each, got {tensor.dtype} {list(tensor.shape)}")
+    finite = tensor.flatten(1).sum(dim=1, dtype=torch.float32).isfinite()
+    if not finite.all():
+        raise InputError(
+            f"{int((~finite).sum())} of {len(finite)} rows of the {what} are not finite, the first is number "
+            f"{int(finite.int().argmin())}; drop the pictures that could not be read"
+        )
+    return tensor.float() if dims == 2 else tensor
 
 
 def as_targets(given: Any, count: int) -> Tensor:

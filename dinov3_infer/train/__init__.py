@@ -2,7 +2,7 @@
 
     python -m dinov3_infer.train --data FOLDER --model vits16 --out RUN
 
-Reading order: losses, method, loop; then config, views, data.
+Reading order: losses, method, loop; then config, views, batches, pictures; blocks for the speed.
 """
 
 from .config import PRESETS, TrainConfig

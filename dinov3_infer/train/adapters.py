@@ -1,26 +1,16 @@
-"""What training does to a backbone: low-rank adapters, compiled blocks, activations computed twice."""
+"""Low-rank adapters on a backbone, and the plain model that they come to."""
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
 from ..backbone import Backbone
-from ..model.attention import rope_attention
-from ..model.layers import Block
-from .attending import attend
 from .distributed import whole
-from .products import scale_within, speed_up, without_values
 
-__all__ = ["Recompute", "add_adapters", "plain_copy", "wrap_blocks"]
-
-Recompute = Literal["none", "cheap", "all"]
+__all__ = ["add_adapters", "plain_copy"]
 
 
 class LowRank(nn.Module):
@@ -59,82 +49,3 @@ def plain_copy(backbone: Backbone) -> Backbone:
     made.requires_grad_(True)
     made.preprocess = copy.copy(backbone.preprocess)
     return made
-
-
-def wrap_blocks(backbone: Backbone, compiled: bool, recompute: Recompute) -> None:
-    """Blocks whose products and attention are fast and keep little, that are compiled, or that compute some of their
-    activations again in the backward pass.
-
-    "cheap": what norms and the activation of the MLP make, a third of what a block keeps, for a hundredth of its time.
-    """
-    for module in backbone.blocks:
-        block = cast(Block, module)
-        if not compiled:
-            speed_up(block)
-            for residual, branch in ((block.ls1, block.attn), (block.ls2, block.mlp)):
-                *_, last = (part for part in branch.children() if isinstance(part, nn.Linear))
-                scale_within(last, residual)
-            if block.attn.attend is rope_attention:
-                block.attn.attend = attend
-        if recompute == "cheap" and not compiled:  # the compiler chooses by itself what to keep
-            first, _ = block.mlp.children()
-            _made_again(block.norm1, block.attn.qkv)
-            _made_again(block.norm2, first)
-            block.mlp.contract = _recomputed(block.mlp.contract, _values_unused)  # type: ignore[method-assign]
-        for name in ("forward", "forward_dropped"):
-            function = getattr(block, name)
-            function = torch.compile(function) if compiled else function
-            setattr(block, name, _recomputed(function) if recompute == "all" else function)
-
-
-def _made_again(norm: nn.Module, linear: nn.Module) -> None:
-    """The linear gets the input of the norm before it, which alone is kept."""
-    normed, projected = norm.forward, linear.forward
-    norm.forward = lambda x: x
-    linear.forward = _recomputed(lambda x: projected(normed(x)), _values_unused)
-
-
-Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]  # of the first and the second run
-
-
-def _recomputed(
-    function: Callable[..., Tensor], contexts: Callable[..., Contexts] | None = None
-) -> Callable[..., Tensor]:
-    """Keeps the arguments alone.  The second run ends with the last tensor that is needed: no product is made twice
-    that nothing follows.
-    """
-    contexts = contexts or _drawing_the_same
-
-    def wrapped(*args: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return function(*args)
-        found: Tensor = checkpoint(
-            function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: contexts(*args)
-        )
-        return found
-
-    return wrapped
-
-
-def _values_unused(*_: Any) -> Contexts:
-    return nullcontext(), without_values()
-
-
-def _drawing_the_same(*args: Any) -> Contexts:
-    """torch replays its own generators, but not a given one."""
-    drawn = next((arg for arg in args if isinstance(arg, torch.Generator)), None)
-    states: list[Tensor] = []
-
-    @contextmanager
-    def first() -> Iterator[None]:
-        if drawn is not None:
-            states.append(drawn.get_state())
-        yield
-
-    @contextmanager
-    def again() -> Iterator[None]:
-        if drawn is not None:
-            drawn.set_state(states[0])
-        yield
-
-    return first(), again()

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import Dinov3Error, ImageError, InputError, MissingFileError
+from ..system import torch_threads
 from .draws import generator
 from .pictures import Data, open_data
 from .views import Batch, ViewConfig, Views, block_mask, collate, make_views, masked_counts
@@ -203,7 +203,7 @@ class _Prepared(Dataset[Chunk]):
 
     def __getitem__(self, task: Task) -> Chunk:
         try:
-            with _one_thread():
+            with torch_threads(1):  # as in a worker: pieces are small, and sums do not depend on the number of threads
                 return self._prepare(task)
         except Dinov3Error as error:
             return cast(Chunk, error)
@@ -240,17 +240,6 @@ class _Prepared(Dataset[Chunk]):
             except (ImageError, MissingFileError) as error:
                 broken[candidate] = str(error)
         raise ImageError(f"{len(broken)} pictures drawn one after the other cannot be read, such as: {broken[index]}")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """As in a worker: the pieces are too small for more, and sums do not depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _as_it_is(chunk: Any) -> Any:

@@ -2,14 +2,13 @@
 
 import argparse
 import dataclasses
-import inspect
 import json
 import re
 import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ..errors import Dinov3Error, InputError
 from .config import PRESETS, TrainConfig
@@ -33,15 +32,14 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--config", metavar="FILE", help="settings as TOML; those of the command line come on top")
     found.add_argument("--resume", action="store_true", help="go on with the run in --out")
     found.add_argument("--dry-run", action="store_true", help="say what would be done")
-    groups: dict[str, Any] = {}
-    for name, (group, comment) in _comments().items():
-        if group not in groups:
-            groups[group] = found.add_argument_group(group)
-        kind = FIELDS[name].type
-        default = FIELDS[name].default
+    kinds = get_type_hints(TrainConfig)
+    for name, field in FIELDS.items():
+        if heading := field.metadata.get("heading"):
+            group = found.add_argument_group(heading)
+        kind, default, text = kinds[name], field.default, field.metadata.get("text", "")
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
         options: dict[str, Any] = dict(dest=name, default=argparse.SUPPRESS)
-        options["help"] = f"{comment} ({shown})".strip().replace("%", "%%") if shown else comment
+        options["help"] = f"{text} ({shown})".strip().replace("%", "%%") if shown else text
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is tuple or get_origin(kind) is tuple:
@@ -51,28 +49,13 @@ def parser() -> argparse.ArgumentParser:
         elif choices := get_args(kind):
             options["choices"] = choices
         else:
-            options |= dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))  # type: ignore[arg-type]
-        groups[group].add_argument(_flag(name), **options)
+            options |= dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
+        group.add_argument(_flag(name), **options)
     return found
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _comments() -> dict[str, tuple[str, str]]:
-    """Of each setting the heading above it and the comment beside it in the source; none where there is no source."""
-    found, group = dict.fromkeys(FIELDS, ("options", "")), ""
-    try:
-        lines = inspect.getsource(TrainConfig).partition("    def ")[0].splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        if heading := re.fullmatch(r"    # (.+)", line):
-            group = heading[1]
-        elif setting := re.fullmatch(r"    (\w+): .*? = .*?(?:  # (.+))?", line):
-            found[setting[1]] = group, setting[2] or ""
-    return found
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[TrainConfig, argparse.Namespace]:

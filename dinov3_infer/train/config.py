@@ -1,12 +1,15 @@
-"""One flat table of everything that a run can be told, and presets as tables of what they change."""
+"""One flat table of everything that a run can be told, and presets as tables of what they change.
+
+A field says what it means (`option`), and its type says which values it takes.
+"""
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 from ..errors import InputError, check_choice
 from ..model.rope import RopeAugmentation
-from .adapters import Recompute
+from .blocks import Recompute
 from .losses import GramNegatives, GramOf
 from .views import ViewConfig
 
@@ -14,6 +17,38 @@ __all__ = ["PRESETS", "TrainConfig"]
 
 Preset = Literal["adapt", "dinov3", "distill"]
 Pair = tuple[float, float]
+T = TypeVar("T")
+
+
+def above_0(value: float) -> str | None:
+    """What is wrong with a value; the same for the three below."""
+    return None if value > 0 else f"is {value}; give a value above 0"
+
+
+def not_below_0(value: float) -> str | None:
+    return None if value >= 0 else f"is {value}; give 0 or more"
+
+
+def share(value: float) -> str | None:
+    return None if 0 <= value <= 1 else f"is {value}; give a value from 0 to 1"
+
+
+def shares(value: Pair) -> str | None:
+    low, high = value
+    return None if 0 < low <= high <= 1 else f"is a range of shares, got {low} to {high}; give 0 < low <= high <= 1"
+
+
+Count = Annotated[int, above_0]
+CountFrom0 = Annotated[int, not_below_0]
+Positive = Annotated[float, above_0]
+Weight = Annotated[float, not_below_0]
+Share = Annotated[float, share]
+Shares = Annotated[Pair, shares]
+
+
+def option(default: T, text: str = "", heading: str = "") -> T:
+    """A field with its text in `--help`, and the heading that stands above it and those that follow."""
+    return dataclasses.field(default=default, metadata={"text": text, "heading": heading})
 
 
 @dataclass(frozen=True)
@@ -24,108 +59,115 @@ class TrainConfig:
     without a source are ours.  "v3" is dinov3/configs at 6876159, "FINO" the fine-tuning branch of that repository.
     """
 
-    # what
-    data: tuple[str, ...] = ()  # folders, list files, tar shards; "A:0.1:pure" gives A a tenth of the batches, unmixed
-    model: str = "vits16"  # name, path or hub id; with `from_scratch` a name
-    out: str = ""  # folder of the run
-    from_scratch: bool = False  # random weights
-    teacher: str = ""  # of a distillation: name, path or hub id
+    data: tuple[str, ...] = option(
+        (), 'folders, list files, tar shards; "A:0.1:pure" gives A a tenth of the batches, unmixed', heading="what"
+    )
+    model: str = option("vits16", "name, path or hub id; with `from_scratch` a name")
+    out: str = option("", "folder of the run")
+    from_scratch: bool = option(False, "random weights")
+    teacher: str = option("", "of a distillation: name, path or hub id")
 
-    # how long, how many
-    steps: int = 2000  # of the optimiser
-    batch_size: int = 64  # pictures per step, of all processes and accumulation steps together
-    accumulate: int = 1  # parts that the batch of a process is computed in: memory against time, same result
-    seed: int = 0  # of every random draw
+    steps: Count = option(2000, "of the optimiser", heading="how long, how many")
+    batch_size: Count = option(64, "pictures per step, of all processes and accumulation steps together")
+    accumulate: Count = option(1, "parts that the batch of a process is computed in: memory against time, same result")
+    seed: int = option(0, "of every random draw")
 
-    # views (see views.ViewConfig)
-    global_px: int = 224  # side of the two global crops
-    local_px: int = 96  # side of a local crop
-    num_local: int = 8  # local crops of each picture; v3
-    gram_px: int = 0  # of the Gram or distillation teacher; 0: what gives it the student's grid of patches
-    sizes: tuple[str, ...] = ()  # mixed resolutions, "512/112/768:0.3": global, local, Gram crops, probability
-    global_scale: Pair = (0.32, 1.0)  # share of the picture's area; v3
-    local_scale: Pair = (0.05, 0.32)  # likewise; v3
-    flip: float = 0.5  # probability
-    distortions: bool = True  # of colours, blur, solarisation
-    blur: bool = True  # its strength is in pixels, too much for pictures of 32
-    mask_share: float = 0.5  # of the global crops, that patches are hidden in; v3
-    mask_ratio: Pair = (0.1, 0.5)  # share of the patches of a masked crop; v3
+    global_px: Count = option(224, "side of the two global crops", heading="views (see views.ViewConfig)")
+    local_px: CountFrom0 = option(96, "side of a local crop")
+    num_local: CountFrom0 = option(8, "local crops of each picture; v3")
+    gram_px: CountFrom0 = option(
+        0, "of the Gram or distillation teacher; 0: what gives it the student's grid of patches"
+    )
+    sizes: tuple[str, ...] = option((), 'mixed resolutions, "512/112/768:0.3": global, local, Gram crops, probability')
+    global_scale: Shares = option((0.32, 1.0), "share of the picture's area; v3")
+    local_scale: Shares = option((0.05, 0.32), "likewise; v3")
+    flip: Share = option(0.5, "probability")
+    distortions: bool = option(True, "of colours, blur, solarisation")
+    blur: bool = option(True, "its strength is in pixels, too much for pictures of 32")
+    mask_share: Share = option(0.5, "of the global crops, that patches are hidden in; v3")
+    mask_ratio: Shares = option((0.1, 0.5), "share of the patches of a masked crop; v3")
 
-    # objectives
-    dino_weight: float = 1.0  # class tokens of different crops say the same; v3
-    local_weight: float = 1.0  # of the local crops' part; v3, 0.5 in the Gram and high-resolution stages
-    ibot_weight: float = 1.0  # hidden patches are told from the others; v3
-    koleo_weight: float = 0.1  # pictures keep apart; v3
-    sigreg_weight: float = 0.0  # likewise, instead of KoLeo; FINO 0.05
-    sigreg_slices: int = 1024  # FINO
-    spread_group: int = 16  # pictures among which KoLeo and SIGReg look; DINOv3 paper, section 3.2
-    gram: Literal["off", "start", "ema", "renew"] = "off"  # the teacher: start weights, EMA, a copy of the EMA
-    gram_weight: float = 2.0  # v3
-    gram_begin_share: float = 0.0  # of the run, before Gram anchoring begins
-    gram_ramp_share: float = 0.0  # of the run, until it has its whole weight
-    gram_renew_steps: int = 10_000  # "renew": copied from the EMA every so often; v3
-    gram_of: GramOf = "patches"  # similarities between these; v3
-    gram_normalise: bool = True  # cosines, not dot products; v3
-    gram_per_image: bool = True  # else among the patches of the whole batch; v3
-    gram_negatives: GramNegatives = "keep"  # v3
-    feature_weight: float = 0.0  # distillation: the teacher's features, without heads
-    relation_weight: float = 0.0  # distillation: the teacher's similarities between pictures and between patches
+    dino_weight: Weight = option(1.0, "class tokens of different crops say the same; v3", heading="objectives")
+    local_weight: Weight = option(1.0, "of the local crops' part; v3, 0.5 in the Gram and high-resolution stages")
+    ibot_weight: Weight = option(1.0, "hidden patches are told from the others; v3")
+    koleo_weight: Weight = option(0.1, "pictures keep apart; v3")
+    sigreg_weight: Weight = option(0.0, "likewise, instead of KoLeo; FINO 0.05")
+    sigreg_slices: Count = option(1024, "FINO")
+    spread_group: Count = option(16, "pictures among which KoLeo and SIGReg look; DINOv3 paper, section 3.2")
+    gram: Literal["off", "start", "ema", "renew"] = option("off", "the teacher: start weights, EMA, a copy of the EMA")
+    gram_weight: Weight = option(2.0, "v3")
+    gram_begin_share: Share = option(0.0, "of the run, before Gram anchoring begins")
+    gram_ramp_share: Share = option(0.0, "of the run, until it has its whole weight")
+    gram_renew_steps: Count = option(10_000, '"renew": copied from the EMA every so often; v3')
+    gram_of: GramOf = option("patches", "similarities between these; v3")
+    gram_normalise: bool = option(True, "cosines, not dot products; v3")
+    gram_per_image: bool = option(True, "else among the patches of the whole batch; v3")
+    gram_negatives: GramNegatives = option("keep", "v3")
+    feature_weight: Weight = option(0.0, "distillation: the teacher's features, without heads")
+    relation_weight: Weight = option(
+        0.0, "distillation: the teacher's similarities between pictures and between patches"
+    )
 
-    # heads and targets
-    dino_prototypes: int = 16_384
-    ibot_prototypes: int = 16_384
-    head_hidden: int = 2048  # v3
-    head_bottleneck: int = 256  # v3
-    unit_prototypes: bool = True  # DINO v1; free ones (v3) take thousands of steps to say anything
-    standardise: bool = True  # the heads see tokens of mean 0 and variance 1
-    centring: Literal["sinkhorn", "centre"] = "sinkhorn"  # v3
-    centre_momentum: float = 0.9  # DINO v1
-    student_temperature: float = 0.1  # v3
-    teacher_temperature_start: float = 0.04  # at first; v3
-    teacher_temperature: float = 0.04  # v3 0.07
-    teacher_temperature_share: float = 0.1  # of the run, between the two; v3
+    dino_prototypes: Count = option(16_384, heading="heads and targets")
+    ibot_prototypes: Count = 16_384
+    head_hidden: Count = option(2048, "v3")
+    head_bottleneck: Count = option(256, "v3")
+    unit_prototypes: bool = option(True, "DINO v1; free ones (v3) take thousands of steps to say anything")
+    standardise: bool = option(True, "the heads see tokens of mean 0 and variance 1")
+    centring: Literal["sinkhorn", "centre"] = option("sinkhorn", "v3")
+    centre_momentum: Share = option(0.9, "DINO v1")
+    student_temperature: Positive = option(0.1, "v3")
+    teacher_temperature_start: Positive = option(0.04, "at first; v3")
+    teacher_temperature: Positive = option(0.04, "v3 0.07")
+    teacher_temperature_share: Share = option(0.1, "of the run, between the two; v3")
 
-    # what is trained
-    tune: Literal["full", "last", "lora"] = "full"
-    tune_blocks: int = 4  # "last": so many blocks and the final norm
-    lora_rank: int = 16
-    freeze_share: float = 0.05  # heads alone at first: released backbones have none; FINO 0.4
-    ramp_share: float = 0.05  # until the backbone learns at full rate; FINO 0.04
-    freeze_prototypes_share: float = 0.0  # of the run, while they stay; v3 0.005 to 0.01, from scratch
-    drop_path: float = 0.0  # share of the pictures that a block leaves out; v3 0.3 to 0.4, from scratch
-    rope_shift: float = 0.0  # off; see rope.RopeAugmentation
-    rope_jitter: float = 1.0  # off
-    rope_rescale: float = 2.0  # v3; 1 is off
+    tune: Literal["full", "last", "lora"] = option("full", heading="what is trained")
+    tune_blocks: Count = option(4, '"last": so many blocks and the final norm')
+    lora_rank: Count = 16
+    freeze_share: Share = option(0.05, "heads alone at first: released backbones have none; FINO 0.4")
+    ramp_share: Share = option(0.05, "until the backbone learns at full rate; FINO 0.04")
+    freeze_prototypes_share: Share = option(0.0, "of the run, while they stay; v3 0.005 to 0.01, from scratch")
+    drop_path: Share = option(0.0, "share of the pictures that a block leaves out; v3 0.3 to 0.4, from scratch")
+    rope_shift: float = option(0.0, "off; see rope.RopeAugmentation")
+    rope_jitter: float = option(1.0, "off")
+    rope_rescale: float = option(2.0, "v3; 1 is off")
 
-    # optimiser (AdamW)
-    lr_at_1024: float = 4e-4  # times sqrt(batch_size / 1024); v3 writes a quarter of it and multiplies by 4
-    lr_end_share: float = 1.0  # of the last learning rate: 1 is constant after the warm-up; v3
-    head_lr: float = 5.0  # of the heads, over that of the backbone: they are new
-    warmup_share: float = 0.1  # until the learning rate is whole; v3
-    weight_decay: float = 0.04  # v3
-    weight_decay_end: float = 0.04  # v3
-    betas: Pair = (0.9, 0.99)  # v3
-    clip: float = 3.0  # norm of the gradients of backbone and of each head; v3
-    layer_decay: float = 0.98  # learning rate of a block over that of the next one; v3
-    patch_lr: float = 0.2  # of the patch embedding; v3
-    ema_momentum: float = 0.98  # of the moving average; v3 0.994, of a run of 300 steps 0.95, or it stays behind
-    ema_momentum_end: float = 0.998  # of a run of 300 steps 0.99
+    lr_at_1024: Positive = option(
+        4e-4,
+        "times sqrt(batch_size / 1024); v3 writes a quarter of it and multiplies by 4",
+        heading="optimiser (AdamW)",
+    )
+    lr_end_share: Weight = option(1.0, "of the last learning rate: 1 is constant after the warm-up; v3")
+    head_lr: Positive = option(5.0, "of the heads, over that of the backbone: they are new")
+    warmup_share: Share = option(0.1, "until the learning rate is whole; v3")
+    weight_decay: Weight = option(0.04, "v3")
+    weight_decay_end: Weight = option(0.04, "v3")
+    betas: Pair = option((0.9, 0.99), "v3")
+    clip: Positive = option(3.0, "norm of the gradients of backbone and of each head; v3")
+    layer_decay: Positive = option(0.98, "learning rate of a block over that of the next one; v3")
+    patch_lr: Positive = option(0.2, "of the patch embedding; v3")
+    ema_momentum: Share = option(
+        0.98, "of the moving average; v3 0.994, of a run of 300 steps 0.95, or it stays behind"
+    )
+    ema_momentum_end: Share = option(0.998, "of a run of 300 steps 0.99")
 
-    # machine
-    device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of the arithmetic; weights are never halved
-    workers: int = 2  # processes that prepare pictures
-    recompute: Recompute = "cheap"  # activations of blocks in the backward pass: memory against time
+    device: str = option("auto", heading="machine")
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = option(
+        "auto", "of the arithmetic; weights are never halved"
+    )
+    workers: CountFrom0 = option(2, "processes that prepare pictures")
+    recompute: Recompute = option("cheap", "activations of blocks in the backward pass: memory against time")
     compile: bool = False
-    engine: Literal["ddp", "fsdp"] = "ddp"  # under torchrun
+    engine: Literal["ddp", "fsdp"] = option("ddp", "under torchrun")
 
-    # records
-    log_steps: int = 10
-    checkpoint_steps: int = 500
-    keep_checkpoints: int = 2
-    health_steps: int = 200
-    health_data: str = ""  # held-out pictures, a folder per class, for 20-NN; empty: some of the training pictures
-    health_pictures: int = 512
+    log_steps: Count = option(10, heading="records")
+    checkpoint_steps: Count = 500
+    keep_checkpoints: Count = 2
+    health_steps: Count = 200
+    health_data: str = option(
+        "", "held-out pictures, a folder per class, for 20-NN; empty: some of the training pictures"
+    )
+    health_pictures: Count = 512
     stop_on_collapse: bool = True
 
     def __post_init__(self) -> None:
@@ -231,37 +273,15 @@ def _sizes(text: str) -> tuple[int, int, int, float]:
         raise InputError(f"sizes are 'global/local/gram:probability' such as '512/112/768:0.3'; got {text!r}") from None
 
 
-_ABOVE_0 = ("steps", "batch_size", "accumulate", "global_px", "dino_prototypes", "ibot_prototypes", "head_hidden",
-            "head_bottleneck", "lr_at_1024", "clip", "log_steps", "checkpoint_steps", "keep_checkpoints",
-            "student_temperature", "teacher_temperature", "teacher_temperature_start", "lora_rank", "tune_blocks",
-            "health_steps", "health_pictures", "gram_renew_steps", "sigreg_slices", "layer_decay",
-            "patch_lr", "head_lr")  # fmt: skip
-_SHARES = ("mask_share", "gram_begin_share", "gram_ramp_share", "freeze_share", "ramp_share", "warmup_share",
-           "freeze_prototypes_share", "teacher_temperature_share", "ema_momentum", "ema_momentum_end", "flip",
-           "drop_path", "centre_momentum")  # fmt: skip
-_WEIGHTS = ("dino_weight", "local_weight", "ibot_weight", "koleo_weight", "sigreg_weight", "gram_weight",
-            "feature_weight", "relation_weight", "weight_decay", "weight_decay_end", "lr_end_share",
-            "num_local", "gram_px", "workers")  # fmt: skip
-
-
 def check(config: TrainConfig) -> None:
-    """One sentence for the first thing that cannot be meant."""
-    for name in _ABOVE_0:
-        if not getattr(config, name) > 0:
-            raise InputError(f"{name} is {getattr(config, name)}; give a value above 0")
-    for name in _SHARES:
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"{name} is {getattr(config, name)}; give a value from 0 to 1")
-    for name in _WEIGHTS:
-        if not getattr(config, name) >= 0:
-            raise InputError(f"{name} is {getattr(config, name)}; give 0 or more")
+    """Raises InputError with one sentence for the first thing that cannot be meant."""
     for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
         if get_origin(field.type) is Literal:
-            check_choice(field.name, getattr(config, field.name), field.type)
-    for name in ("global_scale", "local_scale", "mask_ratio"):
-        low, high = getattr(config, name)
-        if not 0 < low <= high <= 1:
-            raise InputError(f"{name} is a range of shares, got {low} to {high}; give 0 < low <= high <= 1")
+            check_choice(field.name, value, field.type)
+        for rule in getattr(field.type, "__metadata__", ()):
+            if wrong := rule(value):
+                raise InputError(f"{field.name} {wrong}")
     _ = config.rope, [_sizes(text) for text in config.sizes]  # which check themselves
     if config.batch_size < 2:
         raise InputError(f"batch_size is {config.batch_size}; the objectives compare pictures, so give at least 2")

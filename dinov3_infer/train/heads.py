@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocks import Linear
 from .distributed import mean_over
-from .products import Linear
 
 __all__ = ["ProjectionHead", "Standardise", "linear_projection"]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backbone import Backbone
 from ..errors import Dinov3Error, ImageError, InputError
+from ..tasks.probes import nearest, weighted_votes
 from .config import TrainConfig
 from .draws import generator
 from .pictures import Data
@@ -43,11 +44,11 @@ def spread_of(features: Tensor) -> float:  # [n, C]
 
 def knn_accuracy(features: Tensor, labels: Tensor, neighbours: int = 20, temperature: float = 0.07) -> float:
     """Share of the pictures [n, C] whose class [n] most of their neighbours among the others have, weighted."""
-    unit = F.normalize(features.float(), dim=-1)
-    cosines = (unit @ unit.T).fill_diagonal_(-math.inf)
-    nearest = cosines.topk(min(neighbours, len(unit) - 1), dim=-1)
-    votes = F.one_hot(labels[nearest.indices], int(labels.max()) + 1) * (nearest.values / temperature).exp()[..., None]
-    return float((votes.sum(1).argmax(-1) == labels).double().mean())
+    cosines, rows = nearest(features, features, min(neighbours + 1, len(features)))
+    itself = rows == torch.arange(len(rows), device=rows.device)[:, None]
+    labels = labels.to(rows.device)
+    votes = weighted_votes(cosines.masked_fill(itself, -math.inf), labels[rows], int(labels.max()) + 1, temperature)
+    return float((votes.argmax(-1) == labels).double().mean())
 
 
 class Health:
@@ -106,13 +107,13 @@ class Health:
     @torch.no_grad()
     def _features(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
         """Class tokens [n, C], and cosines between the patches of the first pictures."""
-        device = backbone.cls_token.device
+        device, dtype = backbone.main_weight.device, backbone.main_weight.dtype
         transform = backbone.preprocess.with_options(self._side(backbone), "squash")
         tokens: list[Tensor] = []
         maps: list[Tensor] = []
         for start in range(0, len(self.pictures), 32):
             images = [self.data.read(i) for i in self.pictures[start : start + 32]]
-            out = backbone(transform.batch(images).pixels.to(device, backbone.cls_token.dtype))
+            out = backbone(transform.batch(images).pixels.to(device, dtype))
             tokens.append(out.cls_token)
             if start < _DRIFT_PICTURES:
                 patches = F.normalize(out.patch_tokens.float(), dim=-1)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..backbone import Backbone
+from ..backbone import Backbone, ViTBackbone
 from ..errors import InputError, UnsupportedError
 from ..system import whole
 from ..zoo import OWN
 from . import run_state
-from .adapters import plain_copy, wrap_blocks
+from .adapters import plain_copy
 from .batches import Batches, batches
+from .blocks import wrap_blocks
 from .config import TrainConfig
 from .distributed import Engine, is_main, joined, mean_of, rank, world_size
 from .draws import generator
@@ -78,11 +79,13 @@ def _build(config: TrainConfig, device: torch.device, backbone: Backbone | None)
                 backbone.info = dataclasses.replace(backbone.info, licence=OWN)
         elif backbone is None:
             backbone = Backbone.from_pretrained(config.model, device="cpu")
-        elif backbone.patch_embed.proj.weight.dtype not in (torch.float32, torch.float64):
+        elif backbone.main_weight.dtype not in (torch.float32, torch.float64):
             raise InputError(
-                f"the weights are {backbone.patch_embed.proj.weight.dtype}, in which small steps are lost; load them "
+                f"the weights are {backbone.main_weight.dtype}, in which small steps are lost; load them "
                 "with dtype='auto', the arithmetic is bfloat16 all the same"
             )
+        if not isinstance(backbone, ViTBackbone):
+            raise UnsupportedError(f"a {backbone.summary()} cannot be trained here; train takes vision transformers")
         method = Method(config, backbone.to(device), teacher)
     wrap_blocks(method.backbone, config.compile, config.recompute)
     wrap_blocks(method.average, config.compile, "none")

@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import Backbone
+from ..backbone import Backbone, ViTBackbone
 from ..errors import InputError
-from ..model.vit import BackboneOutput, as_map
+from ..model.network import BackboneOutput, as_map
 from . import losses
 from .adapters import add_adapters
 from .config import TrainConfig
 from .distributed import group, local, mean_over
 from .draws import generator
 from .heads import ProjectionHead, Standardise, linear_projection
-from .schedules import ramp, warmup_cosine
+from .optim import ramp, warmup_cosine
 from .views import Batch
 
 __all__ = ["Method", "Targets", "split_batch"]
@@ -66,7 +66,7 @@ class Method(nn.Module):
     gram_teacher: Backbone | None
     scales: nn.ModuleDict
 
-    def __init__(self, config: TrainConfig, backbone: Backbone, teacher: Backbone | None = None) -> None:
+    def __init__(self, config: TrainConfig, backbone: ViTBackbone, teacher: Backbone | None = None) -> None:
         super().__init__()
         self.config = config
         width = backbone.embed_dim
@@ -96,9 +96,9 @@ class Method(nn.Module):
         self.scales = nn.ModuleDict(scales)
 
     @property
-    def backbone(self) -> Backbone:
+    def backbone(self) -> ViTBackbone:
         """The student's."""
-        return cast(Backbone, self.student["backbone"])
+        return cast(ViTBackbone, self.student["backbone"])
 
     @property
     def average(self) -> Backbone:

@@ -1,5 +1,6 @@
-"""Which parameter learns how fast, and when."""
+"""Which parameter learns how fast, and when; values that change in the course of a run."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,9 +9,42 @@ from torch import Tensor, nn
 
 from .config import TrainConfig
 from .distributed import whole
-from .schedules import ramp, warmup_cosine
 
-__all__ = ["clip_gradients", "make_optimizer", "parameter_groups", "set_rates"]
+__all__ = ["clip_gradients", "make_optimizer", "parameter_groups", "ramp", "set_rates", "warmup_cosine"]
+
+
+def warmup_cosine(
+    step: int,
+    *,
+    start: float,
+    peak: float,
+    end: float,
+    warmup: int,  # steps
+    total: int,  # steps
+) -> float:
+    """From `start` straight to `peak` in `warmup` steps, by a cosine to `end` at the last of `total`, then constant.
+
+    With `end` equal to `peak` this is a warm-up and a constant.
+
+    Source: dinov3/train/cosine_lr_scheduler.py at 6876159 (linear_warmup_cosine_decay).
+    """
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    last = total - 1 - warmup
+    if last <= 0 or step - warmup >= last:
+        return end
+    return end + 0.5 * (peak - end) * (1.0 + math.cos(math.pi * (step - warmup) / last))
+
+
+def ramp(
+    step: int,
+    begin: int,  # 0 before this step
+    length: int,  # steps until 1
+) -> float:
+    """0, then straight to 1."""
+    if step < begin:
+        return 0.0
+    return min(1.0, (step - begin + 1) / (length + 1))
 
 
 def parameter_groups(student: nn.ModuleDict, config: TrainConfig) -> list[dict[str, Any]]:

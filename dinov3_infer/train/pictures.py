@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, MissingFileError
-from ..images.opening import ARCHIVES, LISTS, open_source
-from ..images.paths import walk
-from ..images.sources import Files, Source, folder_labels, picture_suffixes
+from ..images.opening import ARCHIVES, LISTS, as_source
+from ..images.paths import image_suffixes
+from ..images.sources import Source
 
 __all__ = ["Data", "Spec", "open_data"]
 
@@ -47,8 +46,8 @@ class Data:
     def read(self, index: int, short_px: int = 0) -> Tensor:
         """The same; with `short_px` a JPEG may come smaller, by a power of two, while no side is below that."""
         which = self.source_of(index)
-        wanted = (lambda _height, _width: (short_px, short_px)) if short_px else None
-        image = self.sources[which].load(index - self.range_of(which)[0], wanted).image
+        target = (lambda _height, _width: (short_px, short_px)) if short_px else None
+        image = self.sources[which].load(index - self.range_of(which)[0], target).image
         return image if image.dtype == torch.uint8 else image.mul(255.0).round_().to(torch.uint8)
 
     def source_of(self, index: int) -> int:
@@ -117,25 +116,13 @@ def _probability(spec: Spec) -> tuple[Any, float]:
 
 
 def _open(spec: Any) -> Source:
-    if not isinstance(spec, (str, os.PathLike)):
-        return open_source(spec)
-    path = Path(spec).expanduser()
-    if path.is_dir() and not (path / "state.json").is_file():
-        return _open_folder(path)
-    if not path.exists():
-        raise MissingFileError(f"no data at '{path.absolute()}'; check the path")
-    if path.suffix.lower() in picture_suffixes():
-        raise InputError(f"'{path}' is one picture; give a folder of them, or a list in a .txt file")
-    if path.is_file() and path.suffix.lower() not in (*ARCHIVES, *LISTS):
-        raise InputError(f"'{path}' is no source of pictures; give a folder, {', '.join((*LISTS, *ARCHIVES))}")
-    return open_source(path)
-
-
-def _open_folder(folder: Path) -> Source:
-    paths = sorted(os.path.relpath(path, folder) for path in walk(str(folder)))
-    pictures = [path for path in paths if os.path.splitext(path)[1].lower() in picture_suffixes()]
-    if not pictures:
-        kinds = Counter(os.path.splitext(path)[1] or "no extension" for path in paths)
-        held = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3)) or "no files"
-        raise InputError(f"no pictures in '{folder}', which holds {held}; give a folder of pictures, or its tar files")
-    return Files(str(folder), (str(folder / path) for path in pictures), folder_labels(pictures))
+    if isinstance(spec, (str, os.PathLike)):
+        spec = Path(spec).expanduser()
+        if not spec.exists():
+            raise MissingFileError(f"no data at '{spec.absolute()}'; check the path")
+        suffix = spec.suffix.lower()
+        if suffix in image_suffixes() and not spec.is_dir():
+            raise InputError(f"'{spec}' is one picture; give a folder of them, or a list in a .txt file")
+        if spec.is_file() and suffix not in (*ARCHIVES, *LISTS):
+            raise InputError(f"'{spec}' is no source of pictures; give a folder, {', '.join((*LISTS, *ARCHIVES))}")
+    return as_source(spec)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,50 +12,39 @@ from .views import Batch, ViewConfig
 
 __all__ = ["draw_batch", "draw_curves"]
 
-_PANEL = (360, 200)  # width, height in pixels
-_MARGIN = 28
+_WIDTH, _HEIGHT, _MARGIN = 360, 200, 28  # pixels of a panel, and around its curve
 _COLUMNS = 3
-_INK, _LINE, _GRID = (40, 40, 40), (31, 99, 180), (225, 225, 225)
+_INK, _LINE, _FRAME = (40, 40, 40), (31, 99, 180), (225, 225, 225)
 
 
 def draw_curves(metrics: Path, target: Path) -> None:
-    """One panel per metric of a `metrics.jsonl`, written as PNG."""
+    """One panel per metric of a `metrics.jsonl`, all over the same steps, written as PNG."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    names = list(dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, (int, float))))
-    curves = {
-        name: [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
-        for name in names
-        if name != "step"
-    }
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step":
+                curves.setdefault(name, []).append((row["step"], value))
     if not curves:
         return
-    lines = math.ceil(len(curves) / _COLUMNS)
-    sheet = Image.new("RGB", (_COLUMNS * _PANEL[0], lines * _PANEL[1]), "white")
-    for i, (name, points) in enumerate(curves.items()):
-        _draw_panel(sheet, (i % _COLUMNS * _PANEL[0], i // _COLUMNS * _PANEL[1]), name, points)
-    sheet.save(target)
-
-
-def _draw_panel(sheet: Image.Image, corner: tuple[int, int], name: str, points: Sequence[tuple[float, float]]) -> None:
+    sheet = Image.new("RGB", (_COLUMNS * _WIDTH, math.ceil(len(curves) / _COLUMNS) * _HEIGHT), "white")
     draw = ImageDraw.Draw(sheet)
-    points = [point for point in points if math.isfinite(point[1])]
-    left, top = corner[0] + _MARGIN, corner[1] + _MARGIN
-    width, height = _PANEL[0] - 2 * _MARGIN, _PANEL[1] - 2 * _MARGIN
-    draw.rectangle((left, top, left + width, top + height), outline=_GRID)
-    if not points:
-        draw.text((left, corner[1] + 8), f"{name}: no finite value", fill=_INK)
-        return
-    steps, values = zip(*points, strict=True)
-    low, high = min(values), max(values)
-    first, last = min(steps), max(steps)
-    draw.text((left, corner[1] + 8), f"{name}: {values[-1]:.4g}   ({low:.4g} to {high:.4g})", fill=_INK)
-    draw.text((left, top + height + 4), f"step {first} to {last}", fill=_INK)
-    xs = [left + width * (step - first) / max(last - first, 1) for step in steps]
-    ys = [top + height * (1.0 - (value - low) / ((high - low) or 1.0)) for value in values]
-    if len(points) == 1:
-        draw.ellipse((xs[0] - 2, ys[0] - 2, xs[0] + 2, ys[0] + 2), fill=_LINE)
-    else:
-        draw.line(list(zip(xs, ys, strict=True)), fill=_LINE, width=2)
+    width, height, last = _WIDTH - 2 * _MARGIN, _HEIGHT - 2 * _MARGIN, rows[-1]["step"]
+    for i, (name, points) in enumerate(curves.items()):
+        left, top = i % _COLUMNS * _WIDTH + _MARGIN, i // _COLUMNS * _HEIGHT + _MARGIN
+        values = [value for _, value in points]
+        low, high = min(values), max(values)
+        draw.rectangle((left, top, left + width, top + height), outline=_FRAME)
+        draw.text((left, top - 20), f"{name}: {values[-1]:.4g}   ({low:.4g} to {high:.4g})", fill=_INK)
+        draw.text((left, top + height + 4), f"step 0 to {last}", fill=_INK)
+        curve = [
+            (left + width * step / (last or 1), top + height * (high - value) / ((high - low) or 1))
+            for step, value in points
+        ]
+        draw.line(curve, fill=_LINE, width=2)
+        x, y = curve[-1]
+        draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=_LINE)  # all there is of a metric that was recorded once
+    sheet.save(target)
 
 
 def draw_batch(batch: Batch, views: ViewConfig, target: Path, pictures: int = 8) -> None:

@@ -115,10 +115,10 @@ bb = Backbone.from_pretrained(weights + "/hf", device="cpu")
 transform = bb.preprocess.with_options(SIZE)
 blank = [torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)]
 batches = [transform.batch(blank * min(BATCH, len(paths) - first)) for first in range(0, len(paths), BATCH)]
-bb._features(batches[:1], [], "cls", "token")  # sets things up
+bb.extractor.features(batches[:1])  # sets things up
 begin, used = time.perf_counter(), cpu()
 for batch in batches:
-    bb._features([batch], [], "cls", "token")
+    bb.extractor.features([batch])
 model, model_cpu = time.perf_counter() - begin, cpu() - used
 torch.set_num_threads(1)
 used = cpu()

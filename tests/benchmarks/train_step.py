@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent / "support")]
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
 
 import conftest  # noqa: E402, F401  (lets a CUDA build of torchvision be imported beside a CPU build of torch)
 import lightly  # noqa: E402
@@ -38,7 +38,7 @@ from torch import Tensor, nn  # noqa: E402
 from transformers import DINOv3ViTConfig, DINOv3ViTModel  # noqa: E402
 
 from dinov3_infer import Backbone  # noqa: E402
-from dinov3_infer.train.adapters import wrap_blocks  # noqa: E402
+from dinov3_infer.train.blocks import wrap_blocks  # noqa: E402
 from dinov3_infer.train.config import TrainConfig  # noqa: E402
 from dinov3_infer.train.method import Method  # noqa: E402
 from dinov3_infer.train.optim import clip_gradients, make_optimizer, set_rates  # noqa: E402

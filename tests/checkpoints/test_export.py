@@ -18,7 +18,7 @@ from dinov3_infer import Backbone, InputError, MissingFileError, PrecisionError,
 from dinov3_infer.checkpoints import export as module
 from dinov3_infer.checkpoints.export_graph import bicubic
 from dinov3_infer.model.layers import resize_positions
-from dinov3_infer.model.vit import BackboneOutput
+from dinov3_infer.model.network import BackboneOutput
 from dinov3_infer.zoo import ARCHITECTURES
 
 CLOSE = 2e-5  # of the worst token, in float32; 1e-6 measured

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from dinov3_infer.checkpoints.config_json import hf_config, timm_config
-from dinov3_infer.checkpoints.saving import layout_for, restore
+from dinov3_infer.checkpoints.layouts import layout_for
+from dinov3_infer.checkpoints.saving import restore
 from dinov3_infer.model.vit import VisionTransformer, ViTConfig
 from dinov3_infer.zoo import ARCHITECTURES, MODELS, preprocess_of
 

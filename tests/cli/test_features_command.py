@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from archives import CONTENT, write_table, write_tar
 from cli_runs import listed, refused, run, small_model, write_pictures
 from safetensors import safe_open
 
@@ -94,3 +95,18 @@ def test_two_pictures_of_one_name(tmp_path: Path) -> None:
     assert run("features", *pair, "-o", tmp_path / "maps", *MODEL, *SMALL).status == 0
     assert (tmp_path / "maps" / "in" / "a.safetensors").is_file()
     refused(1, "is given twice; give it once", "features", pair[0], pair[0], "-o", tmp_path / "x", *MODEL)
+
+
+def test_features_of_archives(tmp_path: Path) -> None:
+    """The same sources as embed; images that lie in one archive or table are named by what they are called there."""
+    write_tar(tmp_path / "a.tar", CONTENT[:2])
+    assert run("features", tmp_path / "a.tar", "-o", tmp_path / "maps", *MODEL, *SMALL).status == 0
+    index = listed(tmp_path / "maps" / "index.jsonl")
+    assert [row["file"] for row in index] == ["0.safetensors", "1.safetensors"]
+    assert [row["path"] for row in index] == [f"{tmp_path / 'a.tar'}#in/{i}.png" for i in range(2)]
+    write_table(tmp_path / "b.parquet", contents=CONTENT[:2])
+    assert run("features", tmp_path / "b.parquet", "-o", tmp_path / "rows", *MODEL, *SMALL).status == 0
+    assert {path.name for path in (tmp_path / "rows").iterdir()} == {
+        "b.parquet#0.safetensors", "b.parquet#1.safetensors", "index.jsonl",
+    }  # fmt: skip
+    assert run("show", "pca", tmp_path / "a.tar", "-o", tmp_path / "x.png", *MODEL, *SMALL).status == 0

@@ -1,4 +1,4 @@
-"""Which pictures are meant, whatever they are called, where results may go, and options that do not fit."""
+"""Which images a command means, with which model and options, and where its results may go."""
 
 import io
 import os
@@ -12,15 +12,19 @@ from cli_runs import listed, refused, run, small_model, write_pictures
 from safetensors import safe_open
 
 from dinov3_infer import Backbone, Dinov3Error
-from dinov3_infer.cli.inputs import find_pictures
+from dinov3_infer.images.opening import find_images
+from dinov3_infer.images.sources import relative_names
 
 MODEL = ("-m", small_model(), "--device", "cpu")
-
 SMALL = ("--size", "64")
 
 
 def names(*sources: object) -> list[tuple[str, str]]:
-    return [(Path(p.path).as_posix(), Path(p.name).as_posix()) for p in find_pictures([str(s) for s in sources])]
+    found = find_images([str(s) for s in sources])
+    keys = [found.key(i) or "" for i in range(len(found))]
+    return [
+        (Path(key).as_posix(), Path(name).as_posix()) for key, name in zip(keys, relative_names(found), strict=True)
+    ]
 
 
 def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,23 +68,6 @@ def test_sources_that_are_none(source: str, words: str, tmp_path: Path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "void"]
 
 
-@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names that these systems do not have")
-def test_names_of_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Line breaks, bytes that are not UTF-8, a minus in front: read, and told in one line where they cannot be."""
-    odd = ["-x.png", "two\nlines.png", os.fsdecode(b"caf\xe9.png"), "bro\x1b[31mken broken.png", "日本.png"]
-    write_pictures(tmp_path, *odd)
-    monkeypatch.chdir(tmp_path)
-    ran = run("embed", "-o", "x.npy", *MODEL, *SMALL, "--fit", "squash", "--", *odd)
-    assert ran.status == 3
-    assert [row["path"] for row in listed(Path("x.jsonl"))] == odd
-    assert np.isnan(np.load("x.npy")).all(axis=1).tolist() == [False, False, False, True, False]
-    assert r"bro\x1b[31mken broken.png" in ran.err
-    assert run("features", ".", "-o", "maps", *MODEL, *SMALL).status == 3
-    assert {p.stem for p in Path("maps").iterdir()} == {Path(n).stem for n in odd if "broken" not in n} | {"index"}
-    with safe_open(Path("maps", os.fsdecode(b"caf\xe9.safetensors")), framework="np") as content:
-        assert content.metadata()["path"] == "./caf\\udce9.png"
-
-
 @pytest.mark.parametrize(
     ("command", "out", "words"),
     [
@@ -108,13 +95,6 @@ def test_where_results_cannot_go(
         (tmp_path / existing).write_text("")
     (tmp_path / "folder.npy").mkdir()
     refused(1, words, command, *(["pca"] if command == "show" else []), source, "-o", tmp_path / out)
-
-
-def test_overwrite(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "in", "a.png")
-    for command, out in (("embed", "x.npy"), ("features", "maps")):
-        for flags in ((), ("--overwrite",)):
-            assert run(command, tmp_path / "in", "-o", tmp_path / out, *MODEL, *SMALL, *flags).status == 0
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/1"), reason="wants a folder that nobody can write to")
@@ -164,3 +144,27 @@ def test_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     words = "no model was named, and this release holds no weights of its own; give -m with a name"
     refused(1, words, "embed", source, "-o", tmp_path / "x.npy")
     assert asked == ["nano"]
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names that these systems do not have")
+def test_names_of_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line breaks, bytes that are not UTF-8, a minus in front: read, and told in one line where they cannot be."""
+    odd = ["-x.png", "two\nlines.png", os.fsdecode(b"caf\xe9.png"), "bro\x1b[31mken broken.png", "日本.png"]
+    write_pictures(tmp_path, *odd)
+    monkeypatch.chdir(tmp_path)
+    ran = run("embed", "-o", "x.npy", *MODEL, *SMALL, "--fit", "squash", "--", *odd)
+    assert ran.status == 3
+    assert [row["path"] for row in listed(Path("x.jsonl"))] == odd
+    assert np.isnan(np.load("x.npy")).all(axis=1).tolist() == [False, False, False, True, False]
+    assert r"bro\x1b[31mken broken.png" in ran.err
+    assert run("features", ".", "-o", "maps", *MODEL, *SMALL).status == 3
+    assert {p.stem for p in Path("maps").iterdir()} == {Path(n).stem for n in odd if "broken" not in n} | {"index"}
+    with safe_open(Path("maps", os.fsdecode(b"caf\xe9.safetensors")), framework="np") as content:
+        assert content.metadata()["path"] == "./caf\\udce9.png"
+
+
+def test_overwrite(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", "a.png")
+    for command, out in (("embed", "x.npy"), ("features", "maps")):
+        for flags in ((), ("--overwrite",)):
+            assert run(command, tmp_path / "in", "-o", tmp_path / out, *MODEL, *SMALL, *flags).status == 0

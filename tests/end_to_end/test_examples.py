@@ -1,5 +1,6 @@
 """Examples run as a newcomer would run them, on a small model with random weights."""
 
+import ast
 import importlib
 import json
 import subprocess
@@ -58,6 +59,16 @@ def pictures(tmp_path: Path) -> Iterator[Path]:
         "categories": [{"id": 7, "name": "thing"}],
     }))  # fmt: skip
     yield folder
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_stand_on_the_public_surface(path: Path) -> None:
+    """A reader copies them: the package, its tasks and its trainer, and nothing from inside."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    found = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    ours = {name for name in found if name.split(".")[0].startswith("dinov3_infer")}
+    assert ours <= {"dinov3_infer", "dinov3_infer.tasks", "dinov3_infer.train"}
 
 
 def test_quickstart(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from dinov3_infer import Backbone
 from dinov3_infer.errors import InputError
-from dinov3_infer.model.vit import BackboneOutput, LayerOutput, VisionTransformer, ViTConfig
+from dinov3_infer.model.network import BackboneOutput, LayerOutput
+from dinov3_infer.model.vit import VisionTransformer, ViTConfig
 from dinov3_infer.zoo import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("no_grad")

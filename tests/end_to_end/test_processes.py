@@ -17,8 +17,8 @@ from dinov3_infer import Backbone, InputError
 from dinov3_infer.features.disk import recipe
 from dinov3_infer.features.disk.store import Store
 from dinov3_infer.features.disk.target import Target
-from dinov3_infer.features.vectors import Asked
-from dinov3_infer.images.opening import open_pictures
+from dinov3_infer.features.vectors import EmbedOptions
+from dinov3_infer.images.opening import open_images
 from dinov3_infer.ray import Embedder, _Shards, check_cluster, embed_dataset
 
 OPTIONS: dict[str, Any] = dict(size=32, on_error="skip", shard_size=3)
@@ -76,8 +76,8 @@ def test_an_actor_hashes_weights_and_names_once(album: Path, tmp_path: Path, mon
     for name in ("fingerprint", "digest"):
         whole = getattr(recipe, name)
         monkeypatch.setattr(recipe, name, lambda *given, name=name, whole=whole: hashed.append(name) or whole(*given))
-    asked = Asked(size=32, shard_size=3)
-    source, target = open_pictures(album), Target.find(f"{tmp_path}/x/")
+    asked = EmbedOptions(size=32, shard_size=3)
+    source, target = open_images(album), Target.find(f"{tmp_path}/x/")
     actor = _Shards(str(small_model()), source, target, asked, "cpu", "auto")  # type: ignore[arg-type]
     for shards in ([2, 0], [3], [1]):
         actor({"shard": shards})

@@ -12,19 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layouts import SOURCES, State, in_memory, load, meta_named, put
-from layouts import small_models_are_known as small_models_are_known
+from layouts import SOURCES, State, in_memory, load, meta_named, put, small_models_are_known as small_models_are_known
 from oracles import hf_model
 from pictures import complaint, photo, plain
 from PIL import Image
 
 from dinov3_infer import Backbone, CheckpointError, Dinov3Error
-from dinov3_infer.checkpoints.layouts import normalise
 from dinov3_infer.checkpoints.reading import MAX_JSON, open_checkpoint
+from dinov3_infer.checkpoints.recognise import normalise
 from dinov3_infer.errors import ImageError, InputError, InputTypeError, MissingFileError
 from dinov3_infer.images import decode as images
-from dinov3_infer.images.decode import load_image
-from dinov3_infer.images.reduced import decode
+from dinov3_infer.images.decode import decode, load_image
 
 STATE = meta_named(hf_model(SOURCES["dinov3"]).state_dict(), SOURCES["dinov3"])
 

@@ -15,6 +15,7 @@ from pictures import complaint, photo
 from PIL import Image
 
 from dinov3_infer import Backbone, Features, ImageError, InputError, InputTypeError, ViTConfig
+from dinov3_infer.features.extractor import Extractor
 from dinov3_infer.features.stream import MAX_TOKENS, Reading
 
 SIZES = [(64, 64), (64, 96), (50, 70), (64, 64), (96, 64), (33, 120), (64, 96)]
@@ -90,7 +91,7 @@ def test_every_kind_of_source_and_thread(num_workers: int, bb: Backbone, tmp_pat
 def test_reading_beside_the_model_gives_the_same(bb: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a GPU: threads read the next pictures while a pass runs."""
     expected = list(bb.iter_features(PICTURES, size=64))
-    monkeypatch.setattr(bb, "_reading", lambda *_: Reading(3, ahead=True))
+    monkeypatch.setattr(Extractor, "reading", lambda *_: Reading(3, ahead=True))
     found = list(bb.iter_features(PICTURES, size=64, batch_size=2))
     assert all(same(a, b) for a, b in zip(found, expected, strict=True))
     taken = itertools.count()

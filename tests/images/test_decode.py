@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dinov3_infer.errors import Dinov3Error, ImageError, InputTypeError, MissingFileError
 from dinov3_infer.images import decode as module
-from dinov3_infer.images.decode import load_image, split_batch
+from dinov3_infer.images.decode import load_image
+from dinov3_infer.images.opening import each_image
 
 
 def encoded(picture: Image.Image, form: str = "png", **options: Any) -> bytes:
@@ -178,9 +179,9 @@ def test_one_picture_in_every_form_gives_the_same_pixels(tmp_path) -> None:
         assert image.dtype == torch.float32 and np.abs(hwc(image) * 255 - array).max() < 1e-4  # float32 near 255
     stacked = (np.stack([array] * 2), torch.stack([tensor] * 2))
     for images in ([array, tensor], iter([path, path]), (a for a in [array] * 2), *stacked):
-        batch = plain((50, 40)).batch(split_batch(images))
+        batch = plain((50, 40)).batch(each_image(images))
         assert batch.pixels.shape == (2, 3, 50, 40) and torch.equal(batch.pixels[1], tensor / 255)
-    assert len(split_batch(array)) == len(split_batch(path)) == len(split_batch(tensor)) == 1
+    assert len(each_image(array)) == len(each_image(path)) == len(each_image(tensor)) == 1
 
 
 A, T = np.zeros((6, 5, 3), np.uint8), torch.zeros(3, 6, 5)
@@ -220,7 +221,7 @@ def test_arrays_of_the_other_byte_order_are_read() -> None:
 @pytest.mark.parametrize("kind", [bytearray, memoryview])
 def test_a_buffer_is_one_picture_and_should_be_bytes(kind: type) -> None:
     """Not a list of numbers."""
-    text = complaint(InputTypeError, lambda: plain(64).batch(split_batch(kind(JPEG))))
+    text = complaint(InputTypeError, lambda: plain(64).batch(each_image(kind(JPEG))))
     assert f"the picture is {kind.__name__}, so give bytes() of it" in text
 
 
@@ -236,19 +237,13 @@ def test_what_is_closed_is_not_said_to_be_damaged(tmp_path) -> None:
         assert "item 1 was closed before it was read" in text and "damaged" not in text
 
 
-@pytest.mark.parametrize("kind", ["U", "O"])
-def test_an_array_of_paths_is_a_list_of_them(kind: str) -> None:
-    """A column of a table."""
-    assert split_batch(np.array(["a.png", "b.png"], kind)) == ["a.png", "b.png"]
-
-
 def test_open_files_are_read(tmp_path) -> None:
     """A stream is one picture, not an iterable of its lines."""
     content = encoded(Image.fromarray(photo(20, 30)))
     (tmp_path / "a.png").write_bytes(content)
     with open(tmp_path / "a.png", "rb") as stream:
         for source in (stream, io.BytesIO(content)):
-            (only,) = split_batch(source)
+            (only,) = each_image(source)
             assert np.array_equal(hwc(load_image(only)), photo(20, 30))
 
 
@@ -273,9 +268,9 @@ def gif(frames: int, **options: Any) -> bytes:
     return encoded(pictures[0], "gif", save_all=True, append_images=pictures[1:], **options)
 
 
-def test_frames_are_mentioned_once(caplog, monkeypatch) -> None:
+def test_frames_are_mentioned_once(caplog) -> None:
     """One warning for all, with the first name; none for a single frame, nor for one that was turned to."""
-    monkeypatch.setattr(module, "_first", iter((True,)))
+    module._frames_told.clear()
     turned = Image.open(io.BytesIO(gif(3)))
     turned.seek(1)
     for still in (gif(1), turned, PNG):
@@ -286,9 +281,9 @@ def test_frames_are_mentioned_once(caplog, monkeypatch) -> None:
     assert record.levelname == "WARNING" and "item 4" in record.getMessage() and "first" in record.getMessage()
 
 
-def test_a_damaged_second_frame_does_not_matter(monkeypatch) -> None:
+def test_a_damaged_second_frame_does_not_matter() -> None:
     """Only whether there is one is asked, after the first was taken."""
-    monkeypatch.setattr(module, "_first", iter((True,)))
+    module._frames_told.clear()
     whole, first = gif(2), load_image(gif(1))
     second = whole.rindex(b"\x21\xf9")
     for cut in range(second, len(whole), 101):
@@ -332,10 +327,6 @@ def test_a_file_has_its_name_and_its_number(tmp_path) -> None:
     path.write_bytes(PNG[:500])
     text = complaint(ImageError, lambda: plain(64).batch([photo(64, 64), path]))
     assert f"cannot decode '{path}' (item 1): " in text
-
-
-def test_a_dictionary_is_no_list_of_pictures() -> None:
-    assert "dict" in complaint(InputTypeError, lambda: split_batch({"a.jpg": 1}))
 
 
 @pytest.mark.parametrize("row", [{"image": PNG}, (PNG, 3), [PNG]], ids=["dict", "tuple", "list"])

@@ -3,6 +3,8 @@
 import base64
 import io
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,13 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from archives import CONTENT
 from oracles import SMALL
 from pictures import complaint, photo
 from PIL import Image
+from repository import ROOT
 
 from dinov3_infer import Backbone, ImageError, InputError, MissingFileError, load_image
 from dinov3_infer.images import paths as places
-from dinov3_infer.images.paths import list_pictures, name_of
+from dinov3_infer.images.paths import FORMATS, image_suffixes, list_images, name_of, walk
 
 _stream = io.BytesIO()
 Image.fromarray(photo(20, 30)).save(_stream, "png")
@@ -156,7 +160,7 @@ def album(tmp_path: Path) -> Path:
 def test_a_folder_is_its_pictures(album: Path) -> None:
     """To the bottom, sorted, without what is hidden or linked."""
     expected = [str(album / name) for name in ("a.JPG", "b.png", "in/c.webp", "in/deep/d.tiff")]
-    assert list_pictures(album) == list_pictures(str(album)) == expected
+    assert list_images(album) == list_images(str(album)) == expected
 
 
 @pytest.mark.parametrize(
@@ -164,7 +168,7 @@ def test_a_folder_is_its_pictures(album: Path) -> None:
     [("*.png", ["b.png"]), ("in/**/*.*", ["in/c.webp", "in/deep/d.tiff"]), ("?.*", ["a.JPG", "b.png"])],
 )
 def test_a_pattern_is_what_fits_it(pattern: str, names: list[str], album: Path) -> None:
-    found = [path for path in list_pictures(str(album / pattern)) if "loop" not in path]
+    found = [path for path in list_images(str(album / pattern)) if "loop" not in path]
     assert found == [str(album / name) for name in names]
 
 
@@ -183,13 +187,13 @@ def test_patterns_of_folders_end(pattern: str, names: list[str], album: Path, mo
     for i in range(8):
         os.symlink(album, album / f"again{i}")
         os.symlink(album / "in", album / "in" / "deep" / f"up{i}")
-    assert list_pictures(str(album / pattern)) == [str(album / name) for name in names]
+    assert list_images(str(album / pattern)) == [str(album / name) for name in names]
     monkeypatch.chdir(album)
-    assert list_pictures(pattern) == names
+    assert list_images(pattern) == names
 
 
 def test_streams_take_folders_and_patterns(album: Path) -> None:
-    """In the order of `list_pictures`; the report has the paths."""
+    """In the order of `list_images`; the report has the paths."""
     bb = Backbone.from_config(SMALL["dinov3"], seed=0)
     rows = bb.embed(album, size=32)
     assert rows.shape == (4, 64) and np.array_equal(rows[0], bb.embed(PNG, size=32)[0])
@@ -213,5 +217,48 @@ def test_nothing_in_a_folder_is_said(tmp_path: Path) -> None:
     text = complaint(InputError, lambda: bb.embed(tmp_path))
     assert f"no pictures under '{tmp_path}' (looked for .jpg .jpeg" in text and "2 other files)" in text
     for wrong in (tmp_path / "*.png", tmp_path / "none"):
-        assert str(wrong) in complaint(MissingFileError, lambda wrong=wrong: list_pictures(wrong))
+        assert str(wrong) in complaint(MissingFileError, lambda wrong=wrong: list_images(wrong))
     assert "is a folder" in complaint(ImageError, lambda: bb.embed([tmp_path]))
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    """Into other folders, after all real ones; loops, links among each other and second names of a folder end."""
+    for name in ("top/b/1.png", "top/a/2.png", "other/3.png", "other/deep/4.png", "top/.hidden/5.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(CONTENT[0])
+    for link, there in (("top/a/loop", "top"), ("top/a/again", "top/b"), ("top/there", "other"), ("other/back", "top"),
+                        ("other/deep/self", "other/deep"), ("top/gone", "nowhere")):  # fmt: skip
+        (tmp_path / link).symlink_to(tmp_path / there)
+    top = str(tmp_path / "top")
+    found = ["a/2.png", "b/1.png", "there/3.png", "there/deep/4.png"]
+    assert [os.path.relpath(path, top) for path in list_images(top)] == found
+    assert sorted(walk(top)) == sorted(os.path.join(top, name) for name in [*found, "gone"]), (
+        "a link to no folder is a file"
+    )
+
+
+# --- suffixes -------------------------------------------------------------------------------------------------------
+
+
+def test_suffixes_are_those_of_pillow() -> None:
+    """The table spares loading all of Pillow; it names what Pillow's own registry does, which differs by version."""
+    kinds = Image.registered_extensions()
+    found = {suffix: "JPEG" if kind == "MPO" else kind for suffix, kind in kinds.items()}  # two JPEGs in one file
+    registered = {(kind, suffix) for suffix, kind in found.items() if kind in FORMATS}
+    ours = {(kind, suffix) for kind, suffixes in FORMATS.items() for suffix in suffixes}
+    assert {pair for pair in registered if pair[0] not in ("HEIF", "JXL")} <= ours
+    assert {pair for pair in ours if pair[0] in Image.OPEN} <= registered
+
+
+def test_suffixes_of_plugins_count_where_they_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ".heic" not in image_suffixes()
+    monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")
+    monkeypatch.setitem(Image.EXTENSION, ".eps", "EPS")
+    assert ".heic" in image_suffixes() and ".eps" not in image_suffixes()
+
+
+def test_looking_for_suffixes_does_not_load_all_of_pillow() -> None:
+    """In a process of its own, since other tests load it."""
+    script = "import sys; from dinov3_infer.images.paths import image_suffixes; image_suffixes()"
+    script += "; assert 'PIL.TiffImagePlugin' not in sys.modules and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,8 +20,8 @@ import dinov3_infer.model.dispatch
 from dinov3_infer import Backbone, InputError, ViTConfig
 from dinov3_infer.model.cpu.compiled import why_not_compiled
 from dinov3_infer.model.cpu.linear import PackedLinear, QuantisedLinear, smoothed, why_not_int8, why_not_packed
-from dinov3_infer.model.cpu.plan import Plan, spans_of
-from dinov3_infer.model.dispatch import Precision, compare, plan_of
+from dinov3_infer.model.cpu.plan import CpuPlan, spans_of
+from dinov3_infer.model.dispatch import _PLANS, Precision, compare, plan_of
 from dinov3_infer.zoo import MODELS
 
 WHY_NOT = {"exact": why_not_packed(), "fast": why_not_packed(torch.bfloat16), "int8": why_not_int8()}
@@ -44,9 +45,9 @@ def backbone(config: ViTConfig | str = "dinov3", mode: str = "exact") -> Backbon
     return bb  # type: ignore[return-value]
 
 
-def planned(bb: Backbone) -> Plan | None:
+def planned(bb: Backbone) -> CpuPlan | None:
     with torch.no_grad():
-        return plan_of(bb, bb.mode, bb._samples)
+        return plan_of(bb, bb.mode, bb.extractor.samples)
 
 
 def plain(bb: Backbone, picture: Any) -> Tensor:
@@ -54,6 +55,19 @@ def plain(bb: Backbone, picture: Any) -> Tensor:
     with torch.no_grad():
         output = bb(bb.preprocess.with_options(fit="native").batch([picture]).pixels)
     return torch.cat((output.cls_token[:, None], output.register_tokens, output.patch_tokens), dim=1)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast", "int8"])
+def test_a_loaded_model_runs_by_its_plan_and_by_the_compiled_kernels(mode: Any) -> None:
+    """In the mode asked for where this CPU has it, and by the C passes where there is a compiler; never skipped."""
+    assert WHY_NOT["exact"] is None or not torch.backends.mkldnn.is_available()
+    bb = Backbone.from_pretrained("nano", device="cpu", mode=mode)
+    bb.extract_features(PICTURES[0])
+    plan = _PLANS[bb][-1]
+    expected = mode if WHY_NOT[mode] is None else "fast" if mode == "int8" and WHY_NOT["fast"] is None else "exact"
+    assert plan.mode == expected
+    compiled = why_not_compiled(plan.dtype, bb.config.head_dim) is None
+    assert plan.fused is compiled and (compiled or expected != "exact" or shutil.which("cc") is None)
 
 
 def features(bb: Backbone, picture: Any) -> Tensor:
@@ -109,12 +123,12 @@ def test_the_defaults_of_torch_do_not_matter(mode: str, how: str, no_grad: None)
     bb, pixels = backbone(replace(SMALL["dinov3"], num_heads=2 if how == "fused" else 4)), torch.randn(2, 3, 32, 48)
     half = torch.float32 if mode == "exact" else torch.bfloat16
     spans = spans_of(bb, pixels) if mode == "int8" else None
-    expected = Plan(bb, half, spans)(bb, [pixels])[0]
+    expected = CpuPlan(bb, half, spans)(bb, [pixels])[0]
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
             reasons = why_not_packed.__wrapped__(half), why_not_int8.__wrapped__()
-            found = Plan(bb, half, spans)(bb, [pixels])[0]
+            found = CpuPlan(bb, half, spans)(bb, [pixels])[0]
     finally:
         torch.set_default_dtype(torch.float32)
     assert reasons == (why_not_packed(half), why_not_int8())
@@ -130,7 +144,7 @@ def test_fewer_bits_stay_near(name: str, mode: str, how: str, no_grad: None) -> 
     pixels = bb.preprocess.batch(PICTURES[:2] + PICTURES[3:5]).pixels
     spans = spans_of(bb, pixels) if mode == "int8" else None
     for dtype in (torch.bfloat16, torch.float32) if mode == "int8" else (torch.bfloat16,):
-        found = compare(Plan(bb, dtype, spans)(bb, [pixels.flip(-1)])[0], bb(pixels.flip(-1)))
+        found = compare(CpuPlan(bb, dtype, spans)(bb, [pixels.flip(-1)])[0], bb(pixels.flip(-1)))
         assert min(found) > (0.999 if mode == "fast" else 0.99)
         assert max(found) < 1.0 - 1e-9  # it did round
 
@@ -140,10 +154,10 @@ def test_large_pictures_go_in_parts(monkeypatch: pytest.MonkeyPatch, no_grad: No
     monkeypatch.setattr(dinov3_infer.model.cpu.plan, "why_not_compiled", lambda *_: "no compiler")
     bb = backbone()
     pixels = torch.randn(3, 3, 80, 112)
-    expected = [Plan(bb, dtype)(bb, [pixels])[0].patch_tokens for dtype in (torch.float32, torch.bfloat16)]
+    expected = [CpuPlan(bb, dtype)(bb, [pixels])[0].patch_tokens for dtype in (torch.float32, torch.bfloat16)]
     monkeypatch.setattr(dinov3_infer.model.cpu.plan, "_SCORES", 400)
     monkeypatch.setattr(dinov3_infer.model.cpu.plan, "_ROWS", 31)
-    found = [Plan(bb, dtype)(bb, [pixels])[0].patch_tokens for dtype in (torch.float32, torch.bfloat16)]
+    found = [CpuPlan(bb, dtype)(bb, [pixels])[0].patch_tokens for dtype in (torch.float32, torch.bfloat16)]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import dinov3_infer.model.dispatch
 from dinov3_infer import Backbone
+from dinov3_infer.backbone import ViTBackbone
 from dinov3_infer.model.dispatch import _PLANS, plan_of
 
 pytestmark = pytest.mark.skipif(WHY_NOT["exact"] is not None, reason=f"no plan here: {WHY_NOT['exact']}")
@@ -131,14 +132,14 @@ def test_only_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not with gradients, not while compiling, not for other dtypes, not for a subclass with a forward of its own."""
     bb = backbone()
     assert planned(bb) is not None
-    assert plan_of(bb, "exact", bb._samples) is None  # gradients are on
+    assert plan_of(bb, "exact", bb.extractor.samples) is None  # gradients are on
     with torch.no_grad():
-        assert plan_of(bb, "plain", bb._samples) is None
+        assert plan_of(bb, "plain", bb.extractor.samples) is None
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert planned(bb) is None
     assert planned(backbone().to(torch.bfloat16)) is None
-    bb.__class__ = type("Mine", (Backbone,), {"forward": lambda self, *a, **k: Backbone.forward(self, *a, **k)})
+    bb.__class__ = type("Mine", (ViTBackbone,), {"forward": lambda self, *a, **k: ViTBackbone.forward(self, *a, **k)})
     assert planned(bb) is None
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinov3_infer import Backbone, ViTConfig, zoo
+from dinov3_infer.checkpoints.describe import describe
 from dinov3_infer.checkpoints.loading import load_model
 from dinov3_infer.checkpoints.reading import Checkpoint, TensorsInMemory
 
@@ -163,8 +164,8 @@ def load(path: Path, **options: Any) -> Backbone:
     return Backbone.from_pretrained(path, device="cpu", **options)
 
 
-def in_memory(tensors: State, config: dict[str, Any] | None = None, **options: Any) -> Backbone:
-    return load_model(Backbone, Checkpoint("a.file", TensorsInMemory(tensors), config or {}), **options)[0]
+def in_memory(tensors: State, config: dict[str, Any] | None = None) -> Backbone:
+    return load_model(Backbone, describe(Checkpoint("a.file", TensorsInMemory(tensors), config or {})))
 
 
 def pixels_for(config: ViTConfig) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_infer import Backbone
-from dinov3_infer.model.vit import BackboneOutput, LayerOutput, ViTConfig
+from dinov3_infer.model.network import BackboneOutput, LayerOutput
+from dinov3_infer.model.vit import ViTConfig
 
 _V2: dict[str, Any] = dict(patch_size=14, position_grid=5, key_bias=True, norm_eps=1e-6)
 _NO_REGISTERS: dict[str, Any] = dict(num_registers=0, position_resize="size")

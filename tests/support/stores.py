@@ -6,11 +6,25 @@ from pathlib import Path
 import numpy as np
 
 from dinov3_infer.features.disk.formats import FORMATS, Rows
-from dinov3_infer.features.disk.recipe import Plan, Recipe
+from dinov3_infer.features.disk.recipe import BatchPlan, Recipe
 from dinov3_infer.features.disk.store import Store
 
 RECIPE = Recipe(
-    "0", None, "f" * 64, {}, {}, "exact", "float32", "embedding", "cls", False, "float32", (4,), 0, None, Plan(5, 1, 1)
+    "0",
+    None,
+    "f" * 64,
+    {},
+    {},
+    "exact",
+    "float32",
+    "embedding",
+    "cls",
+    False,
+    "float32",
+    (4,),
+    0,
+    None,
+    BatchPlan(5, 1, 1),
 )
 
 

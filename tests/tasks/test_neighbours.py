@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from pictures import complaint
 from stores import directions, made
 
@@ -15,7 +13,7 @@ from dinov3_infer import InputError
 from dinov3_infer.features.disk import store as store_module
 from dinov3_infer.features.disk.store import Store
 from dinov3_infer.tasks.clusters import retrieve
-from dinov3_infer.tasks.neighbours import duplicates, nearest, search
+from dinov3_infer.tasks.neighbours import duplicates, search
 
 
 @pytest.fixture(autouse=True)
@@ -23,15 +21,6 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks and tiles for a handful of rows."""
     monkeypatch.setattr(store_module.Store.blocks, "__defaults__", (7,))
     monkeypatch.setattr("dinov3_infer.tasks.neighbours.TILE", 3)
-
-
-def test_nearest_does_not_depend_on_its_chunks(monkeypatch: Any) -> None:
-    bank, queries = torch.randn(50, 8), 7 * torch.randn(30, 8)
-    cosines, rows = nearest(queries, bank, 4)
-    expected = F.cosine_similarity(queries[:, None], bank[None], dim=-1).topk(4)
-    assert torch.equal(rows, expected.indices) and torch.allclose(cosines, expected.values, atol=1e-6)
-    monkeypatch.setattr("dinov3_infer.tasks.neighbours.CELLS", 350)  # seven queries at a time
-    assert torch.equal(nearest(queries.numpy(), bank.numpy(), 4)[1], rows)
 
 
 def test_nearest_are_those_of_a_full_sort(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ CAT = EXAMPLES / "cat.jpg"
 
 
 def oklab(colours: np.ndarray) -> np.ndarray:
-    """[..., 3] uint8 sRGB -> OKLab, by the matrices from linear sRGB (Ottosson 2020)."""
+    """[..., 3] uint8 sRGB -> OKLab, by the matrices from sRGB (those in the package lead to it)."""
     c = colours / 255
     linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
     cones = linear @ np.array([[0.4122214708, 0.2119034982, 0.0883024619], [0.5363325363, 0.6806995451, 0.2817188376],

@@ -86,6 +86,15 @@ def test_knn_is_the_published_vote(k: int) -> None:
         assert int(label) == votes.argmax()
 
 
+def test_nearest_does_not_depend_on_its_chunks(monkeypatch: Any) -> None:
+    bank, queries = torch.randn(50, 8), 7 * torch.randn(30, 8)
+    cosines, rows = nearest(queries, bank, 4)
+    expected = F.cosine_similarity(queries[:, None], bank[None], dim=-1).topk(4)
+    assert torch.equal(rows, expected.indices) and torch.allclose(cosines, expected.values, atol=1e-6)
+    monkeypatch.setattr("dinov3_infer.tasks.probes.CELLS", 350)  # seven queries at a time
+    assert torch.equal(nearest(queries.numpy(), bank.numpy(), 4)[1], rows)
+
+
 def test_linear_probes_are_torchs_sgd() -> None:
     """Each of several rates by itself, with its decay to 0 and its scale by the batch."""
     x, y = blobs(90, width=6)

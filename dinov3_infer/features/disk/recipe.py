@@ -6,23 +6,23 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from ...checkpoints.loading import fingerprint
+from ...checkpoints.fingerprint import fingerprint
 from ...errors import InputError
 from ...images.decode import ImageLike
 from ...images.preprocess import Preprocess
 from ...images.sources import Source
-from ...model.vit import VisionTransformer
 from ...version import __version__
+from ..extractor import Extractor
 from ..stream import count_of
-from ..vectors import Asked
+from ..vectors import EmbedOptions
 
-__all__ = ["Plan", "Recipe", "difference", "recipe_of"]
+__all__ = ["BatchPlan", "Recipe", "difference", "recipe_of"]
 
 FORMAT = 1  # of what is stored
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """Which pictures run together.  A shard is `shard_size` neighbours, and no pass reaches into two shards."""
 
     shard_size: int | None = None  # pictures; None: not decided yet
@@ -53,7 +53,7 @@ class Recipe:
     shape: tuple[int, ...] | None  # of a row; None where each has its own
     count: int | None  # pictures; None for a stream that has not ended
     inputs: str | None  # SHA-256 of their names; None for pictures without
-    plan: Plan
+    plan: BatchPlan
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT} | asdict(self))
@@ -65,7 +65,7 @@ class Recipe:
             stored = json.loads(text)
             if stored.pop("format") != FORMAT:
                 raise InputError(f"'{origin}' was written by a version of dinov3_infer with another format; use that")
-            stored["plan"] = Plan(**stored["plan"])
+            stored["plan"] = BatchPlan(**stored["plan"])
             stored["shape"] = None if stored["shape"] is None else tuple(stored["shape"])
             return cls(**stored)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -73,10 +73,10 @@ class Recipe:
                 raise
             raise InputError(f"the record in '{origin}' is damaged; remove it with what lies beside it") from None
 
-    def planned(self, found: Plan) -> Self:
+    def planned(self, found: BatchPlan) -> Self:
         """The same with what is not decided yet taken from `found`."""
         mine = asdict(self.plan)
-        return replace(self, plan=Plan(**{k: asdict(found)[k] if v is None else v for k, v in mine.items()}))
+        return replace(self, plan=BatchPlan(**{k: asdict(found)[k] if v is None else v for k, v in mine.items()}))
 
     def check_continues(self, there: "Recipe", origin: object) -> None:
         """Raises InputError, in one sentence, where these vectors do not belong beside those that are there."""
@@ -95,32 +95,27 @@ class Recipe:
         return (range(first, min(first + size, count)) for first in range(0, count, size))
 
 
-def recipe_of(
-    model: VisionTransformer,
-    pictures: Source | Iterable[ImageLike],
-    transform: Preprocess,
-    asked: Asked,
-    products: str,  # what vectors depend on beside the dtype of the parameters
-) -> Recipe:
-    """What the vectors of these pictures will depend on."""
-    width = model.config.embed_dim * (2 if asked.kind == "embedding" and asked.pooling == "cls_mean" else 1)
-    periods, info = model.rope_periods, getattr(model, "info", None)
+def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], options: EmbedOptions) -> Recipe:
+    """What the vectors of these images will depend on.  It takes a while: all weights and all names are hashed."""
+    model, transform = extractor.network, extractor.preprocess.with_options(options.size, options.fit)
+    width = model.embed_dim * (2 if options.kind == "embedding" and options.pooling == "cls_mean" else 1)
+    info = getattr(model, "info", None)
     return Recipe(
         version=__version__,
         model=info.name if info else None,
         fingerprint=fingerprint(model.state_dict(), model.config),
-        architecture=asdict(model.config) | {"rope_periods": None if periods is None else periods.tolist()},
+        architecture=model.description(),
         preprocess=asdict(transform),
-        dtype=str(model.patch_embed.proj.weight.dtype).removeprefix("torch.") + products,
-        decode=asked.decode,
-        kind=asked.kind,
-        pooling=asked.pooling,
-        normalize=asked.normalize,
-        out_dtype=asked.out_dtype,
-        shape=row_shape(transform, asked.kind, width),
-        count=len(pictures) if isinstance(pictures, Source) else None,
-        inputs=digest(pictures) if isinstance(pictures, Source) else None,
-        plan=Plan(asked.shard_size, asked.batch_size),
+        dtype=extractor.arithmetic,
+        decode=options.decode,
+        kind=options.kind,
+        pooling=options.pooling,
+        normalize=options.normalize,
+        out_dtype=options.out_dtype,
+        shape=row_shape(transform, options.kind, width),
+        count=len(images) if isinstance(images, Source) else None,
+        inputs=digest(images) if isinstance(images, Source) else None,
+        plan=BatchPlan(options.shard_size, options.batch_size),
     )
 
 

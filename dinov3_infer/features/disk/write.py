@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ from torch import Tensor
 
 from ...errors import Dinov3Error, InputError, PrecisionError
 from ...images.decode import ImageLike
-from ...images.preprocess import PixelBatch, Placement, Preprocess
+from ...images.preprocess import PixelBatch, Placement
 from ...images.sources import Source
-from ..stream import Batcher, Item, Reading, items_of
-from ..vectors import EmbedReport, Failure, Vector, say_failures
+from ..extractor import Extractor
+from ..stream import Batcher, Item, items_of
+from ..vectors import EmbedOptions, EmbedReport, Failure, Vector, say_failures, vectors_of
 from .formats import Rows
-from .recipe import Plan, Recipe
+from .recipe import BatchPlan, Recipe, recipe_of
 from .target import Target
 
-__all__ = ["Model", "best_batch_size", "write"]
+__all__ = ["Writer", "best_batch_size"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -34,28 +35,101 @@ MOST_PICTURES, MOST_BYTES = 10_000, 1 << 28  # of a shard, which is kept in memo
 FEW = 256  # pictures, for which looking for the best batch size takes longer than it gains
 
 
-@dataclass(frozen=True)
-class Model:
-    """What turns pictures into vectors."""
+class Writer:
+    """Writes the vectors of some images to a target: whole shards only, and those alone that are missing."""
 
-    transform: Preprocess
-    forward: Callable[[list[PixelBatch]], list[Sequence[Vector]]]
-    reading: Reading
-    max_tokens: int  # of one pass
+    def __init__(
+        self, target: Target, images: Source | Iterable[ImageLike], extractor: Extractor, options: EmbedOptions
+    ) -> None:
+        self.target, self.images, self.extractor, self.options = target, images, extractor, options
+        self.recipe = recipe_of(extractor, images, options)
+        self.transform = extractor.preprocess.with_options(options.size, options.fit)
+        self.rows: Rows | None = None  # of the shard that is being filled
+        self.failed = 0
+        if self.recipe.shape is None and not target.format.ragged:
+            raise InputError(
+                f"fit='native' gives {options.kind} of unequal shapes, which '{target.path}' cannot hold; write "
+                ".parquet, or use fit='squash'"
+            )
 
-    def batcher(self, plan: Plan, halves: bool) -> Batcher[Vector]:
-        return Batcher(
-            self.transform, self.forward, plan.batch_size or 1, plan.max_tokens or self.max_tokens, self.reading,
-            plan.shard_size, halves,
-        )  # fmt: skip
+    def run(self, only: Sequence[int] | None = None) -> EmbedReport:
+        """Writes what is missing.  A stream, which has no length, is written once and cannot be gone on with.
 
-    def most(self) -> int:
-        """Pictures in a pass at most."""
-        return max(1, self.max_tokens // (self._example[0][0].numel() // self.transform.patch_size**2))
+        `only`: the shards of a folder to write, where others write the rest; under torchrun each process has its part.
 
-    def try_batch(self, batch_size: int) -> None:
-        """Runs a pass of pictures of the size to come, to see whether it fits and how long it takes."""
-        self.forward([self.transform.collate([self._example] * batch_size)])
+        Raises: InputError where what is there was made in another way; with on_error="raise" the error of the first
+        image that cannot be read.
+        """
+        target, overwrite = self.target, self.options.overwrite
+        rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        shared = ranks > 1 or only is not None
+        if shared and (not target.is_folder or overwrite or self.recipe.count is None):
+            what = (
+                "give a folder, which is a name without suffix" if not target.is_folder
+                else "leave overwrite out, or run one process" if overwrite
+                else "give a folder, a list of files or an archive in place of a stream"
+            )  # fmt: skip
+            raise InputError(f"several processes can only write a folder of shards, of images with a count; {what}")
+        if overwrite:
+            target.clear()
+        elif (there := target.recorded()) is not None:
+            self.recipe.check_continues(there, target.path)
+            self.recipe = there
+            if target.is_finished():
+                return _report(target, there, [target.path], there.count or 0)
+        self.recipe = target.begin(replace(self.recipe, plan=self._plan()))
+        self.batch_size, self.size = self.recipe.plan.batch_size or 1, self.recipe.plan.shard_size or 1
+        shards = list(self.recipe.shards())
+        mine: Sequence[int] = range(rank, len(shards), ranks) if only is None else only
+        todo = [k for k in mine if not target.shard(k).is_file()]
+        target.forget(todo)
+        before = sum(len(shards[k]) for k in mine) - sum(len(shards[k]) for k in todo)
+        total = None if self.recipe.count is None else sum(len(shards[k]) for k in mine)
+        try:
+            with _ended_by_sigterm(), self._shown(total, before, self.options.progress if rank == 0 else False):
+                if isinstance(self.images, Source):
+                    self._source(self.images, {k: shards[k] for k in todo})
+                else:
+                    self._stream(self.images)
+                    mine = range(len(list(self.recipe.shards())))
+        except BaseException as error:
+            left = [k for k in mine if not target.shard(k).is_file()]
+            if not shared:
+                target.abandon()
+            if not isinstance(error, Exception) and self.recipe.count is not None and left:
+                log.warning(
+                    "%d of %d shards are whole; the same call goes on from there", len(mine) - len(left), len(mine)
+                )
+            raise
+        if not target.is_folder and not mine:  # of no images there is a file too
+            self.rows = self._empty(0)
+            self._written()
+            mine = range(1)
+        parts = [target.shard(k) for k in mine]
+        report = _report(target, self.recipe, parts, before, self.batch_size)
+        target.finish(self.recipe, parts)
+        say_failures(list(report.failures), report.shape[0])
+        return report
+
+    # --- batches --------------------------------------------------------------------------------------------------
+
+    def _plan(self) -> BatchPlan:
+        """What was asked for or recorded, and the rest decided."""
+        plan = self.recipe.plan
+        if plan.batch_size and plan.max_tokens:
+            return plan
+        row = np.dtype(self.recipe.out_dtype).itemsize * int(np.prod(self.recipe.shape or (2304, 1024)))
+        size = plan.shard_size or max(1, min(MOST_PICTURES, MOST_BYTES // row))
+        batch_size = plan.batch_size
+        if batch_size is None:
+            most = max(1, self.extractor.max_tokens // (self._example[0][0].numel() // self.transform.patch_size**2))
+            few = self.recipe.count is not None and self.recipe.count <= FEW
+            batch_size = min(32, most) if few else best_batch_size(self._try, most)
+        return BatchPlan(size, batch_size, self.extractor.max_tokens)
+
+    def _try(self, batch_size: int) -> None:
+        """Runs a pass of images of the size to come, to see whether it fits and how long it takes."""
+        self._vectors([self.transform.collate([self._example] * batch_size)])
 
     @property
     def _example(self) -> tuple[Tensor, Placement]:
@@ -63,98 +137,34 @@ class Model:
         height, width = (size, size) if isinstance(size, int) else size
         return self.transform.place(torch.zeros(3, height, width, dtype=torch.uint8))
 
+    def _vectors(self, batches: list[PixelBatch]) -> list[Sequence[Vector]]:
+        return vectors_of(self.extractor, batches, self.options)
 
-def write(
-    target: Target,
-    pictures: Source | Iterable[ImageLike],
-    recipe: Recipe,
-    model: Model,
-    *,
-    raises: bool,
-    progress: bool | None,
-    overwrite: bool = False,
-    only: Sequence[int] | None = None,
-) -> EmbedReport:
-    """Writes what is missing.  A stream, which has no length, is written once and cannot be gone on with.
-
-    `only`: the shards of a folder to write, where others write the rest; under torchrun each process has its part.
-
-    Raises: InputError where what is there was made in another way; with `raises` the error of the first bad picture.
-    """
-    if recipe.shape is None and not target.format.ragged:
-        raise InputError(
-            f"fit='native' gives {recipe.kind} of unequal shapes, which '{target.path}' cannot hold; write .parquet, "
-            "or use fit='squash'"
-        )
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    shared = ranks > 1 or only is not None
-    if shared and (not target.is_folder or overwrite or recipe.count is None):
-        what = "overwrites" if overwrite else "takes a list of files" if target.is_folder else "writes a folder"
-        raise InputError(f"several processes share the work, which {what} only with one; give a folder of shards")
-    if overwrite:
-        target.clear()
-    elif (there := target.recorded()) is not None:
-        recipe.check_continues(there, target.path)
-        recipe = there
-        if target.is_finished():
-            return _report(target, recipe, [target.path], recipe.count or 0)
-    recipe = target.begin(replace(recipe, plan=_plan(recipe, model)))
-    shards = list(recipe.shards())
-    mine: Sequence[int] = range(rank, len(shards), ranks) if only is None else only
-    todo = [k for k in mine if not target.shard(k).is_file()]
-    target.forget(todo)
-    before = sum(len(shards[k]) for k in mine) - sum(len(shards[k]) for k in todo)
-    run = _Run(target, recipe, model, raises)
-    total = None if recipe.count is None else sum(len(shards[k]) for k in mine)
-    try:
-        with _ended_by_sigterm(), run.bar(total, before, progress if rank == 0 else False):
-            if isinstance(pictures, Source):
-                run.source(pictures, {k: shards[k] for k in todo})
-            else:
-                recipe = run.stream(pictures)
-                mine = range(len(list(recipe.shards())))
-    except BaseException as error:
-        left = [k for k in mine if not target.shard(k).is_file()]
-        if not shared:
-            target.abandon()
-        if not isinstance(error, Exception) and recipe.count is not None and left:
-            log.warning("%d of %d shards are whole; the same call goes on from there", len(mine) - len(left), len(mine))
-        raise
-    if not target.is_folder and not mine:  # of no pictures there is a file too
-        run.empty()
-        mine = range(1)
-    parts = [target.shard(k) for k in mine]
-    report = _report(target, recipe, parts, before, run.batch_size)
-    target.finish(recipe, parts)
-    say_failures(list(report.failures), report.shape[0])
-    return report
-
-
-class _Run:
-    def __init__(self, target: Target, recipe: Recipe, model: Model, raises: bool) -> None:
-        self.target, self.recipe, self.model, self.raises = target, recipe, model, raises
-        self.batch_size = recipe.plan.batch_size or 1
-        self.size = recipe.plan.shard_size or 1
-        self.rows: Rows | None = None  # of the shard that is being filled
-        self.failed = 0
+    def _batcher(self, halves: bool) -> Batcher[Vector]:
+        plan, options = self.recipe.plan, self.options
+        return self.extractor.batcher(
+            self.transform, self._vectors, self.batch_size, num_workers=options.num_workers, decode=options.decode,
+            max_tokens=plan.max_tokens, shard_size=plan.shard_size, halves=halves,
+        )  # fmt: skip
 
     @contextmanager
-    def bar(self, total: int | None, before: int, progress: bool | None) -> Iterator[None]:
+    def _shown(self, total: int | None, before: int, progress: bool | None) -> Iterator[None]:
         from tqdm import tqdm  # type: ignore[import-untyped]
 
         hidden = None if progress is None else not progress
         with tqdm(total=total, initial=before, unit="img", disable=hidden, smoothing=0.05) as self._bar:
             yield
 
-    def source(self, pictures: Source, todo: dict[int, range]) -> None:
+    # --- shards ---------------------------------------------------------------------------------------------------
+
+    def _source(self, images: Source, todo: dict[int, range]) -> None:
         """A shard for which the memory does not do is begun again with half the batch, so that one number tells what
         ran together in it.
         """
         while todo:
-            plan = replace(self.recipe.plan, batch_size=self.batch_size)
             numbers = itertools.chain.from_iterable(list(todo.values()))
             try:
-                for done in self._filled(self.model.batcher(plan, halves=False), items_of(pictures, numbers)):
+                for done in self._filled(self._batcher(halves=False), items_of(images, numbers)):
                     del todo[done]
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
@@ -164,18 +174,13 @@ class _Run:
                 self.batch_size //= 2
                 log.warning("out of memory; going on with %d pictures in one pass", self.batch_size)
 
-    def stream(self, pictures: Iterable[ImageLike]) -> Recipe:
-        batcher = self.model.batcher(self.recipe.plan, halves=True)
+    def _stream(self, images: Iterable[ImageLike]) -> None:
+        batcher = self._batcher(halves=True)
         self.count = 0
-        for _ in self._filled(batcher, items_of(pictures)):
+        for _ in self._filled(batcher, items_of(images)):
             self.batch_size = batcher.batch_size
-        recipe = replace(self.recipe, count=self.count)
-        self.target.rewrite(recipe)
-        return recipe
-
-    def empty(self) -> None:
-        self.rows = self._empty(0)
-        self._written()
+        self.recipe = replace(self.recipe, count=self.count)
+        self.target.rewrite(self.recipe)
 
     def _filled(self, batcher: Batcher[Vector], items: Iterator[Item]) -> Iterator[int]:
         """Numbers of the shards as they are written."""
@@ -198,7 +203,7 @@ class _Run:
     def _add(self, rows: Rows, number: int, path: str | None, found: Vector | Dinov3Error) -> None:
         failed = isinstance(found, Dinov3Error)
         if isinstance(found, Dinov3Error):
-            if self.raises:
+            if self.options.on_error == "raise":
                 raise found
             self.failed += 1
             self._bar.set_postfix(failed=self.failed, refresh=False)
@@ -227,19 +232,6 @@ def _fitting(vector: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
     if dtype == "float16" and float(np.abs(vector).max(initial=0)) > 65504:
         raise PrecisionError("a vector holds numbers above 65504, which float16 has not; store float32")
     return vector.astype(dtype, copy=False)
-
-
-def _plan(recipe: Recipe, model: Model) -> Plan:
-    """What has not been asked for, and is not recorded."""
-    if recipe.plan.batch_size and recipe.plan.max_tokens:
-        return recipe.plan
-    row = np.dtype(recipe.out_dtype).itemsize * int(np.prod(recipe.shape or (2304, 1024)))
-    size = recipe.plan.shard_size or max(1, min(MOST_PICTURES, MOST_BYTES // row))
-    batch_size = recipe.plan.batch_size
-    if batch_size is None:
-        few = recipe.count is not None and recipe.count <= FEW
-        batch_size = min(32, model.most()) if few else best_batch_size(model.try_batch, model.most())
-    return Plan(size, batch_size, model.max_tokens)
 
 
 def best_batch_size(

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ...system import keep_freed_memory
 from ..layers import GatedMlp, MaskedKeyLinear
-from ..vit import BackboneOutput, LayerOutput, VisionTransformer
+from ..network import BackboneOutput, LayerOutput
+from ..vit import VisionTransformer
 from .compiled import passes, why_not_compiled
 from .linear import PackedLinear, QuantisedLinear, smoothed
 
-__all__ = ["Plan", "Spans", "spans_of"]
+__all__ = ["CpuPlan", "Spans", "spans_of"]
 
 Spans: TypeAlias = dict[str, tuple[Tensor, Tensor, Tensor]]  # least, largest and mean input of each channel of a linear
 _ROWS = 512  # at a time for each thread: what is computed of them stays in the cache
@@ -33,7 +34,7 @@ _PRODUCT: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _REST: tuple[Any, ...] = (None, "none", [], "")
 
 
-class Plan:
+class CpuPlan:
     """What a model computes of float32 pixels, without gradients; a second copy of its weights.
 
     `dtype`: float32 or bfloat16, of the products; the stream, norms and RoPE are float32.
@@ -274,7 +275,7 @@ class _Watched:
 
 def spans_of(model: VisionTransformer, pixels: Tensor) -> list[Spans]:
     """What the linears of each block are given for some pictures."""
-    plan, spans = Plan(model, torch.float32), list[Spans]()
+    plan, spans = CpuPlan(model, torch.float32), list[Spans]()
     for block in plan.blocks:
         for name in ("qkv", "proj", "up", "down"):
             setattr(block, name, _Watched(getattr(block, name)))

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from dinov3_infer import Backbone, Features, LayerFeatures
-from dinov3_infer.images.decode import ImageLike, split_batch
+from dinov3_infer.images.decode import ImageLike
+from dinov3_infer.images.opening import each_image
 
 __all__ = ["MODELS", "Pixels", "model_of"]
 
@@ -43,7 +44,7 @@ class Pixels:
     def extract_features(
         self, images: Any, size: Any = None, fit: Any = None, layers: Sequence[int] = (), **_: Any
     ) -> Features:
-        batch = self.preprocess.with_options(size, fit).batch(split_batch(images))
+        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
         h, w = (side // self.patch_size for side in batch.pixels.shape[2:])
         cells = F.interpolate(batch.pixels, size=(4 * h, 4 * w), mode="area")
         tokens = F.unfold(cells, 4, stride=4).mT

@@ -22,6 +22,7 @@ from dinov3_infer import Backbone, InputError
 from dinov3_infer.features.disk import write as run
 from dinov3_infer.features.disk.formats import FORMATS
 from dinov3_infer.features.disk.store import Store
+from dinov3_infer.features.extractor import Extractor
 
 SIZES = [(64, 64), (64, 96), (50, 70), (33, 120), (20, 20), (64, 64), (90, 30)]
 
@@ -143,15 +144,15 @@ def test_a_rerun_adds_what_is_missing(out: str, bb: Backbone, album: Path, monke
     """After an error in the third shard two are whole; the same call makes the third alone, to the same bytes."""
     target, options = f"{album.parent}/{out}", dict(size=64, shard_size=2, batch_size=2, on_error="skip")
     bb.embed(album, f"{album.parent}/alone{out[1:]}", **options)  # type: ignore[call-overload]
-    features, calls = bb._features, []
+    features, calls = Extractor.features, []
 
-    def stops(batches: list[Any], *args: Any, **more: Any) -> Any:
+    def stops(self: Extractor, batches: list[Any], *args: Any, **more: Any) -> Any:
         calls.append(len(batches[0].pixels))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return features(batches, *args, **more)
+        return features(self, batches, *args, **more)
 
-    monkeypatch.setattr(bb, "_features", stops)
+    monkeypatch.setattr(Extractor, "features", stops)
     with pytest.raises(KeyboardInterrupt):
         bb.embed(album, target, **options)  # type: ignore[call-overload]
     calls.append(0)
@@ -272,15 +273,15 @@ def test_signals_end_a_run_cleanly(number: int, status: int, album: Path, tmp_pa
     """Whole shards stay, no half one is left, and the status says what it was."""
     script = f"""
 import os, signal, sys, torch
-from dinov3_infer import Backbone
+from dinov3_infer import Backbone, VisionTransformer
 from dinov3_infer.cli import main
-forward, calls = Backbone.forward, []
+forward, calls = VisionTransformer.forward, []
 def slow(self, pixels, *args, **options):
     calls.append(0)
     if len(calls) == 3:
         os.kill(os.getpid(), {int(number)})
     return forward(self, pixels, *args, **options)
-Backbone.forward = slow
+VisionTransformer.forward = slow
 Backbone.from_config("nano", seed=0).save_pretrained({str(tmp_path / "nano")!r})
 sys.exit(main(["embed", {str(album)!r}, "-o", {str(tmp_path / "x")!r}, "-m", {str(tmp_path / "nano")!r}, "--device",
                "cpu", "--size", "32", "--shard-size", "2", "-b", "2"]))

@@ -259,8 +259,9 @@ CHECKPOINTS: dict[str, Make] = PLACES | {
 PICTURES_ONCE = tuple((1, n) for n in (61, 70, 253, 510, 18470))
 CHECKPOINTS_ONCE = tuple((1, n) for n in (16, 32, 90, 173, 236, 306, 317, 350, 415, 524, 728, 739, 864, 14143))
 
-PICTURE = Kind("pictures", pictures.case, read_picture, PICTURES, PICTURES_ONCE, {"images/decode": ("split_batch",)})
+PICTURE = Kind("pictures", pictures.case, read_picture, PICTURES, PICTURES_ONCE, {"images/decode": ()})
 CHECKPOINT = Kind(
     "checkpoints", checkpoints.case, read_checkpoint, CHECKPOINTS, CHECKPOINTS_ONCE,
-    {"checkpoints/reading": (), "checkpoints/loading": (), "checkpoints/config_json": ("hf_config", "timm_config")},
+    {f"checkpoints/{name}": () for name in ("reading", "recognise", "architecture", "loading")}
+    | {"checkpoints/describe": ("transform_of",)},
 )  # fmt: skip

@@ -1,0 +1,229 @@
+"""Which network a stored backbone needs, as a `ViTConfig`.
+
+The tensors say nearly all.  What they cannot say (number of heads, epsilon of the norms, base of the RoPE) comes from
+config.json, else from the row of the zoo that has the same shape, else from what all released models share.
+"""
+
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import CheckpointError, UnsupportedError
+from ..model.layers import PositionResize, ViTConfig
+from ..zoo import ARCHITECTURES, MODELS, ModelInfo
+from .layouts import Layout
+from .reading import Checkpoint
+from .recognise import HF_EPS, Stored
+
+__all__ = ["architecture", "looks_like", "reading_differs", "rows_like", "same_architecture"]
+
+_LONGEST = 2**18  # of any dimension: a position table of 512 x 512 has as many rows
+_LARGEST = 10**9  # of any number in config.json: more overflows somewhere
+
+
+def architecture(
+    stored: Stored, checkpoint: Checkpoint, expected: ModelInfo | None, like: ModelInfo | None
+) -> tuple[ViTConfig, str | None]:
+    """The config of a backbone, and a sentence about what had to be assumed, if anything.
+
+    `expected`: the row that the caller asked for.
+    `like`: the row whose heads and epsilon it has where neither a live module nor config.json states them.
+
+    Raises: CheckpointError for tensors that are no whole ViT, or not the one that config.json or the caller speaks of;
+    InputError for numbers that do not go together; UnsupportedError for other networks.
+    """
+    known = checkpoint.known or _stated(checkpoint.config)
+    if not known and like is not None:
+        known = {name: getattr(like.config, name) for name in ("num_heads", "norm_eps", "rope_base")}
+    shown = _shown(stored)
+    if stored.layout.name == "hf":
+        _refuse_contradictions(shown, checkpoint.config)
+    if expected is not None and not same_architecture(expected.config, shown):
+        raise CheckpointError(f"it {looks_like(shown)}; you asked for {expected.name} {_size(vars(expected.config))}")
+    fields = {**shown, **known}
+    twin = next((c for c in ARCHITECTURES.values() if same_architecture(c, shown)), None)
+    heads = max(1, shown["embed_dim"] // 64) if twin is None else twin.num_heads
+    eps = _usual_eps(stored.layout, shown["key_bias"])
+    said = {"num_heads": f"{heads} heads of width 64", "norm_eps": f"a norm epsilon of {eps:g}"}
+    assumed = [words for name, words in said.items() if twin is None and name not in fields]
+    note = f"the file does not state everything; taken: {', '.join(assumed)}" if assumed else None
+    return ViTConfig(**{"num_heads": heads, "norm_eps": eps, **fields}), note
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a ViTConfig that a config.json of transformers states and that no tensor shows."""
+    kind = str(config.get("model_type"))
+    if kind not in HF_EPS:
+        return {}
+    activation = config.get("hidden_act", "gelu")
+    if activation != "gelu" and not config.get("use_gated_mlp", config.get("use_swiglu_ffn", False)):
+        raise UnsupportedError(
+            f"config.json asks for the activation {reprlib.repr(activation)}; DINO models use the exact 'gelu'"
+        )
+    rope = config.get("rope_parameters")
+    theta = config.get("rope_theta", rope.get("rope_theta") if isinstance(rope, dict) else None)
+    found = {
+        "num_heads": _positive("num_attention_heads", config.get("num_attention_heads"), int),
+        "norm_eps": _positive("layer_norm_eps", config.get("layer_norm_eps", HF_EPS[kind]), (int, float)),
+        "rope_base": _positive("rope_theta", theta, (int, float)) if kind == "dinov3_vit" else None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _positive(name: str, value: Any, kind: Any) -> Any:
+    """The value, if it is none or a number of this kind above 0 that a float can hold."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or not 0 < value <= _LARGEST):
+        raise CheckpointError(f"config.json gives {name} as {reprlib.repr(value)}, which should be a number above 0")
+    return value
+
+
+def _refuse_contradictions(shown: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a config.json of transformers says one thing and the tensors show another."""
+    names = {
+        "num_hidden_layers": "depth", "hidden_size": "embed_dim", "patch_size": "patch_size",
+        "num_register_tokens": "num_registers",
+    }  # fmt: skip
+    for name, ours in names.items() if str(stated.get("model_type")) in HF_EPS else ():
+        if stated.get(name, shown[ours]) != shown[ours]:
+            raise CheckpointError(
+                f"config.json says {name} {reprlib.repr(stated[name])} and the tensors {shown[ours]}; "
+                "is the file whole?"
+            )
+
+
+def _shown(stored: Stored) -> dict[str, Any]:
+    """The fields of a ViTConfig that the tensors in a file show.
+
+    Raises: CheckpointError where they are no whole ViT.
+    """
+    layout, depth = stored.layout, stored.depth
+    if not depth:
+        raise CheckpointError(f"the names look like layout {layout.label}, but there are no blocks; is the file whole?")
+
+    def shape(ours: str) -> tuple[int, ...] | None:
+        """Of the first part of a row, in the first block that has all its parts: a gap is for the reader to find."""
+        for block in range(depth if "#" in ours else 1):
+            parts = stored.parts.get(ours.replace("#", str(block)))
+            if parts is not None and all(name in stored.shapes or name in parts.optional for name in parts.names):
+                found = stored.shapes[parts.names[0]]
+                return found if max(found, default=0) <= _LONGEST else ()
+        return None
+
+    def needed(ours: str, dimensions: int) -> tuple[int, ...]:
+        found = shape(ours)
+        if found is None or len(found) != dimensions or 0 in found:
+            parts = stored.parts.get(first := ours.replace("#", "0"))
+            name, fault = parts.names[0] if parts else first, "missing" if found is None else f"of shape {list(found)}"
+            raise CheckpointError(
+                f"the names are those of layout {layout.label}, but '{name}' is {fault}; is the file whole?"
+            )
+        return found
+
+    width = needed("cls_token", 3)[2]
+    conv = needed("patch_embed.proj.weight", 4)
+    if conv[1] != 3 or conv[2] != conv[3]:
+        raise UnsupportedError(f"the patch embedding has shape {list(conv)}; only RGB and square patches are supported")
+    fc2, gate_up = shape("blocks.#.mlp.fc2.weight"), shape("blocks.#.mlp.gate_up.weight")
+    gated = gate_up is not None
+    if gate_up is not None and layout.rows["blocks.#.mlp.gate_up.weight"] == layout.rows["blocks.#.mlp.fc1.weight"]:
+        gated = fc2 is not None and len(fc2) == 2 and gate_up[:1] == (2 * fc2[1],)  # timm's giant, an MLP by name
+    registers = shape("register_tokens")
+    num_registers = registers[1] if registers is not None and len(registers) == 3 else 0
+    positions = shape("pos_embed") if layout.family == "dinov3" else needed("pos_embed", 3)
+    qkv_bias = shape("blocks.#.attn.qkv.bias") is not None
+    shown: dict[str, Any] = dict(
+        embed_dim=width,
+        depth=depth,
+        ffn_dim=needed(f"blocks.#.mlp.{'down' if gated else 'fc2'}.weight", 2)[1],
+        gated=gated,
+        patch_size=conv[2],
+        num_registers=num_registers,
+        position_grid=None if positions is None else _grid_side(stored, positions),
+        position_resize=_resize_rule(layout, num_registers),
+        qkv_bias=qkv_bias,
+        key_bias=_key_bias(stored) if qkv_bias else positions is not None,
+        layerscale=shape("blocks.#.ls1.gamma") is not None,
+        mask_token=shape("mask_token") is not None,
+        prefix_norm=shape("cls_norm.weight") is not None,
+        local_cls_norm=shape("local_cls_norm.weight") is not None,
+    )
+    periods = shape("rope_periods")
+    if periods is not None and len(periods) == 1 and periods[0]:
+        shown["num_heads"] = max(1, width // (4 * periods[0]))
+    return shown
+
+
+def _key_bias(stored: Stored) -> bool:
+    """Whether the keys have a bias: some layouts store it apart, or a mask that takes it out, and some neither."""
+    biases = (stored.parts[f"blocks.{number}.attn.qkv.bias"] for number in range(stored.depth))
+    optional = {name for parts in biases for name in parts.optional}
+    present = not optional.isdisjoint(stored.shapes)
+    return present if optional and stored.parts["blocks.0.attn.qkv.bias"].form == "joined" else not present
+
+
+def _grid_side(stored: Stored, positions: tuple[int, ...]) -> int:
+    count = positions[1] - (0 if stored.parts["pos_embed"].form == "folded" else 1)
+    side = math.isqrt(max(count, 0))
+    if side == 0 or side * side != count:
+        raise UnsupportedError(
+            f"the position table has shape {list(positions)}, which is not a square grid; load a model at a square size"
+        )
+    return side
+
+
+def _resize_rule(layout: Layout, num_registers: int) -> PositionResize:
+    if num_registers or layout.name == "timm" or layout.family == "dinov3":
+        return "antialias"
+    return "offset" if layout.name == "meta" else "size"
+
+
+def _usual_eps(layout: Layout, key_bias: bool) -> float:
+    """The epsilon of a file that does not state it."""
+    if layout.name == "meta" and layout.family == "dinov3" and key_bias:
+        return 1e-6  # an unmasked key bias comes from the training code's default config, and so does its epsilon
+    return 1e-5 if layout.family == "dinov3" else 1e-6
+
+
+def reading_differs(config: ViTConfig, layout: Layout) -> list[str]:
+    """What readers of a layout will do differently from this model, in words."""
+    notes = []
+    if config.position_grid is not None and _resize_rule(layout, config.num_registers) != config.position_resize:
+        notes.append(
+            f"readers of the {layout.name} layout resize positions by another rule, "
+            f"so features off the {config.position_grid}x{config.position_grid} grid will differ by about 1 %"
+        )
+    usual = _usual_eps(layout, config.key_bias)
+    if layout.name != "hf" and config.norm_eps != usual:
+        notes.append(
+            f"the {layout.name} layout does not say the norm epsilon {config.norm_eps:g}; readers take {usual:g}"
+        )
+    return notes
+
+
+def same_architecture(config: ViTConfig, other: Mapping[str, Any] | ViTConfig) -> bool:
+    """Whether two configs have tensors of the same shapes, but for parts that some layouts leave out."""
+    fields = ("embed_dim", "depth", "ffn_dim", "gated", "patch_size", "num_registers", "position_grid", "layerscale")
+    values = other if isinstance(other, Mapping) else vars(other)
+    return all(getattr(config, name) == values[name] for name in fields)
+
+
+def rows_like(config: ViTConfig) -> list[ModelInfo]:
+    """The rows of the zoo with this architecture, the likeliest first."""
+    rows = [row for row in MODELS.values() if same_architecture(row.config, config)]
+    # of the two ViT-L the satellite model alone was trained with this norm
+    return sorted(rows, key=lambda row: not config.local_cls_norm or row.name != "dinov3_vitl16_sat493m")
+
+
+def looks_like(config: Mapping[str, Any]) -> str:
+    """The architectures that these fields are those of, for an error."""
+    names = [name for name, known in ARCHITECTURES.items() if same_architecture(known, config)]
+    return f"looks like {' or '.join(names[:2])}" if names else f"looks like a ViT {_size(config)}"
+
+
+def _size(config: Mapping[str, Any]) -> str:
+    side = config["position_grid"]
+    return (
+        f"(embed_dim {config['embed_dim']}, {config['depth']} blocks, patch {config['patch_size']}, "
+        f"{config['num_registers']} registers, {'RoPE' if side is None else f'positions {side}x{side}'})"
+    )

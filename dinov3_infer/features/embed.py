@@ -1,0 +1,42 @@
+"""`embed`: one row for each image, in an array or on disk."""
+
+import os
+from collections.abc import Iterable, Sized
+from typing import Any
+
+import numpy as np
+
+from ..images.decode import ImageLike
+from ..images.opening import open_images
+from ..images.sources import Numbered, Source
+from .extractor import Extractor
+from .stream import items_of
+from .vectors import EmbedOptions, EmbedReport, collect, vectors_of
+
+__all__ = ["embed"]
+
+
+def embed(
+    extractor: Extractor,
+    images: ImageLike | Iterable[ImageLike] | Source | Numbered,
+    out: str | os.PathLike[str] | None,
+    options: EmbedOptions,
+) -> np.ndarray[Any, Any] | EmbedReport:
+    """What `Backbone.embed` describes."""
+    if out is not None:
+        from .disk.target import Target  # not above: few processes write vectors
+        from .disk.write import Writer
+
+        target = Target.find(out, options.overwrite)
+        return Writer(target, open_images(images), extractor, options).run()
+    opened = open_images(images)
+    batcher = extractor.batcher(
+        extractor.preprocess.with_options(options.size, options.fit),
+        lambda batches: vectors_of(extractor, batches, options),
+        options.batch_size or 32,
+        num_workers=options.num_workers,
+        decode=options.decode,
+    )
+    width = extractor.network.embed_dim * (2 if options.pooling == "cls_mean" else 1)
+    total = len(opened) if isinstance(opened, Sized) else None
+    return collect(batcher(items_of(opened)), options, width, total)

@@ -1,0 +1,300 @@
+"""The blocks of a model in training: some activations are computed twice, and a CPU is used well.
+
+`wrap_blocks` puts a `TrainedBlock` in the place of each block.  It holds the same modules under the same names, so that
+state-dict keys, adapters and groups of the optimiser stay what they are.  On a CPU
+
+- products in float32 go to oneDNN: torch hands them to a library that on many CPUs uses half of their vectors;
+- no cast of the weights is kept under autocast, and no branch for the gradient of its LayerScale;
+- attention keeps what enters it alone: q and k are rotated, and the weights made, once more in the backward pass, a few
+  pictures at a time, so that the matrices of all of them are never in memory.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import cache
+from itertools import groupby
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..backbone import Backbone
+from ..model.attention import rope_attention
+from ..model.cpu.linear import why_not_packed
+from ..model.layers import Block, MaskedKeyLinear, Residual
+from ..model.rope import RopeTable, apply_rope
+
+__all__ = ["Linear", "Recompute", "attend", "linear", "wrap_blocks"]
+
+Recompute = Literal["none", "cheap", "all"]
+Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]  # of the first and the second run
+
+_ENTRIES = 2**21  # of the attention matrices of one time, unless a picture alone has more
+_EMPTY = ContextVar("_EMPTY", default=False)  # `linear` leaves its product out
+
+
+def wrap_blocks(backbone: Backbone, compiled: bool, recompute: Recompute) -> None:
+    """Blocks whose products and attention are fast and keep little, that are compiled, or that compute some of their
+    activations again in the backward pass.
+
+    "cheap": what norms and the activation of the MLP make, a third of what a block keeps, for a hundredth of its time.
+    The compiler chooses by itself what to keep, so there it is "none".
+    """
+    for i, module in enumerate(backbone.blocks):
+        block = cast(Block, module)
+        layers = (block.attn.qkv, block.attn.proj, *block.mlp.children())
+        ours = not compiled and all(isinstance(layer, nn.Linear) for layer in layers)  # peft's layers compute their own
+        backbone.blocks[i] = (FastBlock if ours else TrainedBlock)(block, compiled, recompute)
+
+
+class TrainedBlock(Block):
+    """The modules of a block; computed as there, but compiled, or once more in the backward pass."""
+
+    def __init__(self, block: Block, compiled: bool, recompute: Recompute) -> None:
+        nn.Module.__init__(self)  # Block's would make new weights
+        for name, part in block.named_children():
+            self.add_module(name, part)
+        self.training, self.compiled, self.recompute = block.training, compiled, recompute
+
+    def forward(self, *args: Any) -> Tensor:
+        return self._run(Block.forward, *args)
+
+    def forward_dropped(self, *args: Any) -> Tensor:
+        return self._run(Block.forward_dropped, *args)
+
+    def _run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        function = _compiled(function) if self.compiled else function
+        if self.recompute == "all":
+            return _recomputed(function, self, *args, contexts=_drawing_the_same)
+        return function(self, *args)
+
+
+class FastBlock(TrainedBlock):
+    """A block that computes with `linear` and `attend`."""
+
+    def attention_branch(
+        self,
+        x: Tensor,  # [B, N, C] or packed [T, C]
+        rope: RopeTable | None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        attn = self.attn
+        cos, sin = rope if rope is not None else (None, None)
+        qkv = self._cheaply(lambda x: _apply(attn.qkv, self.norm1(x)), x).unflatten(-1, (3, attn.num_heads, -1))
+        function = attend if attn.attend is rope_attention else attn.attend
+        attended = function(qkv, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        return _apply(attn.proj, attended, self.ls1).to(x.dtype)
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        expand, contract = cast(tuple[nn.Linear, nn.Linear], tuple(self.mlp.children()))
+        hidden = self._cheaply(lambda x: _apply(expand, self.norm2(x)), x)
+        return self._cheaply(lambda hidden: _apply(contract, self.mlp.activate(hidden), self.ls2), hidden).to(x.dtype)
+
+    def _cheaply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x), of which x alone is kept where that is wanted."""
+        return _recomputed(function, x, contexts=_without_values) if self.recompute == "cheap" else function(x)
+
+
+def _apply(layer: nn.Linear, x: Tensor, residual: Residual | None = None) -> Tensor:
+    """A linear layer; the factors of LayerScale join the product, which need not be kept for their gradient then."""
+    bias = layer.masked_bias if isinstance(layer, MaskedKeyLinear) else layer.bias
+    return linear(x, layer.weight, bias, None if residual is None else residual.gamma)
+
+
+# --- computed twice ----------------------------------------------------------------------------------------------
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function)
+
+
+def _recomputed(function: Callable[..., Tensor], *args: Any, contexts: Callable[..., Contexts]) -> Tensor:
+    """Keeps the arguments alone.  The second run ends with the last tensor that is needed: no product is made twice
+    that nothing follows.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args)
+    found: Tensor = checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: contexts(*args)
+    )
+    return found
+
+
+def _without_values(*_: Any) -> Contexts:
+    """Where only what `linear` keeps for its backward pass is wanted, it leaves the product out."""
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        before = _EMPTY.set(True)
+        try:
+            yield
+        finally:
+            _EMPTY.reset(before)
+
+    return nullcontext(), again()
+
+
+def _drawing_the_same(*args: Any) -> Contexts:
+    """torch replays its own generators, but not a given one."""
+    drawn = next((arg for arg in args if isinstance(arg, torch.Generator)), None)
+    if drawn is None:
+        return nullcontext(), nullcontext()
+    state = drawn.get_state()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        drawn.set_state(state)
+        yield
+
+    return nullcontext(), again()
+
+
+# --- linear layers -----------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gamma: Tensor | None = None) -> Tensor:
+    """(x W^T + b) * gamma: x [..., K], W [C, K], b and gamma [C]."""
+    plain = type(weight) in (Tensor, nn.Parameter) and x.numel() > 0
+    if not plain or x.device.type != "cpu":
+        product = F.linear(x, weight, bias)
+        return product if gamma is None else product * gamma
+    if torch.is_autocast_enabled("cpu"):
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    return _Linear.apply(x, weight, bias, gamma)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, gamma)
+        dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
+        if _EMPTY.get():
+            return x.new_empty(*x.shape[:-1], len(weight), dtype=dtype)
+        product = _product(x, weight, bias)
+        return product if gamma is None else product.mul_(gamma) if product.dtype == dtype else product * gamma
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """dW is gamma times a product that has no gamma in it, and the same product, by W, is gamma's gradient."""
+        x, weight, bias, gamma = ctx.saved_tensors
+        needs, scaled = ctx.needs_input_grad, weight if gamma is None else weight * gamma[:, None]
+        rows = gradient.flatten(0, -2)
+        total = rows.sum(0, dtype=weight.dtype) if any(needs[2:]) else None
+        rows = rows.to(x.dtype)
+        dx = _product(rows, scaled.T).view_as(x) if needs[0] else None
+        dw = _product(rows.T, x.flatten(0, -2).T).to(weight.dtype) if needs[1] or needs[3] else None
+        if gamma is None:
+            return dx, dw, total, None
+        dgamma = None
+        if needs[3]:
+            dgamma = (dw * weight).sum(1) if bias is None else (dw * weight).sum(1) + total * bias
+        return dx, dw * gamma[:, None] if needs[1] else None, total * gamma if needs[2] else None, dgamma
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """In the dtype of x."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if x.dtype != torch.float32 or why_not_packed() is not None:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+def attend(
+    qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
+    cos: Tensor | None,  # [N or T, D/2] float32
+    sin: Tensor | None,  # [N or T, D/2] float32
+    *,
+    cu_seqlens: Tensor | None = None,  # [S + 1] int32
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`rope_attention`; on a CPU with products in the dtype of qkv, and softmax in float32 at least."""
+    if qkv.device.type != "cpu":
+        return rope_attention(qkv, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=scale)
+    if cu_seqlens is not None:
+        lengths = tuple(cu_seqlens.diff().tolist())
+    else:
+        lengths = (qkv.shape[1],) * len(qkv)
+        cos, sin = (table if table is None else table.repeat(len(qkv), 1) for table in (cos, sin))
+    tokens = qkv if cu_seqlens is not None else qkv.flatten(0, 1)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = _Attention.apply(tokens, cos, sin, lengths, scale)  # type: ignore[no-untyped-call]
+    return out if cu_seqlens is not None else out.unflatten(0, qkv.shape[:2])
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, lengths: tuple[int, ...], scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(qkv, cos, sin)
+        ctx.lengths, ctx.scale = lengths, scale
+        out = torch.empty_like(qkv[:, 0])
+        for part, count in _parts(lengths, qkv.shape[-2]):
+            q, k, v = _per_head(qkv[part], cos, sin, part, count)
+            out[part] = _per_token(_weights(q, k, scale).to(v.dtype) @ v, count)
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """With weights P and G of the result: dV = P^T G, dS = softmax's of (G V^T), dQ = dS K, dK = dS^T Q."""
+        qkv, cos, sin = ctx.saved_tensors
+        found = torch.empty_like(qkv)
+        for part, count in _parts(ctx.lengths, qkv.shape[-2]):
+            q, k, v = _per_head(qkv[part], cos, sin, part, count)
+            g = _heads(gradient[part].unflatten(-1, qkv.shape[-2:]), count)
+            p = _weights(q, k, ctx.scale)
+            ds = torch._softmax_backward_data((g @ v.mT).to(p.dtype), p, -1, p.dtype).to(q.dtype)
+            dqk = torch.stack([_per_token(t, count) for t in (ds @ k, ds.mT @ q)], dim=1).mul_(ctx.scale)
+            found[part, :2] = _turned(dqk, cos, None if sin is None else -sin, part)
+            found[part, 2] = _per_token(p.to(q.dtype).mT @ g, count)
+        return found, None, None, None, None
+
+
+def _parts(lengths: tuple[int, ...], heads: int) -> Iterator[tuple[slice, int]]:
+    """The tokens of neighbours of one length, and how many these are."""
+    start = 0
+    for length, run in groupby(lengths):
+        left, most = sum(1 for _ in run), max(1, _ENTRIES // (heads * length**2))
+        while left:
+            count = min(left, most)
+            yield slice(start, start + count * length), count
+            start, left = start + count * length, left - count
+
+
+def _per_head(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, part: slice, count: int) -> list[Tensor]:
+    """[T, 3, H, D] -> rotated q, rotated k, and v, [count * H, N, D] each."""
+    return [_heads(x, count) for x in (*_turned(qkv[:, :2], cos, sin, part).unbind(1), qkv[:, 2])]
+
+
+def _turned(qk: Tensor, cos: Tensor | None, sin: Tensor | None, part: slice) -> Tensor:
+    return qk if cos is None or sin is None else apply_rope(qk, cos[part, None], sin[part, None])
+
+
+def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return ((q * scale) @ k.mT).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _heads(x: Tensor, count: int) -> Tensor:
+    """[T, H, D] -> [count * H, N, D]."""
+    pictures: Tensor = x.unflatten(0, (count, -1))
+    return pictures.transpose(1, 2).flatten(0, 1)
+
+
+def _per_token(x: Tensor, count: int) -> Tensor:
+    """[count * H, N, D] -> [T, H, D]."""
+    heads: Tensor = x.unflatten(0, (count, -1))
+    return heads.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,68 @@
+"""Schedules, and groups of parameters."""
+
+import pytest
+import torch
+from torch import nn
+
+from dinov3_infer import Backbone
+from dinov3_infer.train.config import TrainConfig
+from dinov3_infer.train.heads import ProjectionHead
+from dinov3_infer.train.optim import parameter_groups, ramp, set_rates, warmup_cosine
+
+
+def test_golden_schedule() -> None:
+    """Values of the published code (dinov3 at 6876159)."""
+    expected = [0, 0.25, 0.5, 0.75, 1, 0.9554, 0.8306, 0.6501, 0.4499, 0.2694, 0.1446, 0.1, 0.1]
+    found = [warmup_cosine(step, start=0, peak=1, end=0.1, warmup=4, total=12) for step in range(13)]
+    assert found == pytest.approx(expected, abs=5e-5)
+
+
+def test_ramp() -> None:
+    assert [ramp(step, 2, 3) for step in range(7)] == [0, 0, 0.25, 0.5, 0.75, 1, 1]
+    assert [ramp(step, 0, 0) for step in range(2)] == [1, 1]
+
+
+def student() -> nn.ModuleDict:
+    with torch.device("meta"):
+        backbone = Backbone.from_config("dinov3_vits16")
+    return nn.ModuleDict({"backbone": backbone, "dino_head": ProjectionHead(384, 8, 4, 16)})
+
+
+def test_rates_of_a_vit_small() -> None:
+    """Layer-wise decay 0.9, patch embedding at a fifth; no decay of biases, norms and gammas."""
+    config, model = TrainConfig(layer_decay=0.9), student()
+    groups = parameter_groups(model, config)
+    found = {p: group for group in groups for p in group["params"]}
+    rate = {name: found[p]["rate"] for name, p in model.named_parameters()}
+    decays = {name: found[p]["decays"] for name, p in model.named_parameters()}
+    expected = {
+        "cls_token": 0.2542, "register_tokens": 0.2542, "patch_embed.proj.weight": 0.0508, "norm.weight": 1.0,
+        "blocks.0.attn.qkv.weight": 0.2824, "blocks.11.mlp.fc2.bias": 0.9,
+    }  # fmt: skip
+    assert {n: rate[f"backbone.{n}"] for n in expected} == pytest.approx(expected, abs=5e-5)
+    assert decays["backbone.cls_token"] and decays["backbone.blocks.3.mlp.fc1.weight"]
+    not_decayed = ("blocks.3.mlp.fc1.bias", "blocks.3.norm1.weight", "blocks.3.ls1.gamma", "norm.bias")
+    assert not any(decays[f"backbone.{name}"] for name in not_decayed)
+    assert rate["dino_head.prototypes.weight"] == rate["dino_head.mlp.0.bias"] == 5.0
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_rates_in_the_course_of_a_run() -> None:
+    """Warm-up, freeze and ramp of the backbone, heads at a rate of their own, prototypes held at first."""
+    config = TrainConfig(steps=100, warmup_share=0.1, freeze_share=0.2, ramp_share=0.09, freeze_prototypes_share=0.05,
+                         weight_decay_end=0.4, batch_size=1024, lr_at_1024=1.0, layer_decay=1.0,
+                         head_lr=2.0)  # fmt: skip
+    model = student()
+    optimizer = torch.optim.AdamW(parameter_groups(model, config))
+    of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    block, head = model.backbone.blocks[0].mlp.fc1.weight, model.dino_head
+    seen = {}
+    for step in (0, 4, 5, 10, 19, 20, 24, 29, 99):
+        set_rates(optimizer, config, step)
+        seen[step] = [of[p]["lr"] for p in (block, head.mlp[0].weight, head.prototypes.weight)]
+    assert seen == {
+        0: [0, 0, 0], 4: [0, 0.8, 0], 5: [0, 1, 1], 10: [0, 2, 2], 19: [0, 2, 2],
+        20: pytest.approx([0.1, 2, 2]), 24: pytest.approx([0.5, 2, 2]), 29: [1, 2, 2], 99: [1, 2, 2],
+    }  # fmt: skip
+    assert of[block]["weight_decay"] == pytest.approx(0.4)
+    assert of[model.backbone.norm.weight]["weight_decay"] == 0.0
