@@ -22,7 +22,7 @@ from .backbone import Backbone
 from .errors import Dinov3Error, InputError, UnsupportedError
 from .features.disk.target import Target
 from .features.disk.write import Writer
-from .features.result import Pooling
+from .features.result import Pooling, pooled_width
 from .features.vectors import EmbedOptions
 from .images.containers import pyarrow
 from .images.opening import open_images
@@ -58,7 +58,7 @@ class Embedder:
         self._bb = Backbone.from_pretrained(model, device=device, dtype=dtype)
         self._options: dict[str, Any] = dict(size=size, fit=fit, pooling=pooling, batch_size=batch_size)
         self._normalize = normalize
-        self._width = self._bb.embed_dim * (2 if pooling == "cls_mean" else 1)
+        self._width = pooled_width(self._bb.embed_dim, pooling)
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
         """A pyarrow table."""

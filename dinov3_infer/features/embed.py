@@ -10,6 +10,7 @@ from ..images.decode import ImageLike
 from ..images.opening import open_images
 from ..images.sources import Numbered, Source
 from .extractor import Extractor
+from .result import pooled_width
 from .stream import items_of
 from .vectors import EmbedOptions, EmbedReport, collect, vectors_of
 
@@ -37,6 +38,6 @@ def embed(
         num_workers=options.num_workers,
         decode=options.decode,
     )
-    width = extractor.network.embed_dim * (2 if options.pooling == "cls_mean" else 1)
+    width = pooled_width(extractor.network.embed_dim, options.pooling)
     total = len(opened) if isinstance(opened, Sized) else None
     return collect(batcher(items_of(opened)), options, width, total)

@@ -75,9 +75,7 @@ def plan_of(model: Network, mode: Mode, pictures: Callable[[], Tensor]) -> CpuPl
 
     `pictures`: normalised pixels [B, 3, H_px, W_px] to find the ranges of int8 with.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    if mode == "plain":
+    if mode == "plain" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     state = _state(model) if isinstance(model, VisionTransformer) else None
     if state is None or not isinstance(model, VisionTransformer):
