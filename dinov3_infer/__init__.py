@@ -12,35 +12,30 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .backbone import Backbone as Backbone
-    from .errors import CheckpointError as CheckpointError
-    from .errors import Dinov3Error as Dinov3Error
-    from .errors import GatedModelError as GatedModelError
-    from .errors import ImageError as ImageError
-    from .errors import InputError as InputError
-    from .errors import InputTypeError as InputTypeError
-    from .errors import LayerError as LayerError
-    from .errors import MissingFileError as MissingFileError
-    from .errors import ModelNotFoundError as ModelNotFoundError
-    from .errors import OfflineError as OfflineError
-    from .errors import PrecisionError as PrecisionError
-    from .errors import UnsupportedError as UnsupportedError
+    from .errors import (
+        CheckpointError as CheckpointError,
+        Dinov3Error as Dinov3Error,
+        GatedModelError as GatedModelError,
+        ImageError as ImageError,
+        InputError as InputError,
+        InputTypeError as InputTypeError,
+        LayerError as LayerError,
+        MissingFileError as MissingFileError,
+        ModelNotFoundError as ModelNotFoundError,
+        OfflineError as OfflineError,
+        PrecisionError as PrecisionError,
+        UnsupportedError as UnsupportedError,
+    )
     from .features.disk.store import Store as Store
-    from .features.result import Features as Features
-    from .features.result import LayerFeatures as LayerFeatures
+    from .features.result import Features as Features, LayerFeatures as LayerFeatures
     from .features.vectors import EmbedReport as EmbedReport
-    from .images.decode import ImageLike as ImageLike
-    from .images.decode import load_image as load_image
+    from .images.decode import ImageLike as ImageLike, load_image as load_image
     from .images.paths import list_images as list_images
-    from .images.preprocess import Fit as Fit
-    from .images.preprocess import Preprocess as Preprocess
-    from .model.network import BackboneOutput as BackboneOutput
-    from .model.network import LayerOutput as LayerOutput
+    from .images.preprocess import Fit as Fit, Preprocess as Preprocess
+    from .model.network import BackboneOutput as BackboneOutput, LayerOutput as LayerOutput
     from .model.rope import RopeAugmentation as RopeAugmentation
-    from .model.vit import VisionTransformer as VisionTransformer
-    from .model.vit import ViTConfig as ViTConfig
-    from .zoo import MODELS as MODELS
-    from .zoo import ModelInfo as ModelInfo
-    from .zoo import list_models as list_models
+    from .model.vit import VisionTransformer as VisionTransformer, ViTConfig as ViTConfig
+    from .zoo import MODELS as MODELS, ModelInfo as ModelInfo, list_models as list_models
 
 # Imported at first use, so that importing the package costs nothing.
 _HOMES = {

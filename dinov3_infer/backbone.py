@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias, get_args, overload
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from .checkpoints.architecture import rows_like
 from .checkpoints.describe import describe, open_module
-from .checkpoints.export import Dynamic, export_model
 from .checkpoints.fingerprint import fingerprint
 from .checkpoints.layouts import LayoutName
 from .checkpoints.loading import Periods, load_model
@@ -29,7 +28,6 @@ from .features.result import Features, Pooling
 from .features.stream import Decode, OnError, in_order, items_of
 from .features.vectors import EmbedOptions, EmbedReport, Kind, OutDtype
 from .hub.locate import HubOptions, locate
-from .hub.publish import push
 from .images.decode import ImageLike
 from .images.opening import each_image
 from .images.preprocess import Fit, PixelBatch
@@ -44,6 +42,9 @@ from .model.vit import VisionTransformer, ViTConfig
 from .zoo import ModelInfo, Style, find
 
 __all__ = ["Backbone", "ViTBackbone"]
+
+if TYPE_CHECKING:
+    from .checkpoints.export_graph import Dynamic
 
 log = logging.getLogger("dinov3_infer")
 
@@ -350,7 +351,7 @@ class Backbone(Network):
         path: str | os.PathLike[str],
         *,
         size: int | tuple[int, int] | None = None,
-        dynamic: Dynamic = "batch",
+        dynamic: "Dynamic" = "batch",
         opset: int = 18,
     ) -> Path:
         """Writes a file for other engines: .onnx, or .pt2, which torch runs without this package.
@@ -370,6 +371,8 @@ class Backbone(Network):
         Raises: InputError for a wrong size or suffix, UnsupportedError for an opset, a dtype or a package that is not
         there, PrecisionError for a file that gives other tokens.
         """
+        from .checkpoints.export import export_model  # not above: few processes export or publish
+
         return export_model(self, path, self.preprocess, self.info, size=size, dynamic=dynamic, opset=opset)
 
     def push_to_hub(
@@ -391,6 +394,8 @@ class Backbone(Network):
 
         Raises: InputError for a wrong id or no token, GatedModelError without the right to write, OfflineError.
         """
+        from .hub.publish import push
+
         return push(
             self, repo_id, self.info, self.preprocess,
             private=private, revision=revision, token=token, commit_message=commit_message, card=card,

@@ -12,6 +12,7 @@ error, and a shard has one name.
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .backbone import Backbone
 from .errors import Dinov3Error, InputError, UnsupportedError
 from .features.disk.target import Target
 from .features.disk.write import Writer
-from .features.result import Pooling
+from .features.result import Pooling, pooled_width
 from .features.vectors import EmbedOptions
 from .images.containers import pyarrow
 from .images.opening import open_images
@@ -57,7 +58,7 @@ class Embedder:
         self._bb = Backbone.from_pretrained(model, device=device, dtype=dtype)
         self._options: dict[str, Any] = dict(size=size, fit=fit, pooling=pooling, batch_size=batch_size)
         self._normalize = normalize
-        self._width = self._bb.embed_dim * (2 if pooling == "cls_mean" else 1)
+        self._width = pooled_width(self._bb.embed_dim, pooling)
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
         """A pyarrow table."""
@@ -144,7 +145,7 @@ def embed_dataset(
         return 0
     given = dict(
         model=str(model), pictures=source, target=target, device=device, dtype=dtype,
-        options=EmbedOptions(shard_size=shard_size, on_error="skip", progress=False, **options),
+        options=EmbedOptions(shard_size=shard_size, **options),
     )  # fmt: skip
     tasks = ray.data.from_items([{"shard": k} for k in todo], override_num_blocks=len(todo))
     resources = dict(num_cpus=num_cpus) | (dict(num_gpus=num_gpus) if num_gpus else {})
@@ -163,7 +164,7 @@ class _Shards:
         self, model: str, pictures: Source, target: Target, options: EmbedOptions, device: str, dtype: str
     ) -> None:
         bb = Backbone.from_pretrained(model, device=device, dtype=dtype)
-        self._writer = Writer(target, pictures, bb.extractor, options)
+        self._writer = Writer(target, pictures, bb.extractor, replace(options, on_error="skip", progress=False))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         rows = [self._writer.run(only=[int(shard)]).shape[0] for shard in batch["shard"]]

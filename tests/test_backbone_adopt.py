@@ -9,8 +9,6 @@ from layouts import (
     SAME,
     pixels_for,
     same_features,
-)
-from layouts import (
     small_models_are_known as small_models_are_known,
 )
 from oracles import SMALL, hf_model, tokens, worst_token

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..model.layers import PositionResize
+from ..model.layers import PositionResize, cubic_kernel
 from ..model.network import BackboneOutput, Network
 from ..model.vit import VisionTransformer
 
@@ -113,23 +113,15 @@ def bicubic(side: int, grid: tuple[int, int], rule: PositionResize) -> tuple[Ten
         centres = scale * (torch.arange(n, dtype=torch.float32) + 0.5)[:, None]  # in the table, [n, 1]
         cells = torch.arange(side, dtype=torch.float32)
         if rule == "antialias":
-            weights = _cubic((cells + 0.5 - centres) / scale.clamp(min=1.0), -0.5)
+            weights = cubic_kernel((cells + 0.5 - centres) / scale.clamp(min=1.0), -0.5)
             found.append(weights / weights.sum(dim=1, keepdim=True))
             continue
         first = (centres - 0.5).floor()
         taps = first + torch.arange(-1.0, 3.0)  # [n, 4]
-        weights = _cubic(centres - 0.5 - taps, -0.75)
+        weights = cubic_kernel(centres - 0.5 - taps, -0.75)
         hit = taps.clamp(0.0, side - 1.0)[:, :, None] == cells  # [n, 4, G]: those beyond the edge count for the edge
         found.append((weights[:, :, None] * hit).sum(dim=1))
     return found[0], found[1]
-
-
-def _cubic(x: Tensor, a: float) -> Tensor:
-    """Keys' cubic convolution kernel; torch takes a = -0.75, and -0.5 where it filters."""
-    x = x.abs()
-    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
-    far = ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a
-    return torch.where(x <= 1.0, near, torch.where(x < 2.0, far, 0.0))
 
 
 def program(graph: Graph, grid: tuple[int, int], dynamic: Dynamic) -> Any:

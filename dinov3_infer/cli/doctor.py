@@ -15,7 +15,6 @@ from .. import __file__ as package_file
 from ..checkpoints.reading import CONFIG
 from ..errors import Dinov3Error
 from ..hub.answers import HubOptions, explain
-from ..hub.locate import locate
 from ..model.attention import why_not_triton
 from ..model.cpu.compiled import why_not_compiled
 from ..model.cpu.linear import why_not_int8, why_not_packed
@@ -24,8 +23,9 @@ from ..web import client_error, queries_cut, reach, reason, without_query
 from ..zoo import MODELS
 from .golden import FORMULA, by_formula, compute, difference, known
 from .main import FAILED, OK, say
+from .models import cached
 
-__all__ = ["cpu_name", "run"]
+__all__ = ["cpu_name", "run", "version_of"]
 
 _REQUIRED = ("torch", "numpy", "pillow", "safetensors", "huggingface-hub", "tqdm")
 _OPTIONAL = (
@@ -55,11 +55,11 @@ def run(_: argparse.Namespace) -> int:
 def _versions() -> Iterator[str]:
     yield f"dinov3_infer {__version__} in {Path(package_file).parent}"
     yield f"python {platform.python_version()} on {platform.platform()}"
-    found = {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)}
+    found = {name: version_of(name) for name in (*_REQUIRED, *_OPTIONAL)}
     yield ", ".join(f"{name} {number or 'MISSING'}" for name, number in found.items() if number or name in _REQUIRED)
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
@@ -106,15 +106,7 @@ def _cache() -> Iterator[str]:
         there = there.parent
     writable = "" if os.access(there, os.W_OK) else ", NOT writable"
     yield f"{folder}, {shutil.disk_usage(there).free / 2**30:.1f} GiB free{writable}"
-    yield f"weights in it: {', '.join(name for name in MODELS if _is_cached(name)) or 'none of a known model'}"
-
-
-def _is_cached(name: str) -> bool:
-    try:
-        locate(name, HubOptions(local_files_only=True))
-    except Dinov3Error:
-        return False
-    return True
+    yield f"weights in it: {', '.join(name for name in MODELS if cached(name)) or 'none of a known model'}"
 
 
 def _hub() -> Iterator[str]:

@@ -3,9 +3,12 @@
 import argparse
 import math
 import os
+from dataclasses import fields
 
 from ..features.disk.target import Target
-from .inputs import find_images, geometry, load_backbone, status
+from ..features.vectors import EmbedOptions
+from ..images.opening import find_images
+from .inputs import geometry, load_backbone, status
 from .main import OK, tell
 
 __all__ = ["run"]
@@ -13,12 +16,9 @@ __all__ = ["run"]
 
 def run(args: argparse.Namespace) -> int:
     target = Target.find(args.out, args.overwrite)  # before a model is loaded
-    images = find_images(args.sources)
-    report = load_backbone(args).embed(
-        images, args.out, **geometry(args), kind=args.kind, pooling=args.pooling, normalize=args.normalize,
-        out_dtype=args.out_dtype, decode=args.decode, batch_size=args.batch_size, shard_size=args.shard_size,
-        num_workers=args.workers, on_error=args.on_error, overwrite=args.overwrite,
-    )  # fmt: skip
+    images, given = find_images(args.sources), vars(args) | geometry(args)
+    options = {field.name: given[field.name] for field in fields(EmbedOptions) if field.name in given}
+    report = load_backbone(args).embed(images, args.out, **options)
     count, skipped = report.shape[0], len(report.failures)
     numbers = f" of {math.prod(report.shape[1:])} numbers" if len(report.shape) > 1 else ""
     resumed = f", of which {report.resumed} were there" if report.resumed else ""

@@ -13,10 +13,11 @@ from safetensors.numpy import save
 from ..backbone import Backbone
 from ..errors import Dinov3Error, InputError, PrecisionError
 from ..features.result import Features
+from ..images.opening import find_images
 from ..images.sources import relative_names
 from ..model.network import resolve_layers
 from ..system import whole
-from .inputs import check_folder, find_images, load_backbone, results, status
+from .inputs import check_folder, load_backbone, results, status
 from .main import tell
 
 __all__ = ["run"]

@@ -1,4 +1,4 @@
-"""What commands share: which images are meant, the model, its options, and where results may go."""
+"""What commands share: the model, its options, and where results may go."""
 
 import argparse
 import os
@@ -7,27 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from ..errors import Dinov3Error, InputError, MissingFileError, ModelNotFoundError
-from ..images.opening import open_all
-from ..images.paths import read_list
 from ..images.preprocess import Fit
-from ..images.sources import Files, Source
+from ..images.sources import Source
 from .main import FAILED, OK, SKIPPED
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
     from ..features.result import Features
 
-__all__ = ["Geometry", "check_file", "check_folder", "find_images", "geometry", "load_backbone", "results", "status"]
+__all__ = ["Geometry", "check_file", "check_folder", "geometry", "load_backbone", "results", "status"]
 
 DEFAULT_MODEL = "nano"
-
-
-def find_images(given: list[str]) -> Source:
-    """All images that are meant, in the order given: as `as_source`, and "@LIST" for the paths that a file lists.
-
-    Raises: as `as_source`; MissingFileError, InputError for a list.
-    """
-    return open_all(Files(read_list(text[1:])) if text.startswith("@") else text for text in given)
 
 
 class Geometry(TypedDict):
@@ -48,11 +38,13 @@ def load_backbone(args: argparse.Namespace) -> "Backbone":
     """The model of the command line."""
     from ..backbone import Backbone  # not above: commands without a model start without it
 
-    if args.model is not None:
-        return Backbone.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     try:
-        return Backbone.from_pretrained(DEFAULT_MODEL, device=args.device, dtype=args.dtype)
+        return Backbone.from_pretrained(
+            DEFAULT_MODEL if args.model is None else args.model, device=args.device, dtype=args.dtype
+        )
     except ModelNotFoundError:
+        if args.model is not None:
+            raise
         raise InputError(
             "no model was named, and this release holds no weights of its own; give -m with a name (dinov3-infer "
             "models lists them), a folder or a weights file"
@@ -66,7 +58,12 @@ def results(
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     found = bb.iter_features(
-        images, **geometry(args), layers=layers, batch_size=args.batch_size, num_workers=args.workers, on_error="return"
+        images,
+        **geometry(args),
+        layers=layers,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        on_error="return",
     )
     return tqdm(found, total=len(images), unit="img", disable=None)  # type: ignore[no-any-return]
 

@@ -11,41 +11,38 @@ from importlib import import_module
 from typing import TextIO
 
 from ..errors import Dinov3Error
-from .parser import make_parser
+from .parser import parse
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "SKIPPED", "main", "printable", "say", "tell"]
 
 OK, FAILED, SKIPPED, INTERRUPTED = 0, 1, 3, 130  # argparse ends with 2
-_AS_OPTIONS = tuple(  # what an error of the package says for Python, as one types it here
-    (re.compile(python), typed)
-    for python, typed in (
-        (r"\blist_models\(\)", "'dinov3-infer models'"),
-        (r"\bweights=PATH\b", "the path of a file"),
-        (r"\bor overwrite it\b", "or --overwrite"),
-        (r", and extract_features\(fit='native'\) goes there by itself", ""),
-        (r"\bfit='(\w+)'", r"--fit \1"),
-        (r"\bsize=(?=[\s,]|$)", "--size"),
-        (r"\bdtype=torch\.(\w+)", r"--dtype \1"),
-    )
-)
+_TYPED = {  # what an error of the package says for Python, as one types it here
+    "list_models()": "'dinov3-infer models'",
+    "weights=PATH": "the path of a file",
+    "or overwrite it": "or --overwrite",
+    ", and extract_features(fit='native') goes there by itself": "",
+}
+_OPTION = re.compile(
+    r"\b(size|fit|dtype)=(?:'(\w+)'|torch\.(\w+)|(?=[\s,]|$))"
+)  # size=, fit='crop', dtype=torch.float16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status; nothing is raised."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    try:
-        arguments = make_parser().parse_args(_joined(given if given[:1] != ["train"] else given[:1]))
-    except SystemExit as ended:  # help, version, wrong usage
-        return int(ended.code or 0)
-    handler = _Lines()
+    handler, debug = _Lines(), False
     log = logging.getLogger("dinov3_infer")
-    debug = getattr(arguments, "debug", False)
     level = log.level
     log.addHandler(handler)
-    log.setLevel(logging.DEBUG if debug else logging.WARNING)
+    log.setLevel(logging.WARNING)
     try:
-        return _run(arguments.command, arguments, given[1:])
-    except SystemExit as ended:  # of the trainer's own options
+        args = parse(sys.argv[1:] if argv is None else argv)
+        if debug := args.debug:
+            log.setLevel(logging.DEBUG)
+        module = args.command.split()[-1]  # of "embed search" search
+        status = import_module(f".{module}", __package__).run(args)
+        sys.stdout.flush()  # a closed pipe shows here, not when Python ends
+        return int(status)
+    except SystemExit as ended:  # help, version, wrong usage
         return int(ended.code or 0)
     except KeyboardInterrupt:
         tell("interrupted")
@@ -64,33 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.setLevel(level)
 
 
-def _run(command: str, arguments: object, rest: list[str]) -> int:
-    if command == "train":
-        status = import_module("..train.command", __package__).main(rest)
-    else:
-        module = command.split()[-1]  # of "embed search" search
-        status = import_module(f".{module}", __package__).run(arguments)
-    sys.stdout.flush()  # a closed pipe shows here, not when Python ends
-    return int(status)
-
-
-def _joined(argv: list[str]) -> list[str]:
-    """`--layers -1,-4` as `--layers=-1,-4`: argparse takes a value that begins with a minus for an option."""
-    found: list[str] = []
-    for text in argv:
-        if found and found[-1] in ("--layer", "--layers", "--point") and re.match(r"-[\d.]", text):
-            found[-1] += f"={text}"
-        else:
-            found.append(text)
-    return found
-
-
 def _sentence(error: Exception) -> str:
     if isinstance(error, Dinov3Error):
         text = str(error)
-        for python, typed in _AS_OPTIONS:
-            text = python.sub(typed, text)
-        return text
+        for python, typed in _TYPED.items():
+            text = text.replace(python, typed)
+        return _OPTION.sub(lambda found: " ".join(filter(None, (f"--{found[1]}", found[2], found[3]))), text)
     if isinstance(error, OSError) and error.strerror:
         at = f" '{os.fsdecode(error.filename)}'" if isinstance(error.filename, (str, bytes)) else ""
         return f"{error.strerror[0].lower()}{error.strerror[1:]}{at}"

@@ -13,7 +13,7 @@ from ..model.vit import VisionTransformer
 from ..zoo import MODELS, ModelInfo
 from .main import OK, say
 
-__all__ = ["run"]
+__all__ = ["cached", "run"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,14 +46,14 @@ def _row(info: ModelInfo) -> dict[str, Any]:
     return {
         "name": info.name, "family": info.family, "width": info.config.embed_dim, "blocks": info.config.depth,
         "heads": info.config.num_heads, "patch_size": info.config.patch_size, "registers": info.config.num_registers,
-        "parameters": parameters, "licence": info.licence, "gated": info.gated, "cached": _cached(info),
+        "parameters": parameters, "licence": info.licence, "gated": info.gated, "cached": cached(info.name),
         "weights": info.hub_id or info.timm_id, "copy": info.timm_id if info.hub_id else None,
     }  # fmt: skip
 
 
-def _cached(info: ModelInfo) -> str | None:
+def cached(name: str) -> str | None:
     """Where the weights are that `from_pretrained` would take without asking the hub."""
     try:
-        return str(locate(info.name, HubOptions(local_files_only=True))[0])
+        return str(locate(name, HubOptions(local_files_only=True))[0])
     except Dinov3Error:
         return None

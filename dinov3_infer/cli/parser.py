@@ -2,11 +2,12 @@
 
 import argparse
 import re
-import sys
+from collections.abc import Sequence
+from typing import Any
 
 from ..version import __version__
 
-__all__ = ["make_parser"]
+__all__ = ["parse"]
 
 _EPILOG = """\
 exit status: 0 done; 1 failed; 2 wrong usage; 3 done, but something was left out; 130 interrupted
@@ -19,9 +20,27 @@ _MODEL = "name, hub id, folder, weights file or link (nano)"
 _FORMATS = ("hf", "meta", "timm")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    found = _Commands(
+class _Parser(argparse.ArgumentParser):
+    """Takes `--layers -1,-4`, as argparse does by itself from Python 3.14 on."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """A command line.  "embed search" is one command; a folder of that name is ./search.
+
+    Raises: SystemExit for help, the version and wrong usage.
+    """
+    given = list(argv)
+    if (both := " ".join(given[:2])) in ("embed search", "embed dedup", "embed curate"):
+        given[:2] = [both]
+    return _make_parser().parse_args(given)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    found = _Parser(
         prog="dinov3-infer",
         description="Features from images with the DINO family of vision backbones.",
         epilog=_EPILOG,
@@ -29,11 +48,10 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     found.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = found.add_subparsers(
-        dest="command", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser
-    )
+    found.set_defaults(debug=False)
+    commands = found.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, text: str, parents: tuple[argparse.ArgumentParser, ...] = ()) -> argparse.ArgumentParser:
+    def command(name: str, text: str, parents: tuple[_Parser, ...] = ()) -> argparse.ArgumentParser:
         description = text[0].upper() + text[1:] + "."
         return commands.add_parser(
             name, help=text, description=description, parents=[*parents, _debug()], allow_abbrev=False
@@ -51,40 +69,33 @@ def make_parser() -> argparse.ArgumentParser:
     _bench(command("bench", "how fast this is here, beside everything else that is installed"))
     command("doctor", "what this installation is and whether it works: for bug reports")
     _verify(command("verify", "whether weights are what they claim to be"))
-    commands.add_parser("train", help="train a backbone on pictures without labels", add_help=False)
+    train = commands.add_parser(
+        "train", help="train a backbone on pictures without labels", add_help=False, prefix_chars="\0"
+    )
+    train.add_argument("rest", nargs="*")  # as they are, since no word begins with that prefix
     return found
-
-
-class _Commands(argparse.ArgumentParser):
-    """Takes "embed search" for one command; a folder of that name is ./search."""
-
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        given = list(sys.argv[1:] if args is None else args)
-        if " ".join(given[:2]) in ("embed search", "embed dedup", "embed curate"):
-            given[:2] = [" ".join(given[:2])]
-        return super().parse_known_args(given, namespace)
 
 
 # --- what commands share -------------------------------------------------------------------------------------------
 
 
-def _group() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(add_help=False)
+def _group() -> _Parser:
+    return _Parser(add_help=False)
 
 
-def _debug() -> argparse.ArgumentParser:
+def _debug() -> _Parser:
     found = _group()
     found.add_argument("--debug", action="store_true", help="log more, and show the traceback of an error")
     return found
 
 
-def _sources() -> argparse.ArgumentParser:
+def _sources() -> _Parser:
     found = _group()
     found.add_argument("sources", nargs="+", metavar="SRC", help="picture, folder, pattern, address or @LIST")
     return found
 
 
-def _model() -> argparse.ArgumentParser:
+def _model() -> _Parser:
     found = _group()
     found.add_argument("-m", "--model", help=_MODEL)
     found.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (auto: cuda if there is one)")
@@ -92,14 +103,19 @@ def _model() -> argparse.ArgumentParser:
     return found
 
 
-def _batches(default: int | None) -> argparse.ArgumentParser:
+def _batches(default: int | None) -> _Parser:
     found = _group()
     shown = default or "what is found to be fastest"
     found.add_argument(
         "-b", "--batch-size", type=_count, default=default, metavar="N", help=f"pictures per pass ({shown})"
     )
     found.add_argument(
-        "-j", "--workers", type=_whole, metavar="N", help="threads that read pictures (those of torch; CUDA: up to 8)"
+        "-j",
+        "--workers",
+        dest="num_workers",
+        type=_whole,
+        metavar="N",
+        help="threads that read pictures (those of torch; CUDA: up to 8)",
     )
     return found
 

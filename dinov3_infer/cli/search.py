@@ -15,7 +15,7 @@ from ..images.opening import open_names
 from ..images.paths import is_collection, list_images
 from ..images.preprocess import Preprocess
 from ..system import whole
-from ..tasks.neighbours import nearest
+from ..tasks.neighbours import search
 from ..tasks.overlay import panel, sheet
 from .inputs import check_file, load_backbone
 from .main import OK, say, tell
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     store = Store(args.vectors)
     queries = list_images(args.query) if is_collection(args.query) else [args.query]
     vectors = _embedded(store, queries, args)
-    scores, numbers = nearest(store, vectors, args.count, _device())
+    scores, numbers = search(store, vectors, args.count, _device())
     best = torch.full((len(store),), -torch.inf).scatter_reduce(0, numbers.flatten(), scores.flatten(), "amax")
     top = best.topk(min(args.count, int(best.isfinite().sum())))
     names = [store.paths[int(number)] for number in top.indices]

@@ -10,11 +10,12 @@ from ..backbone import Backbone
 from ..errors import InputError
 from ..features.result import Features
 from ..images.decode import ImageLike, load_image
+from ..images.opening import find_images
 from ..system import whole
 from ..tasks.overlay import attention_picture, overlay, panel, sheet
 from ..tasks.pca import foreground, pca_picture, pca_rgb
 from ..tasks.similarity import region_vector, similarity_map
-from .inputs import check_file, find_images, geometry, load_backbone
+from .inputs import check_file, geometry, load_backbone
 from .main import OK, tell
 
 __all__ = ["run"]

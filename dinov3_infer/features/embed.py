@@ -9,9 +9,8 @@ import numpy as np
 from ..images.decode import ImageLike
 from ..images.opening import open_images
 from ..images.sources import Numbered, Source
-from .disk.target import Target
-from .disk.write import Writer
 from .extractor import Extractor
+from .result import pooled_width
 from .stream import items_of
 from .vectors import EmbedOptions, EmbedReport, collect, vectors_of
 
@@ -25,10 +24,13 @@ def embed(
     options: EmbedOptions,
 ) -> np.ndarray[Any, Any] | EmbedReport:
     """What `Backbone.embed` describes."""
-    target = None if out is None else Target.find(out, options.overwrite)
+    if out is not None:
+        from .disk.target import Target  # not above: few processes write vectors
+        from .disk.write import Writer
+
+        target = Target.find(out, options.overwrite)
+        return Writer(target, open_images(images), extractor, options).run()
     opened = open_images(images)
-    if target is not None:
-        return Writer(target, opened, extractor, options).run()
     batcher = extractor.batcher(
         extractor.preprocess.with_options(options.size, options.fit),
         lambda batches: vectors_of(extractor, batches, options),
@@ -36,6 +38,6 @@ def embed(
         num_workers=options.num_workers,
         decode=options.decode,
     )
-    width = extractor.network.embed_dim * (2 if options.pooling == "cls_mean" else 1)
+    width = pooled_width(extractor.network.embed_dim, options.pooling)
     total = len(opened) if isinstance(opened, Sized) else None
     return collect(batcher(items_of(opened)), options, width, total)

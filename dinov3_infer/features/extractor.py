@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError, PrecisionError, UnsupportedError, check_choice
 from ..images.preprocess import PixelBatch, Preprocess
+from ..model.chips import lacks_bfloat16
 from ..model.dispatch import Mode, Precision, compare, plan_of
 from ..model.introspection import Facet, attention_rows, with_facet
 from ..model.network import BackboneOutput, Network, resolve_layers
@@ -152,7 +153,7 @@ class Extractor:
     def _autocasts(self) -> bool:
         weight = self.network.main_weight
         mixed = self.mixed_precision and weight.is_cuda and weight.dtype == torch.float32
-        return mixed and torch.cuda.is_bf16_supported()
+        return mixed and not lacks_bfloat16(weight.device)
 
     def _check_finite(self, *tensors: Tensor) -> None:
         if all(bool(t.isfinite().all()) for t in tensors):

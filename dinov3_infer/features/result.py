@@ -12,7 +12,7 @@ from ..errors import InputError, InputTypeError, check_choice
 from ..images.preprocess import PixelBatch, Placement
 from ..model.network import BackboneOutput, as_map
 
-__all__ = ["Features", "LayerFeatures", "Pooling", "features_of", "pool"]
+__all__ = ["Features", "LayerFeatures", "Pooling", "features_of", "pool", "pooled_width"]
 
 Pooling = Literal["cls", "mean", "cls_mean"]
 
@@ -28,6 +28,11 @@ def pool(cls_token: Tensor, patch_tokens: Tensor, pooling: Pooling, valid: Tenso
         weights = valid.flatten(1).to(patch_tokens)[..., None]
         mean = (patch_tokens * weights).sum(dim=1) / weights.sum(dim=1)
     return mean if pooling == "mean" else torch.cat((cls_token, mean), dim=-1)
+
+
+def pooled_width(width: int, pooling: Pooling) -> int:
+    """Numbers of what `pool` makes of tokens with `width` numbers."""
+    return width * (2 if pooling == "cls_mean" else 1)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch.nn.functional as F
@@ -15,10 +15,11 @@ from .extractor import Extractor
 from .result import Features, Pooling
 from .stream import Decode, Result, count_of
 
-__all__ = ["EmbedOptions", "EmbedReport", "Failure", "Kind", "OutDtype", "Vector", "collect", "vectors_of"]
+__all__ = ["Array", "EmbedOptions", "EmbedReport", "Failure", "Kind", "OutDtype", "Vector", "collect", "vectors_of"]
 
 log = logging.getLogger("dinov3_infer")
 
+Array: TypeAlias = np.ndarray[Any, Any]
 Kind = Literal["embedding", "patches", "map"]
 OutDtype = Literal["float32", "float16"]
 
@@ -78,7 +79,7 @@ class EmbedReport:
 class Vector(NamedTuple):
     """What is kept of one picture."""
 
-    array: np.ndarray[Any, Any]  # float32 [C], [P, C] or [C, h, w]
+    array: Array  # float32 [C], [P, C] or [C, h, w]
     grid: tuple[int, int]  # (h, w) in patches
 
 
@@ -100,14 +101,14 @@ def collect(
     options: EmbedOptions,
     width: int,  # numbers of an embedding
     total: int | None = None,  # images, where that is known
-) -> np.ndarray[Any, Any]:
+) -> Array:
     """Rows in the order of the input: [N, C], or [N, P, C] of patches, or [N, C, h, w] of maps; NaN for failures.
 
     Raises: with on_error="raise" the error of the first image that cannot be read.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    array: np.ndarray[Any, Any] | None = None
+    array: Array | None = None
     count = 0
     failures: list[Failure] = []
     for row, result in enumerate(
@@ -149,5 +150,5 @@ def say_failures(failures: list[Failure], count: int) -> None:
         )  # fmt: skip
 
 
-def _rows(count: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
+def _rows(count: int, shape: tuple[int, ...], dtype: str) -> Array:
     return np.full((count, *shape), np.nan, dtype)

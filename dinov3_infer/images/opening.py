@@ -14,10 +14,10 @@ from torch import Tensor
 from ..errors import InputError, InputTypeError, MissingFileError
 from .containers import Dataset, Table, Tar, streamed
 from .decode import ImageLike
-from .paths import address_scheme, fixed_part, is_collection, list_images, read_labelled_list
+from .paths import address_scheme, fixed_part, is_collection, list_images, read_labelled_list, read_list
 from .sources import Files, Items, Numbered, Picked, Source, chained
 
-__all__ = ["ARCHIVES", "LISTS", "as_source", "each_image", "open_all", "open_images", "open_names"]
+__all__ = ["ARCHIVES", "LISTS", "as_source", "each_image", "find_images", "open_all", "open_images", "open_names"]
 
 LISTS, ARCHIVES = (".txt", ".lst", ".tsv"), (".tar", ".parquet")
 
@@ -54,6 +54,14 @@ def open_all(given: Iterable[str | Source], base: str | None = None) -> Source:
         else:
             sources += (one if isinstance(one, Source) else as_source(one) for one in group)
     return chained(sources)
+
+
+def find_images(given: list[str]) -> Source:
+    """All images that are meant, in the order given: as `as_source`, and "@LIST" for the paths that a file lists.
+
+    Raises: as `as_source`; MissingFileError, InputError for a list.
+    """
+    return open_all(Files(read_list(text[1:])) if text.startswith("@") else text for text in given)
 
 
 def _is_file(given: str | Source) -> bool:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import groupby
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import UnsupportedError, check_choice
+from .chips import constant_for_compilers, lacks_bfloat16
 from .rope import apply_rope
 
 __all__ = [
@@ -27,8 +28,6 @@ __all__ = [
     "triton_attention",
     "why_not_triton",
 ]
-
-C = TypeVar("C", bound=Callable[..., Any])
 
 
 # --- the definition ------------------------------------------------------------------------------------------------
@@ -244,12 +243,6 @@ def count_flops() -> None:
 # --- the dispatch --------------------------------------------------------------------------------------------------
 
 
-def _constant_for_compilers(function: C) -> C:
-    """`torch.compiler.assume_constant_result`, which imports the whole compiler to set this mark."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 @cache
 def _import_error() -> str | None:
     try:
@@ -259,7 +252,7 @@ def _import_error() -> str | None:
     return None
 
 
-@_constant_for_compilers
+@constant_for_compilers
 def _not_installed() -> str | None:
     return _import_error()
 
@@ -274,6 +267,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return f"it is made for heads of 64 and 128 channels, and these have {head_dim}"
     if dtype == torch.float32 and head_dim == 128:
         return "float32 tiles of 128 channels do not fit the registers of a GPU"
+    if lacks_bfloat16(device):
+        return "it is made for NVIDIA GPUs of compute capability 8.0 and above, and this one is older"
     return _not_installed()
 
 
@@ -327,7 +322,7 @@ def triton_attention(
     return torch.ops.dinov3_infer.rope_attention(qkv, cos, sin, cu_seqlens, max_seqlen, scale)[0]  # type: ignore[no-any-return]
 
 
-@_constant_for_compilers
+@constant_for_compilers
 def _crossover(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
     return int(_kernels().crossover(device, dtype, head_dim))
 

@@ -1,6 +1,6 @@
 """The fast inference path on a CPU: a plan beside the module tree, made when a model first runs without gradients.
 
-A plan (see `frozen`) holds a second copy of the weights and is no part of the model: parameters stay what they are,
+A plan (see `cpu.plan`) holds a second copy of the weights and is no part of the model: parameters stay what they are,
 and whatever changes or replaces one ends the plan.
 """
 
@@ -75,9 +75,7 @@ def plan_of(model: Network, mode: Mode, pictures: Callable[[], Tensor]) -> CpuPl
 
     `pictures`: normalised pixels [B, 3, H_px, W_px] to find the ranges of int8 with.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    if mode == "plain":
+    if mode == "plain" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     state = _state(model) if isinstance(model, VisionTransformer) else None
     if state is None or not isinstance(model, VisionTransformer):

@@ -76,6 +76,14 @@ class ViTConfig:
         return 1 + self.num_registers
 
 
+def cubic_kernel(x: Tensor, a: float) -> Tensor:
+    """Keys' cubic convolution kernel; torch takes a = -0.75, and -0.5 where it filters."""
+    x = x.abs()
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    far = ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a
+    return torch.where(x <= 1.0, near, torch.where(x < 2.0, far, 0.0))
+
+
 def resize_positions(
     positions: Tensor,  # [1, G*G, C] learned for a square grid of G patches a side
     grid: tuple[int, int],  # h, w in patches
@@ -100,13 +108,19 @@ def resize_positions(
     return table.flatten(2).transpose(1, 2).to(positions.dtype)
 
 
+def _autocast_narrows(x: Tensor, linear: nn.Module) -> bool:
+    """Whether to widen x would cost two passes over memory and change no bit: autocast narrows it again."""
+    widens = x.itemsize == 2 and linear.weight.dtype == torch.float32
+    return widens and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def _project(linear: nn.Module, x: Tensor) -> Tensor:
     """Calls a linear in the dtype of its weights; always as a module, so that adapters and quantisers take part.
 
     On a CPU fewer than 12 rows go to another kernel, which rounds differently, and a picture of a few patches would get
     another vector alone than in a batch: they are filled up.
     """
-    x = x.to(linear.weight.dtype)  # type: ignore[arg-type]
+    x = x if _autocast_narrows(x, linear) else x.to(linear.weight.dtype)  # type: ignore[arg-type]
     if x.device.type != "cpu" or torch.compiler.is_compiling() or (rows := x.shape[:-1].numel()) >= _FEW_ROWS:
         return linear(x)  # type: ignore[no-any-return]
     filled = F.pad(x.flatten(0, -2), (0, 0, 0, _FEW_ROWS - rows))

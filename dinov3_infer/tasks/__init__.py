@@ -5,7 +5,9 @@ Labels are whole numbers from 0; in masks 0 is the background and 255 is left ou
 """
 
 from .attentive import AttentiveProbe
+from .clusters import Hierarchy, hierarchy, retrieve
 from .dense import dense_features
+from .neighbours import Duplicates, duplicates, search
 from .overlay import at_pixels, attention_picture, overlay, panel, sheet
 from .pca import foreground, pca_picture, pca_rgb
 from .probes import KNN, LinearProbe, LogisticProbe, Probe, nearest
@@ -16,6 +18,8 @@ from .similarity import patch_weights, region_vector, similarity_map
 __all__ = [
     "KNN",
     "AttentiveProbe",
+    "Duplicates",
+    "Hierarchy",
     "LinearProbe",
     "LogisticProbe",
     "OneShotSegmenter",
@@ -25,7 +29,9 @@ __all__ = [
     "at_pixels",
     "attention_picture",
     "dense_features",
+    "duplicates",
     "foreground",
+    "hierarchy",
     "nearest",
     "overlay",
     "panel",
@@ -33,6 +39,8 @@ __all__ = [
     "pca_picture",
     "pca_rgb",
     "region_vector",
+    "retrieve",
+    "search",
     "sheet",
     "similarity_map",
 ]

@@ -5,7 +5,7 @@ Source: Vo et al. (arXiv 2405.15613), algorithm 1 and section 3; DINOv2 paper (a
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..features.disk.store import BLOCK, Store
-from .neighbours import nearest
+from ..features.vectors import Array
+from .neighbours import search
 
 __all__ = ["Hierarchy", "allocate", "default_clusters", "hierarchy", "kmeans", "retrieve"]
 
-Array = np.ndarray[Any, Any]
 Points: TypeAlias = Callable[[], Iterator[Tensor]]  # blocks [n, C], the same at every call
 
 SAMPLE = 1 << 16  # rows among which the first centres are drawn
@@ -220,7 +220,7 @@ def retrieve(
     if by_cluster is None:
         by_cluster = len(asked) < 10_000
     if not by_cluster:
-        numbers = [nearest(store, part, k, device)[1] for part in np.array_split(asked, -(-len(asked) // BLOCK))]
+        numbers = [search(store, part, k, device)[1] for part in np.array_split(asked, -(-len(asked) // BLOCK))]
         return np.unique(torch.cat(numbers).numpy())
     rng = np.random.default_rng(seed)
     count = min(int(store.good.sum()), clusters or max(10, len(store) // 1000))

@@ -7,7 +7,6 @@ each kept; components that touch an evaluation set dropped whole.  Whitening, as
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +14,14 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..features.disk.store import BLOCK, Store
+from ..features.vectors import Array
 
-__all__ = ["Duplicates", "duplicates", "nearest"]
+__all__ = ["Duplicates", "duplicates", "search"]
 
-Array = np.ndarray[Any, Any]
 TILE = 4096  # rows that are compared with a block at a time
 
 
-def nearest(
+def search(
     store: Store,
     queries: Array,  # [Q, C]
     k: int,

@@ -12,38 +12,25 @@ from torch import Tensor
 from ..errors import InputError
 from ..images.decode import ImageLike, load_image
 from ..images.preprocess import Placement
+from ..model.layers import cubic_kernel
 
 __all__ = ["at_pixels", "attention_picture", "heat_colours", "overlay", "panel", "sheet"]
 
 SIDES = 512, 1024  # pixels: the long side of a shown picture lies between
 GAP = 8  # pixels between pictures of a sheet
 WIDEST = 4096  # pixels of a sheet
-# Dark violet over magenta and orange to pale yellow, as OKLCh: lightness, chroma, hue in degrees.
-_ANCHORS = ((0.18, 0.09, 275), (0.45, 0.19, 330), (0.68, 0.19, 405), (0.95, 0.11, 467))
-# OKLab to the cube roots of cone responses, and cone responses to linear sRGB (Ottosson, "A perceptual color space for
-# image processing", 2020).
-_CONES = ((1.0, 0.3963377774, 0.2158037573), (1.0, -0.1055613458, -0.0638541728), (1.0, -0.0894841775, -1.2914855480))
-_LINEAR = (
-    (4.0767416621, -3.3077115913, 0.2309699292),
-    (-1.2684380046, 2.6097574011, -0.3413193965),
-    (-0.0041960863, -0.7034186147, 1.7076147010),
+# Dark violet over magenta and orange to pale yellow, in steps that look alike and get ever lighter.
+_HEAT = bytes.fromhex(
+    "0a07381f0d4f3712645215747016808e1684a91f79c12b69d63b56e7503df26712f8850cf9a22af9bf4df7da73f7f49c"
 )
 
 
 @cache
 def heat_colours() -> np.ndarray:
-    """256 colours from low to high, [256, 3] uint8: equally far from each other to the eye, and ever lighter."""
-    fine = np.linspace(0, 1, 2001)
-    steps = np.linspace(0, 1, len(_ANCHORS))
-    lightness, chroma, hue = (np.interp(fine, steps, column) for column in np.array(_ANCHORS).T)
-    lab = np.stack((lightness, chroma * np.cos(np.radians(hue)), chroma * np.sin(np.radians(hue))), axis=-1)
-    length = np.concatenate(([0.0], np.linalg.norm(np.diff(lab, axis=0), axis=1).cumsum()))
-    even = np.linspace(0, length[-1], 256)
-    lab = np.stack([np.interp(even, length, lab[:, i]) for i in range(3)], axis=-1)
-    linear = ((lab @ np.array(_CONES).T) ** 3 @ np.array(_LINEAR).T).clip(0, 1)
-    curve = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    colours: np.ndarray = (curve * 255).round().astype(np.uint8)
-    return colours
+    """256 colours from low to high, [256, 3] uint8."""
+    rows = np.frombuffer(_HEAT, np.uint8).reshape(-1, 3)
+    steps = np.linspace(0, len(rows) - 1, 256)
+    return np.stack([np.interp(steps, range(len(rows)), row) for row in rows.T], axis=-1).round().astype(np.uint8)
 
 
 def at_pixels(
@@ -69,10 +56,8 @@ def _cubic(positions: Tensor, count: int) -> Tensor:
     weights = torch.zeros(len(positions), count, dtype=positions.dtype)
     first = (positions - 0.5).floor().long()
     for tap in range(-1, 3):
-        x = (positions - 0.5 - (first + tap)).abs()
-        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
         index = (first + tap).clamp(0, count - 1)[:, None]
-        weights.scatter_add_(1, index, torch.where(x < 1, near, far)[:, None])  # far is 0 at 2, and no tap is beyond
+        weights.scatter_add_(1, index, cubic_kernel(positions - 0.5 - (first + tap), -0.5)[:, None])
     weights[(positions < 0) | (positions > count)] = torch.nan
     return weights
 

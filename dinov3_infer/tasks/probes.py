@@ -15,13 +15,13 @@ from .fitted import Fitted
 
 __all__ = ["KNN", "LinearProbe", "LogisticProbe", "Probe", "nearest"]
 
-Array: TypeAlias = Tensor | np.ndarray
+Vectors: TypeAlias = Tensor | np.ndarray
 CELLS = 2**26  # numbers of one matrix of cosines
 MOST_CLASSES = 2**16
 HELD_OUT = 0.1  # share of the examples that choose a learning rate or a penalty
 
 
-def nearest(queries: Array, bank: Array, k: int) -> tuple[Tensor, Tensor]:
+def nearest(queries: Vectors, bank: Vectors, k: int) -> tuple[Tensor, Tensor]:
     """The k vectors of a bank [N, C] that are most like each query [M, C]: cosines [M, k], best first, and their rows.
 
     Raises: InputError for widths that differ, values that are not finite, or a bank of fewer than k vectors.
@@ -50,7 +50,7 @@ class Probe(Fitted):
 
     dims: ClassVar[int] = 2  # of the features
 
-    def fit(self, features: Array, targets: Array | Sequence[int]) -> Self:
+    def fit(self, features: Vectors, targets: Vectors | Sequence[int]) -> Self:
         """Learns from features [N, C] (`AttentiveProbe`: [N, P, C]) and their classes [N].
 
         Raises: InputError for other shapes, features that are not finite, classes out of range, or only one class.
@@ -62,11 +62,11 @@ class Probe(Fitted):
         self.tensors = self._fit(known, classes.to(known.device), int(classes.max()) + 1)
         return self
 
-    def predict(self, features: Array) -> Tensor:
+    def predict(self, features: Vectors) -> Tensor:
         """The class of each, [N] int64."""
         return self.predict_proba(features).argmax(dim=-1)
 
-    def predict_proba(self, features: Array) -> Tensor:
+    def predict_proba(self, features: Vectors) -> Tensor:
         """How probable each class is, [N, K] float32."""
         asked = as_features(features, "features", self.dims)
         self._check(asked.shape[-1])
@@ -74,7 +74,7 @@ class Probe(Fitted):
         with torch.no_grad():
             return torch.cat([self._probabilities(part.to(self._device).float()) for part in asked.split(rows)])
 
-    def score(self, features: Array, targets: Array | Sequence[int]) -> float:
+    def score(self, features: Vectors, targets: Vectors | Sequence[int]) -> float:
         """The share of them that is told right, 0 to 1."""
         found = self.predict(features)
         return float((found == as_targets(targets, len(found)).to(found.device)).double().mean())

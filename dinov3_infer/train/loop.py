@@ -16,6 +16,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..backbone import Backbone, ViTBackbone
 from ..errors import InputError, UnsupportedError
+from ..model.chips import lacks_bfloat16
 from ..system import whole
 from ..zoo import OWN
 from . import run_state
@@ -215,7 +216,7 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[None]:
         """bfloat16 arithmetic over float32 weights, where that is wanted or "auto" and a GPU can do it."""
-        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        able = self.device.type == "cuda" and not lacks_bfloat16(self.device)
         wanted = self.config.precision == "bfloat16" or (self.config.precision == "auto" and able)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 

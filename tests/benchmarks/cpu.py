@@ -33,8 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dinov3_infer import Backbone
 from dinov3_infer.cli.bench.contest import Cell, Settings, contest, ratios, reason, spread
-from dinov3_infer.cli.bench.contestants import MODES as OURS
-from dinov3_infer.cli.bench.contestants import cell_of, contestants
+from dinov3_infer.cli.bench.contestants import MODES as OURS, cell_of, contestants
 from dinov3_infer.cli.bench.setup import Contestant, Setup
 from dinov3_infer.cli.doctor import cpu_name
 

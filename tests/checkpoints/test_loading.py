@@ -21,12 +21,10 @@ from layouts import (
     pixels_for,
     put,
     same_features,
+    small_models_are_known as small_models_are_known,
     timm_name,
     timm_named,
     wrapped,
-)
-from layouts import (
-    small_models_are_known as small_models_are_known,
 )
 from oracles import PUBLISHED_PERIODS, SMALL, hf_model, hf_tokens, tokens, worst_token
 from safetensors.torch import load_file

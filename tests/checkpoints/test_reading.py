@@ -11,8 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import SOURCES, State, in_memory, load, meta_named, put, timm_name, timm_named, wrapped
-from layouts import small_models_are_known as small_models_are_known
+from layouts import (
+    SOURCES,
+    State,
+    in_memory,
+    load,
+    meta_named,
+    put,
+    small_models_are_known as small_models_are_known,
+    timm_name,
+    timm_named,
+    wrapped,
+)
 from oracles import hf_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

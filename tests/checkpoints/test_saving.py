@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import SAME, SOURCES, load, meta_named, pixels_for, same_features, timm_name
-from layouts import small_models_are_known as small_models_are_known
+from layouts import (
+    SAME,
+    SOURCES,
+    load,
+    meta_named,
+    pixels_for,
+    same_features,
+    small_models_are_known as small_models_are_known,
+    timm_name,
+)
 from oracles import SMALL, hf_model, hf_tokens, randomise, tokens
 from safetensors.torch import load_file
 

@@ -15,9 +15,7 @@ import torch
 from cli_runs import Ran, refused, run, small_model
 
 from dinov3_infer import Backbone
-from dinov3_infer.cli.bench import contest, repairs
-from dinov3_infer.cli.bench import contestants as module
-from dinov3_infer.cli.bench import report as bench
+from dinov3_infer.cli.bench import contest, contestants as module, repairs, report as bench
 from dinov3_infer.cli.bench.contest import ratios, spread
 
 # Stands for a checkout of the reference: an entry with Meta's names and Meta's outputs.

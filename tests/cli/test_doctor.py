@@ -12,8 +12,7 @@ from hub_server import READER, SECRET, STRANGER, Hub
 from repository import ROOT
 
 from dinov3_infer import Backbone
-from dinov3_infer.cli import doctor as doctor_command
-from dinov3_infer.cli import golden
+from dinov3_infer.cli import doctor as doctor_command, golden
 from dinov3_infer.zoo import MODELS
 
 

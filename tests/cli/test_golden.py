@@ -4,8 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov3_infer.cli import doctor as doctor_command
-from dinov3_infer.cli import verify as verify_command
+from dinov3_infer.cli import doctor as doctor_command, verify as verify_command
 from dinov3_infer.cli.golden import FORMULA, PICTURES, by_formula, compute, difference, known
 
 

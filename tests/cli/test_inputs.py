@@ -12,7 +12,7 @@ from cli_runs import listed, refused, run, small_model, write_pictures
 from safetensors import safe_open
 
 from dinov3_infer import Backbone, Dinov3Error
-from dinov3_infer.cli.inputs import find_images
+from dinov3_infer.images.opening import find_images
 from dinov3_infer.images.sources import relative_names
 
 MODEL = ("-m", small_model(), "--device", "cpu")

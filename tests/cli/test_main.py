@@ -19,7 +19,7 @@ from repository import ROOT
 import dinov3_infer
 from dinov3_infer.cli import models as models_command
 from dinov3_infer.cli.main import printable, say
-from dinov3_infer.cli.parser import make_parser
+from dinov3_infer.cli.parser import parse
 from dinov3_infer.zoo import MODELS
 
 COMMANDS = ("embed", "features", "show", "models", "convert", "doctor", "verify", "export", "bench")
@@ -60,7 +60,7 @@ def test_the_commands_of_the_readme_are_valid() -> None:
     assert {argv[0] for argv in commands} == {*COMMANDS, "train"}, "every command has its line"
     for argv in commands:
         if argv[0] != "train":  # whose options are the trainer's
-            make_parser().parse_args(argv)
+            parse(argv)
 
 
 def test_as_a_module_and_its_version() -> None:

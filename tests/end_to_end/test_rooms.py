@@ -1,6 +1,7 @@
 """Imports run one way, between rooms and inside each.  Read from the source alone: nothing is imported here."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -162,3 +163,28 @@ def test_the_folder_of_kernels_is_no_package() -> None:
     """A `kernels` package at the root would shadow the one that transformers imports."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "__init__.py").exists()
+
+
+def test_the_tree_of_the_readme_names_every_module_once() -> None:
+    """The tree is the folder: each module under its room, and each room that is a folder with a sentence."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("## Reading the code")[1].split("```text")[1].split("```")[0]
+    known = {path.relative_to(ROOT).with_suffix("").as_posix() for path in (*sources(), *KERNELS.rglob("*.py"))}
+    modules = {name for name in known if not name.rpartition("/")[2].startswith("__")}
+    rooms = {name.removesuffix("/__init__") for name in known if name.endswith("/__init__")}
+    found: list[str] = []
+    folders: list[tuple[int, str]] = []  # (indent, path) of those that a line lies in
+    for line in filter(str.strip, tree.splitlines()):
+        indent = len(line) - len(line.lstrip())
+        folders = [folder for folder in folders if folder[0] < indent]
+        where = folders[-1][1] if folders else ""
+        first = line.split()[0]
+        if first.endswith("/"):
+            folders.append((indent, where := f"{where}/{first[:-1]}".lstrip("/")))
+            found.append(where)
+            assert not folders[:-1] or len(line.split()) > 3, f"{where} has no sentence"
+        words = [part.rpartition(": ")[2] for part in re.split(r"\s{2,}", line.strip())]  # a sentence has spaces
+        found += [name for word in words if (name := f"{where}/{word}") in modules]
+    assert len(found) == len(set(found)), sorted(name for name in found if found.count(name) > 1)
+    expected = modules | rooms | {"dinov3_infer/data"}
+    assert set(found) == expected, (sorted(set(found) - expected), sorted(expected - set(found)))

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layouts import SOURCES, State, in_memory, load, meta_named, put
-from layouts import small_models_are_known as small_models_are_known
+from layouts import SOURCES, State, in_memory, load, meta_named, put, small_models_are_known as small_models_are_known
 from oracles import hf_model
 from pictures import complaint, photo, plain
 from PIL import Image

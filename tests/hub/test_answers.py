@@ -4,12 +4,15 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_client import Client, files_of
-from hub_client import client as client
-from hub_client import cut_off as cut_off
-from hub_client import hub as hub
-from hub_client import offline as offline
-from hub_client import small as small
+from hub_client import (
+    Client,
+    client as client,
+    cut_off as cut_off,
+    files_of,
+    hub as hub,
+    offline as offline,
+    small as small,
+)
 from hub_server import READER, SECRET, STRANGER, Hub
 
 from dinov3_infer import GatedModelError, InputError, ModelNotFoundError, OfflineError

@@ -8,11 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hub_client import Client
-from hub_client import client as client
-from hub_client import cut_off as cut_off
-from hub_client import hub as hub
-from hub_client import small as small
+from hub_client import Client, client as client, cut_off as cut_off, hub as hub, small as small
 from hub_server import PAGE, SECRET, Hub
 
 from dinov3_infer import Backbone, CheckpointError, GatedModelError, InputError, ModelNotFoundError, OfflineError

@@ -11,8 +11,7 @@ from oracles import SMALL, randomise
 from pictures import complaint
 
 from dinov3_infer import Backbone, InputTypeError, MissingFileError, list_images
-from dinov3_infer.cli.inputs import find_images
-from dinov3_infer.images.opening import as_source, each_image, open_images
+from dinov3_infer.images.opening import as_source, each_image, find_images, open_images
 from dinov3_infer.images.paths import FORMATS
 from dinov3_infer.images.sources import Source, chained, relative_names
 from dinov3_infer.train import open_data

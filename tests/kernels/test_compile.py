@@ -1,5 +1,6 @@
 """Every shipped configuration compiles for its chips, without a GPU; see compile_kernels.py for what is judged."""
 
+import os
 import subprocess
 import sys
 
@@ -7,6 +8,20 @@ import pytest
 from repository import ROOT
 
 pytest.importorskip("triton")
+
+
+FUSION = """
+import compile_kernels as c
+case = c.Case("rotate", "sm80", 64, c.torch.bfloat16, c.ROTATION, False)
+print(c.built(case).asm["ptx"].count("fma.rn.f32"))
+"""
+
+
+def test_multiplications_are_fused_whatever_the_default() -> None:
+    """Triton's default changes between versions; here it says no, and the launch options say yes."""
+    options = dict(os.environ, TRITON_DEFAULT_FP_FUSION="0", PYTHONPATH=str(ROOT / "tests" / "support"))
+    done = subprocess.run([sys.executable, "-c", FUSION], capture_output=True, text=True, timeout=300, env=options)
+    assert int(done.stdout.split()[-1]) >= 32, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.mark.slow

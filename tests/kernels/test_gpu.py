@@ -134,13 +134,14 @@ def test_offsets_beyond_2_to_the_31(packed: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("apart", ["pictures", "parts", "heads"])
+@pytest.mark.parametrize("apart", ["pictures", "tokens", "parts", "heads"])
 def test_strides_beyond_2_to_the_31(apart: str) -> None:
     """Whatever it is that lies far apart in memory."""
     needs_memory(16)
     gap, count, heads = 2**30 + 2**20, 70, 3 if apart == "heads" else 2
     strides = {
         "pictures": (2 * gap, 384, 128, 64),
+        "tokens": (384, gap // 32, 128, 64),
         "parts": (count * 128, 128, gap, 64),
         "heads": (count * 192, 192, 64, gap),
     }

@@ -1,6 +1,8 @@
 """The attention operator: its CPU definition, gradient, shapes and FLOPs, and who is asked to compute it."""
 
 import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +13,11 @@ from recorder import FUSED, TURNED, Recorder
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinov3_infer.model import attention
+from dinov3_infer import Preprocess
+from dinov3_infer.features.extractor import Extractor
+from dinov3_infer.model import attention, chips
 from dinov3_infer.model.attention import count_flops, rope_attention, sdpa_attention, why_not_triton
+from dinov3_infer.train.loop import Run
 
 OP = torch.ops.dinov3_infer.rope_attention
 BACKWARD = torch.ops.dinov3_infer.rope_attention_backward
@@ -145,6 +150,45 @@ def test_why_not_triton(
     monkeypatch.setattr(attention, "_not_installed", lambda: None)
     answer = why_not_triton(torch.device(device), dtype, head_dim)
     assert answer is None if reason is None else reason in str(answer)
+
+
+@pytest.fixture
+def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU of this capability that stands in for none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: request.param)
+    monkeypatch.setattr(attention, "_not_installed", lambda: None)
+    chips._capability.cache_clear()
+    yield
+    chips._capability.cache_clear()
+
+
+OLD = [(7, 0), (7, 5), (6, 1)]
+CHIPS = pytest.mark.parametrize(
+    ("chip", "old"),
+    [(c, True) for c in OLD] + [(c, False) for c in ((8, 0), (8, 6), (9, 0), (12, 0))],
+    indirect=["chip"],
+)
+
+
+@CHIPS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_gpus_before_ampere_get_no_kernel(chip: None, old: bool, dtype: torch.dtype) -> None:
+    """Triton has no tensor cores for them."""
+    answer = why_not_triton(torch.device("cuda"), dtype, 64)
+    assert answer is not None and "8.0" in answer if old else answer is None
+
+
+@CHIPS
+def test_gpus_before_ampere_get_no_emulated_bfloat16(chip: None, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for features nor in training, though torch says that bfloat16 is supported."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    weight = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
+    network: Any = SimpleNamespace(main_weight=weight)
+    assert Extractor(network, Preprocess((0.5,) * 3, (0.5,) * 3, 16), "exact", True)._autocasts() is not old
+    run: Any = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(precision="auto"))
+    autocast: Any = Run.autocast(run)
+    assert autocast._enabled is not old
 
 
 def test_a_missing_triton_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

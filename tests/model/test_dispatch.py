@@ -2,6 +2,7 @@
 
 import logging
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from dinov3_infer import Backbone, InputError, ViTConfig
 from dinov3_infer.model.cpu.compiled import why_not_compiled
 from dinov3_infer.model.cpu.linear import PackedLinear, QuantisedLinear, smoothed, why_not_int8, why_not_packed
 from dinov3_infer.model.cpu.plan import CpuPlan, spans_of
-from dinov3_infer.model.dispatch import Precision, compare, plan_of
+from dinov3_infer.model.dispatch import _PLANS, Precision, compare, plan_of
 from dinov3_infer.zoo import MODELS
 
 WHY_NOT = {"exact": why_not_packed(), "fast": why_not_packed(torch.bfloat16), "int8": why_not_int8()}
@@ -54,6 +55,19 @@ def plain(bb: Backbone, picture: Any) -> Tensor:
     with torch.no_grad():
         output = bb(bb.preprocess.with_options(fit="native").batch([picture]).pixels)
     return torch.cat((output.cls_token[:, None], output.register_tokens, output.patch_tokens), dim=1)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast", "int8"])
+def test_a_loaded_model_runs_by_its_plan_and_by_the_compiled_kernels(mode: Any) -> None:
+    """In the mode asked for where this CPU has it, and by the C passes where there is a compiler; never skipped."""
+    assert WHY_NOT["exact"] is None or not torch.backends.mkldnn.is_available()
+    bb = Backbone.from_pretrained("nano", device="cpu", mode=mode)
+    bb.extract_features(PICTURES[0])
+    plan = _PLANS[bb][-1]
+    expected = mode if WHY_NOT[mode] is None else "fast" if mode == "int8" and WHY_NOT["fast"] is None else "exact"
+    assert plan.mode == expected
+    compiled = why_not_compiled(plan.dtype, bb.config.head_dim) is None
+    assert plan.fused is compiled and (compiled or expected != "exact" or shutil.which("cc") is None)
 
 
 def features(bb: Backbone, picture: Any) -> Tensor:

@@ -13,7 +13,7 @@ from dinov3_infer import InputError
 from dinov3_infer.features.disk import store as store_module
 from dinov3_infer.features.disk.store import Store
 from dinov3_infer.tasks.clusters import retrieve
-from dinov3_infer.tasks.neighbours import duplicates, nearest
+from dinov3_infer.tasks.neighbours import duplicates, search
 
 
 @pytest.fixture(autouse=True)
@@ -27,13 +27,13 @@ def test_nearest_are_those_of_a_full_sort(tmp_path: Path) -> None:
     """Across blocks, without pictures that failed."""
     vectors, queries = directions(40), 2 * directions(3, seed=1)
     store = made(tmp_path / "a", vectors, broken=(3, 17))
-    scores, numbers = nearest(store, queries.astype(np.float32), 6)
+    scores, numbers = search(store, queries.astype(np.float32), 6)
     cosines = queries / 2 @ vectors.T
     cosines[:, [3, 17]] = -2
     expected = np.argsort(-cosines, axis=1)[:, :6]
     np.testing.assert_array_equal(numbers.numpy(), expected)
     np.testing.assert_allclose(scores.numpy(), np.take_along_axis(cosines, expected, 1), atol=1e-6)
-    assert "have 3 numbers" in complaint(InputError, lambda: nearest(store, np.zeros((1, 3), np.float32), 2))
+    assert "have 3 numbers" in complaint(InputError, lambda: search(store, np.zeros((1, 3), np.float32), 2))
 
 
 def test_duplicates_are_connected_components(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ __all__ = ["Cell", "Run", "Settings", "contest", "interleaved", "ratios", "reaso
 
 Run = Callable[[], Any]
 Entry = dict[str, Any]  # what is recorded of a contestant
+Prepare = Callable[[Run, Entry], Run]
 
 
 def say_nothing(what: str) -> None:
@@ -46,12 +47,7 @@ class Cell:
     limit: float | Mapping[str, float]  # of that error, for all or for each
 
 
-def as_it_is(run: Run, entry: Entry) -> Run:
-    """The default of `contest`'s `prepare`."""
-    return run
-
-
-def contest(cell: Cell, settings: Settings, prepare: Callable[[Run, Entry], Run] = as_it_is) -> dict[str, Any]:
+def contest(cell: Cell, settings: Settings, prepare: Prepare | None = None) -> dict[str, Any]:
     """The record of a cell: error, memory and times of each contestant, or why it has none.
 
     `rounds_ms` are the milliseconds of one input in each round.  `prepare` is given a run over all inputs and the entry
@@ -67,7 +63,7 @@ def contest(cell: Cell, settings: Settings, prepare: Callable[[Run, Entry], Run]
             if "refused" not in entry:
                 run = partial(_over_all, call, cell.inputs)
                 run()
-                runs[name] = prepare(run, entry)
+                runs[name] = run if prepare is None else prepare(run, entry)
         except Exception as error:  # a contestant that cannot run is a result
             found[name] = {"refused": reason(error)}
             if settings.cuda:

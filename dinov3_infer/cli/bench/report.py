@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -17,7 +16,7 @@ from ...backbone import Backbone
 from ...errors import GatedModelError, ModelNotFoundError, OfflineError
 from ...system import whole
 from ...zoo import find
-from ..doctor import cpu_name
+from ..doctor import cpu_name, version_of
 from ..inputs import check_file
 from ..main import FAILED, OK, say, tell
 from .contest import Settings, contest, ratios, spread
@@ -91,12 +90,7 @@ def _environment(setup: Setup) -> dict[str, Any]:
     found: dict[str, Any] = dict(platform=platform.platform(), python=platform.python_version())
     cuda = setup.device.type == "cuda"
     found["device"] = torch.cuda.get_device_name(setup.device) if cuda else cpu_name()
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    return found | {name: version_of(name) for name in _LIBRARIES}
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

@@ -26,10 +26,10 @@ from safetensors.numpy import save_file
 from ...errors import InputError
 from ...images.containers import pyarrow
 from ...system import whole as _whole
+from ..vectors import Array
 
 __all__ = ["FORMATS", "Format", "Rows", "whole"]
 
-Array = np.ndarray[Any, Any]
 KEY = "dinov3_infer"  # of the recipe in a file's metadata
 whole = partial(_whole, flush=True)  # a run goes on with the shards that it finds
 

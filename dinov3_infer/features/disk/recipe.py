@@ -13,6 +13,7 @@ from ...images.preprocess import Preprocess
 from ...images.sources import Source
 from ...version import __version__
 from ..extractor import Extractor
+from ..result import pooled_width
 from ..stream import count_of
 from ..vectors import EmbedOptions
 
@@ -98,7 +99,7 @@ class Recipe:
 def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], options: EmbedOptions) -> Recipe:
     """What the vectors of these images will depend on.  It takes a while: all weights and all names are hashed."""
     model, transform = extractor.network, extractor.preprocess.with_options(options.size, options.fit)
-    width = model.embed_dim * (2 if options.kind == "embedding" and options.pooling == "cls_mean" else 1)
+    width = pooled_width(model.embed_dim, options.pooling) if options.kind == "embedding" else model.embed_dim
     info = getattr(model, "info", None)
     return Recipe(
         version=__version__,

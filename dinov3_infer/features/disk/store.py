@@ -4,19 +4,18 @@ import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ...errors import InputError, MissingFileError
 from ...images.sources import Names
+from ..vectors import Array
 from .formats import FORMATS, Format
 from .recipe import Recipe, difference
 from .target import RECORD, Target
 
 __all__ = ["Store"]
 
-Array = np.ndarray[Any, Any]
 BLOCK = 16384  # rows that are in memory at a time
 
 

@@ -29,7 +29,7 @@ _ROWS = 512  # at a time for each thread: what is computed of them stays in the 
 _SCORES = 1 << 20  # of q k^T at a time: for the cache too, and so that large pictures need no more memory
 _FEW_ROWS = 16  # a single row goes to another kernel, which rounds differently
 _GRIDS = 32  # sizes of pictures whose tables are kept
-# x W^T with W as it is: torch's own products in float32 have the fault that `packed` speaks of
+# x W^T with W as it is: torch's own products in float32 have the fault that `linear` speaks of
 _PRODUCT: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _REST: tuple[Any, ...] = (None, "none", [], "")
 

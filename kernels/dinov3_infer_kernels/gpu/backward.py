@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import ROTATION, Config, precision, select
-from .launch import LOG2_E, check, launch
+from .launch import LOG2_E, check, launch, near
 from .rotation import rotate
 from .tiles import sequence, turned_rows
 
@@ -161,7 +161,7 @@ def backward(
 
     Raises: ValueError for shapes, dtypes and widths that the kernel is not made for.
     """
-    shape = check(qkv, cos, sin, cu_seqlens, max_seqlen, scale)
+    qkv, shape = near(qkv, check(qkv, cos, sin, cu_seqlens, max_seqlen, scale))
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if not dqkv.numel():
         return dqkv
@@ -193,6 +193,7 @@ def backward(
     def queries(config: Config) -> None:
         run(query_kernel, config.block_m, config)
 
-    key_values(key_value_config or select("key_value", qkv, shape.longest, key_values))
-    queries(query_config or select("query", qkv, shape.longest, queries))
+    form = dict(packed=shape.packed, rotated=cos is not None)
+    key_values(key_value_config or select("key_value", qkv, shape.longest, key_values, **form))
+    queries(query_config or select("query", qkv, shape.longest, queries, **form))
     return dqkv

@@ -5,7 +5,7 @@ not tuned by time yet; DINOV3_INFER_AUTOTUNE=1 measures the candidates of a call
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -28,7 +28,8 @@ class Config:
     max_registers: int | None = None  # of a thread, on NVIDIA: fewer registers, more programs at a time
 
     def options(self) -> dict[str, Any]:
-        options: dict[str, Any] = dict(num_warps=self.warps, num_stages=self.stages)
+        """What a launch is given.  Newer versions of Triton fuse no multiplication with an addition unless asked."""
+        options: dict[str, Any] = dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
         return options if self.max_registers is None else options | dict(maxnreg=self.max_registers)
 
 
@@ -36,7 +37,7 @@ ROTATION = Config(64, 64, 4, 1)  # of kernels without a product: bound by memory
 ANY = 2**31  # tokens
 
 # (pass, width, bytes of an element) -> chip -> rows of the longest picture in tokens and its configuration.
-# "small" is every chip with 64 to 100 KiB of shared memory: sm_75, sm_86, sm_89, sm_120, AMD, Intel.
+# "small" is every chip with 64 to 100 KiB of shared memory: sm_86, sm_89, sm_120, AMD, Intel.
 # fmt: off
 TABLE: dict[tuple[str, int, int], dict[str, tuple[tuple[int, Config], ...]]] = {
     ("forward", 64, 2): {
@@ -111,35 +112,54 @@ def chip_of(device: torch.device) -> str:
     return {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get(capability, "small")
 
 
-def select(kind: str, qkv: Tensor, longest: int, run: Callable[[Config], None]) -> Config:
-    """The row of the table, or where DINOV3_INFER_AUTOTUNE=1 asks for it the fastest of all rows of this kind."""
+def select(
+    kind: str, qkv: Tensor, longest: int, run: Callable[[Config], None], *, packed: bool, rotated: bool
+) -> Config:
+    """The row of the table, or where DINOV3_INFER_AUTOTUNE=1 asks for it the fastest of all rows of this kind.
+
+    While a CUDA graph is captured nothing can be measured: there it is what was measured before, or the row.
+    """
     key = (kind, qkv.shape[-1], qkv.element_size())
     chips = TABLE.get(key)
     if chips is None:
         return _WIDE_SINGLE
-    if os.environ.get("DINOV3_INFER_AUTOTUNE") == "1" and qkv.device.type != "cpu":
-        return _tuned(key, qkv.device, longest, run)
-    return next(config for limit, config in chips[chip_of(qkv.device)] if longest <= limit)
+    row = next(config for limit, config in chips[chip_of(qkv.device)] if longest <= limit)
+    if os.environ.get("DINOV3_INFER_AUTOTUNE") != "1" or qkv.device.type == "cpu":
+        return row
+    place = (*key, qkv.dtype, packed, rotated, qkv.device, longest.bit_length())
+    if place not in _fastest:
+        if _capturing(qkv.device):
+            return row
+        _fastest[place] = _measured({config for rows in chips.values() for _, config in rows}, run)
+    return _fastest[place]
 
 
+# by kind, width, bytes and dtype of an element, packed, rotated, device and the length's power of two; once per process
 _fastest: dict[tuple[Any, ...], Config] = {}
 
 
-def _tuned(key: tuple[str, int, int], device: torch.device, longest: int, run: Callable[[Config], None]) -> Config:
-    """Measured once per process for lengths up to the same power of two."""
-    from triton.runtime.errors import OutOfResources, PTXASError
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _measured(configs: Iterable[Config], run: Callable[[Config], None]) -> Config:
+    """The fastest.  Raises what the last one raised where none of them runs."""
+    from triton.errors import TritonError
     from triton.testing import do_bench
 
-    place = (*key, device, longest.bit_length())
-    if place not in _fastest:
-        times = {}
-        for config in {config for rows in TABLE[key].values() for _, config in rows}:
-            try:
-                times[config] = do_bench(lambda config=config: run(config), warmup=5, rep=20)
-            except (OutOfResources, PTXASError):  # a row of a larger chip
-                continue
-        _fastest[place] = min(times, key=lambda config: times[config])
-    return _fastest[place]
+    times: dict[Config, float] = {}
+    failure: Exception | None = None
+    for config in configs:
+        try:
+            times[config] = do_bench(lambda config=config: run(config), warmup=5, rep=20)
+        except (
+            TritonError,
+            RuntimeError,
+        ) as error:  # a row of a larger chip
+            failure = error
+    if failure is not None and not times:
+        raise failure
+    return min(times, key=lambda config: times[config])
 
 
 def precision(qkv: Tensor) -> str:
@@ -150,6 +170,8 @@ def precision(qkv: Tensor) -> str:
 def crossover(device: torch.device, dtype: torch.dtype, width: int) -> int:
     """Tokens above which one rotation and torch's own attention are taken to be faster, without a gradient.
 
-    Estimated from published speeds, not measured yet.
+    Estimated, not measured yet: from published speeds, and off Hopper and Blackwell from what the compiled kernel
+    reads and executes, which bounds it below FlashAttention-2 from a few hundred tokens on.
     """
-    return {64: 1600, 128: 1000}[width]
+    large = chip_of(device) in ("sm90", "sm100")
+    return {64: 1600, 128: 1000}[width] if large else 500

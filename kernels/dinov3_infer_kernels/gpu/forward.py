@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Config, precision, select
-from .launch import LOG2_E, check, launch, tail
+from .launch import LOG2_E, check, launch, near, tail
 from .tiles import sequence, turned_columns, turned_rows
 
 __all__ = ["forward", "forward_kernel"]
@@ -121,7 +121,7 @@ def forward(
 
     Raises: ValueError for shapes, dtypes and widths that the kernel is not made for.
     """
-    shape = check(qkv, cos, sin, cu_seqlens, max_seqlen, scale)
+    qkv, shape = near(qkv, check(qkv, cos, sin, cu_seqlens, max_seqlen, scale))
     out = qkv.new_empty((*shape.lead, shape.heads * shape.width))
     lse = qkv.new_empty((*shape.lead[:-1], shape.heads, shape.tokens), dtype=torch.float32)
 
@@ -136,5 +136,5 @@ def forward(
         )  # fmt: skip
 
     if out.numel():
-        run(config or select("forward", qkv, shape.longest, run))
+        run(config or select("forward", qkv, shape.longest, run, packed=shape.packed, rotated=cos is not None))
     return out, lse

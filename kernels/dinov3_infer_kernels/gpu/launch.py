@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .configs import DTYPES, WIDTHS, Config
 
-__all__ = ["LOG2_E", "Shape", "check", "launch", "tail"]
+__all__ = ["LOG2_E", "Shape", "check", "launch", "near", "tail"]
 
 LOG2_E = 1.0 / math.log(2.0)
 
@@ -62,9 +62,28 @@ def check(
     packed = cu_seqlens is not None
     pictures = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else math.prod(lead[:-1])
     longest = max_seqlen if packed and max_seqlen is not None else lead[-1]
+    return Shape(tuple(lead), pictures, lead[-1], math.prod(lead), longest, heads, width, packed, _strides(qkv))
+
+
+def near(qkv: Tensor, shape: Shape) -> tuple[Tensor, Shape]:
+    """qkv, or a contiguous copy where its tokens lie too far apart: within an image the kernels count in int32.
+
+    Raises: ValueError for an image that is too long for that even so.
+    """
+    if shape.longest * 3 * shape.heads * shape.width >= 2**31:
+        raise ValueError(
+            f"an image of {shape.longest} tokens with {shape.heads} heads of {shape.width} channels is beyond the "
+            "kernel's offsets of 32 bits; use attn_implementation='sdpa'"
+        )
+    if (shape.longest - 1) * shape.strides[1] + shape.width < 2**31:
+        return qkv, shape
+    qkv = qkv.contiguous()
+    return qkv, shape._replace(strides=_strides(qkv))
+
+
+def _strides(qkv: Tensor) -> tuple[int, int, int, int]:
     stride = qkv.stride()
-    strides = (0 if len(lead) == 1 else stride[0], stride[-4], stride[-3], stride[-2])
-    return Shape(tuple(lead), pictures, lead[-1], math.prod(lead), longest, heads, width, packed, strides)
+    return 0 if qkv.ndim == 4 else stride[0], stride[-4], stride[-3], stride[-2]
 
 
 def tail(shape: Shape, block: int) -> int:

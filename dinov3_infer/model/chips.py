@@ -1,0 +1,30 @@
+"""What is asked of the machine and answered while a compiler traces, not traced itself."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["constant_for_compilers", "lacks_bfloat16"]
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def constant_for_compilers(function: C) -> C:
+    """`torch.compiler.assume_constant_result`, which imports the whole compiler to set this mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@constant_for_compilers
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Whether this is an NVIDIA GPU before Ampere: torch emulates bfloat16 there, Triton compiles no tensor cores."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return False
+    return _capability(device) < (8, 0)

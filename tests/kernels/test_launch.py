@@ -1,0 +1,162 @@
+"""What the launchers decide before a kernel runs: offsets, options, measured configurations."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from qkv import grid_table
+from torch import Tensor
+
+pytest.importorskip("triton")
+from dinov3_infer_kernels.gpu import configs, launch  # after the check
+from dinov3_infer_kernels.gpu.configs import TABLE, Config
+from dinov3_infer_kernels.gpu.forward import forward
+
+ROWS = sorted({c for chips in TABLE.values() for rows in chips.values() for _, c in rows}, key=str)
+
+
+# --- offsets -------------------------------------------------------------------------------------------------------
+
+
+def far(shape: tuple[int, ...], stride_token: int) -> Tensor:
+    """A view on the meta device whose tokens lie that far apart."""
+    *lead, parts, heads, width = shape
+    strides = (parts * heads * width, stride_token) if len(lead) == 2 else (stride_token,)
+    return torch.empty_strided((*lead, parts, heads, width), (*strides, heads * width, width, 1), device="meta")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["fixed", "packed"])
+@pytest.mark.parametrize(
+    ("tokens", "stride", "copied"),
+    [(70, 2**25, True), (70, 384, False), (1, 2**40, False), (2, 2**31 - 65, False), (2, 2**31 - 64, True)],
+    ids=["far", "near", "one", "last", "first"],
+)
+def test_tokens_far_apart_are_brought_together(tokens: int, stride: int, copied: bool, packed: bool) -> None:
+    """Offsets of tokens within an image are 32-bit numbers in the kernels; what is beyond is copied first."""
+    qkv = far((tokens, 3, 2, 64) if packed else (2, tokens, 3, 2, 64), stride)
+    ends = torch.empty(2, dtype=torch.int32, device="meta") if packed else None
+    found, shape = launch.near(qkv, launch.check(qkv, cu_seqlens=ends, max_seqlen=tokens))
+    assert (found is not qkv) == copied
+    assert shape.strides == (0 if packed else found.stride(0), *found.stride()[-4:-1])
+    assert (tokens - 1) * shape.strides[1] + 64 < 2**31 or tokens == 1
+    assert not copied or found.is_contiguous()
+
+
+def test_batches_of_one_image_expanded_keep_their_own_stride() -> None:
+    """An expanded batch has stride 0; its contiguous copy has not."""
+    qkv = far((1, 70, 3, 2, 64), 2**25).expand(3, -1, -1, -1, -1)
+    found, shape = launch.near(qkv, launch.check(qkv))
+    assert shape.strides[0] == found.stride(0) == 70 * 384
+
+
+def test_an_image_beyond_32_bits_is_refused() -> None:
+    """Its gradient would be written to the wrong place."""
+    qkv = torch.empty(1, 2**31 // 6144 + 1, 3, 32, 64, device="meta")
+    with pytest.raises(ValueError, match="use attn_implementation='sdpa'"):
+        launch.near(qkv, launch.check(qkv))
+
+
+def test_tokens_far_apart_are_right() -> None:
+    """In the interpreter; the buffer is 4.7 GB of addresses, of which only the tokens are touched."""
+    try:
+        buffer = torch.empty(70 * 2**25, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("the system gives no address space that it has no memory for")
+    qkv = buffer.as_strided((1, 70, 3, 1, 64), (0, 2**25, 64, 64, 1))
+    qkv.copy_(torch.randn(qkv.shape))
+    table = grid_table([(5, 13)], 64)
+    found, expected = (forward(x, *table, None, 70, 0.125)[0] for x in (qkv, qkv.contiguous()))
+    assert torch.equal(found, expected)
+
+
+# --- options -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ROWS, ids=str)
+def test_every_launch_asks_for_fused_multiplications(config: Config) -> None:
+    """Triton's default changes between versions, and with it speed and rounding."""
+    assert config.options()["enable_fp_fusion"] is True
+
+
+# --- measured configurations ---------------------------------------------------------------------------------------
+
+
+class OnCuda:
+    """A tensor's answers about itself, of a GPU that is not there."""
+
+    shape, device, is_cuda = (1, 261, 3, 2, 64), torch.device("cuda", 0), True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configurations that were measured, in order; each takes longer than the one before."""
+    found: list[Config] = []
+
+    def bench(run: Any, **_: Any) -> float:
+        run()
+        return float(len(found))
+
+    monkeypatch.setattr("triton.testing.do_bench", bench)
+    monkeypatch.setattr(configs, "_fastest", {})
+    monkeypatch.setattr(configs, "chip_of", lambda _: "sm90")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("DINOV3_INFER_AUTOTUNE", "1")
+    return found
+
+
+def chosen(run: Any, dtype: torch.dtype = torch.bfloat16, longest: int = 261, **form: bool) -> Config:
+    qkv: Any = OnCuda(dtype)
+    return configs.select("forward", qkv, longest, run, **(dict(packed=False, rotated=True) | form))
+
+
+def test_what_changes_a_kernel_is_measured_by_itself(measured: list[Config]) -> None:
+    """Each dtype, form and power of two of the length once, and never again."""
+    forms = list(itertools.product((torch.bfloat16, torch.float16), (261, 1029), (False, True), (False, True)))
+    for number, (dtype, longest, packed, rotated) in enumerate(forms * 2):
+        before = len(measured)
+        chosen(measured.append, dtype, longest, packed=packed, rotated=rotated)
+        assert (len(measured) > before) == (number < len(forms))
+
+
+def test_nothing_is_measured_inside_a_capture(measured: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """There it is the row of the table, or what was measured before."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert chosen(measured.append) == TABLE["forward", 64, 2]["sm90"][0][1] and not measured
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    fastest = chosen(measured.append)
+    count = len(measured)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert chosen(measured.append) == fastest and len(measured) == count
+
+
+def test_configurations_that_fail_are_left_out(measured: list[Config]) -> None:
+    """A compiler's pass that fails is a RuntimeError; where all fail, its reason is raised."""
+
+    def all_but_one(config: Config) -> None:
+        if config != Config(128, 128, 8, 2):
+            raise RuntimeError("PassManager::run failed")
+        measured.append(config)
+
+    assert chosen(all_but_one) == Config(128, 128, 8, 2)
+
+    def none(config: Config) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    with pytest.raises(RuntimeError, match="PassManager"):
+        chosen(none, longest=1029)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("chip", ["sm80", "sm90", "sm100", "small"])
+def test_the_crossover_follows_the_chip(chip: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 pixels are the kernel's everywhere, 512 pixels on Hopper and data centre Blackwell alone at most."""
+    monkeypatch.setattr(configs, "chip_of", lambda _: chip)
+    found = configs.crossover(torch.device("cuda", 0), torch.bfloat16, width)
+    assert found >= 261 and (found < 1029 or (chip in ("sm90", "sm100") and width == 64))
