@@ -6,6 +6,7 @@ Any other statement beside the weights becomes the default.
 
 import logging
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -152,15 +153,15 @@ def _of_processor(stated: Mapping[str, Any]) -> Stated:
     crop = _sides(stated.get("crop_size")) if crops else None
     if not stated.get("do_resize", True):
         raise UnsupportedError("states do_resize false, and images of any size need one")
-    filter_ = _FILTERS.get(stated.get("resample", 2 if "ViT" in kind else 3))
+    filter_ = _filter(stated.get("resample", 2 if "ViT" in kind else 3))
     if filter_ is None:
-        raise UnsupportedError(f"states the resample {stated['resample']!r}, and only 2 and 3 are here")
+        raise UnsupportedError(f"states the resample {reprlib.repr(stated['resample'])}, and only 2 and 3 are here")
     engine = "float" if kind.startswith("DINOv3") else "uint8" if kind.endswith("Fast") else "pil"
     found |= dict(filter=filter_, engine=engine)
     if isinstance(size, int) and not isinstance(size, bool):
         size = {"shortest_edge": size} if crops else {"height": size, "width": size}
     if not isinstance(size, Mapping):
-        raise UnsupportedError(f"states the size {size!r}, which is not here")
+        raise UnsupportedError(f"states the size {reprlib.repr(size)}, which is not here")
     whole, short = _sides(size), size.get("shortest_edge")
     if whole is not None and crop in (None, whole):
         return found | dict(size=whole[0] if whole[0] == whole[1] else whole, fit="squash")
@@ -178,7 +179,7 @@ def _levels(stated: Mapping[str, Any]) -> Stated:
     if stated.get("rescale_offset") or stated.get("offset"):
         raise UnsupportedError("states an offset of the levels, which is not here")
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1e-6 < factor < 1e6:
-        raise UnsupportedError(f"states the rescale_factor {factor!r}, which is no number above 0")
+        raise UnsupportedError(f"states the rescale_factor {reprlib.repr(factor)}, which is no number above 0")
     times = 1.0 if math.isclose(factor * _LEVELS, 1, rel_tol=1e-6) else factor * _LEVELS
     mean, std = stated.get("image_mean"), stated.get("image_std")
     if not stated.get("do_normalize", True):
@@ -198,9 +199,9 @@ def _of_timm(stated: Mapping[str, Any]) -> Stated:
     if size is None:
         return found
     if not isinstance(size, (list, tuple)) or len(size) != 3 or not all(isinstance(s, int) and s > 0 for s in size):
-        raise UnsupportedError(f"states the input_size {size!r}, which is not here")
+        raise UnsupportedError(f"states the input_size {reprlib.repr(size)}, which is not here")
     side = size[1] if size[1] == size[2] else tuple(size[1:])
-    filter_ = _FILTERS.get(stated.get("interpolation", "bicubic"))
+    filter_ = _filter(stated.get("interpolation", "bicubic"))
     mode, share = stated.get("crop_mode", "center") or "center", stated.get("crop_pct", 0.875)
     if filter_ is None or mode not in ("center", "squash") or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise UnsupportedError(
@@ -213,6 +214,10 @@ def _of_timm(stated: Mapping[str, Any]) -> Stated:
     if mode == "squash" or not isinstance(side, int):
         raise UnsupportedError(f"states crop_mode {mode!r} with crop_pct {share} of {size[1]}x{size[2]}")
     return found | dict(fit="crop", resize_to=_unless(math.floor(side / share), side))
+
+
+def _filter(stated: Any) -> str | None:
+    return _FILTERS.get(stated) if type(stated) in (int, str) else None
 
 
 def _unless(short: int, side: int) -> int | None:

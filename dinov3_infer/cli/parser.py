@@ -257,6 +257,7 @@ def _convert(found: argparse.ArgumentParser) -> None:
     found.add_argument("out", metavar="OUT", help="folder; for meta a file that ends in .pth or .safetensors")
     found.add_argument("--to", choices=_FORMATS, required=True, help="whose layout to write")
     found.add_argument("--layout", choices=_FORMATS, help="whose layout IN is, where its names do not tell")
+    found.add_argument("--num-heads", type=_count, metavar="N", help="of IN, where its files do not state it")
     _overwrite(found)
 
 
