@@ -6,6 +6,7 @@ This file has more than 350 lines because the class is the documentation of all 
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias, get_args, overload
 
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoints.architecture import rows_like
-from .checkpoints.describe import describe, open_module
+from .checkpoints.describe import Description, describe, open_module
 from .checkpoints.fingerprint import fingerprint
+from .checkpoints.identity import row_of_fingerprint
 from .checkpoints.layouts import LayoutName
 from .checkpoints.loading import Periods, load_model
 from .checkpoints.reading import open_checkpoint
@@ -72,7 +73,8 @@ class Backbone(Network):
         super().__init__(config)
         self.info = info
         self.preprocess = transform_of(config, info)
-        self.origin: dict[str, str] = {}  # of a loaded model: what was taken from where
+        self.origin: dict[str, str] = {}  # of a loaded model: field -> what was taken, and from where
+        self._loaded: int | None = None  # of a loaded model: how often its parameters had been written to
         self.mode: Mode = "exact"  # on a CPU, see `from_pretrained`
         self.mixed_precision = True  # on CUDA the matrix work of float32 weights is done in bfloat16
 
@@ -125,7 +127,7 @@ class Backbone(Network):
         checkpoint = open_checkpoint(path)
         found = describe(checkpoint, layout=layout, expected=asked, preprocessing=preprocessing, num_heads=num_heads)
         model = load_model(cls, found, dtype=cast, device=target_device, periods=rope_periods)
-        model.info, model.preprocess, model.origin = found.info, found.preprocess, found.origin
+        model._is(found)
         model.set_attention(attn_implementation)
         model.mode = mode
         model.mixed_precision = cast is None  # an explicit dtype is meant
@@ -136,7 +138,7 @@ class Backbone(Network):
             )
         log.debug(
             "%s: layout %s, %s",
-            path, found.stored.layout.label, found.info.name if found.info else "an architecture of its own",
+            path, found.stored.layout.label, model.info.title if model.info else "nothing names these weights",
         )  # fmt: skip
         return model
 
@@ -148,7 +150,7 @@ class Backbone(Network):
                 torch.manual_seed(seed)
                 return cls.from_config(config)
         if isinstance(config, ViTConfig):
-            return cls(config, next(iter(rows_like(config)), None)).eval()
+            return cls(config).eval()
         if not isinstance(config, str):
             raise InputTypeError(f"from_config takes a name or a ViTConfig, got {type(config).__name__}")
         info = find(config)
@@ -173,7 +175,7 @@ class Backbone(Network):
             raise InputError("this module is a Backbone already; use it as it is, or copy.deepcopy it")
         found = describe(open_module(model))
         adopted = load_model(cls, found, keep=True)
-        adopted.info, adopted.preprocess, adopted.origin = found.info, found.preprocess, found.origin
+        adopted._is(found)
         adopted.mixed_precision = False
         return adopted
 
@@ -344,7 +346,7 @@ class Backbone(Network):
 
         Raises: UnsupportedError for a model that the layout cannot hold, InputError for a target of the wrong kind.
         """
-        return save_checkpoint(self, directory, layout, self.info, self.preprocess)
+        return save_checkpoint(self, directory, layout, self._named(), self.preprocess)
 
     def export(
         self,
@@ -373,7 +375,7 @@ class Backbone(Network):
         """
         from .checkpoints.export import export_model  # not above: few processes export or publish
 
-        return export_model(self, path, self.preprocess, self.info, size=size, dynamic=dynamic, opset=opset)
+        return export_model(self, path, self.preprocess, self._named(), size=size, dynamic=dynamic, opset=opset)
 
     def push_to_hub(
         self,
@@ -388,16 +390,15 @@ class Backbone(Network):
         """Uploads the model in the layout that transformers loads, and returns the link of the commit.
 
         `revision`: a branch, made if there is none.
-        `card`: the README.md to write; None writes one where there is none yet.  It gives the licence of the model of
-        the zoo that has this architecture, but for what `train` made from scratch: read it, and mend it for other
-        weights that are yours alone.
+        `card`: the README.md to write; None writes one where there is none yet.  It gives the licence of the model that
+        these weights are or were trained on from, where something names it (see `origin`); for others it gives none.
 
         Raises: InputError for a wrong id or no token, GatedModelError without the right to write, OfflineError.
         """
         from .hub.publish import push
 
         return push(
-            self, repo_id, self.info, self.preprocess,
+            self, repo_id, self._named(), self.preprocess, self.origin,
             private=private, revision=revision, token=token, commit_message=commit_message, card=card,
         )  # fmt: skip
 
@@ -412,7 +413,25 @@ class Backbone(Network):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        return f"{self.info.name if self.info else 'own architecture'}: {self.summary()}"
+        info = self._named()
+        return f"{info.title if info else 'weights that nothing names'}: {self.summary()}"
+
+    def _is(self, found: Description) -> None:
+        """Takes over what was found out about the weights that were just loaded."""
+        self.info, self.preprocess, self.origin = found.info, found.preprocess, found.origin
+        if self.info is None and (proven := row_of_fingerprint(self.config, self.fingerprint)) is not None:
+            self.info = proven
+            self.origin |= {
+                "name": f"{proven.name}, from the fingerprint",
+                "licence": f"{proven.licence}, from the name",
+            }
+        self._loaded = _writes(self)
+
+    def _named(self) -> ModelInfo | None:
+        """`info`, as derived where a parameter was written to since it was loaded."""
+        if self.info is None or self._loaded is None or _writes(self) <= self._loaded:
+            return self.info
+        return replace(self.info, derived=True)
 
 
 class ViTBackbone(Backbone, VisionTransformer):
@@ -425,6 +444,10 @@ class ViTBackbone(Backbone, VisionTransformer):
 
 
 Backbone.networks[ViTConfig] = ViTBackbone
+
+
+def _writes(model: nn.Module) -> int:
+    return sum(0 if p.is_inference() else p._version for p in model.parameters())
 
 
 def _point(query: Any) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import CheckpointError, UnsupportedError
 from ..model.layers import PositionResize, ViTConfig
 from ..zoo import ARCHITECTURES, MODELS, ModelInfo
-from .layouts import Layout
+from .layouts import Layout, Parts
 from .reading import Checkpoint
 from .recognise import HF_EPS, Stored
 from .stated import Statement, stated
@@ -38,7 +38,7 @@ def architecture(
     Raises: CheckpointError for tensors that are no whole ViT, not the one that config.json or the caller speaks of, or
     whose heads nobody states; InputError for numbers that do not go together; UnsupportedError for other networks.
     """
-    shown = _shown(stored)
+    shown = _shown(stored, checkpoint.config)
     if stored.layout.name == "hf":
         _refuse_contradictions(shown, checkpoint.config)
     if expected is not None and not same_architecture(expected.config, shown):
@@ -63,11 +63,15 @@ def architecture(
     if "norm_eps" not in fields:
         fields["norm_eps"] = _usual_eps(stored.layout, shown["key_bias"])
         likeness = any(where == _LIKENESS[0] for _, where in said)
-        origin["norm_eps"] = _LIKENESS[0] if likeness else f"default of the {stored.layout.label} layout"
+        origin["norm_eps"] = _LIKENESS[0] if likeness else f"the default of the {stored.layout.label} layout"
+    if shown["position_grid"] is None and "rope_base" not in origin:
+        periods = stored.parts["rope_periods"].names[0] in stored.shapes if "rope_periods" in stored.parts else False
+        family = f"released models of the {stored.layout.label} layout, which have one base"
+        origin["rope_base"] = "the RoPE periods in the file" if periods else family
     return ViTConfig(**fields), origin
 
 
-_LIKENESS = ("a known model of the same shape", "known models of the same width, depth and MLP")
+_LIKENESS = ("models of the same shape", "the default of models of the same width, depth and MLP")
 
 
 def _statements(
@@ -109,8 +113,10 @@ def _refuse_contradictions(shown: Mapping[str, Any], stated: Mapping[str, Any]) 
             )
 
 
-def _shown(stored: Stored) -> dict[str, Any]:
+def _shown(stored: Stored, config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a ViTConfig that the tensors in a file show.
+
+    `config`: config.json, for what of a position table belongs to which token.
 
     Raises: CheckpointError where they are no whole ViT.
     """
@@ -156,7 +162,7 @@ def _shown(stored: Stored) -> dict[str, Any]:
         gated=gated,
         patch_size=conv[2],
         num_registers=num_registers,
-        position_grid=None if positions is None else _grid_side(stored, positions),
+        position_grid=None if positions is None else _grid_side(stored, positions, num_registers, config),
         position_resize=_resize_rule(layout, num_registers),
         qkv_bias=qkv_bias,
         key_bias=_key_bias(stored) if qkv_bias else positions is not None,
@@ -179,14 +185,30 @@ def _key_bias(stored: Stored) -> bool:
     return present if optional and stored.parts["blocks.0.attn.qkv.bias"].form == "joined" else not present
 
 
-def _grid_side(stored: Stored, positions: tuple[int, ...]) -> int:
-    count = positions[1] - (0 if stored.parts["pos_embed"].form == "folded" else 1)
-    side = math.isqrt(max(count, 0))
-    if side == 0 or side * side != count:
+def _grid_side(stored: Stored, positions: tuple[int, ...], registers: int, config: Mapping[str, Any]) -> int:
+    """The side of the grid of a position table, which has rows for no token before the patches, for one, or for all.
+
+    Changes where `stored` has the table and the registers, if these have positions too.
+    """
+    parts, count = stored.parts["pos_embed"], positions[1]
+    usual = 0 if parts.form == "folded" else 1
+    sides = {before: math.isqrt(max(count - before, 0)) for before in dict.fromkeys((usual, 1 + registers, 0))}
+    fits = [before for before, side in sides.items() if side and side * side == count - before]
+    arguments = config.get("model_args")
+    if isinstance(arguments, Mapping) and arguments.get("no_embed_class") is False:
+        fits = fits[::-1]
+    if not fits:
         raise UnsupportedError(
-            f"the position table has shape {list(positions)}, which is not a square grid; load a model at a square size"
+            f"the position table has shape {list(positions)}, which is not a square grid with {usual} or "
+            f"{1 + registers} tokens before it; load a model at a square size"
         )
-    return side
+    if fits[0] == 0:
+        stored.parts["pos_embed"] = Parts("folded", parts.names, parts.optional)
+    elif registers and fits[0] == 1 + registers:
+        stored.parts["pos_embed"] = Parts("cut", (*parts.names, stored.parts["register_tokens"].names[0]), frozenset())
+        names = (*stored.parts["register_tokens"].names, *parts.names)
+        stored.parts["register_tokens"] = Parts("placed", names, frozenset())
+    return sides[fits[0]]
 
 
 def _resize_rule(layout: Layout, num_registers: int) -> PositionResize:

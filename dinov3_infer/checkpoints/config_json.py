@@ -7,7 +7,7 @@ from ..errors import UnsupportedError
 from ..images.preprocess import Preprocess
 from ..model.layers import ViTConfig
 from ..zoo import OWN, ModelInfo, preprocess_of, timm_model
-from .architecture import same_architecture
+from .architecture import rows_like, same_architecture
 
 __all__ = ["hf_config", "hf_processor_config", "is_default", "timm_config"]
 
@@ -102,20 +102,24 @@ def hf_processor_config(config: ViTConfig, preprocess: Preprocess, info: ModelIn
 
 def timm_config(config: ViTConfig, info: ModelInfo | None, preprocess: Preprocess, with_bias: bool) -> dict[str, Any]:
     """The config.json of timm, whose architectures are names.  Raises UnsupportedError where none fits."""
-    if info is None or info.timm_id is None or not same_architecture(info.config, config):
+    row = info or next((row for row in rows_like(config) if row.timm_id), None)  # of which the name alone is taken
+    if row is None or row.timm_id is None or not same_architecture(row.config, config):
         raise UnsupportedError(
             "timm reads models of known names only, and this architecture has none; write the 'hf' or 'meta' layout"
         )
-    architecture, _, tag = timm_model(info).partition(".")
-    if with_bias and info.family == "dinov3":
+    architecture, _, tag = timm_model(row).partition(".")
+    if with_bias and row.family == "dinov3":
         architecture = architecture.replace("_dinov3", "_dinov3_qkvb")
-    theirs = preprocess_of(info, "timm")
+    theirs = preprocess_of(row, "timm")
     side = theirs.size
     assert isinstance(side, int)
-    origin = {} if info.licence == OWN else {"tag": tag, "license": info.licence.lower().replace(" ", "-")}
+    named = info is not None and info.licence != OWN
+    origin = {"license": row.licence.lower().replace(" ", "-")} if named else {}
+    if named and not row.derived:
+        origin["tag"] = tag
     return {
         "architecture": architecture, "num_classes": 0, "num_features": config.embed_dim,
-        "global_pool": "avg" if info.family == "dinov3" else "token",
+        "global_pool": "avg" if row.family in ("dinov3", "eupe") else "token",
         "pretrained_cfg": {
             **origin, "input_size": [3, side, side], "fixed_input_size": True, "interpolation": theirs.filter,
             "crop_pct": round(side / (theirs.resize_to or side), 3),

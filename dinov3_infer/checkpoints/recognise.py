@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import CheckpointError, UnsupportedError
 from .layouts import LAYOUTS, OURS, Layout, LayoutName
 from .reading import Checkpoint, TensorSource
+from .refusals import refuse_config, refuse_tensors
 
 __all__ = ["HF_EPS", "Stored", "layout_hint", "normalise", "recognise", "some"]
 
@@ -47,11 +48,14 @@ def recognise(checkpoint: Checkpoint, layout: LayoutName | None = None, named: b
     """
     _refuse_adapters(checkpoint)
     _refuse_windows(checkpoint.config)
+    refuse_config(checkpoint.config, checkpoint.path)
     groups = normalise(checkpoint.tensors.shapes)
     if not groups:
         raise CheckpointError(f"'{checkpoint.path}' holds no vision transformer: {_what_is_there(checkpoint.tensors)}")
     prefix = _choose_prefix(checkpoint, list(groups))
     group = groups[prefix]
+    tokens = (checkpoint.tensors.shapes.get(group.get(name, "")) for name in ("cls_token", "embeddings.cls_token"))
+    refuse_tensors(group, next(filter(None, tokens), None), checkpoint.path)
     own = _layouts_of(group, None, OURS)
     candidates = own[:1] if named and own else _layouts_of(group, layout)
     if own and not named or not candidates:
@@ -82,6 +86,12 @@ def recognise(checkpoint: Checkpoint, layout: LayoutName | None = None, named: b
             f"; they are of a larger model ({some(sorted(larger), 3)}), and what that does besides is not done here"
             if larger else "",
         )  # fmt: skip
+    if "fc_norm.weight" in group and "norm.weight" not in group:  # of timm's models that pool before their norm
+        log.warning(
+            "%s: its norm follows the mean of the patches; here every token gets it, so a mean differs from timm's",
+            checkpoint.path,
+        )
+        group = {re.sub(r"^fc_norm\.", "norm.", name): original for name, original in group.items()}
     spelled: dict[str, str] = {}
     for name, original in group.items():
         for pattern, replacement in chosen.spellings:

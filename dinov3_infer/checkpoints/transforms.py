@@ -15,10 +15,11 @@ from ..errors import CheckpointError, InputError, UnsupportedError
 from ..images.preprocess import Preprocess
 from ..model.vit import ViTConfig
 from ..zoo import MODELS, ModelInfo, Style, preprocess_of
+from .architecture import rows_like
 from .config_json import hf_processor_config
 from .reading import CONFIG, PROCESSOR, Checkpoint
 
-__all__ = ["stated_transform", "transform_of"]
+__all__ = ["shown", "stated_transform", "transform_of"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -31,12 +32,14 @@ Stated = dict[str, Any]  # fields of a Preprocess
 
 
 def transform_of(config: ViTConfig, info: ModelInfo | None, style: Style | None = None) -> Preprocess:
-    """That of a row; for an architecture of one's own ImageNet's mean and std, at the size that its positions are for.
+    """That of a row, which without a name is the first of this shape; for any other architecture ImageNet's mean and
+    std, at the size that its positions are for.
 
     With rotary positions that is 16 patches a side, as of DINOv3.
     """
-    if info is not None:
-        return preprocess_of(info, style)
+    row = info or next(iter(rows_like(config)), None)
+    if row is not None:
+        return preprocess_of(row, style)
     if style is not None:
         raise InputError(
             f"preprocessing={style!r} needs a known architecture or a file beside the weights that states it, and this "
@@ -44,6 +47,17 @@ def transform_of(config: ViTConfig, info: ModelInfo | None, style: Style | None 
         )
     first = next(iter(MODELS.values()))
     return Preprocess(first.mean, first.std, config.patch_size, size=(config.position_grid or 16) * config.patch_size)
+
+
+def shown(preprocess: Preprocess) -> str:
+    """In words, but for mean and std."""
+    size = (
+        preprocess.size
+        if isinstance(preprocess.size, int) or preprocess.size is None
+        else "x".join(str(side) for side in preprocess.size)
+    )
+    whole = f" of {preprocess.resize_to}" if preprocess.resize_to else ""
+    return f"{preprocess.fit} {size or 'own size'}{whole} px, {preprocess.filter}, {preprocess.engine}"
 
 
 def stated_transform(
@@ -68,7 +82,7 @@ def stated_transform(
             if style is not None:
                 raise UnsupportedError(f"{file} of '{checkpoint.path}' {error}; leave preprocessing out") from None
             log.warning("%s of '%s' %s; the default is used instead", file, checkpoint.path, error)
-            found = (file, _statistics(content))
+            found = (file, _levels_alone(content) if name == "hf" else _statistics(content))
             break
     file, stated = found or (CONFIG, {})
     stated = _statistics(checkpoint.config) | stated
@@ -77,29 +91,36 @@ def stated_transform(
         ours = _build(lambda: _of_block(saved, config), CONFIG, checkpoint)
         if not hf or dict(hf) == hf_processor_config(config, ours, info):  # it was not edited since
             return ours, {"transform": f"dinov3_infer in {CONFIG}", "mean and std": f"dinov3_infer in {CONFIG}"}
+    row = info or next(iter(rows_like(config)), None)
     by_row = (
-        has_geometry and info is not None and _is_published(stated, config, info, "hf" if file == PROCESSOR else "timm")
+        has_geometry and row is not None and _is_published(stated, config, row, "hf" if file == PROCESSOR else "timm")
     )
     base = transform_of(config, info, None if has_geometry else style)
     if by_row and style is None:
         stated = {name: value for name, value in stated.items() if name not in _GEOMETRY}
         has_geometry = False
-    size = checkpoint.config.get("image_size")
-    if info is None and not has_geometry and config.position_grid is None and _is_side(size, config):
-        base = replace(base, size=size)
+    size, where = checkpoint.config.get("image_size"), _of_nobody(config, row)
+    if row is None and not has_geometry and config.position_grid is None and _is_side(size, config):
+        base, where = replace(base, size=size), "image_size in config.json, and our defaults"
     changes = (_PLAIN if has_geometry else {}) | stated
     made = _build(lambda: replace(base, **changes), file, checkpoint)
-    known = info.name if info is not None else "default"
-    origin = {
-        "transform": file if has_geometry else known,
-        "mean and std": file if "mean" in stated else known,
+    if by_row:
+        where = f"our own for {row.name}, whose published one {file} states"  # type: ignore[union-attr]
+    elif info is not None:
+        where = info.name
+    return made, {
+        "transform": file if has_geometry else where if style is None or row is None else f"{style}'s of {row.name}",
+        "mean and std": file if "mean" in stated else info.name if info is not None else _of_nobody(config, row),
     }
-    if "mean" not in stated and info is None:
-        log.warning(
-            "%s: nothing states the mean and std of its images; ImageNet's are taken; set bb.preprocess for others",
-            checkpoint.path,
-        )
-    return made, origin
+
+
+def _of_nobody(config: ViTConfig, row: ModelInfo | None) -> str:
+    """From where a transform is that neither a file nor a name states."""
+    if row is not None:
+        return f"the default of models of this shape, {row.name}"
+    return (
+        f"the default of {'RoPE' if config.position_grid is None else 'the grid of its positions'}, as ImageNet has it"
+    )
 
 
 def _is_side(size: Any, config: ViTConfig) -> bool:
@@ -191,6 +212,14 @@ def _levels(stated: Mapping[str, Any]) -> Stated:
     if times != 1 and all(isinstance(v, (int, float)) for v in (*mean, *std)):
         mean, std = [v / times for v in mean], [v / times for v in std]
     return {"mean": tuple(mean), "std": tuple(std)}
+
+
+def _levels_alone(stated: Mapping[str, Any]) -> Stated:
+    """Of a processor whose geometry is not here."""
+    try:
+        return _levels(stated)
+    except UnsupportedError:
+        return _statistics(stated)
 
 
 def _of_timm(stated: Mapping[str, Any]) -> Stated:

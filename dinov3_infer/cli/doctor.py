@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .. import __file__ as package_file
+from ..backbone import Backbone
 from ..checkpoints.reading import CONFIG
 from ..errors import Dinov3Error
 from ..hub.answers import HubOptions, explain
@@ -39,16 +40,17 @@ CLOSE = {"cpu": 2e-5, "cuda": 2e-2}  # relative distance from the recorded vecto
 _GATED = "dinov3_vits16"
 
 
-def run(_: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     faults = 0
-    for title, check in _CHECKS:
+    checks = [*_CHECKS, *([("model", lambda: _model(args.model))] if args.model else [])]
+    for title, check in checks:
         try:
             for line in check():
                 say(f"{title:<13} {line}")
         except Exception as error:  # one thing that is broken must not hide the others
             faults += 1
             say(f"{title:<13} FAILED: {error if isinstance(error, Dinov3Error) else repr(error)}")
-    say(f"{'verdict':<13} {f'{faults} of {len(_CHECKS)} checks failed' if faults else 'works'}")
+    say(f"{'verdict':<13} {f'{faults} of {len(checks)} checks failed' if faults else 'works'}")
     return FAILED if faults else OK
 
 
@@ -133,6 +135,13 @@ def _hub() -> Iterator[str]:
 def _environment() -> Iterator[str]:
     shown = (f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ)
     yield " ".join(shown) or "none of the variables that matter is set"
+
+
+def _model(name: str) -> Iterator[str]:
+    """What of a model is taken from where."""
+    bb = Backbone.from_pretrained(name, device="cpu")
+    yield bb.extra_repr()
+    yield from (f"{field}: {text}" for field, text in bb.origin.items())
 
 
 def _forward() -> Iterator[str]:

@@ -67,7 +67,8 @@ def _make_parser() -> argparse.ArgumentParser:
     _convert(command("convert", "weights in the layout of another library"))
     _export(command("export", "a file for another engine, checked in that engine"))
     _bench(command("bench", "how fast this is here, beside everything else that is installed"))
-    command("doctor", "what this installation is and whether it works: for bug reports")
+    doctor = command("doctor", "what this installation is and whether it works: for bug reports")
+    doctor.add_argument("model", nargs="?", metavar="MODEL", help="what of it is taken from where: " + _MODEL)
     _verify(command("verify", "whether weights are what they claim to be"))
     train = commands.add_parser(
         "train", help="train a backbone on pictures without labels", add_help=False, prefix_chars="\0"

@@ -85,6 +85,8 @@ def _build(config: TrainConfig, device: torch.device, backbone: Backbone | None)
                 f"the weights are {backbone.main_weight.dtype}, in which small steps are lost; load them "
                 "with dtype='auto', the arithmetic is bfloat16 all the same"
             )
+        if backbone.info is not None and backbone.info.licence != OWN:
+            backbone.info = dataclasses.replace(backbone.info, derived=True)
         if not isinstance(backbone, ViTBackbone):
             raise UnsupportedError(f"a {backbone.summary()} cannot be trained here; train takes vision transformers")
         method = Method(config, backbone.to(device), teacher)

@@ -43,7 +43,7 @@ def test_heads_that_nobody_states_are_asked_for(config: ViTConfig, beside: dict[
     with pytest.raises(CheckpointError, match=r"nothing states how many heads .* pass num_heads="):
         load(path)
     ours = load(path, num_heads=2)
-    assert ours.origin["num_heads"] == "num_heads="
+    assert ours.origin["num_heads"] == "2, from num_heads="
     same_features(ours, source)
 
 

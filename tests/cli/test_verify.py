@@ -26,7 +26,8 @@ def test_verify_known_weights(formula: Path, tmp_path: Path) -> None:
     for path in (formula, tmp_path / "m.pth"):
         ran = run("verify", path)
         assert (ran.status, verdict(ran)) == (0, "these are weights by formula"), ran
-        assert "every tensor of nano:" in ran.out and "features of three pictures, " in ran.out
+        assert "every tensor of 4 blocks of width 192" in ran.out and "features of three pictures, " in ran.out
+        assert re.search(r"taken +num_heads: 3, from .+", ran.out) and "taken        licence: not stated" in ran.out
 
 
 def test_verify_unknown_weights() -> None:

@@ -243,6 +243,9 @@ CHECKPOINTS: dict[str, Make] = PLACES | {
     "periods of zero": _stated(dinov3_infer={"rope_periods": [0.0, 0.0]}),
     "two numbers of heads": _stated(vision_config={"hidden_size": 16, "num_heads": 1}, num_attention_heads=2),
     "an adapter": _tensors(lambda t: t.update({"layer.0.attention.q_proj.lora_A.weight": ("F32", [1], bytes(4))})),
+    "a neighbour": _stated(model_type="siglip_vision_model"),
+    "norms of queries": _tensors(lambda t: t.update({"layer.0.attention.q_norm.weight": ("F32", [1], bytes(4))})),
+    "eight class tokens": _tensors(_replaced("embeddings.cls_token", [1, 8, 16])),
     "windows": _stated(backbone_config={"num_windows": 4}),
     "levels divided by nothing": _asked("hf", rescale_factor=0),
     "levels without a mean": _asked("hf", rescale_factor=1, image_mean=None),
@@ -292,6 +295,6 @@ CHECKPOINTS_ONCE = tuple((1, n) for n in (16, 32, 90, 173, 236, 306, 317, 350, 4
 PICTURE = Kind("pictures", pictures.case, read_picture, PICTURES, PICTURES_ONCE, {"images/decode": ()})
 CHECKPOINT = Kind(
     "checkpoints", checkpoints.case, read_checkpoint, CHECKPOINTS, CHECKPOINTS_ONCE,
-    {f"checkpoints/{name}": () for name in ("reading", "recognise", "architecture", "loading")}
+    {f"checkpoints/{name}": () for name in ("reading", "recognise", "refusals", "architecture", "loading")}
     | {"checkpoints/transforms": ("transform_of",)},
 )  # fmt: skip
