@@ -124,6 +124,12 @@ def _shown(stored: Stored, config: Mapping[str, Any]) -> dict[str, Any]:
     if not depth:
         raise CheckpointError(f"the names look like layout {layout.label}, but there are no blocks; is the file whole?")
 
+    there = sum(
+        any(name in stored.shapes for name in stored.parts[f"blocks.{n}.norm1.weight"].names) for n in range(depth)
+    )
+    if depth > 2 * there + 8:  # of a smaller gap the reader says what is missing
+        raise CheckpointError(f"the names number {depth} blocks, of which {there} are there; is the file whole?")
+
     def shape(ours: str) -> tuple[int, ...] | None:
         """Of the first part of a row, in the first block that has all its parts: a gap is for the reader to find."""
         for block in range(depth if "#" in ours else 1):

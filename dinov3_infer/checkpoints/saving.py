@@ -139,7 +139,8 @@ def save_checkpoint(
         log.warning("%s: %s", target, note)
     weights = target if layout == "meta" else target / WEIGHTS
     weights.parent.mkdir(parents=True, exist_ok=True)
-    facts = dict(num_attention_heads=model.config.num_heads, layer_norm_eps=model.config.norm_eps, dinov3_infer=block)
+    facts = dict(num_attention_heads=model.config.num_heads, layer_norm_eps=model.config.norm_eps)
+    facts |= dict(dinov3_infer=block | {"preprocess": asdict(preprocess)})
     _write_tensors(weights, tensors, facts)
     for name, content in files.items():
         with whole(target / name) as path:
