@@ -64,16 +64,23 @@ class _Listed(Format):
 
     def write(self, target: Path, rows: Rows, recipe: Recipe) -> None:
         vectors = np.ascontiguousarray(rows.vectors)
-        self._make(target, recipe, len(rows), partial(_write_lines, rows), partial(self._put, [vectors], vectors))
+        put = partial(self._put, [vectors], vectors)
+        self._make(target, recipe, rows.first, len(rows), partial(_write_lines, rows), put)
 
     def join(self, target: Path, pieces: Sequence[Piece], recipe: Recipe) -> None:
         parts = (self.vectors(path)[start:stop] for path, start, stop in pieces)
         first, count = self.vectors(pieces[0].path), sum(stop - start for _, start, stop in pieces)
-        self._make(target, recipe, count, partial(_join_lines, pieces), partial(self._put, parts, first))
+        self._make(target, recipe, 0, count, partial(_join_lines, pieces), partial(self._put, parts, first))
 
     @abstractmethod
     def _make(
-        self, target: Path, recipe: Recipe, count: int, lines: Callable[[Path], None], vectors: Callable[..., None]
+        self,
+        target: Path,
+        recipe: Recipe,
+        first: int,
+        count: int,
+        lines: Callable[[Path], None],
+        vectors: Callable[..., None],
     ) -> None: ...
 
     @abstractmethod
@@ -82,17 +89,24 @@ class _Listed(Format):
 
 
 class Npy(_Listed):
-    suffix, sides, sealed = ".npy", (".jsonl", ".json"), (".npy", ".jsonl")
+    suffix, sides, sealed = ".npy", (".jsonl", ".json"), (".json", ".npy", ".jsonl")
 
     def _make(
-        self, target: Path, recipe: Recipe, count: int, lines: Callable[[Path], None], vectors: Callable[..., None]
+        self,
+        target: Path,
+        recipe: Recipe,
+        first: int,
+        count: int,
+        lines: Callable[[Path], None],
+        vectors: Callable[..., None],
     ) -> None:
         names = [target.with_suffix(suffix) for suffix in (".jsonl", ".json", ".npy")]
         with together(*names) as (listing, record, made):
             lines(listing)
             vectors(made, count, "")
-            seal = Seal.of(count, {".npy": made, ".jsonl": listing})
+            seal = Seal.of(first, count, {".npy": made, ".jsonl": listing}, ".json")
             record.write_text(recipe.to_json(seal), encoding="utf-8")
+            stamp(record, self.region(record))
 
     def _put(self, parts: Any, like: Array, target: Path, count: int, record: str) -> None:
         header = dict(descr=like.dtype.str, fortran_order=False, shape=(count, *like.shape[1:]))
@@ -121,18 +135,24 @@ class Npy(_Listed):
         return record.read_bytes() if record.is_file() else None
 
     def region(self, path: Path) -> tuple[int, bytes]:
-        raise ValueError("no record inside")
+        return 0, path.with_suffix(".json").read_bytes()
 
 
 class Safetensors(_Listed):
     suffix, sides, sealed = ".safetensors", (".jsonl",), (".safetensors", ".jsonl")
 
     def _make(
-        self, target: Path, recipe: Recipe, count: int, lines: Callable[[Path], None], vectors: Callable[..., None]
+        self,
+        target: Path,
+        recipe: Recipe,
+        first: int,
+        count: int,
+        lines: Callable[[Path], None],
+        vectors: Callable[..., None],
     ) -> None:
         with together(target.with_suffix(".jsonl"), target) as (listing, made):
             lines(listing)
-            vectors(made, count, recipe.to_json(Seal.of(count, {".jsonl": listing}, self.suffix)))
+            vectors(made, count, recipe.to_json(Seal.of(first, count, {".jsonl": listing}, self.suffix)))
             stamp(made, self.region(made))
 
     def _put(self, parts: Any, like: Array, target: Path, count: int, record: str) -> None:
@@ -185,7 +205,7 @@ class Parquet(Format):
     def write(self, target: Path, rows: Rows, recipe: Recipe) -> None:
         table = self._table(rows)
         with together(target) as (made,):
-            schema = table.schema.with_metadata(self._metadata(recipe, len(rows)))
+            schema = table.schema.with_metadata(self._metadata(recipe, rows.first, len(rows)))
             options = dict(row_group_size=max(1, len(rows))) | _AS_IT_IS
             self._arrow.parquet.write_table(table.cast(schema), made, **options)
             stamp(made, self.region(made))
@@ -195,7 +215,7 @@ class Parquet(Format):
         first = self._opened(pieces[0].path).schema_arrow
         if "source" not in first.names:  # of a shard from before there were sources
             first = first.append(arrow.field("source", arrow.string()))
-        schema = first.with_metadata(self._metadata(recipe, count))
+        schema = first.with_metadata(self._metadata(recipe, 0, count))
         with together(target) as (made,):
             with arrow.parquet.ParquetWriter(made, schema, **_AS_IT_IS) as writer:
                 for piece in pieces:
@@ -220,7 +240,7 @@ class Parquet(Format):
             return Rows(start, [], "float32")
         table = self._arrow.concat_tables(tables)
         column, lines = table.column("embedding").combine_chunks(), list(self.lines(path, start, stop))
-        flat = column.flatten().to_numpy(zero_copy_only=False)
+        flat = column.flatten().to_numpy(zero_copy_only=False).copy()
         if self._arrow.types.is_fixed_size_list(column.type):
             return Rows(start, flat.reshape(len(lines), -1), str(flat.dtype), lines)
         sizes = np.cumsum([0, *column.value_lengths().to_pylist()])
@@ -252,8 +272,8 @@ class Parquet(Format):
 
     # --- arrow --------------------------------------------------------------------------------------------------------
 
-    def _metadata(self, recipe: Recipe, count: int) -> dict[str, str]:
-        return {KEY: recipe.to_json(Seal.of(count, {}, self.suffix))}
+    def _metadata(self, recipe: Recipe, first: int, count: int) -> dict[str, str]:
+        return {KEY: recipe.to_json(Seal.of(first, count, {}, self.suffix))}
 
     def _opened(self, path: Path) -> Any:
         try:

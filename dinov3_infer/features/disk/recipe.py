@@ -61,7 +61,7 @@ class Recipe:
     plan: BatchPlan
 
     def to_json(self, seal: Seal | None = None, state: str = "") -> str:
-        more = {} if seal is None else dict(rows=seal.rows, files=seal.files)
+        more = {} if seal is None else asdict(seal)
         return json.dumps({"format": FORMATS[-1]} | asdict(self) | more | (dict(state=state) if state else {}))
 
     def planned(self, found: BatchPlan) -> Self:
@@ -112,7 +112,7 @@ class Record(NamedTuple):
             number = stored.pop("format")
             if number not in FORMATS:
                 raise InputError(f"'{origin}' was written by a version of dinov3_infer with another format; use that")
-            rows, files, state = (stored.pop(name, None) for name in ("rows", "files", "state"))
+            *sealed, state = (stored.pop(name, None) for name in ("first", "rows", "files", "state"))
             stored["plan"] = BatchPlan(**stored["plan"])
             stored["shape"] = None if stored["shape"] is None else tuple(map(_whole, stored["shape"]))
             for name, kinds in _KINDS.items():
@@ -120,7 +120,7 @@ class Record(NamedTuple):
                     raise TypeError(name)
             if state not in (None, *get_args(State)):
                 raise ValueError
-            seal = None if rows is None and files is None else Seal.read(rows, files)
+            seal = None if sealed == [None] * 3 else Seal.read(*sealed)
             return cls(Recipe(**stored), seal, state or "", number == 1)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, InputError) and "another format" in str(error):

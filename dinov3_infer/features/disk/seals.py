@@ -23,23 +23,24 @@ _HEX = re.compile(r"(own:)?[0-9a-f]{64}")
 class Seal:
     """As it stands in a record."""
 
+    first: int  # number of the image of the first row
     rows: int
     files: Mapping[str, tuple[int, str]]  # suffix -> bytes (0 for a file that holds this itself), SHA-256
 
     @classmethod
-    def of(cls, rows: int, files: Mapping[str, Path], own: str | None = None) -> Self:
+    def of(cls, first: int, rows: int, files: Mapping[str, Path], own: str) -> Self:
         """Of files that are whole, by the suffix that each will have; `own`: of the one that will hold this."""
         found = {suffix: (path.stat().st_size, sha256(path)) for suffix, path in files.items()}
-        return cls(rows, found | ({own: (0, OWN)} if own else {}))
+        return cls(first, rows, found | {own: (0, OWN)})
 
     @classmethod
-    def read(cls, rows: Any, files: Any) -> Self:
+    def read(cls, first: Any, rows: Any, files: Any) -> Self:
         """Raises: ValueError, TypeError, AttributeError for what is none."""
         found = {str(suffix): (size, digest) for suffix, (size, digest) in files.items()}
-        numbers = [rows, *(size for size, _ in found.values())]
+        numbers = [first, rows, *(size for size, _ in found.values())]
         if any(type(n) is not int or n < 0 for n in numbers) or not all(_HEX.fullmatch(d) for _, d in found.values()):
             raise ValueError
-        return cls(rows, found)
+        return cls(first, rows, found)
 
 
 def stamp(path: Path, region: tuple[int, bytes]) -> None:

@@ -111,7 +111,7 @@ def _opened(path: Path, verify: bool) -> tuple[list[Path], Format, Recipe]:
         recipe = Record.from_json(record.read_bytes(), record).recipe
         kinds = [kind for kind in FORMATS.values() if any(path.glob(f"[0-9]*{kind.suffix}"))]
         target = Target(path, True, (kinds or [FORMATS[".npy"]])[0]())
-        wanted = [len(images) for images in recipe.shards()]
+        wanted = list(recipe.shards())
         files = [target.shard(number) for number in range(len(wanted))]
         there = sum(file.is_file() for file in files)
         if recipe.count is None or there < len(wanted):
@@ -125,14 +125,16 @@ def _opened(path: Path, verify: bool) -> tuple[list[Path], Format, Recipe]:
             raise InputError(
                 f"'{path}' does not say how it was made; give what embed has written, with what lies beside it"
             )
-        recipe, files, wanted = found.recipe, [path], [found.recipe.count or 0]
-    unsealed = sum(_check(target.format, file, rows, recipe, verify) for file, rows in zip(files, wanted, strict=True))
+        recipe, files, wanted = found.recipe, [path], [range(found.recipe.count or 0)]
+    unsealed = sum(
+        _check(target.format, file, images, recipe, verify) for file, images in zip(files, wanted, strict=True)
+    )
     if unsealed:
         log.warning("'%s': %d of %d files have no checksums, only their rows were counted", path, unsealed, len(files))
     return files, target.format, recipe
 
 
-def _check(form: Format, path: Path, rows: int, recipe: Recipe, verify: bool) -> bool:
+def _check(form: Format, path: Path, images: range, recipe: Recipe, verify: bool) -> bool:
     """Whether a file has no checksum.  Raises: InputError for one that is damaged."""
     record = form.record(path)
     seal = None if record is None else record.seal
@@ -143,8 +145,10 @@ def _check(form: Format, path: Path, rows: int, recipe: Recipe, verify: bool) ->
         wrong = None
     else:
         wrong = form.damage(path, seal, deep=verify)
-    if wrong is None and (there := form.count(path)) != rows:
-        wrong = f"'{path}' holds {there} rows, and {rows} belong there"
+    if wrong is None and (there := form.count(path)) != len(images):
+        wrong = f"'{path}' holds {there} rows, and {len(images)} belong there"
+    if wrong is None and seal is not None and seal.first != images.start:
+        wrong = f"the rows of '{path}' belong elsewhere"
     if wrong is not None:
         raise InputError(f"{wrong}; run the same embed again, which says or mends what is damaged")
     return seal is None

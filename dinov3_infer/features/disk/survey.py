@@ -55,7 +55,7 @@ class Survey:
         self.found = Found()
         if base:
             try:
-                self._check(target.path, recipe.count or 0)
+                self._check(target.path, 0, recipe.count or 0)
             except _Unusable as error:
                 raise InputError(f"{error}; bring back a copy, or overwrite it, which makes it again") from None
 
@@ -68,7 +68,7 @@ class Survey:
         if path.exists():
             piece = Piece(path, 0, len(images))
             try:
-                self._check(path, len(images))
+                self._check(path, images.start, len(images))
                 again = self._again(piece, images)
             except _Unusable:
                 self._drop(path)
@@ -85,7 +85,7 @@ class Survey:
             try:
                 if part != self.target.shard(shard, offset, part=True):
                     raise _Unusable
-                count = self._check(part)
+                count = self._check(part, images.start + offset)
                 numbers += self._again(Piece(part, 0, count), images[offset : offset + count])
             except _Unusable:
                 self._drop(part)
@@ -110,8 +110,11 @@ class Survey:
         self.found.damaged += 1
         self.target.format.remove(path)
 
-    def _check(self, path: Path, rows: int | None = None) -> int:
-        """Rows of a file.  Raises: _Unusable; InputError for a whole file of another number of rows."""
+    def _check(self, path: Path, first: int, rows: int | None = None) -> int:
+        """Rows of a file, of which the first is that of this image.
+
+        Raises: _Unusable; InputError for a whole file of another number of rows.
+        """
         form = self.target.format
         try:
             there, record = form.count(path), form.record(path)
@@ -125,6 +128,8 @@ class Survey:
         seal = None if record is None else record.seal
         if record is not None and not record.old and (seal is None or not record.recipe.is_like(self.recipe)):
             raise _Unusable(f"the record of '{path}' is damaged")
+        if seal is not None and seal.first != first:
+            raise _Unusable(f"'{path}' has another place")
         if wrong := form.damage(path, seal):
             raise _Unusable(wrong)
         self.found.unsealed += seal is None

@@ -52,7 +52,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def without_seal(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in ("rows", "files")}
+    return {name: value for name, value in record.items() if name not in ("first", "rows", "files")}
 
 
 def needs(suffix: str) -> None:
