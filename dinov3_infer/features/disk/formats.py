@@ -35,6 +35,7 @@ from .seals import Seal, stamp
 __all__ = ["FORMATS", "Format", "Line", "Piece", "Rows"]
 
 KEY = "dinov3_infer"  # of the record in a file's metadata
+_Put = Callable[..., None]
 together = partial(_together, flush=True)  # a run goes on with the shards that it finds
 
 
@@ -65,23 +66,16 @@ class _Listed(Format):
     def write(self, target: Path, rows: Rows, recipe: Recipe) -> None:
         vectors = np.ascontiguousarray(rows.vectors)
         put = partial(self._put, [vectors], vectors)
-        self._make(target, recipe, rows.first, len(rows), partial(_write_lines, rows), put)
+        images = range(rows.first, rows.first + len(rows))
+        self._make(target, recipe, images, partial(_write_lines, rows), put)
 
     def join(self, target: Path, pieces: Sequence[Piece], recipe: Recipe) -> None:
         parts = (self.vectors(path)[start:stop] for path, start, stop in pieces)
         first, count = self.vectors(pieces[0].path), sum(stop - start for _, start, stop in pieces)
-        self._make(target, recipe, 0, count, partial(_join_lines, pieces), partial(self._put, parts, first))
+        self._make(target, recipe, range(count), partial(_join_lines, pieces), partial(self._put, parts, first))
 
     @abstractmethod
-    def _make(
-        self,
-        target: Path,
-        recipe: Recipe,
-        first: int,
-        count: int,
-        lines: Callable[[Path], None],
-        vectors: Callable[..., None],
-    ) -> None: ...
+    def _make(self, target: Path, recipe: Recipe, images: range, lines: _Put, vectors: _Put) -> None: ...
 
     @abstractmethod
     def _put(self, parts: Any, like: Array, target: Path, count: int, record: str) -> None:
@@ -91,20 +85,12 @@ class _Listed(Format):
 class Npy(_Listed):
     suffix, sides, sealed = ".npy", (".jsonl", ".json"), (".json", ".npy", ".jsonl")
 
-    def _make(
-        self,
-        target: Path,
-        recipe: Recipe,
-        first: int,
-        count: int,
-        lines: Callable[[Path], None],
-        vectors: Callable[..., None],
-    ) -> None:
+    def _make(self, target: Path, recipe: Recipe, images: range, lines: _Put, vectors: _Put) -> None:
         names = [target.with_suffix(suffix) for suffix in (".jsonl", ".json", ".npy")]
         with together(*names) as (listing, record, made):
             lines(listing)
-            vectors(made, count, "")
-            seal = Seal.of(first, count, {".npy": made, ".jsonl": listing}, ".json")
+            vectors(made, len(images), "")
+            seal = Seal.of(images, {".npy": made, ".jsonl": listing}, ".json")
             record.write_text(recipe.to_json(seal), encoding="utf-8")
             stamp(record, self.region(record))
 
@@ -141,18 +127,10 @@ class Npy(_Listed):
 class Safetensors(_Listed):
     suffix, sides, sealed = ".safetensors", (".jsonl",), (".safetensors", ".jsonl")
 
-    def _make(
-        self,
-        target: Path,
-        recipe: Recipe,
-        first: int,
-        count: int,
-        lines: Callable[[Path], None],
-        vectors: Callable[..., None],
-    ) -> None:
+    def _make(self, target: Path, recipe: Recipe, images: range, lines: _Put, vectors: _Put) -> None:
         with together(target.with_suffix(".jsonl"), target) as (listing, made):
             lines(listing)
-            vectors(made, count, recipe.to_json(Seal.of(first, count, {".jsonl": listing}, self.suffix)))
+            vectors(made, len(images), recipe.to_json(Seal.of(images, {".jsonl": listing}, self.suffix)))
             stamp(made, self.region(made))
 
     def _put(self, parts: Any, like: Array, target: Path, count: int, record: str) -> None:
@@ -205,7 +183,7 @@ class Parquet(Format):
     def write(self, target: Path, rows: Rows, recipe: Recipe) -> None:
         table = self._table(rows)
         with together(target) as (made,):
-            schema = table.schema.with_metadata(self._metadata(recipe, rows.first, len(rows)))
+            schema = table.schema.with_metadata(self._metadata(recipe, range(rows.first, rows.first + len(rows))))
             options = dict(row_group_size=max(1, len(rows))) | _AS_IT_IS
             self._arrow.parquet.write_table(table.cast(schema), made, **options)
             stamp(made, self.region(made))
@@ -215,7 +193,7 @@ class Parquet(Format):
         first = self._opened(pieces[0].path).schema_arrow
         if "source" not in first.names:  # of a shard from before there were sources
             first = first.append(arrow.field("source", arrow.string()))
-        schema = first.with_metadata(self._metadata(recipe, 0, count))
+        schema = first.with_metadata(self._metadata(recipe, range(count)))
         with together(target) as (made,):
             with arrow.parquet.ParquetWriter(made, schema, **_AS_IT_IS) as writer:
                 for piece in pieces:
@@ -272,8 +250,8 @@ class Parquet(Format):
 
     # --- arrow --------------------------------------------------------------------------------------------------------
 
-    def _metadata(self, recipe: Recipe, first: int, count: int) -> dict[str, str]:
-        return {KEY: recipe.to_json(Seal.of(first, count, {}, self.suffix))}
+    def _metadata(self, recipe: Recipe, images: range) -> dict[str, str]:
+        return {KEY: recipe.to_json(Seal.of(images, {}, self.suffix))}
 
     def _opened(self, path: Path) -> Any:
         try:

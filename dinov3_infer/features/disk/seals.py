@@ -28,10 +28,10 @@ class Seal:
     files: Mapping[str, tuple[int, str]]  # suffix -> bytes (0 for a file that holds this itself), SHA-256
 
     @classmethod
-    def of(cls, first: int, rows: int, files: Mapping[str, Path], own: str) -> Self:
+    def of(cls, images: range, files: Mapping[str, Path], own: str) -> Self:
         """Of files that are whole, by the suffix that each will have; `own`: of the one that will hold this."""
         found = {suffix: (path.stat().st_size, sha256(path)) for suffix, path in files.items()}
-        return cls(first, rows, found | {own: (0, OWN)})
+        return cls(images.start, len(images), found | {own: (0, OWN)})
 
     @classmethod
     def read(cls, first: Any, rows: Any, files: Any) -> Self:
