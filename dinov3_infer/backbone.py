@@ -273,6 +273,7 @@ class Backbone(Network):
         num_workers: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         overwrite: bool = False,
+        trust_names: bool = False,
         progress: bool | None = None,
     ) -> np.ndarray[Any, Any] | EmbedReport:
         """One row per picture in the order of the input: an array, or the file or folder `out` and a report.
@@ -288,7 +289,9 @@ class Backbone(Network):
         `shard_size`: pictures that are written at a time; None for 10,000, or as many as have 256 MiB.
         `num_workers`, `size`, `fit`: as in `iter_features`.
         `on_error`: "raise", or "skip", which leaves a row of NaN for a picture that cannot be read.
-        `overwrite`: begin anew, whatever is there.
+        `overwrite`: begin anew, whatever is there; a call that was killed goes on with what it has written since.
+        `trust_names`: an image is what had its name before.  Otherwise a rerun looks at the size and time of each file,
+        and at a hash of each address with its query; what differs, and what had failed, is computed again.
         `progress`: a bar on stderr; None shows it where that is a terminal.
 
         Raises: as `iter_features`; InputError where patches or maps differ in shape, or where what is at `out` was made

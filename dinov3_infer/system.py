@@ -1,14 +1,28 @@
-"""Files that appear whole or not at all, their hashes, memory that is kept, and threads of torch."""
+"""Files that appear whole or not at all, hashes, locked folders, signals, memory that is kept, and threads of torch."""
 
 import hashlib
 import os
+import signal
+import threading
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-__all__ = ["keep_freed_memory", "sha256", "torch_threads", "whole"]
+from .errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["LOCK", "keep_freed_memory", "locked", "sha256", "together", "told_to_stop", "torch_threads", "whole"]
+
+LOCK = ".dinov3_infer.lock"
+_SECONDS = 3.0  # in which a process that was killed ends, and the first one of a run says which run it is
+_held: dict[Path, str] = {}  # folders that this process has locked: the system does not keep a process from itself
 
 
 @contextmanager
@@ -17,20 +31,32 @@ def whole(target: Path, *, flush: bool = False) -> Iterator[Path]:
 
     `flush`: what is written is on the disk by then, so that it outlives the machine too.
     """
-    # the name's beginning tells whose it is; all of it might leave no room for more
-    beside = target.with_name(f".{target.stem[:16]}.{uuid.uuid4().hex[:8]}.tmp{target.suffix}")
-    try:
-        beside.touch(exist_ok=False)
-        mode = beside.stat().st_mode  # as any new file has here; some writers make it another file, for us alone
+    with together(target, flush=flush) as (beside,):
         yield beside
-        beside.chmod(mode)
+
+
+@contextmanager
+def together(*targets: Path, flush: bool = False) -> Iterator[list[Path]]:
+    """As `whole`, for files that belong together: none takes its place before all are written, the last one last."""
+    # the name's beginning tells whose it is; all of it might leave no room for more
+    made = [t.with_name(f".{t.stem[:16]}.{uuid.uuid4().hex[:8]}.tmp{t.suffix}") for t in targets]
+    try:
+        for beside in made:
+            beside.touch(exist_ok=False)
+        mode = made[0].stat().st_mode  # as any new file has here; some writers make it another file, for us alone
+        yield made
+        for beside in made:
+            beside.chmod(mode)
+            if flush:
+                _flush(beside)
+        for beside, target in zip(made, targets, strict=True):
+            os.replace(beside, target)
         if flush:
-            _flush(beside)
-        os.replace(beside, target)
-        if flush:
-            _flush(target.parent)
+            for folder in {target.parent for target in targets}:
+                _flush(folder)
     finally:
-        beside.unlink(missing_ok=True)
+        for beside in made:
+            beside.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -46,6 +72,85 @@ def _flush(path: Path) -> None:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(folder: Path, shown: object, run: str | None = None) -> Iterator[None]:
+    """Only processes of one run are inside, and the system takes the lock away when a process ends, however it does.
+
+    The folder is made where there is none, and stays.  `run`: a name that all processes of a run share, which may be
+    inside together; None for a process alone.  Where the disk knows no locks, nobody is kept out.
+
+    Raises: InputError while another run is inside.
+    """
+    folder.mkdir(exist_ok=True)
+    name, path = run or uuid.uuid4().hex, folder.resolve() / LOCK
+    if run is not None and _held.get(path) == name:
+        yield
+        return
+    descriptor = None if fcntl is None else _entered(path, name, run is not None, shown)
+    _held[path] = name
+    try:
+        yield
+    finally:
+        del _held[path]
+        if descriptor is not None:
+            with suppress(OSError):
+                if _taken(descriptor, exclusive=True):  # the last one out
+                    path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _entered(path: Path, name: str, shared: bool, shown: object) -> int | None:
+    """A descriptor that holds the lock; None where the disk knows none."""
+    begun = time.monotonic()
+    while path not in _held:
+        descriptor = -1
+        try:
+            path.parent.mkdir(exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            if _taken(descriptor, exclusive=True):
+                if _is(path, descriptor):  # and not one that the last process has just removed
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, name.encode(), 0)
+                    if shared:
+                        _taken(descriptor, exclusive=False)
+                    return descriptor
+            elif (
+                shared
+                and _taken(descriptor, exclusive=False)
+                and _is(path, descriptor)
+                and os.pread(descriptor, 1 << 12, 0) == name.encode()
+            ):
+                return descriptor
+            os.close(descriptor)
+        except FileNotFoundError:  # the folder has just gone
+            if descriptor >= 0:
+                os.close(descriptor)
+        except OSError:
+            if descriptor >= 0:
+                os.close(descriptor)
+            return None
+        if time.monotonic() - begun > _SECONDS:
+            break
+        time.sleep(0.02)
+    raise InputError(f"another run is writing to '{shown}' now; wait until it has ended, or give another name")
+
+
+def _taken(descriptor: int, exclusive: bool) -> bool:
+    """A lock of this process, which those that it forks do not have."""
+    try:
+        fcntl.lockf(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 @cache
@@ -72,3 +177,24 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def told_to_stop() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that closes, end a run as Ctrl-C does: no thread is left."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

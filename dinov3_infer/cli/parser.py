@@ -168,6 +168,10 @@ def _embed(found: argparse.ArgumentParser) -> None:
         help="fast: large JPEGs are made smaller by their decoder, which changes vectors a little (exact)",
     )  # fmt: skip
     found.add_argument("--shard-size", type=_count, metavar="N", help="pictures written at a time (10,000 or 256 MiB)")
+    found.add_argument(
+        "--trust-names", action="store_true",
+        help="a rerun does not look whether size, time or address of an image differ from before",
+    )  # fmt: skip
     _on_error(found)
 
 

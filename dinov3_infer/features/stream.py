@@ -61,6 +61,7 @@ class Result(Generic[T]):
     number: int
     path: str | None
     found: T | Dinov3Error  # the error says why it could not be read
+    ends: bool = True  # the last one of its pass
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Batcher(Generic[T]):
                 continue
             for item, placed in part:
                 found = placed if isinstance(placed, Dinov3Error) else done[item.number]
-                yield Result(item.number, item.path, found)
+                yield Result(item.number, item.path, found, item is part[-1].item)
             reads = reads[len(part) :]
 
     def _results(self, reads: list[_Read]) -> dict[int, T] | None:

@@ -45,6 +45,7 @@ class EmbedOptions:
     num_workers: int | None = None  # threads that read images
     on_error: Literal["raise", "skip"] = "raise"
     overwrite: bool = False
+    trust_names: bool = False  # a rerun does not look whether images are those that had their names
     progress: bool | None = None  # None: where stderr is a terminal
 
     def __post_init__(self) -> None:
@@ -74,6 +75,8 @@ class EmbedReport:
     failures: tuple[Failure, ...]  # whose rows are NaN
     batch_size: int  # in the end: smaller than asked for where the memory did not do
     resumed: int  # rows that were there before
+    changed: int = 0  # rows computed again, because their source is another one now
+    retried: int = 0  # rows that had failed before, and were tried again
 
 
 class Vector(NamedTuple):

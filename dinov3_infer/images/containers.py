@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import ImageError, InputError, UnsupportedError
 from .decode import MAX_BYTES, ImageLike
-from .paths import image_suffixes
+from .paths import identity_of, image_suffixes
 from .sources import Names, Source, folder_labels
 
 __all__ = ["Dataset", "Table", "Tar", "pyarrow", "streamed"]
@@ -29,7 +29,7 @@ class Tar(Source):
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._path = path
+        self._path, self._identity = path, identity_of(path)
         names, spans, classes, suffixes = [], [], {}, image_suffixes()
         try:
             with tarfile.open(path, "r:") as archive:
@@ -59,6 +59,9 @@ class Tar(Source):
     def key(self, index: int) -> str:
         return f"{self.name}#{self._names[index]}"
 
+    def identity(self, index: int) -> str | None:
+        return self._identity  # of the archive: whoever writes it anew may keep the times of its members
+
     def picture(self, index: int) -> bytes:
         offset, size = (int(v) for v in self._spans[index])
         if not 0 <= size <= MAX_BYTES:
@@ -84,7 +87,7 @@ class Table(Source):
     """A column of pictures: bytes, or {"bytes": ..., "path": ...}, called image, img, jpg or png, or the only one."""
 
     def __init__(self, path: Path) -> None:
-        self.name = str(path)
+        self.name, self._identity = str(path), identity_of(path)
         self._arrow, self._column = pyarrow(f"'{path}'"), ""
         self._rows: OrderedDict[int, list[Any]] = OrderedDict()  # by group
         self._lock = threading.Lock()
@@ -118,6 +121,9 @@ class Table(Source):
 
     def key(self, index: int) -> str:
         return f"{self.name}#{index}"
+
+    def identity(self, index: int) -> str | None:
+        return self._identity
 
     def picture(self, index: int) -> ImageLike:
         group = bisect_right(self._ends, index)
@@ -161,6 +167,20 @@ class Dataset(Source):
 
     def key(self, index: int) -> str:
         return f"{self.name}#{index}"
+
+    def identity(self, index: int) -> str | None:
+        """Hugging Face's hash of what a dataset holds and what was done to it, with the identity of a file that it
+        names; others have nothing of the kind.
+        """
+        found = getattr(self._dataset, "_fingerprint", None)
+        if not isinstance(found, str):
+            return None
+        return f"{found} {identity_of(self._dataset[index][self._column]['path'])}" if self._names_files else found
+
+    @cached_property
+    def _names_files(self) -> bool:
+        first = self._dataset[0].get(self._column) if len(self._dataset) else None
+        return isinstance(first, Mapping) and first.get("bytes", b"") is None and isinstance(first.get("path"), str)
 
     def picture(self, index: int) -> ImageLike:
         try:

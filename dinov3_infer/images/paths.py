@@ -2,6 +2,7 @@
 
 import base64
 import glob
+import hashlib
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ __all__ = [
     "address_scheme",
     "fetched",
     "fixed_part",
+    "identity_of",
     "image_suffixes",
     "is_collection",
     "list_images",
@@ -198,6 +200,25 @@ def name_of(source: object) -> str | None:
     if scheme == "data":
         return "data:..."
     return re.sub(r"(?<=://)[^/?#]*@|[?#].*", "", path, flags=re.DOTALL) if scheme else path
+
+
+def identity_of(source: object) -> str | None:
+    """What tells a file from another one of its name: its size and the time of its change; of an address a hash of it
+    all but the password, of a data address a hash of its content.  None for an object, "" for a file that cannot be
+    looked at.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    path = os.fsdecode(source)
+    scheme = address_scheme(path)
+    if scheme not in ("", "file"):
+        whole = path if scheme == "data" else re.sub(r"(?<=://)[^/?#]*@", "", path)
+        return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    try:
+        found = os.stat(url2pathname(urlsplit(path).path) if scheme else path)
+    except (OSError, ValueError):
+        return ""
+    return f"{found.st_size}-{found.st_mtime_ns}"
 
 
 def fetched(source: str) -> str | bytes:

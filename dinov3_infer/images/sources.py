@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from .decode import Decoded, ImageLike, TargetSize, decode
-from .paths import address_scheme, name_of
+from .paths import address_scheme, identity_of, name_of
 
 __all__ = ["Files", "Items", "Names", "Numbered", "Picked", "Source", "chained", "folder_labels", "relative_names"]
 
@@ -37,6 +37,10 @@ class Source(ABC):
     @abstractmethod
     def picture(self, index: int) -> ImageLike:
         """Not decoded where it lies in a file.  Raises: ImageError, MissingFileError."""
+
+    def identity(self, index: int) -> str | None:
+        """What tells an image from another one of its key, see `identity_of`; None where nothing does."""
+        return None
 
     @cached_property
     def labels(self) -> list[str] | None:
@@ -88,6 +92,9 @@ class Items(Source):
     def picture(self, index: int) -> ImageLike:
         return self._images[index]
 
+    def identity(self, index: int) -> str | None:
+        return identity_of(self._images[index])
+
     def label(self, index: int) -> str:
         return f"item {index}"  # a path is in what is said anyway
 
@@ -131,6 +138,10 @@ class Picked(Source):
     def picture(self, index: int) -> ImageLike:
         source, place = self._place(index)
         return source.picture(place)
+
+    def identity(self, index: int) -> str | None:
+        source, place = self._place(index)
+        return source.identity(place)
 
     def base(self, index: int) -> str | None:
         source, place = self._place(index)
