@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, their hashes, memory that is kept, and threads of torch."""
 
+import codecs
 import hashlib
 import os
 import uuid
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-__all__ = ["keep_freed_memory", "sha256", "torch_threads", "whole"]
+__all__ = ["keep_freed_memory", "sha256", "torch_threads", "unmarked", "whole"]
 
 
 @contextmanager
@@ -46,6 +47,28 @@ def _flush(path: Path) -> None:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_MARKS = (  # the longer ones first
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+def unmarked(content: bytes) -> bytes:
+    """The bytes of a text in the encoding of file names, without its byte-order mark; as they are without a mark.
+
+    Raises: ValueError for a text that is not what its mark says, and for UTF-16 without one.
+    """
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return os.fsencode(content[len(mark) :].decode(encoding))
+    if any(line in content for line in (b"\n\0", b"\0\n")) and content.count(b"\0") * 3 > len(content):
+        raise ValueError("it looks like UTF-16 without a byte-order mark")
+    return content
 
 
 @cache

@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import ImageError, InputError, UnsupportedError
 from .decode import MAX_BYTES, ImageLike
 from .paths import image_suffixes
+from .pixels import own
 from .sources import Names, Source, folder_labels
 
 __all__ = ["Dataset", "Table", "Tar", "pyarrow", "streamed"]
@@ -41,7 +42,7 @@ class Tar(Source):
                         names.append(member.name)
                         spans.append((member.offset_data, member.size))
                     elif suffix == ".cls" and (text := archive.extractfile(member)):
-                        classes[stem] = text.read(1 << 10).decode("utf-8", "replace").strip()
+                        classes[stem] = text.read(1 << 10).decode("utf-8-sig", "replace").strip()
                     archive.members = []  # type: ignore[attr-defined]  # it would keep them, a kilobyte each
         except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
             raise InputError(
@@ -149,12 +150,23 @@ def _holds_pictures(arrow: Any, kind: Any) -> bool:
 
 
 class Dataset(Source):
-    """A torch or Hugging Face Dataset: its items are pictures, (picture, ...) or {"image": picture, ...}."""
+    """A torch or Hugging Face Dataset: its items are images, (image, ...) or {"image": image, ...}.
+
+    One item is fetched at a time, and arrays are copied: a Dataset is made for one thread, and may fill one array again
+    and again, or seek in one file.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self.name = type(dataset).__name__
         self.labels = [str(label) for label in np.asarray(getattr(dataset, "targets", ())).tolist()] or None
         self._dataset, self._column = _undecoded(dataset)
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | dict(_lock=threading.Lock())
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -163,16 +175,17 @@ class Dataset(Source):
         return f"{self.name}#{index}"
 
     def picture(self, index: int) -> ImageLike:
-        try:
-            item = self._dataset[index]
-        except OSError as error:  # of Pillow too
-            reason = error.strerror or str(error).split("<")[0].strip()
-            raise ImageError(f"cannot read item {index} of {self.name}: {reason}; check that item") from None
-        if isinstance(item, Mapping):
-            item = next((item[key] for key in (self._column, *COLUMNS) if key in item), item)
-        elif isinstance(item, (tuple, list)) and item:
-            item = item[0]
-        return stored_picture(item, self.label(index))
+        with self._lock:
+            try:
+                item = self._dataset[index]
+            except OSError as error:  # of Pillow too
+                reason = error.strerror or str(error).split("<")[0].strip()
+                raise ImageError(f"cannot read item {index} of {self.name}: {reason}; check that item") from None
+            if isinstance(item, Mapping):
+                item = next((item[key] for key in (self._column, *COLUMNS) if key in item), item)
+            elif isinstance(item, (tuple, list)) and item:
+                item = item[0]
+            return own(stored_picture(item, self.label(index)))
 
     def label(self, index: int) -> str:
         return f"item {index} of {self.name}"

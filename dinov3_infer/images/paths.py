@@ -16,6 +16,7 @@ from PIL import Image
 
 from .. import web
 from ..errors import Dinov3Error, ImageError, InputError, MissingFileError
+from ..system import unmarked
 
 __all__ = [
     "FORMATS",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 # What is decoded, and the names of such files.  A table of our own, since Pillow's needs all of Pillow to be loaded, as
-# all formats do but the first five.  HEIF and JXL are there if their plugin is, and so are the suffixes that it brings.
+# all formats do but the first five.  HEIF and JXL need a plugin (see `foreign`), which may bring more suffixes.
 # Pillow reads more kinds: one runs a program (EPS), one unpacks whatever there is (FITS), most are hardly ever tried.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
@@ -44,8 +45,8 @@ FORMATS = {
     "TIFF": (".tif", ".tiff"),
     "AVIF": (".avif", ".avifs"),
     "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
-    "HEIF": (),
-    "JXL": (),
+    "HEIF": (".heic", ".heif", ".hif"),
+    "JXL": (".jxl",),
 }
 MAX_BYTES, MAX_SECONDS = 2**27, 60  # of one download
 
@@ -168,6 +169,10 @@ def _read_list(path: str | os.PathLike[str]) -> tuple[list[str], bool]:
                 content = stream.read()
     except OSError as error:
         raise MissingFileError(f"the list '{path}' cannot be read ({error.strerror}); check the path") from None
+    try:
+        content = unmarked(content)
+    except ValueError as error:
+        raise InputError(f"the list '{path}' is no text ({error}); save it as UTF-8") from None
     by_line = b"\0" not in content
     lines = content.splitlines() if by_line else content.split(b"\0")
     found = [os.fsdecode(line) for line in lines if line.strip()]

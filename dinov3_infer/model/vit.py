@@ -37,7 +37,7 @@ class VisionTransformer(Network):
         self.patch_embed = PatchEmbed(config)
         if config.position_grid is None:
             self.pos_embed = None
-            self.register_buffer("rope_periods", torch.empty(config.head_dim // 4))
+            self.register_buffer("rope_periods", torch.empty(config.head_dim // 4, dtype=torch.float32))
         else:
             self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.position_grid**2, width))
             self.register_buffer("rope_periods", None)

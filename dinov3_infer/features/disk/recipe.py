@@ -98,7 +98,8 @@ class Recipe:
 
 def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], options: EmbedOptions) -> Recipe:
     """What the vectors of these images will depend on.  It takes a while: all weights and all names are hashed."""
-    model, transform = extractor.network, extractor.preprocess.with_options(options.size, options.fit)
+    model = extractor.network
+    transform = extractor.preprocess.with_options(options.size, options.fit, options.levels)
     width = pooled_width(model.embed_dim, options.pooling) if options.kind == "embedding" else model.embed_dim
     info = getattr(model, "info", None)
     return Recipe(
@@ -106,7 +107,7 @@ def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], option
         model=info.name if info else None,
         fingerprint=fingerprint(model.state_dict(), model.config),
         architecture=model.description(),
-        preprocess=asdict(transform),
+        preprocess={name: v for name, v in asdict(transform).items() if name != "levels" or v is not None},
         dtype=extractor.arithmetic,
         decode=options.decode,
         kind=options.kind,
@@ -148,7 +149,7 @@ def difference(name: str, there: Any, here: Any) -> str:
     if name == "inputs":
         return "from other pictures, or from these in another order"
     if isinstance(there, dict) and isinstance(here, dict):
-        part = next(key for key in there if there[key] != here.get(key))
-        name, there, here = f"{name}.{part}", there[part], here.get(part)
+        part = next(key for key in (*there, *here) if there.get(key) != here.get(key))
+        name, there, here = f"{name}.{part}", there.get(part), here.get(part)
     shown = [str(v)[:16] if name == "fingerprint" else json.dumps(v) for v in (there, here)]
     return f"with {name} {shown[0]}, not {shown[1]}"
