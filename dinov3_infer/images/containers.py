@@ -4,18 +4,18 @@ import os
 import tarfile
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from ..errors import ImageError, InputError, UnsupportedError
 from .decode import MAX_BYTES, ImageLike
-from .paths import image_suffixes
+from .paths import image_suffixes, tell_left_out
 from .pixels import own
 from .sources import Names, Source, folder_labels
 
@@ -31,7 +31,10 @@ class Tar(Source):
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._path = path
-        names, spans, classes, suffixes = [], [], {}, image_suffixes()
+        suffixes = image_suffixes()
+        names, spans, classes = list[str](), list[tuple[int, int]](), dict[str, str]()
+        self._pieces: dict[int, list[tuple[int, int]]] = {}  # of members that are stored without their empty parts
+        others: Counter[str] = Counter()
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
@@ -39,10 +42,14 @@ class Tar(Source):
                     if not member.isfile() or os.path.basename(stem).startswith("."):
                         continue
                     if suffix.lower() in suffixes:
+                        if sparse := cast("list[tuple[int, int]] | None", member.sparse):
+                            self._pieces[len(names)] = [(int(start), int(length)) for start, length in sparse]
                         names.append(member.name)
                         spans.append((member.offset_data, member.size))
                     elif suffix == ".cls" and (text := archive.extractfile(member)):
                         classes[stem] = text.read(1 << 10).decode("utf-8-sig", "replace").strip()
+                    else:
+                        others[suffix.lower()] += 1
                     archive.members = []  # type: ignore[attr-defined]  # it would keep them, a kilobyte each
         except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
             raise InputError(
@@ -50,6 +57,7 @@ class Tar(Source):
             ) from None
         if not names:
             raise InputError(f"no pictures in '{path}'; give an archive that holds some")
+        tell_left_out(str(path), others)
         stems = [os.path.splitext(name)[0] for name in names]
         self.labels = [classes[s] for s in stems] if all(s in classes for s in stems) else folder_labels(names)
         self._names, self._spans = Names(names), np.array(spans, np.int64)
@@ -67,7 +75,14 @@ class Tar(Source):
         try:
             with open(self._path, "rb") as stream:
                 stream.seek(offset)
-                return stream.read(size)
+                if (pieces := self._pieces.get(index)) is None:
+                    return stream.read(size)
+                content = bytearray(size)
+                for start, length in pieces:
+                    if not 0 <= start <= start + length <= size:
+                        raise ImageError(f"'{self.key(index)}' is damaged; pack the archive again, without --sparse")
+                    content[start : start + length] = stream.read(length)
+                return bytes(content)
         except OSError as error:
             raise ImageError(f"cannot read '{self.key(index)}': {error.strerror}; check the path") from None
 

@@ -24,7 +24,7 @@ from .levels import Levels, ask_for_levels
 from .paths import FORMATS, fetched, name_of
 from .pixels import from_array, from_tensor
 
-__all__ = ["MAX_BYTES", "Decoded", "ImageLike", "TargetSize", "decode", "load_image"]
+__all__ = ["MAX_BYTES", "Decoded", "ImageLike", "TargetSize", "decode", "load_image", "why_no_image"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -221,6 +221,17 @@ def _opened(stream: BinaryIO) -> Image.Image:
     return picture
 
 
+def why_no_image(path: str | os.PathLike[str]) -> str | None:
+    """What a file is that is no image, as the rest of a sentence; None for an image, whole or not."""
+    try:
+        with open(path, "rb") as stream, _opened(stream):
+            return None
+    except UnidentifiedImageError as error:
+        return str(error)
+    except Exception:  # it is said with the row of this image
+        return None
+
+
 def _read_as(formats: Iterable[str], stream: BinaryIO, prefix: bytes) -> tuple[Image.Image | None, str | None]:
     """The header by the first format that takes it, or why one that knows its beginning does not read the rest."""
     refused = None
@@ -271,7 +282,7 @@ def _errors_of_pillow(label: str) -> Iterator[None]:
             raise _closed(label) from None
         if unreadable(error):
             kind = f"is of a kind that Pillow does not read ({reason}); convert it to PNG"
-            bands = ", or give its red, green and blue bands as an array" if "unknown pixel mode" in reason else ""
+            bands = ", or give its red, green and blue bands as an array" if " pixel" in reason else ""
             raise ImageError(f"{label} {kind}{bands}") from None
         if "decoder error" in reason:  # of libtiff, which prints why
             raise ImageError(

@@ -24,6 +24,7 @@ _OTHERS = (
     (rb"\x93NUMPY", "is an array of numpy", "load it, and give the array"),
     (rb"\x89HDF\r\n|CDF[\x01\x02]", "is an HDF5 or NetCDF file", "read the arrays in it, and give those"),
     (rb".{128}DICM", "is a DICOM file", "read its pixels (pydicom), and give the array with levels=(low, high)"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "is PostScript, a program that draws,", "convert it to PNG or JPEG"),
     (rb"%PDF", "is a PDF", "make an image of each page"),
     (rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<svg", "is a drawing (SVG)", "make an image of it"),
     (rb"\s*<(!doctype|html|\?xml)", "is a page, as a server sends it in place of a file", "download it again"),
@@ -31,7 +32,7 @@ _OTHERS = (
     (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "is a video", "give its frames"),
 )
 _UNREADABLE = re.compile(
-    r"unsupported|not supported|unknown|unrecogni[sz]ed|not configured|not implemented|cannot handle|not available",
+    r"unsupported|not (supported|configured|implemented|available)|unknown|unrecogni[sz]ed|cannot handle|samples per pixel",
     re.IGNORECASE,
 )
 

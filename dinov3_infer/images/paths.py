@@ -2,6 +2,7 @@
 
 import base64
 import glob
+import logging
 import os
 import re
 import sys
@@ -29,8 +30,11 @@ __all__ = [
     "name_of",
     "read_labelled_list",
     "read_list",
+    "tell_left_out",
     "walk",
 ]
+
+log = logging.getLogger("dinov3_infer")
 
 # What is decoded, and the names of such files.  A table of our own, since Pillow's needs all of Pillow to be loaded, as
 # all formats do but the first five.  HEIF and JXL need a plugin (see `foreign`), which may bring more suffixes.
@@ -60,7 +64,8 @@ def image_suffixes() -> tuple[str, ...]:
 def list_images(source: str | os.PathLike[str]) -> list[str]:
     """Paths of all images under a folder, or of all files that a pattern ("photos/**/*.jpg") fits, sorted.
 
-    A folder is searched to the bottom by `image_suffixes`; hidden files and folders are left out, see `walk`.
+    A folder is searched to the bottom by `image_suffixes`; hidden files and folders are left out, see `walk`, and
+    a line in the log counts the others.
 
     Raises: MissingFileError where there is nothing, InputError for a folder without an image.
     """
@@ -73,14 +78,26 @@ def list_images(source: str | os.PathLike[str]) -> list[str]:
     suffixes = image_suffixes()
     files = list(walk(path))
     images = sorted(name for name in files if name.lower().endswith(suffixes))
+    kinds = Counter(os.path.splitext(name)[1].lower() for name in files if not name.lower().endswith(suffixes))
     if not images:
-        kinds = Counter(os.path.splitext(name)[1] or "no extension" for name in files)
-        held = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3)) or "no files"
+        held = _counted(kinds) or "no files"
         raise InputError(
             f"no pictures under '{path}' (looked for {' '.join(suffixes)}; {len(files)} other files), which holds "
             f"{held}; give a folder of pictures, or its tar files"
         )
+    tell_left_out(path, kinds)
     return images
+
+
+def tell_left_out(where: str, kinds: "Counter[str]") -> None:
+    """A line in the log about the files of a folder or an archive that are no images by their names."""
+    if kinds:
+        log.warning("left out of '%s': %d other files (%s)", where, kinds.total(), _counted(kinds))
+
+
+def _counted(kinds: "Counter[str]") -> str:
+    shown = ", ".join(f"{count} {kind or 'without suffix'}" for kind, count in kinds.most_common(3))
+    return shown + (", ..." if len(kinds) > 3 else "")
 
 
 def fixed_part(source: str | os.PathLike[str]) -> str:
