@@ -32,7 +32,8 @@ _OTHERS = (
     (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "is a video", "give its frames"),
 )
 _UNREADABLE = re.compile(
-    r"unsupported|not (supported|configured|implemented|available)|unknown|unrecogni[sz]ed|cannot handle|samples per pixel",
+    r"unsupported|not (supported|configured|implemented|available)|unknown|unrecogni[sz]ed|cannot handle|"
+    r"samples per pixel",
     re.IGNORECASE,
 )
 
