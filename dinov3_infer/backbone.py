@@ -39,6 +39,7 @@ from .model.dispatch import Mode, Precision, drop_plan
 from .model.introspection import Facet
 from .model.network import Network, resolve_layers
 from .model.vit import VisionTransformer, ViTConfig
+from .system import survive_forks
 from .zoo import ModelInfo, Style, find
 
 __all__ = ["Backbone", "ViTBackbone"]
@@ -70,6 +71,7 @@ class Backbone(Network):
 
     def __init__(self, config: ViTConfig, info: ModelInfo | None = None) -> None:
         super().__init__(config)
+        survive_forks()
         self.info = info
         self.preprocess = transform_of(config, info)
         self.mode: Mode = "exact"  # on a CPU, see `from_pretrained`

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-__all__ = ["keep_freed_memory", "sha256", "torch_threads", "unmarked", "whole"]
+__all__ = ["keep_freed_memory", "sha256", "survive_forks", "torch_threads", "unmarked", "whole"]
 
 
 @contextmanager
@@ -82,6 +82,22 @@ def keep_freed_memory() -> None:
     import torch  # not above: the command line starts without it
 
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
+
+
+@cache
+def survive_forks() -> None:
+    """Once per process: has every child that is forked from now on compute with one thread.
+
+    The threads of OpenMP, in which torch computes, stay with the parent, and a child would wait for them for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_compute_alone)
+
+
+def _compute_alone() -> None:
+    import torch  # as below
+
+    torch.set_num_threads(1)
 
 
 @contextmanager
