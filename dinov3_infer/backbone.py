@@ -30,6 +30,7 @@ from .features.stream import Decode, OnError, in_order, items_of
 from .features.vectors import EmbedOptions, EmbedReport, Kind, OutDtype
 from .hub.locate import HubOptions, locate
 from .images.decode import ImageLike
+from .images.levels import Levels
 from .images.opening import each_image
 from .images.preprocess import Fit, PixelBatch
 from .images.sources import Numbered, Source
@@ -40,6 +41,7 @@ from .model.dispatch import Mode, Precision, drop_plan
 from .model.introspection import Facet
 from .model.network import Network, resolve_layers
 from .model.vit import VisionTransformer, ViTConfig
+from .system import survive_forks
 from .zoo import ModelInfo, Style, find
 
 __all__ = ["Backbone", "ViTBackbone"]
@@ -71,6 +73,7 @@ class Backbone(Network):
 
     def __init__(self, config: ViTConfig, info: ModelInfo | None = None) -> None:
         super().__init__(config)
+        survive_forks()
         self.info = info
         self.preprocess = transform_of(config, info)
         self.origin: dict[str, str] = {}  # of a loaded model: field -> what was taken, and from where
@@ -187,6 +190,7 @@ class Backbone(Network):
         layers: int | Sequence[int] | None = None,
         pooling: Pooling = "cls",
         facet: Facet = "token",
+        levels: Levels | None = None,
     ) -> Features:
         """Features of one picture or a batch of pictures; a single one gives a batch of 1.
 
@@ -198,12 +202,14 @@ class Backbone(Network):
         `pooling`: what `.embedding` is: "cls", "mean" of the patches, or "cls_mean", both in a row.
         `facet`: what `.layers` are: the tokens, or the "query", "key" or "value" of each block: the output of its qkv
         layer, heads side by side, without the rotation that DINOv3 applies after it, which depends on the position.
+        `levels`: of images of more than 8 bits what is black and white: (low, high), "full" for the range of their
+        type, or "percentile" for the 0.5th and 99.5th of each image.
 
         Raises: ImageError, MissingFileError, InputError, LayerError; PrecisionError where the features are not finite.
         """
         extractor = self.extractor
         blocks = extractor.layers(layers, pooling, facet)
-        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
+        batch = self.preprocess.with_options(size, fit, levels).batch(each_image(images))
         return extractor.features([batch], blocks, pooling, facet)[0]
 
     @overload
@@ -227,6 +233,7 @@ class Backbone(Network):
         layers: int | Sequence[int] | None = None,
         pooling: Pooling = "cls",
         facet: Facet = "token",
+        levels: Levels | None = None,
         batch_size: int = 32,
         num_workers: int | None = None,
         on_error: OnError = "raise",
@@ -235,6 +242,7 @@ class Backbone(Network):
 
         `images`: as in `extract_features`, or any iterable of pictures, a folder or a pattern (see `list_images`).
         `batch_size`: pictures of one pass at most; large ones go in smaller passes.  It does not change the features.
+        `levels`: as in `extract_features`.
         `num_workers`: threads that read pictures; None for as many as torch has on a CPU, and up to 8 beside a GPU.
         `on_error`: for a picture that cannot be read "raise" its error, "return" it in its place, or "skip", which
         gives None and logs why.
@@ -248,7 +256,7 @@ class Backbone(Network):
         def features(batches: list[PixelBatch]) -> list[Sequence[Features]]:
             return [list(found.to("cpu")) for found in extractor.features(batches, blocks, pooling, facet)]
 
-        transform = self.preprocess.with_options(size, fit)
+        transform = self.preprocess.with_options(size, fit, levels)
         batcher = extractor.batcher(transform, features, batch_size, num_workers=num_workers)
         return in_order(batcher(items_of(images if isinstance(images, Source) else each_image(images))), on_error)
 
@@ -267,6 +275,7 @@ class Backbone(Network):
         out_dtype: OutDtype = "float32",
         size: int | tuple[int, int] | None = None,
         fit: Fit | None = None,
+        levels: Levels | None = None,
         decode: Decode = "exact",
         batch_size: int | None = None,
         shard_size: int | None = None,
@@ -287,7 +296,7 @@ class Backbone(Network):
         `decode`: "fast" lets a JPEG's decoder make large photographs smaller, which changes vectors a little.
         `batch_size`: pictures of one pass; None for what is found to be fastest.  It does not change vectors.
         `shard_size`: pictures that are written at a time; None for 10,000, or as many as have 256 MiB.
-        `num_workers`, `size`, `fit`: as in `iter_features`.
+        `num_workers`, `size`, `fit`, `levels`: as in `iter_features`.
         `on_error`: "raise", or "skip", which leaves a row of NaN for a picture that cannot be read.
         `overwrite`: begin anew, whatever is there; a call that was killed goes on with what it has written since.
         `trust_names`: an image is what had its name before.  Otherwise a rerun looks at the size and time of each file,
@@ -308,6 +317,7 @@ class Backbone(Network):
         query: Literal["cls"] | tuple[float, float] = "cls",
         size: int | tuple[int, int] | None = 768,
         fit: Fit | None = "native",
+        levels: Levels | None = None,
     ) -> Tensor:
         """How much a token attends to each patch, [B, H, h, w], one map per head.
 
@@ -320,7 +330,7 @@ class Backbone(Network):
         if not hasattr(layer, "__index__"):
             raise InputTypeError(f"layer is the number of one block, got {layer!r}; call it once for each")
         (block,) = resolve_layers([layer], self.n_blocks)
-        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
+        batch = self.preprocess.with_options(size, fit, levels).batch(each_image(images))
         return self.extractor.attention_maps(batch, block, None if query == "cls" else _point(query))
 
     def check_precision(

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, hashes, locked folders, signals, memory that is kept, and threads of torch."""
 
+import codecs
 import hashlib
 import os
 import signal
@@ -18,7 +19,18 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LOCK", "keep_freed_memory", "locked", "sha256", "together", "told_to_stop", "torch_threads", "whole"]
+__all__ = [
+    "LOCK",
+    "keep_freed_memory",
+    "locked",
+    "sha256",
+    "survive_forks",
+    "together",
+    "told_to_stop",
+    "torch_threads",
+    "unmarked",
+    "whole",
+]
 
 LOCK = ".dinov3_infer.lock"
 _SECONDS = 3.0  # in which a process that was killed ends, and the first one of a run says which run it is
@@ -153,6 +165,28 @@ def _is(path: Path, descriptor: int) -> bool:
         return False
 
 
+_MARKS = (  # the longer ones first
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+def unmarked(content: bytes) -> bytes:
+    """The bytes of a text in the encoding of file names, without its byte-order mark; as they are without a mark.
+
+    Raises: ValueError for a text that is not what its mark says, and for UTF-16 without one.
+    """
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return os.fsencode(content[len(mark) :].decode(encoding))
+    if any(line in content for line in (b"\n\0", b"\0\n")) and content.count(b"\0") * 3 > len(content):
+        raise ValueError("it looks like UTF-16 without a byte-order mark")
+    return content
+
+
 @cache
 def keep_freed_memory() -> None:
     """Once per process: has glibc keep what is freed, up to 62 MiB for each thread.
@@ -164,6 +198,22 @@ def keep_freed_memory() -> None:
     import torch  # not above: the command line starts without it
 
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
+
+
+@cache
+def survive_forks() -> None:
+    """Once per process: has every child that is forked from now on compute with one thread.
+
+    The threads of OpenMP, in which torch computes, stay with the parent, and a child would wait for them for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_compute_alone)
+
+
+def _compute_alone() -> None:
+    import torch  # as below
+
+    torch.set_num_threads(1)
 
 
 @contextmanager

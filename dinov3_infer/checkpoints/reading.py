@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import CheckpointError, Dinov3Error, MissingFileError
 from .layouts import LayoutName
 
-__all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "open_checkpoint", "read_index"]
+__all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "holds_weights", "open_checkpoint", "read_index"]
 
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -148,6 +148,19 @@ def _open(path: Path) -> Checkpoint:
     return Checkpoint(str(path), tensors, config, processor)
 
 
+def holds_weights(path: Path) -> bool:
+    """Whether a file or folder is meant as a checkpoint, whole or not; True where that cannot be looked at."""
+    try:
+        if path.is_dir():
+            return any(p.name in (INDEX, ".metadata") or p.suffix in SUFFIXES for p in path.iterdir())
+        _kind_of(path)
+    except CheckpointError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def _open_tensors(file: Path) -> TensorSource:
     if file.name.endswith(".index.json"):
         return _open_shards(file)
@@ -215,7 +228,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _parsed(text: bytes | str, where: str) -> dict[str, Any]:
     try:
-        content = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+        content = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not valid JSON ({error}); download it again") from None
     if not isinstance(content, dict):

@@ -131,6 +131,8 @@ def _geometry(found: argparse.ArgumentParser, dense: bool) -> None:
         help="squash: to a square; crop: the centre; pad: filled up to a square; native: with its own aspect ratio "
         f"({'native' if dense else 'that of the model'})",
     )  # fmt: skip
+    text = "of images of more than 8 bits what is black and white; or full (of their type), or percentile (their own)"
+    found.add_argument("--levels", metavar="LOW,HIGH", help=text)
 
 
 def _out(found: argparse.ArgumentParser, text: str, metavar: str) -> None:

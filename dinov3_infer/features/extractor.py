@@ -83,7 +83,9 @@ class Extractor:
             patches = (placement.to_patch(*query, grid) for placement in batch.placements)
             tokens = [prefix + row * grid[1] + column for row, column in patches]
         with self._inference():
-            rows = attention_rows(vit, batch.pixels.to(vit.device), block, torch.tensor(tokens))
+            rows = attention_rows(
+                vit, batch.pixels.to(vit.device), block, torch.tensor(tokens, dtype=torch.int64, device="cpu")
+            )
         self._check_finite(rows)
         return rows[:, :, 0, prefix:].unflatten(-1, grid)  # type: ignore[no-any-return]
 

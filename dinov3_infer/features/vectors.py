@@ -10,6 +10,7 @@ import numpy as np
 import torch.nn.functional as F
 
 from ..errors import Dinov3Error, InputError, check_choice
+from ..images.levels import Levels, as_levels
 from ..images.preprocess import Fit, PixelBatch
 from .extractor import Extractor
 from .result import Features, Pooling
@@ -38,6 +39,7 @@ class EmbedOptions:
     out_dtype: OutDtype = "float32"
     size: int | tuple[int, int] | None = None  # pixels
     fit: Fit | None = None
+    levels: Levels | None = None  # of images of more than 8 bits
     decode: Decode = "exact"
     # how they are made
     batch_size: int | None = None  # images; None for what is found to be fastest
@@ -51,6 +53,7 @@ class EmbedOptions:
     def __post_init__(self) -> None:
         for name, kind in (("pooling", Pooling), ("kind", Kind), ("out_dtype", OutDtype), ("decode", Decode)):
             check_choice(name, getattr(self, name), kind)
+        object.__setattr__(self, "levels", as_levels(self.levels))
         check_choice("on_error", self.on_error, ("raise", "skip"))
         for name, least in (("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
             if (value := getattr(self, name)) is not None:

@@ -4,7 +4,7 @@ Source: DINOv3 paper (arXiv 2508.10104), DINOv2 (2304.07193), registers (2309.16
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,6 @@ __all__ = ["ViTConfig", "VisionTransformer"]
 class VisionTransformer(Network):
     """Pre-norm ViT; parameter names are Meta's, but for `register_tokens` and the gated FFN's `gate_up` and `down`."""
 
-    config: ViTConfig
-
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
@@ -37,7 +35,7 @@ class VisionTransformer(Network):
         self.patch_embed = PatchEmbed(config)
         if config.position_grid is None:
             self.pos_embed = None
-            self.register_buffer("rope_periods", torch.empty(config.head_dim // 4))
+            self.register_buffer("rope_periods", torch.empty(config.head_dim // 4, dtype=torch.float32))
         else:
             self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.position_grid**2, width))
             self.register_buffer("rope_periods", None)
@@ -47,6 +45,16 @@ class VisionTransformer(Network):
         self.local_cls_norm = LayerNorm(width, config.norm_eps) if config.local_cls_norm else None
         if not self.cls_token.is_meta:  # where there is nothing to fill, and trying imports 75 MB of meta kernels
             self.init_weights()
+
+    @property
+    def config(self) -> ViTConfig:
+        """What it was built as, with the blocks that it has now: some may have been deleted or added since."""
+        depth = len(self.blocks)
+        return self._built if depth == self._built.depth else replace(self._built, depth=depth)
+
+    @config.setter
+    def config(self, config: ViTConfig) -> None:
+        self._built = config
 
     @torch.no_grad()
     def init_weights(self, layerscale: float = 1e-5) -> None:
@@ -260,6 +268,8 @@ class VisionTransformer(Network):
     ) -> Tensor:
         """Class token, registers and patches, [B, N, C], with learned positions where the model has them."""
         prefix = self.cls_token.to(x.dtype)
+        if self.mask_token is not None and torch.is_grad_enabled() and self.mask_token.requires_grad:
+            prefix = prefix + self.mask_token[:0].sum()  # nothing, with a gradient: DDP wants one without masks too
         if self.pos_embed is not None:
             x = x + (self.positions(grid, x.dtype) if positions is None else positions).to(x.dtype)
             prefix = prefix + self.pos_embed[:, :1].to(x.dtype)

@@ -58,22 +58,26 @@ class AttentiveProbe(Probe):
         generator = torch.Generator().manual_seed(self.seed)
 
         def drawn(*shape: int, std: float) -> Tensor:
-            return (torch.randn(shape, generator=generator) * std).to(features.device)
+            return (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * std).to(
+                features.device
+            )
 
         made = {
             "query": drawn(heads, width, std=0.02),
             "value": drawn(heads, width // heads, width, std=width**-0.5),
-            "norm": torch.ones(width, device=features.device),
-            "shift": torch.zeros(width, device=features.device),
+            "norm": torch.ones(width, dtype=torch.float32, device=features.device),
+            "shift": torch.zeros(width, dtype=torch.float32, device=features.device),
             "weight": drawn(num_classes, width, std=0.01),
-            "bias": torch.zeros(num_classes, device=features.device),
+            "bias": torch.zeros(num_classes, dtype=torch.float32, device=features.device),
         }
         for tensor in made.values():
             tensor.requires_grad_()
         batches = (
             rows
             for _ in range(self.epochs)
-            for rows in torch.randperm(len(features), generator=generator).to(features.device).split(self.batch_size)
+            for rows in torch.randperm(len(features), generator=generator, device="cpu")
+            .to(features.device)
+            .split(self.batch_size)
         )
 
         def loss() -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..arrays import as_tensor
 from ..errors import InputError
 from ..images.decode import ImageLike, load_image
+from ..images.levels import Levels
 from ..images.preprocess import Placement
 from ..model.layers import cubic_kernel
 
@@ -42,7 +44,9 @@ def at_pixels(
     placement = placement or Placement((1, 1), (1, 1), (0, 0, 1, 1))
     weights = []
     for axis in (0, 1):
-        centres = (torch.arange(size[axis], dtype=torch.float64) + 0.5) / size[axis] * placement.resized[axis]
+        centres = (
+            (torch.arange(size[axis], dtype=torch.float64, device="cpu") + 0.5) / size[axis] * placement.resized[axis]
+        )
         count, extent = maps.shape[axis + 1], placement.window[axis + 2]
         weights.append(_cubic((centres - placement.window[axis]) / extent * count, count))
     return (weights[0] @ maps.cpu().double() @ weights[1].T).float()
@@ -53,7 +57,7 @@ def _cubic(positions: Tensor, count: int) -> Tensor:
 
     Cubic convolution with a = -0.5, which keeps straight lines straight; edges are repeated, NaN outside.
     """
-    weights = torch.zeros(len(positions), count, dtype=positions.dtype)
+    weights = torch.zeros(len(positions), count, dtype=positions.dtype, device=positions.device)
     first = (positions - 0.5).floor().long()
     for tap in range(-1, 3):
         index = (first + tap).clamp(0, count - 1)[:, None]
@@ -62,9 +66,9 @@ def _cubic(positions: Tensor, count: int) -> Tensor:
     return weights
 
 
-def panel(image: ImageLike) -> Image.Image:
-    """The picture upright, in a size to look at."""
-    pixels = load_image(image)
+def panel(image: ImageLike, levels: Levels | None = None) -> Image.Image:
+    """The image upright, in a size to look at."""
+    pixels = load_image(image, levels=levels)
     if pixels.dtype != torch.uint8:
         pixels = (pixels * 255).round().to(torch.uint8)
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -90,7 +94,7 @@ def overlay(
 
     Raises: InputError for values of another shape.
     """
-    maps = torch.as_tensor(values)
+    maps = as_tensor(values, "the map")
     if maps.ndim != 2:
         raise InputError(f"overlay takes one map [h, w], got {list(maps.shape)}; give one, or the mean over heads")
     base = panel(image)

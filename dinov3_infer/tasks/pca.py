@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..arrays import as_tensor
 from ..errors import InputError
 from ..features.result import Features
 from ..images.decode import ImageLike
@@ -79,18 +80,21 @@ def _on_grids(values: Tensor, counted: Sequence[Tensor]) -> list[Tensor]:
 
 def _counted(features: Features | Sequence[Features], masks: Sequence[Tensor | np.ndarray] | None) -> list[Tensor]:
     """One bool [h, w] per picture."""
-    every = [torch.ones(f.grid, dtype=torch.bool) if f.valid is None else f.valid[0].cpu() for f in each(features)]
+    every = [
+        torch.ones(f.grid, dtype=torch.bool, device="cpu") if f.valid is None else f.valid[0].cpu()
+        for f in each(features)
+    ]
     if not every:
         raise InputError("there are no features; give the result of extract_features")
     if masks is None:
         return every
-    given = [torch.as_tensor(mask) for mask in masks]
+    given = [as_tensor(mask, "a mask").cpu() for mask in masks]
     if [m.shape for m in given] != [m.shape for m in every] or any(m.dtype != torch.bool for m in given):
         raise InputError(
             f"masks are bool, one for each of {len(every)} pictures, of the shapes {[tuple(m.shape) for m in every]}; "
             f"got {[(str(m.dtype), tuple(m.shape)) for m in given]}"
         )
-    return [a & b.cpu() for a, b in zip(every, given, strict=True)]
+    return [a & b for a, b in zip(every, given, strict=True)]
 
 
 def project(tokens: Tensor, count: int) -> Tensor:  # [P, C]

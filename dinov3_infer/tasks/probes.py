@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arrays import as_tensor
 from ..errors import InputError
 from .fitted import Fitted
 
@@ -140,8 +141,9 @@ class LinearProbe(Probe):
     def _train(
         self, features: Tensor, targets: Tensor, num_classes: int, rates: Tensor
     ) -> tuple[Tensor, Tensor]:  # [L, K, C], [L, K] for L rates
-        generator = torch.Generator().manual_seed(self.seed)
-        weight = torch.randn(num_classes, features.shape[1] + 1, generator=generator).to(features.device) * 0.01
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        weight = torch.randn(num_classes, features.shape[1] + 1, generator=generator, dtype=torch.float32, device="cpu")
+        weight = weight.to(features.device) * 0.01
         weight[:, -1] = 0  # the bias
         weight = weight.repeat(len(rates), 1)  # [L * K, C + 1]
         momentum = torch.zeros_like(weight)
@@ -150,7 +152,7 @@ class LinearProbe(Probe):
         for step in range(self.steps):
             start = step % (len(features) // size) * size
             if start == 0:
-                order = torch.randperm(len(features), generator=generator).to(features.device)
+                order = torch.randperm(len(features), generator=generator, device="cpu").to(features.device)
             rows = order[start : start + size]
             x, y = F.pad(features[rows], (0, 1), value=1.0), targets[rows]
             error = (x @ weight.T).view(size, len(rates), num_classes).softmax(dim=-1)
@@ -184,7 +186,7 @@ class LogisticProbe(Probe):
         chosen, start = self.C, x.new_zeros(num_classes, x.shape[1])
         if chosen is None:
             part, held = held_out(len(x), self.seed)
-            sweep = torch.logspace(-6, 5, 45, dtype=torch.float64).tolist()
+            sweep = torch.logspace(-6, 5, 45, dtype=torch.float64, device="cpu").tolist()
             fits = [start := self._minimum(x[part], targets[part], start, C, min(100, self.max_iter)) for C in sweep]
             number = best(torch.stack([x[held] @ fit.T for fit in fits]), targets[held])
             chosen, start = sweep[number], fits[number]
@@ -213,7 +215,7 @@ class LogisticProbe(Probe):
 
 def held_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows to learn from, and a tenth of them, at least one, to choose by."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     held = max(1, round(count * HELD_OUT))
     return order[held:], order[:held]
 
@@ -233,7 +235,7 @@ def as_features(given: Any, what: str, dims: int = 2) -> Tensor:
 
     Raises: InputError for anything else.
     """
-    tensor = torch.as_tensor(given).detach()
+    tensor = as_tensor(given, what).detach()
     shape = ("[N, C]", "[N, P, C]")[dims - 2]
     if tensor.ndim != dims or not tensor.numel() or not tensor.is_floating_point():
         raise InputError(f"{what} are float {shape}, one row for each, got {tensor.dtype} {list(tensor.shape)}")
@@ -248,7 +250,7 @@ def as_features(given: Any, what: str, dims: int = 2) -> Tensor:
 
 def as_targets(given: Any, count: int) -> Tensor:
     """One class for each of `count` rows, [N] int64.  Raises InputError for anything else."""
-    tensor = torch.as_tensor(given)
+    tensor = as_tensor(given, "targets")
     if tensor.ndim != 1 or len(tensor) != count or tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise InputError(
             f"targets are whole numbers, one for each of {count} rows, got {tensor.dtype} {list(tensor.shape)}"

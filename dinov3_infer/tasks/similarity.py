@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arrays import as_tensor
 from ..errors import InputError
 from ..features.result import Features
 from ..images.preprocess import Placement
@@ -58,7 +59,7 @@ def region_vector(
         return F.normalize(features.feature_map[index, :, row, column], dim=0)
     if box is not None:
         mask = _mask_of(box, placement.original)
-    weights = patch_weights(torch.as_tensor(mask), placement, features.grid).to(features.patch_tokens)
+    weights = patch_weights(as_tensor(mask, "the mask").cpu(), placement, features.grid).to(features.patch_tokens)
     if features.valid is not None:
         weights = weights * features.valid[index]
     if not weights.any():
@@ -87,6 +88,6 @@ def _mask_of(box: Sequence[float], size: tuple[int, int]) -> Tensor:
         raise InputError(
             f"a box is (left, top, right, bottom) in a picture {size[1]} wide and {size[0]} high, got {tuple(box)}"
         )
-    mask = torch.zeros(size)
+    mask = torch.zeros(size, dtype=torch.float32, device="cpu")
     mask[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = 1.0
     return mask

@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[TrainConfig, argparse.Name
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         found: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise InputError(f"the settings '{path}' cannot be read: {error}") from None

@@ -72,6 +72,9 @@ class TrainConfig:
     accumulate: Count = option(1, "parts that the batch of a process is computed in: memory against time, same result")
     seed: int = option(0, "of every random draw")
 
+    levels: str = option(
+        "", 'of images of more than 8 bits what is black and white: "LOW,HIGH", "full" or "percentile"'
+    )
     global_px: Count = option(224, "side of the two global crops", heading="views (see views.ViewConfig)")
     local_px: CountFrom0 = option(96, "side of a local crop")
     num_local: CountFrom0 = option(8, "local crops of each picture; v3")

@@ -88,7 +88,7 @@ class Method(nn.Module):
         self.gram_teacher = frozen(copy.deepcopy(backbone)) if config.gram in ("start", "renew") else None
         if config.centring == "centre":
             for name, count in prototypes.items():
-                self.register_buffer(f"{name}_centre", torch.zeros(int(count)))
+                self.register_buffer(f"{name}_centre", torch.zeros(int(count), dtype=torch.float32))
         heads = [head for head, count in prototypes.items() if count and config.standardise]
         scales = {head: Standardise(width, window=100) for head in heads}
         if teacher is not None:
@@ -229,7 +229,9 @@ class Method(nn.Module):
             add("koleo", 2 * config.koleo_weight, losses.koleo(seen.cls_token, size))  # summed over the two crops
         if config.sigreg_weight:
             drawn = generator(config.seed, step, "slices")
-            slices = torch.randn(seen.cls_token.shape[1], config.sigreg_slices, generator=drawn)
+            slices = torch.randn(
+                seen.cls_token.shape[1], config.sigreg_slices, generator=drawn, dtype=torch.float32, device="cpu"
+            )
             add("sigreg", config.sigreg_weight, losses.sigreg(seen.cls_token, slices.to(seen.cls_token.device), size))
         if targets.gram is not None:
             gram = losses.gram_loss(seen.patch_tokens, targets.gram, of=config.gram_of,

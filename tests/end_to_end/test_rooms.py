@@ -14,7 +14,7 @@ KERNELS = ROOT / "kernels" / "dinov3_infer_kernels"
 # A room imports from lines above its own only.
 ROOMS = (
     "errors version",
-    "system web",
+    "arrays system web",
     "model",
     "images",
     "zoo",

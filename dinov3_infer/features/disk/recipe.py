@@ -143,7 +143,8 @@ def _whole(value: Any) -> int:
 
 def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], options: EmbedOptions) -> Recipe:
     """What the vectors of these images will depend on.  It takes a while: all weights and all names are hashed."""
-    model, transform = extractor.network, extractor.preprocess.with_options(options.size, options.fit)
+    model = extractor.network
+    transform = extractor.preprocess.with_options(options.size, options.fit, options.levels)
     width = pooled_width(model.embed_dim, options.pooling) if options.kind == "embedding" else model.embed_dim
     info = getattr(model, "info", None)
     return Recipe(
@@ -151,7 +152,7 @@ def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], option
         model=info.name if info else None,
         fingerprint=fingerprint(model.state_dict(), model.config),
         architecture=model.description(),
-        preprocess=asdict(transform),
+        preprocess={name: v for name, v in asdict(transform).items() if name != "levels" or v is not None},
         dtype=extractor.arithmetic,
         shape=row_shape(transform, options.kind, width),
         **_asked(images, options),

@@ -44,7 +44,7 @@ class Writer:
     ) -> None:
         self.target, self.images, self.extractor, self.options = target, images, extractor, options
         self.recipe = recipe_of(extractor, images, options)
-        self.transform = extractor.preprocess.with_options(options.size, options.fit)
+        self.transform = extractor.preprocess.with_options(options.size, options.fit, options.levels)
         self.filling: Filling | None = None
         self.works: dict[int, Work] = {}  # by number of the shard
         self.sources: dict[int, str | None] = {}  # of images that are being read
@@ -170,7 +170,7 @@ class Writer:
     def _example(self) -> tuple[Tensor, Placement]:
         size = self.transform.size or 768
         height, width = (size, size) if isinstance(size, int) else size
-        return self.transform.place(torch.zeros(3, height, width, dtype=torch.uint8))
+        return self.transform.place(torch.zeros(3, height, width, dtype=torch.uint8, device="cpu"))
 
     def _vectors(self, batches: list[PixelBatch]) -> list[Sequence[Vector]]:
         return vectors_of(self.extractor, batches, self.options)
