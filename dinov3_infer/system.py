@@ -1,14 +1,28 @@
 """Files that appear whole or not at all, their hashes, memory that is kept, and threads of torch."""
 
+import errno
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-__all__ = ["keep_freed_memory", "sha256", "torch_threads", "whole"]
+from .errors import Dinov3Error, DiskError
+
+__all__ = ["disk_error", "keep_freed_memory", "sha256", "torch_threads", "whole"]
+
+_GONE = "the disk or its mount is gone or broken; mount it again, or take another place"
+_MENDED = {  # what the system says -> what to do
+    "ENOSPC": "the disk is full; make room, or take another disk",
+    "EDQUOT": "the quota is used up; remove something, or take another disk",
+    "EFBIG": "no file may be larger here; raise that limit (ulimit -f), or take another place",
+    "EROFS": "nothing can be written there; take another place",
+    **dict.fromkeys(("EIO", "ENODEV", "ENXIO", "ESTALE", "ENOTCONN", "EHOSTDOWN", "EREMOTEIO", "ENOMEDIUM"), _GONE),
+}
+_TRIED = 1 << 22  # bytes that are written to learn what a disk says
 
 
 @contextmanager
@@ -16,6 +30,8 @@ def whole(target: Path, *, flush: bool = False) -> Iterator[Path]:
     """A path of the same suffix to write to; it takes the place of `target` in the end, or goes.
 
     `flush`: what is written is on the disk by then, so that it outlives the machine too.
+
+    Raises: DiskError where the disk does not take it, whatever the library that wrote makes of that.
     """
     # the name's beginning tells whose it is; all of it might leave no room for more
     beside = target.with_name(f".{target.stem[:16]}.{uuid.uuid4().hex[:8]}.tmp{target.suffix}")
@@ -29,8 +45,53 @@ def whole(target: Path, *, flush: bool = False) -> Iterator[Path]:
         os.replace(beside, target)
         if flush:
             _flush(target.parent)
+    except Dinov3Error:
+        raise
+    except Exception as error:
+        problem = disk_error(error, target, beside)
+        if problem is None:
+            raise
+        raise problem from None
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def disk_error(
+    error: Exception, target: str | os.PathLike[str] | None = None, written: Path | None = None
+) -> DiskError | None:
+    """What a disk is to blame for, in a sentence; None where an error has another cause.
+
+    numpy, torch and safetensors tell no number of the system's error, or tell it in their text.  `written` is the file
+    that one of them was writing: the disk is asked what it says to more of it.
+    """
+    said = re.search(r"\bos error (\d+)\b", str(error))
+    number = getattr(error, "errno", None) if isinstance(error, OSError) else int(said[1]) if said else None
+    if number is None and written is not None:
+        number = _said_of_more(written)
+    name = errno.errorcode.get(number or 0, "")
+    place = target or getattr(error, "filename", None)
+    shown = f"'{os.fsdecode(place)}' could not be written" if isinstance(place, (str, bytes, os.PathLike)) else ""
+    if name == "ENOENT" and target is not None and not Path(target).parent.is_dir():
+        text = f"{shown}: its folder is gone; make it, or mount its disk, again"
+    elif name in _MENDED:
+        text = f"{shown or 'something could not be written'} ({os.strerror(number or 0)}): {_MENDED[name]}"
+    else:
+        return None
+    found = DiskError(text)
+    found.errno = number
+    return found
+
+
+def _said_of_more(path: Path) -> int | None:
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(_TRIED))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno
+    return None
 
 
 def _flush(path: Path) -> None:

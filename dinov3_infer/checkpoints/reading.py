@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import CheckpointError, Dinov3Error, MissingFileError
 from .layouts import LayoutName
 
-__all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "open_checkpoint", "read_index"]
+__all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "kind_of", "open_checkpoint", "read_index"]
 
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -210,9 +210,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _kind_of(file: Path) -> str:
     """Looks at the first bytes, since what a loader says of a wrong file is no help."""
-    size = file.stat().st_size
     with open(file, "rb") as stream:
-        head = stream.read(64)
+        return kind_of(stream.read(64), file.stat().st_size, str(file))
+
+
+def kind_of(head: bytes, size: int, shown: str) -> str:
+    """safetensors, zip or pickle, by the first 64 bytes.  Raises: CheckpointError for anything else."""
     if head.startswith(b"PK\x03\x04"):
         return "zip"
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
@@ -228,7 +231,7 @@ def _kind_of(file: Path) -> str:
         (True, f"it starts with {head[:5]!r}"),
     )
     what = next(words for fits, words in others if fits)
-    raise CheckpointError(f"'{file}' is not a checkpoint: {what} ({size:,} bytes); download it again")
+    raise CheckpointError(f"'{shown}' is not a checkpoint: {what} ({size:,} bytes); download it again")
 
 
 def _read_torch(file: Path, zipped: bool) -> TensorsInMemory:

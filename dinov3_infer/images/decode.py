@@ -61,9 +61,11 @@ def load_image(source: ImageLike, label: str = _ALONE) -> Tensor:
     """Any picture as RGB, [3, H_px, W_px]: uint8 in 0..255, or float32 in 0..1 if it came as float.
 
     Files are turned upright by their EXIF tag, transparency is laid over white, of an animation the first frame counts.
-    A path may be an http, https, file or data address.  Arrays are [H_px, W_px, 3], tensors [3, H_px, W_px], RGB, uint8
-    or float in 0..1.  What comes from a file or an array lies in memory pixel by pixel, where torch resizes it
-    several times as fast as channel by channel.
+    A path may be an http, https, file or data address; redirects are followed, to other hosts too, unless
+    DINOV3_INFER_REDIRECTS=same-host is in the environment, as a server that embeds what users send wants it.
+
+    Arrays are [H_px, W_px, 3], tensors [3, H_px, W_px], RGB, uint8 or float in 0..1.  What comes from a file or an
+    array lies in memory pixel by pixel, where torch resizes it several times as fast as channel by channel.
 
     Raises: MissingFileError, ImageError (damaged, 16-bit or float modes, wrong shape or range), InputTypeError.
     """

@@ -108,8 +108,11 @@ class Npy(Format):
 
     def write(self, target: Path, rows: Rows, recipe: str) -> None:
         _write_listing(target, rows)
-        with whole(target) as beside, open(beside, "wb") as stream:
-            np.save(stream, np.asarray(rows.vectors), allow_pickle=False)
+        vectors = np.ascontiguousarray(rows.vectors)
+        header = np.lib.format.header_data_from_array_1_0(vectors)
+        with whole(target) as beside, open(beside, "wb") as stream:  # numpy would not say why a disk takes no more
+            np.lib.format.write_array_header_1_0(stream, header)
+            _append(stream, vectors)
 
     def join(self, target: Path, parts: Sequence[Path], count: int, recipe: str) -> None:
         _join_listings(target, parts)
