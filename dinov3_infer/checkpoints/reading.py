@@ -2,11 +2,9 @@
 
 import argparse
 import json
-import mmap
 import os
 import pickle
 import stat
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, Dinov3Error, MissingFileError
 from .layouts import LayoutName
+from .pickled import NotPlainError, check_calls
 
 __all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "kind_of", "open_checkpoint", "read_index"]
 
@@ -237,14 +236,14 @@ def kind_of(head: bytes, size: int, shown: str) -> str:
 def _read_torch(file: Path, zipped: bool) -> TensorsInMemory:
     """Every tensor of a file of torch.save under its dotted name, so that nested checkpoints look like flat ones."""
     try:
-        if _may_unpack_more(file, zipped):
-            raise pickle.UnpicklingError
+        check_calls(file, zipped)
         with torch.serialization.safe_globals([argparse.Namespace]):  # main_dino.py keeps its arguments, plain values
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        named = f" ({error})" if isinstance(error, NotPlainError) else ""
         raise CheckpointError(
-            f"'{file}' holds Python objects besides tensors, which could run code when loaded; "
-            "save its state dict alone, with torch.save(model.state_dict(), ...)"
+            f"'{file}' holds Python objects besides tensors{named}, which could run code or take all memory "
+            "when loaded; save its state dict alone, with torch.save(model.state_dict(), ...)"
         ) from None
     except Exception as error:  # of a damaged one torch raises anything
         raise CheckpointError(
@@ -266,19 +265,6 @@ def _read_torch(file: Path, zipped: bool) -> TensorsInMemory:
     found = TensorsInMemory(tensors)
     found.dtypes |= {name: None for name, tensor in tensors.items() if not _is_stored(tensor)}
     return found
-
-
-def _may_unpack_more(file: Path, zipped: bool) -> bool:
-    """Whether a file asks for more memory than it has bytes; torch.save compresses nothing and writes no bytearray."""
-    if not zipped:
-        with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(b"bytearray") >= 0
-    with zipfile.ZipFile(file) as archive:
-        return any(
-            member.compress_type != zipfile.ZIP_STORED
-            or (member.filename.lower().endswith(".pkl") and b"bytearray" in archive.read(member))
-            for member in archive.infolist()
-        )
 
 
 def _is_stored(tensor: Tensor) -> bool:
