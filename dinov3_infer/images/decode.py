@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import Dinov3Error, ImageError, InputTypeError, MissingFileError, one_line
 from ..system import keep_freed_memory
 from .paths import FORMATS, fetched, name_of
+from .scans import check_scans
 
 __all__ = ["MAX_BYTES", "Decoded", "ImageLike", "TargetSize", "decode", "from_hwc", "load_image"]
 
@@ -154,6 +155,7 @@ def _closed(label: str) -> ImageError:
 
 def _from_file(stream: BinaryIO, label: str, target: TargetSize | None = None) -> Decoded:
     with _errors_of_pillow(label), _opened(stream) as picture:
+        check_scans(picture, stream, label)
         original = None
         if target is not None and picture.format in ("JPEG", "MPO"):
             turned = _orientation(picture) in (5, 6, 7, 8)
