@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 
-from ..errors import ImageError, InputError, UnsupportedError
+from ..errors import ImageError, InputError, UnsupportedError, one_line
 from .decode import MAX_BYTES, ImageLike
 from .paths import identity_of, image_suffixes, tell_left_out
 from .pixels import own
@@ -22,7 +22,22 @@ from .sources import Names, Source, folder_labels
 __all__ = ["Dataset", "Table", "Tar", "pyarrow", "streamed"]
 
 COLUMNS = ("image", "img", "jpg", "png")  # what holds the picture in a mapping or table
+_OF_THE_NEXT = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
+)  # fmt: skip
+_LONGEST_NAMES = 2**20  # bytes of what a tar says of one member besides its header
 KEPT = 2  # groups of rows of a table in memory: those on both sides of a border
+
+
+class _Member(tarfile.TarInfo):
+    """A header that leads on, and not to all of memory: what has the names of the next one is read at once."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        found = super().frombuf(buf, encoding, errors)
+        if found.size < 0 or (found.size > _LONGEST_NAMES and found.type in _OF_THE_NEXT):
+            raise tarfile.ReadError(f"a header says {found.size:,} bytes")
+        return found
 
 
 class Tar(Source):
@@ -36,8 +51,12 @@ class Tar(Source):
         self._pieces: dict[int, list[tuple[int, int]]] = {}  # of members that are stored without their empty parts
         others: Counter[str] = Counter()
         try:
-            with tarfile.open(path, "r:") as archive:
+            with tarfile.open(path, "r:", tarinfo=_Member) as archive:
+                last = -1
                 for member in archive:
+                    if member.offset <= last:  # some versions of Python would go round for ever
+                        raise tarfile.ReadError(f"what follows '{one_line(member.name)}' lies before it")
+                    last = member.offset
                     stem, suffix = os.path.splitext(member.name)
                     if not member.isfile() or os.path.basename(stem).startswith("."):
                         continue

@@ -67,7 +67,7 @@ class Names(Sequence[str]):
     def __init__(self, names: Iterable[str]) -> None:
         content, ends = bytearray(), [0]
         for name in names:
-            content += os.fsencode(name)
+            content += name.encode("utf-8", "surrogatepass")  # which takes names that no file can have too
             ends.append(len(content))
         self._content, self._ends = bytes(content), np.array(ends, np.int64)
 
@@ -75,7 +75,7 @@ class Names(Sequence[str]):
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]
-        return os.fsdecode(self._content[self._ends[index] : self._ends[index + 1]])
+        return self._content[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
 
 
 class Items(Source):

@@ -14,7 +14,7 @@ KERNELS = ROOT / "kernels" / "dinov3_infer_kernels"
 # A room imports from lines above its own only.
 ROOMS = (
     "errors version",
-    "arrays system web",
+    "arrays system locks web",
     "model",
     "images",
     "zoo",

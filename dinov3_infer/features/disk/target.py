@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Self
 
 from ...errors import InputError, MissingFileError
-from ...system import LOCK, locked, whole
+from ...locks import LOCK, locked
+from ...system import whole
 from .formats import FORMATS, Format, Piece
 from .recipe import BatchPlan, Recipe, Record, State
 
@@ -92,7 +93,7 @@ class Target:
         return self.parts / f"{number:06d}{f'+{offset:06d}' if part else ''}{self.format.suffix}"
 
     def locked(self, run: str | None = None) -> AbstractContextManager[None]:
-        """Around all that a run does; see `system.locked`."""
+        """Around all that a run does; see `locks.locked`."""
         return locked(self.parts, self.path, run)
 
     def unfinished(self) -> Record | None:
