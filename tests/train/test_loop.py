@@ -132,6 +132,18 @@ def test_drop_path_is_recomputed_with_the_same_draws(world: Path) -> None:
         same(world / "drop-none", world / f"drop-{recompute}", 1e-10)
 
 
+def test_the_average_follows_the_weights_after_the_step(world: Path) -> None:
+    """With a momentum of 0 it is the student of this step, not of the one before."""
+    config = settings(world, "average", ema_momentum=0.0, ema_momentum_end=0.0, warmup_share=0.0, freeze_share=0.0,
+                      ramp_share=0.0)  # fmt: skip
+    run = Run(config, torch.device("cpu"))
+    before = {name: parameter.clone() for name, parameter in run.method.student.named_parameters()}
+    run.take_step(next(run.stream()))
+    assert all(torch.equal(run.method.ema.get_parameter(n), p) for n, p in run.method.student.named_parameters())
+    moved = [name for name, p in run.method.student.named_parameters() if not torch.equal(p, before[name])]
+    assert {name.split(".")[0] for name in moved} == {"backbone", "dino_head", "ibot_head"}
+
+
 # --- interrupted -------------------------------------------------------------------------------------------------
 
 
