@@ -254,13 +254,19 @@ class TrainConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "adapt": {},
-    # v3, ssl_default_config.yaml with the RoPE and registers of the released models: its ViT-L recipe on ImageNet
+    # v3, ssl_default_config.yaml: its ViT-L recipe on ImageNet, for the architecture of the released models
+    # differs: model.num_registers: source 0; ours 4; the released models have them
+    # differs: model.key_bias: source true; ours false; likewise, they have none
+    # differs: model.norm_eps: source 1e-06; ours 1e-05; likewise
+    # differs: rope_rescale: source 1; ours 2; likewise, they were trained with it
+    # differs: precision: source parameters, tokens and RoPE in bfloat16; ours products alone; weights stay float32
+    # differs: schedules: source warm-up whole a step earlier, cosine not quite ended; ours ends; 1e-4 of the peak apart
     "dinov3": dict(
-        from_scratch=True, steps=125_000, batch_size=2048, dino_prototypes=65_536, ibot_prototypes=65_536,
-        freeze_share=0.0, ramp_share=0.0, freeze_prototypes_share=0.01, drop_path=0.3, lr_at_1024=4e-3,
-        lr_end_share=1.8e-4, weight_decay_end=0.4, betas=(0.9, 0.999), layer_decay=0.9, ema_momentum=0.992,
-        ema_momentum_end=1.0, teacher_temperature=0.07, teacher_temperature_share=0.3, head_lr=1.0,
-        unit_prototypes=False, standardise=False,
+        from_scratch=True, model="vitl16", steps=125_000, batch_size=2048, dino_prototypes=65_536,
+        ibot_prototypes=65_536, spread_group=64, freeze_share=0.0, ramp_share=0.0, freeze_prototypes_share=0.01,
+        drop_path=0.3, lr_at_1024=4e-3, lr_end_share=1.767767e-4, weight_decay_end=0.4, betas=(0.9, 0.999),
+        layer_decay=0.9, ema_momentum=0.992, ema_momentum_end=1.0, teacher_temperature=0.07,
+        teacher_temperature_share=0.3, head_lr=1.0, unit_prototypes=False, standardise=False,
     ),
     # Feature form, AM-RADIO (arXiv 2312.06709): released teachers have no heads, without which the published form
     # (DINOv3 paper, section 5.2: the student's own heads against the teacher's) cannot be computed.
