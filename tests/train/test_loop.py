@@ -110,14 +110,26 @@ def test_accumulation_recomputation_and_workers_change_nothing(world: Path, prec
     same(world / f"{precision}-parts", world / f"{precision}-one", tolerance)
 
 
+OTHER_RECIPE = dict(
+    ibot_prototypes=0, centring="centre", local_cls_norm=True, gram="renew", gram_begin_share=0.2, gram_ramp_share=0.4,
+    gram_local_weight=0.5, gram_renew_steps=1, gram_renewals=2,
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "changes"),
+    [("float64", 1e-10, {}), ("float32", 1e-5, {}), ("float64", 1e-10, OTHER_RECIPE)],
+    ids=["float64", "float32", "other recipe"],
+)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_two_processes_change_nothing(world: Path, engine: str, precision: str, tolerance: float) -> None:
+def test_two_processes_change_nothing(
+    world: Path, engine: str, precision: str, tolerance: float, changes: dict
+) -> None:
     """torchrun with gloo; weights, average and moments are the same too, in one file for all."""
-    alone, together = (f"{engine}-{precision}-{n}" for n in (1, 2))
-    run(settings(world, alone, precision=precision, accumulate=2))
-    run(settings(world, together, precision=precision, engine=engine), processes=2)
+    alone, together = (f"{engine}-{precision}-{len(changes)}-{n}" for n in (1, 2))
+    run(settings(world, alone, precision=precision, accumulate=2, **changes))
+    run(settings(world, together, precision=precision, engine=engine, **changes), processes=2)
     same(world / together, world / alone, tolerance)
     ours, theirs = (
         load_file(run_state.latest(world / n / "checkpoints") / "tensors.safetensors") for n in (together, alone)
@@ -222,6 +234,15 @@ def test_a_result_that_transformers_cannot_hold_is_written_all_the_same(world: P
     made = train(settings(world, "unscaled"), backbone=start)
     loaded = Backbone.from_pretrained(world / "unscaled" / "backbone", device="cpu")
     assert loaded.fingerprint() == made.fingerprint() and loaded.config == made.config
+
+
+def test_a_norm_for_local_crops_leaves_a_plain_model(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It has learnt, and transformers' layout says that it has no place for it; the features are all there."""
+    made = train(settings(world, "local-norm", local_cls_norm=True))
+    assert made.config.local_cls_norm and not torch.equal(made.local_cls_norm.weight, made.norm.weight)
+    loaded = Backbone.from_pretrained(world / "local-norm" / "backbone", device="cpu")
+    assert not loaded.config.local_cls_norm and loaded.fingerprint() == made.fingerprint()
+    assert "local_cls_norm" in caplog.text
 
 
 def test_adapters_are_merged_into_the_result(world: Path) -> None:

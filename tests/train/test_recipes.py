@@ -2,6 +2,7 @@
 with the source's value, ours, and why.
 """
 
+import json
 import re
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -172,6 +173,19 @@ def test_new_heads_do_not_move_released_weights_at_once(name: str) -> None:
     assert alone >= 0.04 * config.steps
     assert rates(config, alone - 1)[0] == 0.0 and rates(config, alone // 2)[1] > 0.0
     assert rates(config, alone + config.share(config.ramp_share))[0] > 0.0
+
+
+def test_the_short_run_is_the_recorded_one() -> None:
+    """Whose minutes and 20-NN its comment quotes."""
+    record = json.loads((ROOT / "tests" / "benchmarks" / "records" / "adaptation.json").read_text(encoding="utf-8"))
+    config, recorded = parse(["--config", str(CONFIGS / "short_cpu.toml")])[0], record["plain"]["settings"]
+    ours = {field.name: getattr(config, field.name) for field in fields(config)}
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in recorded.items() if name in ours}
+    assert len(settings) > 70 and {name: ours[name] for name in settings} == settings
+    text = (CONFIGS / "short_cpu.toml").read_text(encoding="utf-8")
+    accuracies = [record[run]["cifar10"]["6000/3000"]["knn"][0] for run in ("start", "plain")]
+    assert "from {:.3f} to {:.3f}".format(*accuracies) in text
+    assert all(f"{record[run]['minutes']:.0f} minutes" in text for run in ("plain", "gram"))
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
