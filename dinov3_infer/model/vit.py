@@ -181,7 +181,7 @@ class VisionTransformer(Network):
         crops: Sequence[Tensor],  # [B_i, 3, H_i, W_i] float, normalised: one tensor per size
         masks: Sequence[Tensor | None] | None = None,  # [B_i, P_i] bool each
         rope: RopeAugmentation | None = None,  # drawn anew for every block and group of crops
-        drop_path: float | Sequence[float] = 0.0,  # share of pictures that skip a branch; one, or one for each block
+        drop_path: float | Sequence[float] = 0.0,  # share of images that skip a branch; one, or one for each block
         generator: torch.Generator | None = None,  # of the two draws above
         layers: int | Sequence[int] | None = None,  # as in `forward`
     ) -> list[BackboneOutput]:
@@ -206,7 +206,7 @@ class VisionTransformer(Network):
         if len(shares) != depth:
             raise InputError(f"drop_path has {len(shares)} shares for {depth} blocks; give one, or one for each block")
         if wrong := [share for share in shares if not 0.0 <= share < 1.0]:
-            raise InputError(f"drop_path is a share of pictures, got {wrong[0]}; give 0 to below 1")
+            raise InputError(f"drop_path is a share of images, got {wrong[0]}; give 0 to below 1")
         if rope is not None and self.rope_periods is None:
             raise InputError("this model has learned positions, so there is no RoPE to augment; leave rope out")
         indices = resolve_layers(layers, depth)

@@ -88,7 +88,7 @@ def expected_terms(method: Method, batch: Batch, temperature: float) -> dict[str
     [
         {},
         dict(standardise=False, unit_prototypes=False),
-        dict(spread_group=16),  # more than there are: KoLeo among the pictures, each crop by itself
+        dict(spread_group=16),  # more than there are: KoLeo among all images, each crop by itself
         dict(ibot_prototypes=0),
         dict(ibot_hidden=28, ibot_bottleneck=6),
         dict(local_cls_norm=True),
@@ -112,7 +112,7 @@ def test_every_term_of_a_step(changes: dict) -> None:
 
 
 def test_drop_path_grows_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of two blocks sees all pictures, both branches of the second half of them."""
+    """The first of two blocks sees all images; each branch of the second sees half of them."""
     drawn, plain = [], Packing.draw
     monkeypatch.setattr(Packing, "draw", lambda self, share, draw: drawn.append(share) or plain(self, share, draw))
     for grows, expected in ((False, [0.5] * 4), (True, [0.5] * 2)):

@@ -84,7 +84,7 @@ def test_distillation_by_features() -> None:
     a, b = (F.normalize(t, dim=-1) for t in (student.patch_tokens, seen[-1].patch_tokens))
     relation = ((a @ a.mT - b @ b.mT) ** 2).mean()
     assert float(terms["relation_patch"]) == pytest.approx(float(relation.detach()), abs=1e-9)
-    pairs = zip(student.cls_token.chunk(2), seen[-1].cls_token.chunk(2), strict=True)  # a crop's pictures, in twos
+    pairs = zip(student.cls_token.chunk(2), seen[-1].cls_token.chunk(2), strict=True)  # the images of a crop, in twos
     units = [[F.normalize(t, dim=-1).unflatten(0, (-1, 2)) for t in pair] for pair in pairs]
     relation = torch.stack([((a @ a.mT - b @ b.mT) ** 2).mean() for a, b in units]).mean()
     assert float(terms["relation_cls"]) == pytest.approx(float(relation.detach()), abs=1e-9)
