@@ -5,9 +5,8 @@
 MODEL is a name ("vits16"), a hub id or a directory.  Where PICTURES has a folder per class, 20-NN before and after is
 printed; the classes are not trained on.
 
-This is preset "adapt" with Gram anchoring: released weights go on with a new kind of image.  configs/README.md says
-what to take for a short run on a CPU, a distillation or a published recipe, and how long those took that were measured;
-`dinov3-infer train --help` lists everything that can be set.
+This is preset "adapt" with Gram anchoring, for images of another kind.  configs/README.md says what to take for other
+aims, and what that took where it was measured; `dinov3-infer train --help` lists everything that can be set.
 """
 
 import json

@@ -82,9 +82,9 @@ DINOV3 = Recipe(
         "ema_momentum_end": (1.0, "115"),
     },
     {
-        "embed_dim": (1024, "85"), "depth": (24, "85"), "num_heads": (16, "85"), "ffn_dim": (4096, "85, 92"),
-        "patch_size": (16, "86"), "num_registers": (0, "97"), "position_grid": (None, "103"), "qkv_bias": (True, "93"),
-        "key_bias": (True, "98"), "layerscale": (True, "88"), "norm_eps": (1e-6, "96"), "rope_base": (100.0, "104"),
+        "embed_dim": (1024, "85"), "depth": (24, "85"), "num_heads": (16, "85"), "ffn_dim": (4096, "85, 91"),
+        "patch_size": (16, "86"), "num_registers": (0, "97"), "position_grid": (None, "102"), "qkv_bias": (True, "93"),
+        "key_bias": (True, "98"), "layerscale": (True, "88"), "norm_eps": (1e-6, "96"), "rope_base": (100.0, "103"),
     },
     {"precision": "7, 110", "schedules": "train/train.py (build_schedulers)"},
     lambda: of_v1(4e-3 * math.sqrt(2), 1e-6, 0.992, 1250),
