@@ -189,7 +189,7 @@ class VisionTransformer(Network):
         crops: Sequence[Tensor],  # [B_i, 3, H_i, W_i] float, normalised: one tensor per size
         masks: Sequence[Tensor | None] | None = None,  # [B_i, P_i] bool each
         rope: RopeAugmentation | None = None,  # drawn anew for every block and group of crops
-        drop_path: float = 0.0,  # share of pictures that skip a branch
+        drop_path: float | Sequence[float] = 0.0,  # share of images that skip a branch; one, or one for each block
         generator: torch.Generator | None = None,  # of the two draws above
         layers: int | Sequence[int] | None = None,  # as in `forward`
     ) -> list[BackboneOutput]:
@@ -209,11 +209,15 @@ class VisionTransformer(Network):
             )
         if not crops:
             raise InputError("forward_packed got no crops; give at least one tensor")
-        if not 0.0 <= drop_path < 1.0:
-            raise InputError(f"drop_path is a share of pictures, got {drop_path}; give 0 to below 1")
+        depth = self.config.depth
+        shares = list(drop_path) if isinstance(drop_path, Sequence) else [drop_path] * depth
+        if len(shares) != depth:
+            raise InputError(f"drop_path has {len(shares)} shares for {depth} blocks; give one, or one for each block")
+        if wrong := [share for share in shares if not 0.0 <= share < 1.0]:
+            raise InputError(f"drop_path is a share of images, got {wrong[0]}; give 0 to below 1")
         if rope is not None and self.rope_periods is None:
             raise InputError("this model has learned positions, so there is no RoPE to augment; leave rope out")
-        indices = resolve_layers(layers, self.config.depth)
+        indices = resolve_layers(layers, depth)
         streams = [self.embed_tokens(pixels, mask) for pixels, mask in zip(crops, masks, strict=True)]
         grids = [self.grid_of(pixels) for pixels in crops]
         packing = Packing(tuple((s.shape[0], s.shape[1]) for s in streams), streams[0].device)
@@ -225,8 +229,8 @@ class VisionTransformer(Network):
             if self.rope_periods is not None and (tables is None or rope is not None):
                 tables = [rope_table(g, self.rope_periods, self.config.num_prefix, rope, generator) for g in grids]
                 joined = packing.table(tables)
-            if drop_path > 0.0:
-                x = block.forward_dropped(x, tables, packing, drop_path, generator)  # type: ignore[operator]
+            if shares[i] > 0.0:
+                x = block.forward_dropped(x, tables, packing, shares[i], generator)  # type: ignore[operator]
             else:
                 x = block(x, joined, cu_seqlens, longest)
             if i in indices:
