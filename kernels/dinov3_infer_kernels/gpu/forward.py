@@ -109,8 +109,8 @@ def forward_kernel(
 
 def forward(
     qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]; any strides but that of D, which is 1
-    cos: Tensor | None,  # [N or T, D/2] float32; None: no rotation
-    sin: Tensor | None,  # [N or T, D/2] float32
+    cos: Tensor | None,  # [N or T, D/2] float32, or float16 for qkv of 16 bits; None: no rotation
+    sin: Tensor | None,  # [N or T, D/2], likewise
     cu_seqlens: Tensor | None,  # [S + 1] int32; None: fixed input
     max_seqlen: int,
     scale: float,
