@@ -197,7 +197,7 @@ class Backbone(Network):
         """
         extractor = self.extractor
         blocks = extractor.layers(layers, pooling, facet)
-        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
+        batch = extractor.batch(self.preprocess.with_options(size, fit), each_image(images))
         return extractor.features([batch], blocks, pooling, facet)[0]
 
     @overload
@@ -396,6 +396,22 @@ class Backbone(Network):
             self, repo_id, self.info, self.preprocess,
             private=private, revision=revision, token=token, commit_message=commit_message, card=card,
         )  # fmt: skip
+
+    def why_not_plan(self) -> str | None:
+        """Why `extract_features` and `embed` run the model as it is written, or None if they run it by a plan.
+
+        A plan computes the same from weights of its own in fewer steps; one is made for the answer if there is none.
+        On CUDA the first plan of each kind is compared with the model as it is written, by images of the package, and
+        is not used where it differs or fails: this is where the reason is kept.
+        """
+        return self.extractor.why_not_plan()
+
+    def refresh(self) -> None:
+        """Frees the plan, so that the next features come from the weights as they are then.
+
+        To be called after writing to weights in a way that torch does not see, such as through `.data` or a pointer.
+        """
+        drop_plan(self)
 
     def train(self, mode: bool = True) -> Self:
         """As torch's; a model in training frees the memory of its fast path."""
