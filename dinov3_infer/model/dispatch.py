@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .attention import why_not_triton
+from .chips import distrust
 from .cpu.linear import why_not_int8, why_not_packed
 from .cpu.plan import CpuPlan, spans_of
 from .cuda.cuda_plan import CudaPlan
-from .network import BackboneOutput, Network, Scale
+from .network import BackboneOutput, Network, Scale, normalised
 from .trial import Precision, Undecided, compare, twin, why_not_trusted
 from .vit import VisionTransformer
 from .watch import Snapshot, modules_of, tensors_of, why_unknown
@@ -205,18 +206,24 @@ def _tried(model: Network, kept: _Kept, request: Request) -> _Kept:
     these has kernels of its own.
     """
     assert isinstance(model, VisionTransformer)
-    side = model.config.patch_size
-    longest = max(((h // side) * (w // side) for h, w in request.sizes), default=0)
     sizes: list[Any] = sorted(set(request.sizes)) or [None]
-    kind = (str(model.device), request.half, model.config, kept.plan.mode, longest.bit_length(), len(sizes) > 1)
-    if kind in _TRUSTED:
+    kernels = (str(model.device), request.half, model.config, kept.plan.mode)
+    if not request.sizes and any(kind[: len(kernels)] == kernels for kind in _TRUSTED):
+        return kept
+    longest = max((_patches(model, size) for size in request.sizes), default=0)
+    if (kind := (*kernels, longest.bit_length(), len(sizes) > 1)) in _TRUSTED:
         return kept
     few = 1 if longest > _MANY_TOKENS else 3
     images = [request.pictures(size)[:few].to(model.device) for size in {sizes[0]: 0, sizes[-1]: 0}]
+    if not request.sizes:
+        kind = (*kernels, _patches(model, images[0].shape[2:]).bit_length(), False)
+    judge = twin(model)
+
+    def reason(run: Callable[[Sequence[Tensor]], Sequence[BackboneOutput]]) -> str | None:
+        return why_not_trusted(run, judge, images, request.scale, kept.plan.mode)
+
     try:
-        refused = why_not_trusted(
-            lambda given: kept.plan(model, given, (), request.scale), twin(model), images, request.scale, kept.plan.mode
-        )
+        refused = reason(lambda given: kept.plan(model, given, (), request.scale))
     except Undecided:
         return kept
     if refused is None:
@@ -225,7 +232,14 @@ def _tried(model: Network, kept: _Kept, request: Request) -> _Kept:
     refused = f"the plan is not used on '{model.device}': {refused}"
     _tell(model, f"{refused}; the model runs as it is written, which is slower")
     found = _PLANS[model] = kept._replace(plan=None, refused=refused)
+    if (fault := reason(lambda given: [model(normalised(t, request.scale)) for t in given])) is not None:
+        distrust(model.device, f"the Triton kernel was tried on '{model.device}', and {fault}")
     return found
+
+
+def _patches(model: VisionTransformer, size: Sequence[int]) -> int:
+    """Of an image of (height, width) pixels."""
+    return (size[0] // model.config.patch_size) * (size[1] // model.config.patch_size)
 
 
 def _tell(model: Network, line: str) -> None:
