@@ -1,8 +1,8 @@
 """Triton kernels of a transformer's forward pass: launchers and kernels, torch and triton only.
 
 Attention with rotary positions takes packed qkv tensors: `forward`, `backward`, `rotate`.  Between products stand
-`layer_norm`, `residual_norm`, `swiglu` and `unfold`.  Reading order: tiles, forward, rotation, backward, norms,
-pointwise, configs, launch.
+`layer_norm`, `residual_norm`, `swiglu` and `unfold`.  Reading order: tiles, forward, short, rotation,
+backward, norms, pointwise, configs, launch.
 """
 
 from .backward import backward
