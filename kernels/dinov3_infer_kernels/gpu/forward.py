@@ -146,6 +146,6 @@ def forward(
 
     if out.numel():
         whole = None if shape.packed or cos is None else whole_heads(qkv, shape.tokens, heads)
-        form = dict(packed=shape.packed, rotated=cos is not None)
-        run(config or select("forward", qkv, shape.longest, run, whole=whole, **form))
+        rotated = cos is not None
+        run(config or select("forward", qkv, shape.longest, run, packed=shape.packed, rotated=rotated, whole=whole))
     return out, lse
