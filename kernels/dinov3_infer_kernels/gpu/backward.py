@@ -6,6 +6,8 @@ one over keys for that of q: every element is summed by one program in a fixed o
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -193,7 +195,7 @@ def backward(
     def queries(config: Config) -> None:
         run(query_kernel, config.block_m, config)
 
-    form = dict(packed=shape.packed, rotated=cos is not None)
+    form: Any = dict(packed=shape.packed, rotated=cos is not None)
     key_values(key_value_config or select("key_value", qkv, shape.longest, key_values, **form))
     queries(query_config or select("query", qkv, shape.longest, queries, **form))
     return dqkv
