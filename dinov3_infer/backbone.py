@@ -5,7 +5,7 @@ This file has more than 350 lines because the class is the documentation of all 
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias, get_args, overload
 
@@ -239,8 +239,17 @@ class Backbone(Network):
         extractor = self.extractor
         blocks = extractor.layers(layers, pooling, facet)
 
-        def features(batches: list[PixelBatch]) -> list[Sequence[Features]]:
-            return [list(found.to("cpu")) for found in extractor.features(batches, blocks, pooling, facet)]
+        def features(batches: list[PixelBatch]) -> Callable[[], list[Sequence[Features]]]:
+            found, total = extractor.launched(batches, blocks, pooling, facet)
+            there, total = [each.to("cpu", non_blocking=True) for each in found], total.to("cpu", non_blocking=True)
+            landed = extractor.landing()
+
+            def wait() -> list[Sequence[Features]]:
+                landed()
+                extractor.check_finite(total)
+                return [list(each) for each in there]
+
+            return wait
 
         transform = self.preprocess.with_options(size, fit)
         batcher = extractor.batcher(transform, features, batch_size, num_workers=num_workers)

@@ -19,7 +19,7 @@ from ..model.introspection import Facet, attention_rows, with_facet
 from ..model.network import Network, Outputs, Scale, normalised, resolve_layers
 from ..model.vit import VisionTransformer
 from .result import Features, Pooling, features_of
-from .stream import MAX_TOKENS, Batcher, Decode, Reading, T
+from .stream import MAX_TOKENS, Batcher, Decode, Launch, Reading, T
 
 __all__ = ["Extractor"]
 
@@ -80,6 +80,14 @@ class Extractor:
                 each = (t.sum() for f in found for t in (f.cls_token, f.patch_tokens, f.register_tokens))
                 total = torch.stack(list(each)).sum()
         return found, total
+
+    def landing(self) -> Callable[[], None]:
+        """What waits until all that was asked of the GPU up to now is done, and for nothing that is asked later."""
+        if not self.on_gpu:
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
 
     def _outputs(self, pixels: list[Tensor], layers: Sequence[int], facet: Facet, class_only: bool = False) -> Outputs:
         """`pixels`: uint8, or float and normalised."""
@@ -144,7 +152,7 @@ class Extractor:
     def batcher(
         self,
         transform: Preprocess,
-        forward: Callable[[list[PixelBatch]], list[Sequence[T]]],
+        launch: Launch[T],
         batch_size: int,
         *,
         num_workers: int | None = None,
@@ -153,9 +161,9 @@ class Extractor:
         shard_size: int | None = None,
         halves: bool = True,
     ) -> Batcher[T]:
-        """A stream of images through `forward`, read by as many threads as this device is good for."""
-        reading = self.reading(num_workers, decode)
-        return Batcher(transform, forward, batch_size, max_tokens or self.max_tokens, reading, shard_size, halves)
+        """A stream of images through `launch`, read by as many threads as this device is good for."""
+        tokens, reading = max_tokens or self.max_tokens, self.reading(num_workers, decode)
+        return Batcher(transform, launch, batch_size, tokens, reading, shard_size, halves, self.on_gpu)
 
     def reading(self, num_workers: int | None, decode: Decode = "exact") -> Reading:
         """How images become pixels beside this network."""

@@ -59,7 +59,7 @@ HOST = dict(
 )  # fmt: skip
 GAP = 0.7e-6  # less between the kernels of a graph
 _CALLS = {
-    "product": "product", "norm": "norm", "sdpa": "sdpa", "ours": "triton", "better": "triton", "copy": "copy",
+    "product": "product", "norm": "norm", "sdpa": "sdpa", "ours": "triton", "copy": "copy",
     "pinned": "copy", "conv": "conv", "fused": "fused",
 }  # fmt: skip
 
@@ -70,8 +70,8 @@ def on_gpu(op: Op) -> float:
         return 0.0
     if op.kind == "product":
         return product_time(*op.shape)
-    if op.kind in ("sdpa", "ours", "better"):
-        return max(attention_time(op.kind, op.shape), op.bytes / BW) + 0.5e-6
+    if op.kind in ("sdpa", "ours"):
+        return max(attention_time(op.kind, op.shape, op.tile), op.bytes / BW) + 0.5e-6
     if op.kind == "conv":
         return max(product_time(*op.shape) * 2.0, op.bytes / (BW * EAGER)) + (op.kernels - 1) * FLOOR
     if op.kind in ("copy", "pinned"):
@@ -107,30 +107,25 @@ def product_time(m: int, n: int, k: int) -> float:
 
 
 @cache
-def attention_time(kind: str, shape: tuple[int, ...]) -> float:
-    """Of torch's on Hopper ("sdpa"), and of ours with float32 tables ("ours") or with float16 tables, tiles of 128 rows
-    and one program a head up to 288 tokens ("better").
+def attention_time(kind: str, shape: tuple[int, ...], tile: tuple[int, int, bool, int]) -> float:
+    """Of torch's on Hopper ("sdpa", 128 x 128), and of ours with the tiles and tables that it is launched with.
 
     What a program reads of keys, values and tables comes from L2 once for every tile of queries.
     """
     b, h, n, d = shape
-    table = {"sdpa": 0, "ours": 4, "better": 2}[kind]
+    rows, step, whole, table = (128, 128, False, 0) if kind == "sdpa" else tile
     wide = int(d == 128)
-    if kind == "better" and n <= 288 and d == 64 and b * h >= SMS:
+    if whole:
         read = b * h * n * (6.0 * d + 2 * d * table)
         return max(4.0 * b * h * n * n * d / (OURS[0] * 0.9), read / L2_READ)
     if kind == "sdpa":
-        tile, keys, rate, ramp = 128, up(n, 128), SDPA[wide], 115
+        keys, rate = up(n, 128), SDPA[wide] * n / (n + 115)
     else:
-        tile, step = (64, 64) if n <= 640 else ((128, 128) if d == 64 else (128, 64))
-        if kind == "better" and b * h * up(n, 128) // 128 >= SMS:
-            tile = 128
         rest = n % step
         keys = n // step * step + (max(16, 1 << (rest - 1).bit_length()) if rest else 0)
-        rate, ramp = OURS[wide], 95
-    rate *= n / (n + ramp)
-    blocks, work = b * h * up(n, tile) // tile, 4.0 * tile * keys * d
-    read = blocks * (tile * d * (2 + table) + keys * d * (4.0 + table))
+        rate = OURS[wide] * n / (n + 95)
+    blocks, work = b * h * up(n, rows) // rows, 4.0 * rows * keys * d
+    read = blocks * (rows * d * (2 + table) + keys * d * (4.0 + table))
     alone = math.ceil(blocks / (2 * SMS)) * work / (rate / SMS * 0.6)
     return max(blocks * work / rate, alone, read / L2_READ)
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from dinov3_infer import Backbone
 from dinov3_infer.features.extractor import Extractor
 from dinov3_infer.images.preprocess import PixelBatch, Placement
-from dinov3_infer.model import attention, dispatch, watch
+from dinov3_infer.model import dispatch, watch
 from dinov3_infer.model.cuda.graphs import Graphs
 from dinov3_infer.model.layers import ViTConfig
 from dinov3_infer.model.network import Outputs
@@ -35,7 +35,7 @@ _VIEWS = {
     "_unsafe_view", "promote_types", "empty", "empty_like", "new_empty", "lift_fresh", "detach", "empty_strided",
     "scalar_tensor", "full",
 }  # fmt: skip
-_CHIP = (9, 0)  # compute capability, for which crossover and tiles are looked up
+_SMS = 132  # of an H200, for which crossover and tiles are looked up
 
 
 @dataclass
@@ -43,13 +43,12 @@ class Op:
     """One call, and the kernels that it comes down to."""
 
     name: str
-    kind: (
-        str  # elementwise, cast, cat, norm, product, conv, sdpa, ours, fused, view, copy, pinned, sync, module, replay
-    )
+    kind: str  # elementwise, cast, cat, norm, product, conv, sdpa, ours, fused, view, copy, pinned, sync, ...
     kernels: int = 0
     bytes: float = 0.0  # read and written, each element once
     flops: float = 0.0
     shape: tuple[int, ...] = ()  # of a product (M, N, K), of attention (B, H, N, D)
+    tile: tuple[int, int, bool, int] = (0, 0, False, 0)  # ours: queries, keys, a program has a whole head, table bytes
     replayed: bool = False  # from a graph: the host does nothing for it
 
 
@@ -119,9 +118,13 @@ def _ours(stem: str, given: list[Tensor], moved: float) -> Op:
         return Op(stem, "fused", 1, moved)
     *lead, _, heads, width = given[0].shape
     batch, length = lead if len(lead) == 2 else (1, lead[0])  # packed: as one image, which is too much
-    kind = "better" if given[1:] and given[1].dtype == torch.float16 else "ours"
-    shape = (batch, heads, length, width)
-    return Op(stem, kind, 1, moved, 4.0 * batch * heads * length**2 * width, shape)
+    whole = configs.whole_heads(given[0], length, batch * heads) if len(lead) == 2 else None
+    rows = configs.TABLE["forward", width, given[0].element_size()]["sm90"]
+    row = whole or next(config for limit, config in rows if length <= limit)
+    table = given[1].element_size() if len(given) > 1 else 0
+    flops = 4.0 * batch * heads * length**2 * width
+    tile = (row.block_m, row.block_n, whole is not None, table)
+    return Op(stem, "ours", 1, moved, flops, (batch, heads, length, width), tile)
 
 
 class Nodes(TorchFunctionMode):
@@ -203,12 +206,12 @@ def faked(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 @contextmanager
 def _chip() -> Iterator[None]:
     """Answers of a Hopper GPU to what the package asks of the machine; fake tensors have no memory to compare."""
-    crossover = {64: 1600, 128: 1000} if not hasattr(configs, "CROSSOVER") else configs.CROSSOVER
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of torch, that there is no CUDA
         put = lambda where, what, value: stack.enter_context(mock.patch.object(where, what, value))  # noqa: E731
-        put(attention, "_crossover", lambda device, dtype, width: crossover[width])
+        put(configs, "chip_of", lambda device: "sm90")
+        put(configs, "processors", lambda device: _SMS)
         put(watch.Snapshot, "holds", lambda self, model: True)
         put(watch.Snapshot, "__init__", lambda self, model: None)
         put(dispatch, "why_unknown", lambda model, dtypes: None)  # a fake tensor is none of the classes it knows

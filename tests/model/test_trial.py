@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracles import SMALL, randomise
@@ -12,7 +13,7 @@ from pictures import photo
 from torch import Tensor, nn
 
 import dinov3_infer.model.cuda.cuda_plan
-from dinov3_infer import Backbone, PrecisionError
+from dinov3_infer import Backbone, PrecisionError, Store
 from dinov3_infer.features.extractor import Extractor
 from dinov3_infer.model import chips, dispatch
 from dinov3_infer.model.attention import why_not_triton
@@ -69,6 +70,29 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     yield found
 
 
+class Event:
+    """Of a GPU that is done with everything when somebody waits; what happens is written down."""
+
+    log: list[str] = []
+    count = 0
+
+    def record(self) -> None:
+        Event.count += 1
+        self.number = Event.count
+        self.log.append(f"launch {self.number}")
+
+    def synchronize(self) -> None:
+        self.log.append(f"wait {self.number}")
+
+
+@pytest.fixture
+def events(device: Device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "log", [])
+    monkeypatch.setattr(Event, "count", 0)
+    return Event.log
+
+
 def backbone(name: str = "dinov3", seed: int = 0) -> Backbone:
     bb = randomise(Backbone.from_config(SMALL[name]), seed)
     bb.preprocess = replace(bb.preprocess, size=4 * bb.patch_size)  # type: ignore[union-attr, operator, arg-type]
@@ -117,7 +141,7 @@ def test_trust_is_earned_once(name: str, device: Device, caplog: pytest.LogCaptu
     assert (device.made, device.tried) == (2, 1) and not caplog.records
 
 
-def test_each_kind_of_kernels_is_tried(device: Device) -> None:
+def test_each_kind_of_kernels_is_tried(device: Device, events: list[str]) -> None:
     """Other orders of length, several sizes, other dtypes of products, modes, architectures; not another batch."""
     bb = backbone()
     for count, (options, pictures) in enumerate(
@@ -411,6 +435,73 @@ def test_other_modules_run_as_they_are_written(change: Callable[[Backbone], None
     change(bb)
     assert torch.equal(features(bb), as_written(bb)) and bb not in dispatch._PLANS
     assert device.ran == ran and bb.why_not_plan() is not None
+
+
+# --- a stream ------------------------------------------------------------------------------------------------------
+
+
+MANY = [photo(64, 64, seed=i) for i in range(7)]
+
+
+def test_two_batches_are_in_flight(events: list[str]) -> None:
+    """The next one is launched before the last one is waited for; rows are in order and those of each batch alone."""
+    bb = backbone()
+    rows = bb.embed(MANY, batch_size=2, num_workers=0)
+    assert events == ["launch 1", "launch 2", "wait 1", "launch 3", "wait 2", "launch 4", "wait 3", "wait 4"]
+    for i, image in enumerate(MANY):
+        near = torch.nn.functional.cosine_similarity(
+            torch.from_numpy(rows[i]), bb.extract_features(image).embedding[0], dim=0
+        )
+        assert near > 0.999
+    events.clear()
+    found = list(bb.iter_features(MANY, batch_size=4, num_workers=0))
+    assert len(found) == 7 and [line.split()[0] for line in events] == ["launch", "launch", "wait", "wait"]
+
+
+@pytest.mark.parametrize("out", [None, "x.npy", "x/"])
+def test_a_lack_of_memory_lands_what_flies_first(
+    out: str | None, events: list[str], device: Device, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then it is tried again, and only alone is a pass made smaller; every row is there, in order."""
+    bb = backbone()
+    options: dict[str, Any] = dict(batch_size=4, num_workers=0)
+    expected = bb.embed(MANY, **options)
+    flying = lambda: sum(1 if line.startswith("launch") else -1 for line in events)  # noqa: E731
+
+    def full() -> None:
+        if flying() >= 1:
+            raise torch.OutOfMemoryError("out of memory")
+
+    device.before = full
+    if out is None:
+        found = bb.embed(MANY, **options)
+    else:
+        bb.embed(MANY, f"{tmp_path}/{out}", **options)
+        found = np.concatenate([block for _, block in Store(f"{tmp_path}/{out}").blocks()])
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)  # as a store gives them
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.0 if out is None else 1e-6)
+    assert not caplog.records and "wait 1" in events
+
+
+@pytest.mark.parametrize(
+    "pooling, kind, alone",
+    [("cls", "embedding", True), ("mean", "embedding", False), ("cls_mean", "embedding", False)]
+    + [("cls", "patches", False)],
+)
+def test_class_tokens_alone_where_nothing_else_is_wanted(
+    pooling: Any, kind: Any, alone: bool, events: list[str], device: Device
+) -> None:
+    """And the same for all batches of an output."""
+    seen: list[int] = []
+    device.after = lambda outputs: (seen.extend(o.patch_tokens.shape[1] for o in outputs), outputs)[1]
+    bb = backbone()
+    bb.extract_features(MANY)  # the trial
+    seen.clear()
+    bb.embed(MANY, batch_size=2, num_workers=0, pooling=pooling, kind=kind)
+    assert seen == [0 if alone else 16] * 4
+    seen.clear()
+    bb.extract_features(MANY)
+    assert seen == [16]
 
 
 # --- what is given to it -------------------------------------------------------------------------------------------
