@@ -5,7 +5,7 @@ This file has more than 350 lines because the class is the documentation of all 
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias, get_args, overload
@@ -209,7 +209,7 @@ class Backbone(Network):
         """
         extractor = self.extractor
         blocks = extractor.layers(layers, pooling, facet)
-        batch = self.preprocess.with_options(size, fit, levels).batch(each_image(images))
+        batch = extractor.batch(self.preprocess.with_options(size, fit, levels), each_image(images))
         return extractor.features([batch], blocks, pooling, facet)[0]
 
     @overload
@@ -253,8 +253,17 @@ class Backbone(Network):
         extractor = self.extractor
         blocks = extractor.layers(layers, pooling, facet)
 
-        def features(batches: list[PixelBatch]) -> list[Sequence[Features]]:
-            return [list(found.to("cpu")) for found in extractor.features(batches, blocks, pooling, facet)]
+        def features(batches: list[PixelBatch]) -> Callable[[], list[Sequence[Features]]]:
+            found, total = extractor.launched(batches, blocks, pooling, facet)
+            there, total = [each.to("cpu", non_blocking=True) for each in found], total.to("cpu", non_blocking=True)
+            landed = extractor.landing()
+
+            def wait() -> list[Sequence[Features]]:
+                landed()
+                extractor.check_finite(total)
+                return [list(each) for each in there]
+
+            return wait
 
         transform = self.preprocess.with_options(size, fit, levels)
         batcher = extractor.batcher(transform, features, batch_size, num_workers=num_workers)
@@ -414,6 +423,22 @@ class Backbone(Network):
             self, repo_id, self._named(), self.preprocess, self.origin,
             private=private, revision=revision, token=token, commit_message=commit_message, card=card,
         )  # fmt: skip
+
+    def why_not_plan(self) -> str | None:
+        """Why `extract_features` and `embed` run the model as it is written, or None if they run it by a plan.
+
+        A plan computes the same from weights of its own in fewer steps; one is made for the answer if there is none.
+        On CUDA the first plan of each kind is compared with the model as it is written, by images of the package, and
+        is not used where it differs or fails: this is where the reason is kept.
+        """
+        return self.extractor.why_not_plan()
+
+    def refresh(self) -> None:
+        """Frees the plan, so that the next features come from the weights as they are then.
+
+        To be called after writing to weights in a way that torch does not see, such as through `.data` or a pointer.
+        """
+        drop_plan(self)
 
     def train(self, mode: bool = True) -> Self:
         """As torch's; a model in training frees the memory of its fast path."""

@@ -107,9 +107,9 @@ class Features:
     def __iter__(self) -> Iterator["Features"]:
         return (self[i] for i in range(len(self)))
 
-    def to(self, device: str | torch.device) -> "Features":
-        """The same on another device."""
-        return self._each(lambda t: t.to(device))
+    def to(self, device: str | torch.device, non_blocking: bool = False) -> "Features":
+        """The same on another device; `non_blocking` as torch has it."""
+        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Features":
         def changed(part: Any, *names: str) -> dict[str, Any]:
