@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputTypeError, LayerError, UnsupportedError
 
-__all__ = ["BackboneOutput", "LayerOutput", "Network", "as_map", "resolve_layers"]
+__all__ = ["BackboneOutput", "LayerOutput", "Network", "as_map", "resolve_layers", "shapes"]
 
 
 class LayerOutput(NamedTuple):
@@ -23,6 +23,9 @@ class LayerOutput(NamedTuple):
     register_tokens: Tensor  # [B, R, C]
     patch_tokens: Tensor  # [B, P, C]
 
+    def __repr__(self) -> str:
+        return f"LayerOutput({shapes(self, self._fields)})"
+
 
 class BackboneOutput(NamedTuple):
     """Tokens after the last layer and the final norm, and those of the layers asked for."""
@@ -31,6 +34,14 @@ class BackboneOutput(NamedTuple):
     register_tokens: Tensor  # [B, R, C]
     patch_tokens: Tensor  # [B, P, C]
     layers: tuple[LayerOutput, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"BackboneOutput({shapes(self, self._fields[:3])}, {len(self.layers)} layers)"
+
+
+def shapes(holder: object, names: Sequence[str]) -> str:
+    """The shapes of tensors, in one line: a notebook shows it instead of the numbers."""
+    return ", ".join(f"{name} {list(getattr(holder, name).shape)}" for name in names)
 
 
 class Network(nn.Module):

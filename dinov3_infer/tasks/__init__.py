@@ -14,7 +14,7 @@ from .pca import foreground, pca_picture, pca_rgb
 from .probes import KNN, LinearProbe, LogisticProbe, nearest
 from .pyramid import Pyramid
 from .segmentation import OneShotSegmenter, SegmentationHead
-from .similarity import patch_weights, region_vector, similarity_map
+from .similarity import patch_weights, region_vector, similarity_map, similarity_picture
 
 __all__ = [
     "KNN",
@@ -44,4 +44,5 @@ __all__ = [
     "search",
     "sheet",
     "similarity_map",
+    "similarity_picture",
 ]
