@@ -122,6 +122,10 @@ class Network(nn.Module):
         return self.main_weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.main_weight.dtype
+
+    @property
     def embed_dim(self) -> int:
         return self.width()
 
