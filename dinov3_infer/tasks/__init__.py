@@ -8,6 +8,7 @@ from .attentive import AttentiveProbe
 from .classifier import Probe
 from .clusters import Hierarchy, hierarchy, retrieve
 from .dense import dense_features
+from .explore import explore
 from .neighbours import Duplicates, duplicates, search
 from .overlay import at_pixels, attention_picture, overlay, panel, sheet
 from .pca import foreground, pca_picture, pca_rgb
@@ -31,6 +32,7 @@ __all__ = [
     "attention_picture",
     "dense_features",
     "duplicates",
+    "explore",
     "foreground",
     "hierarchy",
     "nearest",
