@@ -7,8 +7,9 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias, get_args, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, ParamSpec, Self, TypeAlias, TypeVar, get_args, overload
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from .checkpoints.loading import Periods, load_model
 from .checkpoints.reading import open_checkpoint
 from .checkpoints.saving import save_checkpoint
 from .checkpoints.transforms import transform_of
+from .devices import find_device, find_dtype
 from .errors import Dinov3Error, InputError, InputTypeError, check_choice
 from .features.embed import embed
 from .features.extractor import Extractor
@@ -39,8 +41,9 @@ from .model.attention import resolve_attention
 from .model.cpu.compiled import start_compiler
 from .model.dispatch import Mode, Precision, drop_plan
 from .model.introspection import Facet
-from .model.network import Network, resolve_layers
+from .model.network import BackboneOutput, Network, resolve_layers
 from .model.vit import VisionTransformer, ViTConfig
+from .recorded import why_not
 from .system import survive_forks
 from .zoo import ModelInfo, Style, find
 
@@ -53,6 +56,25 @@ log = logging.getLogger("dinov3_infer")
 
 Images: TypeAlias = ImageLike | Iterable[ImageLike]
 Collection: TypeAlias = Images | Source | Numbered
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _habits(function: Callable[P, R]) -> Callable[P, R]:
+    """Answers the keywords of transformers: `torch_dtype` is taken as `dtype`, others get the name to use here."""
+
+    @wraps(function)
+    def answered(*args: P.args, **options: P.kwargs) -> R:
+        if "torch_dtype" in options and "dtype" not in options:
+            options["dtype"] = options.pop("torch_dtype")
+        if "device_map" in options:
+            raise InputTypeError(
+                "device_map is named device here: 'auto', 'cpu', 'cuda:1', 'mps'; a model has one device"
+            )
+        return function(*args, **options)
+
+    return answered
 
 
 class Backbone(Network):
@@ -72,6 +94,12 @@ class Backbone(Network):
         return super().__new__(found if issubclass(found, cls) else cls)
 
     def __init__(self, config: ViTConfig, info: ModelInfo | None = None) -> None:
+        if type(config) not in self.networks:
+            name = config if isinstance(config, str) else "NAME"
+            raise InputTypeError(
+                f"{type(self).__name__}() takes a config, such as ViTConfig, got {type(config).__name__}; "
+                f"Backbone.from_pretrained('{name}') loads a model"
+            )
         super().__init__(config)
         survive_forks()
         self.info = info
@@ -82,6 +110,7 @@ class Backbone(Network):
         self.mixed_precision = True  # on CUDA the matrix work of float32 weights is done in bfloat16
 
     @classmethod
+    @_habits
     def from_pretrained(
         cls,
         name: str | os.PathLike[str],
@@ -105,7 +134,8 @@ class Backbone(Network):
         What is in the cache is used without asking the hub; see `hub`.
 
         `weights`: a file, directory or link that holds the weights of `name`.
-        `device`: "auto" is CUDA where there is one, else the CPU.
+        `device`: "auto" is "cuda" where there is one, then "mps" (an Apple GPU), else "cpu".  The first use of "mps" is
+        checked against recorded features; where they differ, the CPU is used and the log says so.
         `dtype`: "auto" keeps float32 parameters, and on CUDA `extract_features` does the matrix work in bfloat16.  A
         torch dtype or its name casts the linears and the patch convolution; the stream, norms and RoPE stay float32.
         `mode`: on a CPU, for float32 parameters.  "exact" computes in float32, "fast" multiplies in bfloat16 (cosine
@@ -118,8 +148,8 @@ class Backbone(Network):
 
         Raises: ModelNotFoundError, UnsupportedError, MissingFileError, GatedModelError, OfflineError, CheckpointError.
         """
-        target_device = _device(device)
-        cast = _dtype(dtype)
+        target_device = _find_device(device)
+        cast = find_dtype(dtype)
         check_choice("mode", mode, Mode)
         if target_device.type == "cpu" and cast in (None, torch.float32) and mode != "plain":
             start_compiler()  # it is done when the weights are read
@@ -181,6 +211,21 @@ class Backbone(Network):
         adopted._is(found)
         adopted.mixed_precision = False
         return adopted
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self, pixels: Tensor, layers: int | Sequence[int] | None = None, masks: Tensor | None = None
+        ) -> BackboneOutput: ...
+        @overload
+        def __call__(self, *, pixel_values: Tensor, layers: int | Sequence[int] | None = None) -> BackboneOutput: ...
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """As `forward`.  `pixel_values` is transformers' name for the pixels: `bb(**processor(images))`."""
+        if "pixel_values" in options:
+            args = (options.pop("pixel_values"), *args)
+        return super().__call__(*args, **options)
 
     def extract_features(
         self,
@@ -473,12 +518,17 @@ class Backbone(Network):
 
 
 class ViTBackbone(Backbone, VisionTransformer):
-    """A Backbone whose network is a vision transformer, with the methods that Meta's and timm's users call."""
+    """A Backbone whose network is a vision transformer, with methods under Meta's, timm's and transformers' names."""
 
     forward_features = dropin.forward_features
     get_intermediate_layers = dropin.get_intermediate_layers
     get_last_selfattention = dropin.get_last_selfattention
     forward_intermediates = dropin.forward_intermediates
+    feature_info = property(dropin.feature_info)
+    set_grad_checkpointing = dropin.set_grad_checkpointing
+    gradient_checkpointing_enable = dropin.gradient_checkpointing_enable
+    gradient_checkpointing_disable = dropin.gradient_checkpointing_disable
+    is_gradient_checkpointing = property(lambda self: self.grad_checkpointing)
 
 
 Backbone.networks[ViTConfig] = ViTBackbone
@@ -496,23 +546,14 @@ def _point(query: Any) -> tuple[float, float]:
         raise InputError(f"query is 'cls' or a point (x, y) in pixels, got {query!r}") from None
 
 
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise InputError(f"device is 'auto', 'cpu', 'cuda', 'cuda:1' and the like; got {device!r}") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} was asked for, and this torch sees no CUDA; use 'auto' or 'cpu'")
+@cache
+def why_not_mps() -> str | None:
+    """Why the Apple GPU is not used, or None: the first use compares features of nano with the recorded ones."""
+    return why_not(Backbone.from_pretrained("nano", device="cpu"), torch.device("mps"))
+
+
+def _find_device(device: str | torch.device) -> torch.device:
+    found, reason = find_device(device, why_not_mps)
+    if reason is not None:
+        log.warning("the Apple GPU is not used and the CPU is: %s", reason)
     return found
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """Of the linears; None for "auto"."""
-    if dtype == "auto":
-        return None
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise InputError(f"dtype is 'auto', float32, bfloat16, float16 or float64; got {dtype!r}")
-    return resolved

@@ -157,8 +157,14 @@ class Preprocess:
             size = None if fit == "native" else self.size
         return replace(self, size=size, fit=fit, resize_to=None)
 
-    def __call__(self, image: ImageLike) -> Tensor:
-        return self.place(load_image(image, levels=self.levels))[0]
+    def __call__(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Pixels of one image, [3, H_px, W_px], or of a list of images, [B, 3, H_px, W_px].
+
+        Raises: ImageError, MissingFileError; InputError for images that come out at different sizes.
+        """
+        if isinstance(image, list | tuple):
+            return self.batch(image).pixels
+        return self.place(load_image(image, levels=self.levels))[0]  # type: ignore[arg-type]  # a str or bytes is a Sequence, too
 
     def batch(self, images: Iterable[ImageLike], for_gpu: bool = False) -> PixelBatch:
         """Pictures that come out at one size, as a batch.  Raises InputError where they do not.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError, InputTypeError, UnsupportedError
 from .attention import resolve_attention, triton_attention, why_not_triton
@@ -22,6 +23,8 @@ __all__ = ["ViTConfig", "VisionTransformer"]
 
 class VisionTransformer(Network):
     """Pre-norm ViT; parameter names are Meta's, but for `register_tokens` and the gated FFN's `gate_up` and `down`."""
+
+    grad_checkpointing = False  # see `dropin.set_grad_checkpointing`
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -179,10 +182,18 @@ class VisionTransformer(Network):
         taken = {-1: x} if -1 in indices else {}
         end = max(indices) + 1 if stop_early and indices else self.config.depth
         for i, block in enumerate(self.blocks[:end]):
-            x = block(x, rope)
+            x = self._through(block, x, rope)
             if i in indices:
                 taken[i] = x
         return x, taken
+
+    def _through(self, block: nn.Module, *given: Any) -> Tensor:
+        found: Tensor = (
+            checkpoint(block, *given, use_reentrant=False)
+            if self.grad_checkpointing and torch.is_grad_enabled()
+            else block(*given)
+        )
+        return found
 
     def forward_packed(
         self,
@@ -232,7 +243,7 @@ class VisionTransformer(Network):
             if shares[i] > 0.0:
                 x = block.forward_dropped(x, tables, packing, shares[i], generator)  # type: ignore[operator]
             else:
-                x = block(x, joined, cu_seqlens, longest)
+                x = self._through(block, x, joined, cu_seqlens, longest)
             if i in indices:
                 taken[i] = packing.split(x)
 

@@ -42,6 +42,9 @@ class Store:
     def __len__(self) -> int:
         return self.recipe.count or 0
 
+    def __repr__(self) -> str:
+        return f"Store('{self.path}', {len(self):,} vectors of {self.width} numbers)"
+
     @property
     def width(self) -> int:
         return (self.recipe.shape or (0,))[0]
