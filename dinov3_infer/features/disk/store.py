@@ -71,6 +71,11 @@ class Store:
                 yield first + start, block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
             first += len(vectors)
 
+    def vectors(self) -> Array:
+        """All as they were written, float32 [N, C]; a row of NaN is an image that could not be read."""
+        found = [np.array(self._format.vectors(file), np.float32) for file in self._files]
+        return np.concatenate(found) if found else np.zeros((0, self.width), np.float32)
+
     def rows(self, numbers: Iterable[int]) -> Array:
         """[n, C] of these pictures, in the order of their numbers."""
         wanted = np.unique(np.fromiter(numbers, np.int64))

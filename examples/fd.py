@@ -1,0 +1,75 @@
+"""The Fréchet distance between the embeddings of two sets of images, as generators are judged by.
+
+    python examples/fd.py REAL FAKE --model dinov2_vits14
+
+REAL and FAKE are folders, patterns, or what `dinov3-infer embed` wrote.  The distance is that of two Gaussians with the
+means and covariances of the embeddings; it is meant for thousands of images, and its value depends on the model, the
+size and the number of images: compare numbers that were made in one way.
+
+Source: Heusel et al. (arXiv 1706.08500), section 3; with DINOv2 in the place of Inception: Stein et al. (2306.04675).
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import MODEL, load, run
+from torch import Tensor
+
+from dinov3_infer import Backbone, InputError, Store
+
+
+def moments(vectors: Tensor) -> tuple[Tensor, Tensor]:  # [N, C] float64
+    """Mean [C] and covariance [C, C]."""
+    if len(vectors) < 2:
+        raise InputError(f"a covariance needs at least 2 images, got {len(vectors)}; give more")
+    return vectors.mean(dim=0), torch.cov(vectors.T).reshape(vectors.shape[1], vectors.shape[1])
+
+
+def frechet(real: Tensor, fake: Tensor) -> float:  # [N, C], [M, C] float64
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); S1 S2 has the eigenvalues of a symmetric matrix."""
+    if real.shape[1] != fake.shape[1]:
+        raise InputError(f"embeddings of {real.shape[1]} and {fake.shape[1]} numbers do not compare; use one model")
+    (m1, s1), (m2, s2) = moments(real), moments(fake)
+    values, vectors = torch.linalg.eigh(s1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    crossed = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
+    return float((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * crossed)
+
+
+def vectors_of(source: str, model: Backbone | None, size: int) -> Tensor:
+    """The embeddings of images, or those that are stored, without rows that could not be read."""
+    if model is None:
+        store = Store(source)
+        found = store.vectors()[store.good]
+    else:
+        found = model.embed(source, size=size - size % model.patch_size, on_error="skip", progress=None)
+        found = found[np.isfinite(found).all(axis=1)]
+    return torch.from_numpy(found).double()
+
+
+def stored(source: str) -> bool:
+    path = Path(source)
+    return path.suffix in (".npy", ".safetensors", ".parquet") or (path / "dinov3_infer.json").is_file()
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("real", metavar="REAL")
+    options.add_argument("fake", metavar="FAKE")
+    options.add_argument("--model", default=MODEL, help="name, hub id, folder or weights file (default: %(default)s)")
+    options.add_argument("--size", type=int, default=224, help="pixels of a side (default: %(default)s)")
+    args = options.parse_args()
+    kept = [stored(source) for source in (args.real, args.fake)]
+    if all(kept):
+        Store(args.real).check_comparable(Store(args.fake))
+    elif any(kept):
+        raise InputError("give two folders of images, or two results of embed that were made in one way")
+    model = None if all(kept) else load(args)
+    real, fake = (vectors_of(source, model, args.size) for source in (args.real, args.fake))
+    print(f"{frechet(real, fake):.4f}  {len(real):,} and {len(fake):,} images, {real.shape[1]} numbers each")
+
+
+if __name__ == "__main__":
+    run(main)
