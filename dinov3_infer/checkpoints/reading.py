@@ -23,6 +23,7 @@ __all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "holds_weights", "ki
 
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+_OF_RUN = "backbone"  # folder of the weights in the folder of a training run
 METADATA = "dinov3_infer"  # in the header of a safetensors file: what config.json would say
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _NAMES = (WEIGHTS, PICKLED, "open_clip_model.safetensors")
@@ -176,6 +177,8 @@ def _file_in(folder: Path) -> Path:
             f"'{folder}' is a sharded training checkpoint; make one file of it with dcp_to_torch_save of "
             "torch.distributed.checkpoint.format_utils"
         )
+    if (folder / _OF_RUN).is_dir():
+        return _file_in(folder / _OF_RUN)
     found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if len(found) != 1:
         listed = ", ".join(p.name for p in found[:4]) or "none"

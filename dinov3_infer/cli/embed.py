@@ -16,7 +16,8 @@ __all__ = ["run"]
 
 def run(args: argparse.Namespace) -> int:
     target = Target.find(args.out, args.overwrite)  # before a model is loaded
-    images, given = find_images(args.sources), vars(args) | geometry(args)
+    images = find_images(args.sources)
+    given = vars(args) | geometry(args) | {"progress": False if args.quiet else None}
     options = {field.name: given[field.name] for field in fields(EmbedOptions) if field.name in given}
     report = load_backbone(args).embed(images, args.out, **options)
     count, skipped = report.shape[0], len(report.failures)

@@ -42,7 +42,13 @@ def load_backbone(args: argparse.Namespace) -> "Backbone":
 
     try:
         return Backbone.from_pretrained(
-            DEFAULT_MODEL if args.model is None else args.model, device=args.device, dtype=args.dtype
+            DEFAULT_MODEL if args.model is None else args.model,
+            device=args.device,
+            dtype=args.dtype,
+            mode=args.mode,
+            preprocessing=args.preprocessing,
+            attn_implementation=args.attn_implementation,
+            revision=args.revision,
         )
     except ModelNotFoundError:
         if args.model is not None:
@@ -67,7 +73,7 @@ def results(
         num_workers=args.num_workers,
         on_error="return",
     )
-    return tqdm(found, total=len(images), unit="img", disable=None)  # type: ignore[no-any-return]
+    return tqdm(found, total=len(images), unit="img", disable=args.quiet or None)  # type: ignore[no-any-return]
 
 
 def status(count: int, skipped: int) -> int:

@@ -6,7 +6,8 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from contextvars import ContextVar
 from importlib import import_module
 from typing import TextIO
 
@@ -16,6 +17,7 @@ from .parser import parse
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "SKIPPED", "main", "printable", "say", "tell"]
 
+_quiet = ContextVar("quiet", default=False)  # whether the command that runs says nothing but errors
 OK, FAILED, SKIPPED, INTERRUPTED = 0, 1, 3, 130  # argparse ends with 2
 _TYPED = {  # what an error of the package says for Python, as one types it here
     "list_models()": "'dinov3-infer models'",
@@ -40,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         if debug := args.debug:
             log.setLevel(logging.DEBUG)
+        elif args.verbose:
+            log.setLevel(logging.INFO)
+        elif args.quiet:
+            log.setLevel(logging.ERROR)
+        _quiet.set(args.quiet)
         module = args.command.split()[-1]  # of "embed search" search
         status = import_module(f".{module}", __package__).run(args)
         sys.stdout.flush()  # a closed pipe shows here, not when Python ends
@@ -56,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        tell(f"error: {_sentence(error)}")
+        _write(_line(f"error: {_sentence(error)}"), sys.stderr)
         return FAILED
     finally:
         log.removeHandler(handler)
@@ -88,8 +95,13 @@ def printable(text: str) -> str:
 
 
 def tell(text: str) -> None:
-    """A line for people, on stderr."""
-    _write(f"dinov3-infer: {printable(text)}", sys.stderr)
+    """A line for people, on stderr, unless the command is quiet."""
+    if not _quiet.get():
+        _write(_line(text), sys.stderr)
+
+
+def _line(text: str) -> str:
+    return f"dinov3-infer: {printable(text)}"
 
 
 def say(*columns: str) -> None:
@@ -106,8 +118,11 @@ class _Lines(logging.Handler):
     """What the package logs, as lines for people."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tell(
-            f"{record.levelname.lower()}: {record.getMessage()}"
-            if record.levelno != logging.INFO
-            else record.getMessage()
+        text = (
+            record.getMessage()
+            if record.levelno == logging.INFO
+            else f"{record.levelname.lower()}: {record.getMessage()}"
         )
+        bars = sys.modules.get("tqdm")  # a bar makes room for a line
+        with bars.tqdm.external_write_mode(sys.stderr) if bars else nullcontext():
+            _write(_line(text), sys.stderr)

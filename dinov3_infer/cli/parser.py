@@ -56,13 +56,13 @@ def _make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     found.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    found.set_defaults(debug=False)
+    found.set_defaults(debug=False, quiet=False, verbose=False)
     commands = found.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, text: str, parents: tuple[_Parser, ...] = ()) -> argparse.ArgumentParser:
         description = text[0].upper() + text[1:] + "."
         return commands.add_parser(
-            name, help=text, description=description, parents=[*parents, _debug()], allow_abbrev=False
+            name, help=text, description=description, parents=[*parents, _talk()], allow_abbrev=False
         )
 
     _embed(command("embed", "one vector per picture, in a file or in shards", (_sources(), _model(), _batches(None))))
@@ -93,8 +93,10 @@ def _group() -> _Parser:
     return _Parser(add_help=False)
 
 
-def _debug() -> _Parser:
+def _talk() -> _Parser:
     found = _group()
+    found.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors, and show no bar")
+    found.add_argument("-v", "--verbose", action="store_true", help="log what is done")
     found.add_argument("--debug", action="store_true", help="log more, and show the traceback of an error")
     return found
 
@@ -110,6 +112,17 @@ def _model() -> _Parser:
     found.add_argument("-m", "--model", help=_MODEL)
     found.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (auto: cuda if there is one)")
     found.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: float32, mixed on CUDA)")
+    found.add_argument(
+        "--mode", choices=("exact", "fast", "int8", "plain"), default="exact",
+        help="products in float32, bfloat16 or 8 bits on a CPU; plain: without the fast path (exact)",
+    )  # fmt: skip
+    found.add_argument(
+        "--preprocessing", choices=("meta", "hf", "timm"), help="whose transform of images (that of this package)"
+    )
+    found.add_argument(
+        "--attn-implementation", default="auto", metavar="NAME", help="auto, triton, sdpa or eager (auto)"
+    )
+    found.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub repository (main)")
     return found
 
 
@@ -249,7 +262,7 @@ def _show(found: argparse.ArgumentParser) -> None:
 
     def kind(name: str, text: str) -> argparse.ArgumentParser:
         one = kinds.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[_sources(), _model(), _debug()],
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[_sources(), _model(), _talk()],
             allow_abbrev=False,
         )  # fmt: skip
         _out(one, "picture to write: .png, .jpg or .webp", "OUT.png")

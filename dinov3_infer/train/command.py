@@ -3,12 +3,16 @@
 import argparse
 import dataclasses
 import json
+import logging
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
+
+from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
 from ..errors import Dinov3Error, InputError
 from .config import PRESETS, TrainConfig
@@ -18,6 +22,8 @@ from .loop import train
 __all__ = ["main", "parse"]
 
 
+# What most runs set; it comes first in the help.
+COMMON = ("data", "model", "out", "steps", "batch_size", "global_px", "workers", "device", "precision", "seed")
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 
@@ -39,26 +45,36 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--config", metavar="FILE", help="settings as TOML; those of the command line come on top")
     found.add_argument("--resume", action="store_true", help="go on with the run in --out")
     found.add_argument("--dry-run", action="store_true", help="say what would be done")
-    kinds = get_type_hints(TrainConfig)
+    found.add_argument("-q", "--quiet", action="store_true", help="say nothing but warnings and errors")
+    common, group = found.add_argument_group("most used"), None
+    for name in COMMON:
+        _add(common, name)
     for name, field in FIELDS.items():
         if heading := field.metadata.get("heading"):
             group = found.add_argument_group(heading)
-        kind, default, text = kinds[name], field.default, field.metadata.get("text", "")
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        options: dict[str, Any] = dict(dest=name, default=argparse.SUPPRESS)
-        options["help"] = f"{text} ({shown})".strip().replace("%", "%%") if shown else text
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif kind is tuple or get_origin(kind) is tuple:
-            first, *rest = get_args(kind)
-            several = rest == [Ellipsis]
-            options |= dict(type=first, nargs="+" if several else 1 + len(rest), metavar="X")
-        elif choices := get_args(kind):
-            options["choices"] = choices
-        else:
-            options |= dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
-        group.add_argument(_flag(name), **options)
+        if name not in COMMON and group is not None:
+            _add(group, name)
     return found
+
+
+def _add(group: Any, name: str) -> None:
+    """The option of a field."""
+    field, kind = FIELDS[name], get_type_hints(TrainConfig)[name]
+    default, text = field.default, field.metadata.get("text", "")
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    options: dict[str, Any] = dict(dest=name, default=argparse.SUPPRESS)
+    options["help"] = f"{text} ({shown})".strip().replace("%", "%%") if shown else text
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif kind is tuple or get_origin(kind) is tuple:
+        first, *rest = get_args(kind)
+        several = rest == [Ellipsis]
+        options |= dict(type=first, nargs="+" if several else 1 + len(rest), metavar="X")
+    elif choices := get_args(kind):
+        options["choices"] = choices
+    else:
+        options |= dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
+    group.add_argument(_flag(name), **options)
 
 
 def _flag(name: str) -> str:
@@ -98,11 +114,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.dry_run:
             print(json.dumps(dry_run(config), indent=1))  # noqa: T201
         else:
-            train(config, resume=given.resume)
+            with _told(given.quiet):
+                train(config, resume=given.resume, progress=False if given.quiet else None)
     except Dinov3Error as error:
         print(f"dinov3-infer: error: {_typed(str(error))}", file=sys.stderr)  # noqa: T201
         return 2
     return 0
+
+
+@contextmanager
+def _told(quiet: bool) -> Iterator[None]:
+    """What a run logs is shown, above its bar; the command `dinov3-infer` has a handler already."""
+    log, handler = logging.getLogger("dinov3_infer"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("dinov3-infer: %(message)s"))
+    level, added = log.level, not log.handlers
+    if added:
+        log.addHandler(handler)
+    log.setLevel(logging.WARNING if quiet else min(level or logging.INFO, logging.INFO))
+    try:
+        with logging_redirect_tqdm([log]) if added else nullcontext():
+            yield
+    finally:
+        log.setLevel(level)
+        if added:
+            log.removeHandler(handler)
 
 
 def _typed(sentence: str) -> str:

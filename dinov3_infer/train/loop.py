@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..backbone import Backbone, ViTBackbone
 from ..errors import DiskError, InputError, UnsupportedError
@@ -31,6 +30,7 @@ from .method import Method, split_batch
 from .optim import clip_gradients, make_optimizer, set_rates
 from .pictures import Data, Spec, open_data
 from .plots import draw_batch, draw_curves
+from .progress import Progress
 from .views import Batch
 
 __all__ = ["Run", "device_of", "train"]
@@ -55,7 +55,7 @@ def train(
     `data`: what `open_data` takes, such as a torch Dataset; None for `config.data`.
     `backbone`: a model to start from, which is trained in place; None for `config.model`.
     `resume`: go on with the run in `out`; an interrupted run gives the same numbers as one that was not.
-    `progress`: a bar; None for one on a terminal.
+    `progress`: a bar; None for one on a terminal, and lines of the log elsewhere.
     Raises: InputError for what cannot be meant; TrainingStopped for a run that diverged or collapsed, whose last good
     weights are in the folder.
     """
@@ -175,11 +175,10 @@ class Run:
     def train(self, progress: bool | None = None) -> Backbone:
         config = self.config
         stream = self.stream()
-        hidden = None if progress is None else not progress  # None: where nobody watches
         if self.step == 0:
             self.record(self.health.first | {"verdict": "start", "reason": "before the first step"})
         since, count = time.perf_counter(), 0
-        with tqdm(total=config.steps, initial=self.step, disable=hidden if is_main() else True) as bar:
+        with Progress(config.steps, self.step, progress if is_main() else False) as shown:
             while self.step < config.steps:
                 batch = next(stream)
                 if self.step == 0 and is_main():
@@ -187,14 +186,15 @@ class Run:
                 metrics: dict[str, Any] = self.take_step(batch)
                 self.step += 1
                 count += config.batch_size
-                bar.update()
+                shown.advance()
                 looks = self._due(config.health_steps)
                 if looks:
                     metrics |= self.look(metrics.get("teacher_entropy", 0.0))
                 if looks or self._due(config.log_steps):
                     speed = count / (time.perf_counter() - since)
-                    self.record(metrics | {"broken_pictures": len(stream.broken), "images_per_second": speed})
-                    bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+                    metrics |= {"broken_pictures": len(stream.broken), "images_per_second": speed}
+                    self.record(metrics)
+                    shown.tell(self.step, metrics)
                     since, count = time.perf_counter(), 0
                 if self.unwell >= _PATIENCE and config.stop_on_collapse:
                     self.stop(f"collapsed: {metrics['reason']}")
@@ -321,6 +321,7 @@ class Run:
         if is_main():
             try:
                 _write_model(backbone.float(), self.folder / "backbone")
+                log.info("wrote '%s'", self.folder / "backbone")
                 draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
             except OSError as error:
                 raise DiskError(

@@ -116,7 +116,7 @@ def test_values_that_begin_with_a_minus(tmp_path: Path) -> None:
             "see 'dinov3-infer models', or give the path of a file$",
         ),
         (dinov3_infer.InputError("'size=3/a' exists; give another name, or overwrite it"), "'size=3/a'.* or --over"),
-        (OSError(28, "No space left on device", "x\ny.npy"), r"error: no space left on device 'x\\ny.npy'$"),
+        (OSError(28, "No space left on device", "x\ny.npy"), r"error: 'x\\ny.npy' could not be written "),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "memory of the device is too small"),
         (KeyError("secret"), "KeyError where none should be: .*--debug.*doctor"),
     ],
