@@ -10,6 +10,7 @@ Source: AnomalyDINO (arXiv 2405.14529), section 3.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,8 @@ def main() -> None:
     for name, features in zip(args.pictures, asked, strict=True):
         distances = bank.distances(features)
         shown += [panel(name), overlay(name, distances, limits=(0, 2 * limit))]
-        captions += [name, f"{score(distances):.3f}; good ones up to {limit:.3f}"]
+        odd = score(distances)
+        captions += [Path(name).name, f"score {odd:.3f}, {odd / limit:.1f} times the limit of good images"]
         print(f"{name}: {score(distances):.3f}, good ones up to {limit:.3f}")
     save(sheet(shown, captions, columns=2), args.out)
 

@@ -26,13 +26,14 @@ def dense(a: Features, b: Features) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sparse(a: Features, b: Features, count: int = 40) -> tuple[Tensor, Tensor]:
-    """The surest mutual matches (x, y) in both pictures, [n, 2] each, none close to another in the first."""
+    """The surest mutual match of each of `count` cells of the first image, (x, y) in both images, [n, 2] each."""
     there, best, mutual = dense(a, b)
-    places, kept = centres(a), list[int]()
-    apart = 0.5 * (a.original_sizes[0][0] * a.original_sizes[0][1] / count) ** 0.5  # pixels
-    for i in best.masked_fill(~mutual, -1).argsort(descending=True)[: int(mutual.sum())].tolist():
-        if len(kept) < count and all((places[i] - places[j]).norm() >= apart for j in kept):
-            kept.append(i)
+    places, (height, width) = centres(a), a.original_sizes[0]
+    side = (height * width / count) ** 0.5  # of a cell, in pixels
+    cells = (places // side).long()
+    cell = cells[:, 1] * int(cells[:, 0].max() + 1) + cells[:, 0]
+    order = best.masked_fill(~mutual, -1).argsort(descending=True)[: int(mutual.sum())]
+    kept = list({int(cell[i]): int(i) for i in order.flip(0)}.values())  # the surest comes last and stays
     return places[kept], centres(b)[there[kept]]
 
 

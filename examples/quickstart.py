@@ -1,33 +1,41 @@
-"""Features and a PCA picture of one photograph.
+"""Features of one image, and its patches in colours.
 
-    python examples/quickstart.py [PICTURE] [MODEL] [OUT.png]
+    python examples/quickstart.py [IMAGE] [MODEL] [OUT.png]
 
-MODEL is a name ("vitb16"), a hub id, a directory or a weights file.  Without one it is nano, which lies in the package:
-small, and weak beside the models that it is a stand-in for.
+Without a model it takes nano, which is part of the package: small, and far weaker than the released models.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
-from dinov3_infer import Backbone
-from dinov3_infer.tasks import pca_picture, pca_rgb
+from dinov3_infer import Backbone, Dinov3Error
+from dinov3_infer.tasks import pca_picture
 
 
 def main() -> None:
-    given = dict(enumerate(sys.argv[1:]))
-    picture = given.get(0, str(Path(__file__).parent / "cat.jpg"))
-    out = given.get(2, "pca.png")
-    backbone = Backbone.from_pretrained(given.get(1) or "nano")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cat = str(Path(__file__).parent / "cat.jpg")
+    parser.add_argument("image", nargs="?", default=cat, metavar="IMAGE", help="path or address (default: cat.jpg)")
+    parser.add_argument(
+        "model", nargs="?", default="nano", metavar="MODEL", help="name, hub id, folder or weights file (default: nano)"
+    )
+    parser.add_argument("out", nargs="?", default="pca.png", metavar="OUT.png", help="(default: pca.png)")
+    args = parser.parse_args()
 
-    features = backbone.extract_features(picture, fit="native", size=768)
+    backbone = Backbone.from_pretrained(args.model or "nano")
+    features = backbone.extract_features(args.image, fit="native", size=768)
     height, width = features.original_sizes[0]
     seen = f"{features.input_size[1]} x {features.input_size[0]}"
-    print(f"picture      {picture}, {width} x {height} pixels, seen as {seen}")
-    print(f"embedding    {list(features.embedding.shape)}  one vector for the picture")
+    print(f"image        {args.image}, {width} x {height} pixels, seen as {seen}")
+    print(f"embedding    {list(features.embedding.shape)}  one vector for the image")
     print(f"feature_map  {list(features.feature_map.shape)}  one vector per patch of {backbone.patch_size} pixels")
-    pca_picture(picture, pca_rgb(features)[0]).save(out)
-    print(f"wrote        {out}: the picture, and its patches coloured by their first three principal components")
+    pca_picture(args.image, features).save(args.out)
+    print(f"wrote        {args.out}: the image, and its patches coloured by their first three principal components")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (Dinov3Error, OSError, ValueError) as error:  # Pillow raises ValueError for a suffix that it does not know
+        sys.exit(f"quickstart.py: {error}")

@@ -1,6 +1,7 @@
 """`dinov3-infer embed search`: the pictures most like a given one."""
 
 import argparse
+import os
 from typing import Any
 
 import numpy as np
@@ -32,19 +33,26 @@ def run(args: argparse.Namespace) -> int:
     queries = list_images(args.query) if is_collection(args.query) else [args.query]
     vectors = _embedded(store, queries, args)
     levels = as_levels(store.recipe.preprocess.get("levels"))
-    scores, numbers = search(store, vectors, args.count, _device())
+    most = args.count + len(queries)  # which may be in the store, and are not what is asked for
+    scores, numbers = search(store, vectors, most, _device())
     best = torch.full((len(store),), -torch.inf, dtype=torch.float32, device="cpu").scatter_reduce(
         0, numbers.flatten(), scores.flatten(), "amax"
     )
-    top = best.topk(min(args.count, int(best.isfinite().sum())))
-    names = [store.paths[int(number)] for number in top.indices]
-    for score, name in zip(top.values.tolist(), names, strict=True):
+    top = best.topk(min(most, int(best.isfinite().sum())))
+    asked = {os.path.abspath(query) for query in queries}
+    pairs = [
+        (score, store.paths[number]) for score, number in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    ]
+    found = [(score, name) for score, name in pairs if os.path.abspath(name) not in asked][: args.count]
+    names = [name for _, name in found]
+    for score, name in found:
         say(f"{score:.4f}", name)
     for out in outs:
         if out.suffix == ".txt":
             write_list(out, names)
         else:
-            captions = ["query"] * len(queries) + [f"{score:.3f}" for score in top.values.tolist()]
+            captions = [f"query {os.path.basename(query)}" for query in queries]
+            captions += [f"{score:.3f} {os.path.basename(name)}" for score, name in found]
             shown = [panel(query, levels) for query in queries] + _panels(names, levels)
             with whole(out) as path:
                 sheet([_square(picture) for picture in shown], captions).save(path)

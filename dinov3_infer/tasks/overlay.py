@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,9 +156,10 @@ def attention_picture(
 
 
 def sheet(pictures: Sequence[Image.Image], captions: Sequence[str] = (), columns: int | None = None) -> Image.Image:
-    """Pictures in rows, each with its caption below, on white; shrunk where they would come to more than 4,096 wide.
+    """Images in rows, each in the middle of its place with its caption below, on white.
 
-    A last row that is not full stands in the middle.
+    They are shrunk where a row would be more than 4,096 pixels wide; a long caption loses its middle; a last row that
+    is not full stands in the middle.
     """
     if not pictures:
         raise InputError("sheet got no pictures; give at least one")
@@ -175,10 +177,23 @@ def sheet(pictures: Sequence[Image.Image], captions: Sequence[str] = (), columns
         x, y = GAP + i % columns * step[0], GAP + i // columns * step[1]
         if i >= len(shown) + lacking - columns:
             x += lacking * step[0] // 2
-        made.paste(picture, (x, y))
+        made.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
         if i < len(captions):
-            draw.text((x, y + picture.height), captions[i], fill="black", font=ImageFont.load_default(text))
+            font = ImageFont.load_default(text)
+            draw.text((x, y + height), _shortened(captions[i], font, width), fill="black", font=font)
     return made
+
+
+def _shortened(caption: str, font: Any, width: int) -> str:
+    """With its middle left out where it is wider than its image."""
+    kept = len(caption)
+    while kept > 4 and font.getlength(shown := _without_middle(caption, kept)) > width:
+        kept -= 1
+    return caption if kept == len(caption) else shown
+
+
+def _without_middle(text: str, kept: int) -> str:
+    return text if kept >= len(text) else f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
 
 
 def _ring(picture: Image.Image, x: float, y: float) -> None:

@@ -71,6 +71,20 @@ def test_examples_stand_on_the_public_surface(path: Path) -> None:
     assert ours <= {"dinov3_infer", "dinov3_infer.tasks", "dinov3_infer.train"}
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("README.md",), "is a text and no image"), (("none.jpg",), "none.jpg"), ((CAT, "vitz"), "vitz"),
+        ((CAT, "", "x.nothing"), ".nothing"),
+    ],
+)  # fmt: skip
+def test_quickstart_says_what_is_wrong(arguments: tuple[str, ...], said: str) -> None:
+    command = [sys.executable, EXAMPLES / "quickstart.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("quickstart.py: ") and said in done.stderr
+
+
 def test_quickstart(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, EXAMPLES / "quickstart.py", CAT, "", tmp_path / "pca.png"],

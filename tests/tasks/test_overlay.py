@@ -11,7 +11,15 @@ from PIL import Image
 from repository import EXAMPLES
 
 from dinov3_infer import Backbone, InputError
-from dinov3_infer.tasks.overlay import at_pixels, attention_picture, heat_colours, overlay, panel, sheet
+from dinov3_infer.tasks.overlay import (
+    _without_middle,
+    at_pixels,
+    attention_picture,
+    heat_colours,
+    overlay,
+    panel,
+    sheet,
+)
 from dinov3_infer.tasks.pca import pca_picture, pca_rgb
 from dinov3_infer.tasks.similarity import region_vector, similarity_map, similarity_picture
 
@@ -96,6 +104,18 @@ def test_sheets() -> None:
     last = np.asarray(sheet([picture] * 7, columns=4))[76:, :, 1].min(axis=0) == 0  # red, in the second row
     assert np.array_equal(last, last[::-1]) and last.sum() == 300 and not last[:58].any()
     assert "at least one" in complaint(InputError, lambda: sheet([]))
+
+
+def test_sheets_are_aligned_and_captions_fit() -> None:
+    """A narrow image stands in the middle of its place; a long caption keeps its ends."""
+    wide, narrow = Image.new("RGB", (200, 100), "red"), Image.new("RGB", (50, 100), "blue")
+    made = np.asarray(sheet([wide, narrow], ["a" * 300, "b"], columns=1))
+    blue = np.flatnonzero((made[:, :, 2] > 200) & (made[:, :, 0] < 50))
+    columns = np.unique(blue % made.shape[1])
+    assert (columns[0], columns[-1]) == (8 + 75, 8 + 75 + 49)
+    text = (made[108:128] < 128).all(-1).any(0)
+    assert text.any() and np.flatnonzero(text)[-1] < 8 + 200
+    assert _without_middle("abcdefgh", 5) == "abc…gh" and _without_middle("abc", 5) == "abc"
 
 
 def test_pictures_of_every_kind(bb: Backbone) -> None:
