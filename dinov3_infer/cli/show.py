@@ -1,13 +1,14 @@
 """`dinov3-infer show`: what the features hold, beside the photographs, as one picture."""
 
 import argparse
+import os
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from ..backbone import Backbone
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from ..features.result import Features
 from ..images.decode import ImageLike, load_image
 from ..images.levels import as_levels
@@ -21,22 +22,63 @@ from .main import OK, tell
 
 __all__ = ["run"]
 
-MOST = 64  # pictures on one sheet
+MOST = 64  # images on one sheet, or frames of an animation
+_ANIMATED, _VIDEO = (".gif", ".webp", ".png", ".apng"), (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
+_MILLISECONDS = 120  # of a frame
 
 
 def run(args: argparse.Namespace) -> int:
-    images = find_images(args.sources)
-    paths = [images.picture(i) for i in range(min(len(images), MOST))]
-    if len(images) > MOST:
-        raise InputError(f"{len(images)} pictures do not fit on one sheet; give {MOST} at most")
-    out = check_file(args.out, args.overwrite, (".png", ".jpg", ".jpeg", ".webp"))
+    frames = _frames(args.sources[0]) if len(args.sources) == 1 else []
+    moving = bool(frames) and args.out.lower().endswith((".gif", ".webp"))
+    out = check_file(args.out, args.overwrite, (".png", ".jpg", ".jpeg", ".webp", *((".gif",) if frames else ())))
+    paths: list[ImageLike] = [*frames] if frames else _images(args.sources)
     if args.levels is not None:  # so that what is shown is what the model sees
         paths = [load_image(path, levels=as_levels(args.levels)) for path in paths]
     rows = _KINDS[args.kind](load_backbone(args), paths, args)
     with whole(out) as path:
-        _together(rows).save(path, quality=92)
+        if moving:
+            rows[0].save(path, save_all=True, append_images=rows[1:], duration=_MILLISECONDS, loop=0)
+        else:
+            _together(rows).save(path, quality=92)
     tell(f"wrote '{out}'")
     return OK
+
+
+def _images(sources: list[str]) -> list[ImageLike]:
+    images = find_images(sources)
+    if len(images) > MOST:
+        raise InputError(f"{len(images)} images do not fit on one sheet; give {MOST} at most")
+    return [images.picture(i) for i in range(len(images))]
+
+
+def _frames(source: str) -> list[Image.Image]:
+    """At most MOST frames of an animation or a video, evenly spread; none of anything else."""
+    suffix = os.path.splitext(source)[1].lower()
+    if not os.path.isfile(source) or suffix not in (*_ANIMATED, *_VIDEO):
+        return []
+    if suffix in _VIDEO:
+        frames = _decoded(source)
+    else:
+        with Image.open(source) as stream:
+            if getattr(stream, "n_frames", 1) < 2:
+                return []
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(stream)]
+    return [frames[i] for i in np.linspace(0, len(frames) - 1, min(MOST, len(frames))).round().astype(int)]
+
+
+def _decoded(source: str) -> list[Image.Image]:
+    try:
+        import av
+    except ImportError:
+        raise UnsupportedError(f"'{source}' is a video, which needs PyAV; pip install 'dinov3-infer[video]'") from None
+    try:
+        with av.open(source) as video:
+            frames = [frame.to_image() for frame in video.decode(video=0)]  # type: ignore[no-untyped-call]
+    except (av.FFmpegError, IndexError):
+        frames = []
+    if not frames:
+        raise InputError(f"'{source}' holds no frames that can be read; check it, or give its frames as images")
+    return frames
 
 
 def _features(bb: Backbone, paths: list[ImageLike], args: argparse.Namespace) -> list[Features]:

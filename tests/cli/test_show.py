@@ -118,8 +118,39 @@ def test_rows_have_one_width_and_no_holes(
 def test_what_cannot_be_shown(tmp_path: Path) -> None:
     write_pictures(tmp_path, "a.png", "broken.png", *(f"many/{i}.png" for i in range(65)))
     out = ("-o", tmp_path / "x.png", *MODEL)
-    refused(1, "65 pictures do not fit on one sheet; give 64 at most", "show", "pca", tmp_path / "many", *out)
+    refused(1, "65 images do not fit on one sheet; give 64 at most", "show", "pca", tmp_path / "many", *out)
     refused(1, "cannot decode", "show", "pca", tmp_path / "a.png", tmp_path / "broken.png", *out)
     refused(1, r"point \(x=900, y=9\) lies outside", "show", "similarity", CAT, *out, "--point", "900,9")
     refused(1, "layer 9 does not exist", "show", "attention", CAT, *out, "--layer", "9")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_frames_of_an_animation(tmp_path: Path) -> None:
+    """A GIF becomes a GIF of the same frames with joint colours, or a sheet of them; one frame is an image."""
+    frames = [Image.open(CAT).convert("RGB").crop((10 * i, 0, 10 * i + 96, 64)) for i in range(3)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "one.gif")
+    assert run("show", "pca", tmp_path / "x.gif", "-o", tmp_path / "y.gif", *MODEL).status == 0
+    with Image.open(tmp_path / "y.gif") as made:
+        assert made.n_frames == 3 and made.width > 1000  # type: ignore[attr-defined]
+    assert run("show", "pca", tmp_path / "x.gif", "-o", tmp_path / "y.png", *MODEL).status == 0
+    with Image.open(tmp_path / "y.png") as sheet_of_three:
+        assert sheet_of_three.height > 3 * 300
+    refused(1, "should end in .png or", "show", "pca", tmp_path / "one.gif", "-o", tmp_path / "z.gif", *MODEL)
+
+
+def test_frames_of_a_video(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "x.mp4"), "w") as video:
+        stream = video.add_stream("mpeg4", rate=8)
+        stream.width, stream.height = 96, 64
+        for i in range(4):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 40 * i, np.uint8), format="rgb24")
+            video.mux(stream.encode(frame))
+        video.mux(stream.encode())
+    assert run("show", "pca", tmp_path / "x.mp4", "-o", tmp_path / "y.webp", *MODEL).status == 0
+    with Image.open(tmp_path / "y.webp") as made:
+        assert made.n_frames == 4  # type: ignore[attr-defined]
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    out = ("-o", tmp_path / "z.png")
+    refused(1, "holds no frames that can be read", "show", "pca", tmp_path / "broken.mp4", *out, *MODEL)
