@@ -59,7 +59,9 @@ def stated(config: Mapping[str, Any], width: int, gated: bool) -> list[Statement
     if (heads := timm_heads(str(config.get("architecture")))) is not None:
         name = str(config["architecture"])
         eps = 1e-5 if re.search("dinov3|lingbot", name) else 1e-6
-        found.append(({"num_heads": heads, "norm_eps": eps}, f"timm's architecture {name}"))
+        usual = {"num_heads": heads, "norm_eps": eps}
+        said = found[0][0] if isinstance(arguments, Mapping) else {}  # which change what the architecture has
+        found.append(({k: v for k, v in usual.items() if k not in said}, f"timm's architecture {name}"))
     return [(fields, where) for fields, where in found if fields]
 
 
