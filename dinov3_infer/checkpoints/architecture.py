@@ -149,6 +149,11 @@ def _shown(stored: Stored, config: Mapping[str, Any]) -> dict[str, Any]:
             )
         return found
 
+    if shape("cls_token") is None:
+        raise CheckpointError(
+            f"it has no class token ('{stored.parts['cls_token'].names[0]}'); a DINO has one, and others (I-JEPA, "
+            "SigLIP) are not here"
+        )
     width = needed("cls_token", 3)[2]
     conv = needed("patch_embed.proj.weight", 4)
     if conv[1] != 3 or conv[2] != conv[3]:

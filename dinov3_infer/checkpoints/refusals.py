@@ -43,7 +43,7 @@ _SIGNS = (
     (r"relative_position_bias|rel_pos", "its attention has relative positions"),
     (r"(^|\.)(inner_attn_ln|ffn_ln|mlp\.norm|attn\.norm)\.", "it has norms inside its attention or its MLP"),
 )
-_ENDS = "and that is not here; timm or transformers have it"
+_ENDS = "and that is not here; load it with the library that its card names"
 
 
 def refuse_id(name: str) -> None:
