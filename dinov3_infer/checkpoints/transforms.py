@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..images.preprocess import Preprocess
 from ..model.vit import ViTConfig
-from ..zoo import MODELS, ModelInfo, Style, preprocess_of
+from ..zoo import CORRECTIONS, MODELS, ModelInfo, Style, preprocess_of
 from .architecture import rows_like
 from .config_json import hf_processor_config
 from .reading import CONFIG, PROCESSOR, Checkpoint
@@ -86,6 +86,9 @@ def stated_transform(
             break
     file, stated = found or (CONFIG, {})
     stated = _statistics(checkpoint.config) | stated
+    correction = CORRECTIONS.get(checkpoint.repository) if style is None else None
+    if correction is not None:
+        stated |= {"mean": correction[0], "std": correction[1]}
     has_geometry = "size" in stated
     if style is None and isinstance(saved := block.get("preprocess"), Mapping):
         ours = _build(lambda: _of_block(saved, config), CONFIG, checkpoint)
@@ -108,9 +111,10 @@ def stated_transform(
         where = f"our own for {row.name}, whose published one {file} states"  # type: ignore[union-attr]
     elif info is not None:
         where = info.name
+    levels = file if "mean" in stated else info.name if info is not None else _of_nobody(config, row)
     return made, {
         "transform": file if has_geometry else where if style is None or row is None else f"{style}'s of {row.name}",
-        "mean and std": file if "mean" in stated else info.name if info is not None else _of_nobody(config, row),
+        "mean and std": levels if correction is None else f"a correction of {CONFIG}: {correction[2]}",
     }
 
 

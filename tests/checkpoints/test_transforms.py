@@ -11,7 +11,7 @@ import torch
 
 from dinov3_infer import Backbone, CheckpointError, UnsupportedError
 from dinov3_infer.model.vit import ViTConfig
-from dinov3_infer.zoo import preprocess_of
+from dinov3_infer.zoo import CORRECTIONS, preprocess_of
 
 OWN = ViTConfig(64, 1, 1, 128, patch_size=14, position_grid=7, num_registers=0, key_bias=True)
 HF: dict[str, Any] = {
@@ -185,3 +185,16 @@ def test_a_damaged_block_is_an_error(wrong: dict[str, Any], tmp_path: Path) -> N
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"config.json of .* is wrong"):
         Backbone.from_pretrained(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_a_config_that_is_known_to_be_wrong_is_corrected(name: str, tmp_path: Path) -> None:
+    """By default, with the source; `preprocessing="timm"` is what the repository states."""
+    folder = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "ab12"
+    folder.mkdir(parents=True)
+    timm_folder(folder, TIMM)
+    bb = Backbone.from_pretrained(folder, device="cpu")
+    assert (bb.preprocess.mean, bb.preprocess.std) == CORRECTIONS[name][:2] and bb.preprocess.size == 98
+    assert CORRECTIONS[name][2] in bb.origin["mean and std"]
+    assert Backbone.from_pretrained(folder, preprocessing="timm", device="cpu").preprocess.mean == (0.7, 0.57, 0.7)
+    assert Backbone.from_pretrained(timm_folder(tmp_path, TIMM), device="cpu").preprocess.mean == (0.7, 0.57, 0.7)
