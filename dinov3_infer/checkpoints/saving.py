@@ -22,7 +22,7 @@ from ..system import whole
 from ..zoo import OWN, ModelInfo
 from . import layouts
 from .architecture import reading_differs, rows_like
-from .config_json import hf_config, hf_processor_config, is_default, timm_config
+from .config_json import hf_config, hf_processor_config, is_default, not_held, timm_config
 from .layouts import Layout, LayoutName, Parts, layout_for
 from .reading import INDEX, METADATA, WEIGHTS, read_index
 from .transforms import transform_of
@@ -139,6 +139,10 @@ def save_checkpoint(
         notes.append(f"made up, since Meta's strict loaders ask for it and no feature needs it: {', '.join(made)}")
     if target.suffix == ".pth" and (info is not None or preprocess != transform_of(model.config, info)):
         notes.append("a .pth holds no name, no transform, no mean and std; a .safetensors file does")
+    if layout != "meta" and not is_default(preprocess, info) and (what := not_held(preprocess, layout)):
+        notes.append(
+            f"{layout} has no {what}, so its readers prepare images in the family's way; this package does not"
+        )
     for note in notes + reading_differs(model.config, table):
         log.warning("%s: %s", target, note)
     weights = target if layout == "meta" else target / WEIGHTS

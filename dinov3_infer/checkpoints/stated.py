@@ -25,7 +25,7 @@ _TIMM_HEADS = (
     (r"giant_.*(dinov2|tipsv2|lingbot)", 24), (r"base_patch16_gap", 16), (r"huge_plus_", 20),
     (r"tiny_", 3), (r"(d|p|dp)?wee_|xsmall_", 4), (r"d?little_", 5), (r"small_", 6), (r"mediumd?_", 8),
     (r"betwixt_", 10), (r"base_patch16_plus_", 14), (r"base_", 12), (r"so150m2_", 13), (r"so150m_", 14),
-    (r"(large|huge|so400m|giant|giantopt|gigantic)_", 16), (r"7b_", 32),
+    (r"(large|huge|so400m|giant|giantopt|gigantic|intern300m)_", 16), (r"7b_", 32),
 )  # fmt: skip
 
 
