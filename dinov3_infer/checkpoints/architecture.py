@@ -45,7 +45,7 @@ def architecture(
         raise CheckpointError(f"it {looks_like(shown)}; you asked for {expected.name} {_size(vars(expected.config))}")
     said = _statements(stored, checkpoint, shown, like, num_heads)
     fields, origin = dict(shown), dict[str, str]()
-    for name in _STATED:
+    for name in _STATED if shown["position_grid"] is None else _STATED[:2]:
         values = [(found[name], where) for found, where in said if name in found]
         if values:
             fields[name], origin[name] = values[0]
