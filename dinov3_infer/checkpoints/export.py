@@ -234,7 +234,7 @@ def _inputs(model: Network, grid: tuple[int, int], dynamic: Dynamic) -> Iterator
         grids *= 2
     for i, sides in enumerate(grids):
         shape = (1 + i % 2, 3, *(side * model.patch_size for side in sides))
-        yield torch.randn(shape, generator=draw)
+        yield torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()

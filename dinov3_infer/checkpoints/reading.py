@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import mmap
 import os
 import pickle
 import re
 import stat
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +17,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError, Dinov3Error, MissingFileError
 from .layouts import LayoutName
+from .pickled import NotPlainError, check_calls
 
-__all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "open_checkpoint", "read_index"]
+__all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "holds_weights", "kind_of", "open_checkpoint", "read_index"]
 
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -148,6 +147,19 @@ def _open(path: Path) -> Checkpoint:
     return Checkpoint(str(path), tensors, config, processor)
 
 
+def holds_weights(path: Path) -> bool:
+    """Whether a file or folder is meant as a checkpoint, whole or not; True where that cannot be looked at."""
+    try:
+        if path.is_dir():
+            return any(p.name in (INDEX, ".metadata") or p.suffix in SUFFIXES for p in path.iterdir())
+        _kind_of(path)
+    except CheckpointError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def _open_tensors(file: Path) -> TensorSource:
     if file.name.endswith(".index.json"):
         return _open_shards(file)
@@ -215,7 +227,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _parsed(text: bytes | str, where: str) -> dict[str, Any]:
     try:
-        content = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+        content = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not valid JSON ({error}); download it again") from None
     if not isinstance(content, dict):
@@ -225,9 +237,12 @@ def _parsed(text: bytes | str, where: str) -> dict[str, Any]:
 
 def _kind_of(file: Path) -> str:
     """Looks at the first bytes, since what a loader says of a wrong file is no help."""
-    size = file.stat().st_size
     with open(file, "rb") as stream:
-        head = stream.read(64)
+        return kind_of(stream.read(64), file.stat().st_size, str(file))
+
+
+def kind_of(head: bytes, size: int, shown: str) -> str:
+    """safetensors, zip or pickle, by the first 64 bytes.  Raises: CheckpointError for anything else."""
     if head.startswith(b"PK\x03\x04"):
         return "zip"
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
@@ -243,20 +258,20 @@ def _kind_of(file: Path) -> str:
         (True, f"it starts with {head[:5]!r}"),
     )
     what = next(words for fits, words in others if fits)
-    raise CheckpointError(f"'{file}' is not a checkpoint: {what} ({size:,} bytes); download it again")
+    raise CheckpointError(f"'{shown}' is not a checkpoint: {what} ({size:,} bytes); download it again")
 
 
 def _read_torch(file: Path, zipped: bool) -> TensorsInMemory:
     """Every tensor of a file of torch.save under its dotted name, so that nested checkpoints look like flat ones."""
     try:
-        if _may_unpack_more(file, zipped):
-            raise pickle.UnpicklingError
+        check_calls(file, zipped)
         with torch.serialization.safe_globals([argparse.Namespace]):  # main_dino.py keeps its arguments, plain values
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        named = f" ({error})" if isinstance(error, NotPlainError) else ""
         raise CheckpointError(
-            f"'{file}' holds Python objects besides tensors, which could run code when loaded; "
-            "save its state dict alone, with torch.save(model.state_dict(), ...)"
+            f"'{file}' holds Python objects besides tensors{named}, which could run code or take all memory "
+            "when loaded; save its state dict alone, with torch.save(model.state_dict(), ...)"
         ) from None
     except Exception as error:  # of a damaged one torch raises anything
         raise CheckpointError(
@@ -278,19 +293,6 @@ def _read_torch(file: Path, zipped: bool) -> TensorsInMemory:
     found = TensorsInMemory(tensors)
     found.dtypes |= {name: None for name, tensor in tensors.items() if not _is_stored(tensor)}
     return found
-
-
-def _may_unpack_more(file: Path, zipped: bool) -> bool:
-    """Whether a file asks for more memory than it has bytes; torch.save compresses nothing and writes no bytearray."""
-    if not zipped:
-        with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(b"bytearray") >= 0
-    with zipfile.ZipFile(file) as archive:
-        return any(
-            member.compress_type != zipfile.ZIP_STORED
-            or (member.filename.lower().endswith(".pkl") and b"bytearray" in archive.read(member))
-            for member in archive.infolist()
-        )
 
 
 def _is_stored(tensor: Tensor) -> bool:

@@ -61,7 +61,7 @@ def restore(
         else:
             tensors.update(_write(parts, ours, tensor, config))
     if layout is layouts.HF_V3 and not config.num_registers:
-        tensors["embeddings.register_tokens"] = torch.zeros(1, 0, config.embed_dim)
+        tensors["embeddings.register_tokens"] = torch.zeros(1, 0, config.embed_dim, dtype=torch.float32, device="cpu")
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, [
         note for note in dict.fromkeys(notes) if note
     ]

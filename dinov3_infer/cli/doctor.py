@@ -12,17 +12,19 @@ from pathlib import Path
 import torch
 
 from .. import __file__ as package_file
-from ..backbone import Backbone
+from ..backbone import Backbone, why_not_mps
 from ..checkpoints.reading import CONFIG
+from ..devices import mps_available
 from ..errors import Dinov3Error
 from ..hub.answers import HubOptions, explain
 from ..model.attention import why_not_triton
 from ..model.cpu.compiled import why_not_compiled
 from ..model.cpu.linear import why_not_int8, why_not_packed
+from ..recorded import compute, difference, known
 from ..version import __version__
 from ..web import client_error, queries_cut, reach, reason, without_query
 from ..zoo import MODELS
-from .golden import FORMULA, by_formula, compute, difference, known
+from .golden import FORMULA, by_formula
 from .main import FAILED, OK, say
 from .models import cached
 
@@ -71,7 +73,10 @@ def version_of(name: str) -> str | None:
 def _devices() -> Iterator[str]:
     yield f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    if not torch.cuda.is_available():
+    if mps_available():
+        reason = why_not_mps()
+        yield "mps: Apple GPU, its features are the recorded ones" if reason is None else f"mps is not used: {reason}"
+    elif not torch.cuda.is_available():
         yield f"no GPU; this torch was built with {built}"
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)

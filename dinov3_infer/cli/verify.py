@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..backbone import Backbone
 from ..hub.locate import HubOptions, locate
+from ..recorded import compute, difference, known
 from ..system import sha256
 from ..zoo import MODELS, ModelInfo, find
-from .golden import compute, difference, known
 from .main import FAILED, OK, SKIPPED, say
 
 __all__ = ["run"]

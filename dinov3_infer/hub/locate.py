@@ -13,7 +13,17 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
-from ..checkpoints.reading import CONFIG, INDEX, PICKLED, PROCESSOR, SUFFIXES, WEIGHTS, open_checkpoint, read_index
+from ..checkpoints.reading import (
+    CONFIG,
+    INDEX,
+    PICKLED,
+    PROCESSOR,
+    SUFFIXES,
+    WEIGHTS,
+    holds_weights,
+    open_checkpoint,
+    read_index,
+)
 from ..checkpoints.refusals import refuse_id
 from ..errors import CheckpointError, Dinov3Error, InputError, InputTypeError, ModelNotFoundError
 from ..system import sha256
@@ -34,7 +44,7 @@ def locate(
 ) -> tuple[Path, ModelInfo | None]:
     """The path of a model's weights, and its row of the zoo if it was called by a name.
 
-    What can only be a path is returned as one, there or not.
+    What can only be a path is returned as one, there or not; a name of the zoo is one where weights lie there.
 
     `weights`: where they lie if not where the name leads to; a file that is named as that of another model is refused.
 
@@ -56,7 +66,7 @@ def locate(
         if page is None or page[2] is not None:
             return locate_file(name, options), row_of_repository(page[0]) if page else None
         text, options = page[0], replace(options, revision=page[1] or options.revision)
-    elif _only_a_path(name) or path.suffix in SUFFIXES or path.exists():
+    elif _only_a_path(name) or path.suffix in SUFFIXES or (path.exists() and not _is_named_like_a_model(text, path)):
         return path, None
     _refuse_half_a_link(text)
     bare = text.removeprefix("hf-hub:").removeprefix("hf_hub:")
@@ -89,6 +99,15 @@ def _in_the_package(info: ModelInfo) -> Path:
             f"or take random ones with Backbone.from_config({info.name!r})"
         )
     return folder
+
+
+def _is_named_like_a_model(text: str, path: Path) -> bool:
+    """Whether something that lies here has the name of a model and no weights, as what a model was made to write."""
+    try:
+        find(text)
+    except ModelNotFoundError:
+        return False
+    return not holds_weights(path)
 
 
 def _only_a_path(name: str | os.PathLike[str]) -> bool:

@@ -11,7 +11,8 @@ from cli_runs import refused, run, small_model, verdict
 from safetensors.torch import load_file, save_file
 
 from dinov3_infer.cli import verify as verify_command
-from dinov3_infer.cli.golden import by_formula, compute
+from dinov3_infer.cli.golden import by_formula
+from dinov3_infer.recorded import compute
 from dinov3_infer.zoo import MODELS
 
 

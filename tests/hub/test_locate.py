@@ -80,6 +80,39 @@ def test_a_path_wins_over_a_name(tmp_path: Path, small: Path, monkeypatch: pytes
     assert loaded.embed_dim == 64 and torch.equal(loaded.cls_token, Backbone.from_pretrained(small).cls_token)
 
 
+@pytest.mark.parametrize("name", ["nano", "vits16", OWNERS])
+@pytest.mark.parametrize("there", ["empty", "vectors", "a file"])
+def test_what_holds_no_weights_does_not_take_the_place_of_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, there: str
+) -> None:
+    asked = []
+    monkeypatch.setattr("dinov3_infer.hub.locate._repository", lambda name, *_: asked.append(name) or Path(name))
+    monkeypatch.setattr("dinov3_infer.hub.locate._in_the_package", lambda info: asked.append(info.name) or Path("x"))
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / name
+    place.parent.mkdir(exist_ok=True)
+    if there == "a file":
+        place.write_text("notes")
+    else:
+        place.mkdir()
+        if there == "vectors":
+            (place / "shard_0.npy").write_bytes(b"x")
+            (place / "config.json").write_text("{}")
+    locate(name, HubOptions())
+    assert asked == [name if name != "vits16" else OWNERS]
+    assert locate(f"./{name}", HubOptions()) == (Path(name), None)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "x.pth", "model.safetensors.index.json"])
+def test_a_folder_with_weights_takes_the_place_of_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vits16").mkdir()
+    (tmp_path / "vits16" / file).write_bytes(b"damaged")
+    assert locate("vits16", HubOptions()) == (Path("vits16"), None)
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_local_files_are_mapped_and_never_copied(tmp_path: Path, small: Path, client: Client, kind: str) -> None:
     cache, source = tmp_path / "cache", tmp_path / "model"
