@@ -23,7 +23,7 @@ def hf_config(config: ViTConfig) -> dict[str, Any]:
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads,
         "patch_size": config.patch_size,
-        "num_channels": 3,
+        "num_channels": config.in_chans,
         "hidden_act": "gelu",
         "layer_norm_eps": config.norm_eps,
         "initializer_range": 0.02,

@@ -22,7 +22,7 @@ from .deep import check_planes, check_reach, deep_colours, deep_grey, file_of_16
 from .foreign import plugged, unreadable, what_it_is
 from .levels import Levels, ask_for_levels
 from .paths import FORMATS, fetched, name_of
-from .pixels import from_array, from_tensor
+from .pixels import RGB, from_array, from_tensor
 from .scans import check_scans
 
 __all__ = ["MAX_BYTES", "Decoded", "ImageLike", "TargetSize", "decode", "load_image", "why_no_image"]
@@ -62,7 +62,7 @@ _ALONE = "the picture"  # what a picture without a number is called
 _BUFFERS = (bytearray, memoryview)
 
 
-def load_image(source: ImageLike, label: str = _ALONE, levels: Levels | None = None) -> Tensor:
+def load_image(source: ImageLike, label: str = _ALONE, levels: Levels | None = None, channels: int = RGB) -> Tensor:
     """Any image as RGB, [3, H_px, W_px]: uint8 in 0..255, or float32 in 0..1 if it came as float or with `levels`.
 
     Files are turned upright by their EXIF tag, transparency is laid over white, of an animation the first frame counts.
@@ -74,6 +74,8 @@ def load_image(source: ImageLike, label: str = _ALONE, levels: Levels | None = N
     "percentile" for the 0.5th and 99.5th of each image.  Images of 8 bits stay as they are.  Without it only colours
     of 16 bits are taken, as reaching to 65535, and refused where none goes beyond 4095.
 
+    `channels`: of arrays and tensors that are no RGB, as [H_px, W_px, 13]; then nothing else is taken.
+
     Redirects of addresses are followed, to other hosts too, unless DINOV3_INFER_REDIRECTS=same-host is in the
     environment, as a server that embeds what users send wants it.
 
@@ -82,11 +84,15 @@ def load_image(source: ImageLike, label: str = _ALONE, levels: Levels | None = N
 
     Raises: MissingFileError, ImageError (damaged, 16-bit or float modes, wrong shape or range), InputTypeError.
     """
-    return decode(source, label, levels=levels).image
+    return decode(source, label, levels=levels, channels=channels).image
 
 
 def decode(
-    source: ImageLike, label: str = _ALONE, target: TargetSize | None = None, levels: Levels | None = None
+    source: ImageLike,
+    label: str = _ALONE,
+    target: TargetSize | None = None,
+    levels: Levels | None = None,
+    channels: int = RGB,
 ) -> Decoded:
     """As `load_image`; with `target` a JPEG comes at the smallest of 1, 1/2, 1/4, 1/8 that is not below that size.
 
@@ -96,9 +102,15 @@ def decode(
     Raises: as `load_image`, and what `target` raises.
     """
     if isinstance(source, Tensor):
-        return _whole(from_tensor(source, label, levels))
+        return _whole(from_tensor(source, label, levels, channels))
     if isinstance(source, np.ndarray):
-        return _whole(from_array(source, label, levels))
+        return _whole(from_array(source, label, levels, channels))
+    if channels != RGB:
+        shown = f"'{name_of(source)}'" if isinstance(source, (str, os.PathLike)) else label
+        raise ImageError(
+            f"{shown} is no array, and files are read as RGB, while this model takes {channels} channels; give an "
+            f"array [height, width, {channels}] or a tensor [{channels}, height, width]"
+        )
     if isinstance(source, Image.Image):
         with _errors_of_pillow(label):
             return _whole(_from_pil(source, label, levels))

@@ -87,6 +87,10 @@ def _build(config: TrainConfig, device: torch.device, backbone: Backbone | None)
             )
         if backbone.info is not None and backbone.info.licence != OWN:
             backbone.info = dataclasses.replace(backbone.info, derived=True)
+        if backbone.preprocess.channels != 3:
+            raise UnsupportedError(
+                f"train reads files as RGB, and this model takes {backbone.preprocess.channels} channels"
+            )
         if not isinstance(backbone, ViTBackbone):
             raise UnsupportedError(f"a {backbone.summary()} cannot be trained here; train takes vision transformers")
         method = Method(config, backbone.to(device), teacher)

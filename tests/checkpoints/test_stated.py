@@ -125,7 +125,12 @@ def test_every_vit_of_the_installed_timm() -> None:
         sized = {} if "dinov3" in name or "lingbot" in name else {"dynamic_img_size": True}
         theirs = randomise(timm.create_model(name, depth=2, num_classes=0, **sized))
         state = {"architecture": name, "pretrained_cfg": dict(theirs.pretrained_cfg)}
-        ours = load_model(Backbone, describe(Checkpoint(name, TensorsInMemory(theirs.state_dict()), state)))
+        described = describe(Checkpoint(name, TensorsInMemory(theirs.state_dict()), state))
+        if "norm.weight" not in described.stored.shapes:  # which only the account of its tensors finds
+            with pytest.raises(CheckpointError, match=r"missing: norm\.weight"):
+                load_model(Backbone, described)
+            continue
+        ours = load_model(Backbone, described)
         pixels = torch.randn(1, 3, 4 * ours.patch_size, 4 * ours.patch_size)
         with torch.no_grad():
             assert relative(tokens(ours(pixels)), theirs.forward_features(pixels)) < 5e-6, name
