@@ -12,7 +12,7 @@ from ..arrays import check_unmasked
 from ..errors import ImageError
 from .levels import Levels, ask_for_levels, scaled
 
-__all__ = ["RGB", "from_array", "from_hwc", "from_tensor", "own"]
+__all__ = ["RGB", "from_array", "from_hwc", "from_pixels", "from_tensor", "no_rgb", "own"]
 
 T = TypeVar("T")
 
@@ -34,6 +34,13 @@ def own(image: T) -> T:
 def from_hwc(array: np.ndarray) -> Tensor:
     """[H_px, W_px, 3] -> [3, H_px, W_px], a copy in which the colours of a pixel stay together."""
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+
+def from_pixels(image: np.ndarray | Tensor, label: str, levels: Levels | None = None, channels: int = RGB) -> Tensor:
+    """An array or a tensor, see `from_array` and `from_tensor`."""
+    if isinstance(image, Tensor):
+        return from_tensor(image, label, levels, channels)
+    return from_array(image, label, levels, channels)
 
 
 def from_array(array: np.ndarray, label: str, levels: Levels | None = None, channels: int = RGB) -> Tensor:
@@ -79,6 +86,14 @@ def from_tensor(tensor: Tensor, label: str, levels: Levels | None = None, channe
     if grey.dtype != torch.uint8:
         found = torch.from_numpy(np.ascontiguousarray(_in_range(grey.numpy(), label, shape, levels)))
     return found[0, :, :, None].repeat(1, 1, 3).permute(2, 0, 1) if len(found) == 1 and channels == RGB else found
+
+
+def no_rgb(label: str, channels: int) -> ImageError:
+    """For a file where a model takes other images."""
+    return ImageError(
+        f"{label} is no array, and files are read as RGB, while this model takes {channels} channels; give an array "
+        f"[height, width, {channels}] or a tensor [{channels}, height, width]"
+    )
 
 
 def _remedy(shape: Sequence[int]) -> str:

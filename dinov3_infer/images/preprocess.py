@@ -115,7 +115,11 @@ class Preprocess:
                     f"or one of each channel; got {reprlib.repr(values)}"
                 )
         if len(self.mean) != len(self.std):
-            raise InputError(f"mean has {len(self.mean)} numbers and std {len(self.std)}; give one of each channel")
+            other = "std" if len(self.mean) == 3 else "mean"
+            raise InputError(
+                f"{other} is three numbers, or one of each channel; got a mean of {len(self.mean)} and a std of "
+                f"{len(self.std)}"
+            )
         if not isinstance(self.patch_size, (int, np.integer)) or self.patch_size < 1:
             raise InputError(f"patch_size is a whole number of pixels from 1 on; got {self.patch_size!r}")
         if self.size is None:
