@@ -15,6 +15,7 @@ from .model.vit import ViTConfig
 
 __all__ = [
     "ARCHITECTURES",
+    "CORRECTIONS",
     "MODELS",
     "OWN",
     "ModelInfo",
@@ -170,6 +171,18 @@ _ROWS = (
     ),
 )  # fmt: skip
 MODELS: dict[str, ModelInfo] = {row.name: row for row in _ROWS}
+
+_LUNIT = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
+# Repositories whose config.json states another mean and std than their authors trained with: hub id -> theirs, source.
+CORRECTIONS: dict[str, tuple[Any, Any, str]] = {
+    "Wangyh/mSTAR": (*_IMAGENET, "the model's card, and slide2vec 7.1.4, mstar.py"),
+    **{
+        f"1aurent/vit_small_patch{patch}_224.lunit_dino": (
+            *_LUNIT, "the README of lunit-io/benchmark-ssl-pathology, and slide2vec 7.1.4, lunit.py"
+        )
+        for patch in (8, 16)
+    },
+}  # fmt: skip
 
 # What each source's own documentation does with a picture before its model sees it; `None` is ours.
 _PREPROCESSING: dict[tuple[Family, Style | None], dict[str, Any]] = {

@@ -45,7 +45,7 @@ def architecture(
         raise CheckpointError(f"it {looks_like(shown)}; you asked for {expected.name} {_size(vars(expected.config))}")
     said = _statements(stored, checkpoint, shown, like, num_heads)
     fields, origin = dict(shown), dict[str, str]()
-    for name in _STATED:
+    for name in _STATED if shown["position_grid"] is None else _STATED[:2]:
         values = [(found[name], where) for found, where in said if name in found]
         if values:
             fields[name], origin[name] = values[0]
@@ -103,7 +103,7 @@ def _refuse_contradictions(shown: Mapping[str, Any], stated: Mapping[str, Any]) 
     """Raises CheckpointError where a config.json of transformers says one thing and the tensors show another."""
     names = {
         "num_hidden_layers": "depth", "hidden_size": "embed_dim", "patch_size": "patch_size",
-        "num_register_tokens": "num_registers",
+        "num_register_tokens": "num_registers", "num_channels": "in_chans",
     }  # fmt: skip
     for name, ours in names.items() if str(stated.get("model_type")) in HF_EPS else ():
         if stated.get(name, shown[ours]) not in (shown[ours], [shown[ours]] * 2):  # a patch size may be a pair
@@ -149,10 +149,15 @@ def _shown(stored: Stored, config: Mapping[str, Any]) -> dict[str, Any]:
             )
         return found
 
+    if shape("cls_token") is None:
+        raise CheckpointError(
+            f"it has no class token ('{stored.parts['cls_token'].names[0]}'); a DINO has one, and others (I-JEPA, "
+            "SigLIP) are not here"
+        )
     width = needed("cls_token", 3)[2]
     conv = needed("patch_embed.proj.weight", 4)
-    if conv[1] != 3 or conv[2] != conv[3]:
-        raise UnsupportedError(f"the patch embedding has shape {list(conv)}; only RGB and square patches are supported")
+    if conv[2] != conv[3]:
+        raise UnsupportedError(f"the patch embedding has shape {list(conv)}; only square patches are supported")
     fc2, gate_up = shape("blocks.#.mlp.fc2.weight"), shape("blocks.#.mlp.gate_up.weight")
     gated = gate_up is not None
     if gate_up is not None and layout.rows["blocks.#.mlp.gate_up.weight"] == layout.rows["blocks.#.mlp.fc1.weight"]:
@@ -167,6 +172,7 @@ def _shown(stored: Stored, config: Mapping[str, Any]) -> dict[str, Any]:
         ffn_dim=needed(f"blocks.#.mlp.{'down' if gated else 'fc2'}.weight", 2)[1],
         gated=gated,
         patch_size=conv[2],
+        in_chans=conv[1],
         num_registers=num_registers,
         position_grid=None if positions is None else _grid_side(stored, positions, num_registers, config),
         position_resize=_resize_rule(layout, num_registers),
@@ -248,7 +254,17 @@ def reading_differs(config: ViTConfig, layout: Layout) -> list[str]:
 
 def same_architecture(config: ViTConfig, other: Mapping[str, Any] | ViTConfig) -> bool:
     """Whether two configs have tensors of the same shapes, but for parts that some layouts leave out."""
-    fields = ("embed_dim", "depth", "ffn_dim", "gated", "patch_size", "num_registers", "position_grid", "layerscale")
+    fields = (
+        "embed_dim",
+        "depth",
+        "ffn_dim",
+        "gated",
+        "patch_size",
+        "num_registers",
+        "position_grid",
+        "layerscale",
+        "in_chans",
+    )
     values = other if isinstance(other, Mapping) else vars(other)
     return all(getattr(config, name) == values[name] for name in fields)
 

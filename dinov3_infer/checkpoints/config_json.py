@@ -9,7 +9,7 @@ from ..model.layers import ViTConfig
 from ..zoo import OWN, ModelInfo, preprocess_of, timm_model
 from .architecture import rows_like, same_architecture
 
-__all__ = ["hf_config", "hf_processor_config", "is_default", "timm_config"]
+__all__ = ["hf_config", "hf_processor_config", "is_default", "not_held", "timm_config"]
 
 
 def hf_config(config: ViTConfig) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def hf_config(config: ViTConfig) -> dict[str, Any]:
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads,
         "patch_size": config.patch_size,
-        "num_channels": 3,
+        "num_channels": config.in_chans,
         "hidden_act": "gelu",
         "layer_norm_eps": config.norm_eps,
         "initializer_range": 0.02,
@@ -66,6 +66,16 @@ def is_default(preprocess: Preprocess, info: ModelInfo | None) -> bool:
     return info is not None and replace(preprocess_of(info), mean=preprocess.mean, std=preprocess.std) == preprocess
 
 
+def not_held(preprocess: Preprocess, layout: str) -> str:
+    """What of a transform the files of transformers or timm cannot say, in words; "" for nothing."""
+    side = preprocess.size
+    if preprocess.fit not in ("squash", "crop"):
+        return f"fit {preprocess.fit!r}"
+    if not isinstance(side, int) and (preprocess.fit == "crop" or layout == "timm"):
+        return f"a {preprocess.fit} to the size {side}"
+    return "levels in float" if layout == "hf" and preprocess.engine == "float" and preprocess.fit == "crop" else ""
+
+
 def hf_processor_config(config: ViTConfig, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, Any]:
     """The preprocessor_config.json of transformers: what its processor of this family does by default.
 
@@ -75,16 +85,17 @@ def hf_processor_config(config: ViTConfig, preprocess: Preprocess, info: ModelIn
         "image_mean": list(preprocess.mean), "image_std": list(preprocess.std), "rescale_factor": 1 / 255,
         "do_resize": True, "do_rescale": True, "do_normalize": True,
     }  # fmt: skip
-    side = preprocess.size
-    if isinstance(side, int) and preprocess.fit in ("squash", "crop") and not is_default(preprocess, info):
+    if not is_default(preprocess, info) and not not_held(preprocess, "hf"):
+        side = preprocess.size
+        height, width = side if isinstance(side, tuple) else (side, side)
         fast = "" if preprocess.engine == "pil" else "Fast"
         common["resample"] = 3 if preprocess.filter == "bicubic" else 2
         if preprocess.fit == "squash":
             kind = "DINOv3ViTImageProcessorFast" if preprocess.engine == "float" else f"ViTImageProcessor{fast}"
-            return common | {"image_processor_type": kind, "size": {"height": side, "width": side}}
+            return common | {"image_processor_type": kind, "size": {"height": height, "width": width}}
         return common | {
             "image_processor_type": f"BitImageProcessor{fast}", "do_convert_rgb": True, "do_center_crop": True,
-            "size": {"shortest_edge": preprocess.resize_to or side}, "crop_size": {"height": side, "width": side},
+            "size": {"shortest_edge": preprocess.resize_to or side}, "crop_size": {"height": height, "width": width},
         }  # fmt: skip
     if config.position_grid is None or not config.layerscale:
         rope = config.position_grid is None
@@ -110,9 +121,12 @@ def timm_config(config: ViTConfig, info: ModelInfo | None, preprocess: Preproces
     architecture, _, tag = timm_model(row).partition(".")
     if with_bias and row.family == "dinov3":
         architecture = architecture.replace("_dinov3", "_dinov3_qkvb")
-    theirs = preprocess_of(row, "timm")
+    own = not is_default(preprocess, info) and not not_held(preprocess, "timm")
+    theirs = preprocess if own else preprocess_of(row, "timm")
     side = theirs.size
     assert isinstance(side, int)
+    short = theirs.resize_to or side
+    share = round(side / (short + 0.5), 6) if own and short != side else round(side / short, 3)  # timm rounds down
     named = info is not None and info.licence != OWN
     origin = {"license": row.licence.lower().replace(" ", "-")} if named else {}
     if named and not row.derived:
@@ -122,7 +136,7 @@ def timm_config(config: ViTConfig, info: ModelInfo | None, preprocess: Preproces
         "global_pool": "avg" if row.family in ("dinov3", "eupe") else "token",
         "pretrained_cfg": {
             **origin, "input_size": [3, side, side], "fixed_input_size": True, "interpolation": theirs.filter,
-            "crop_pct": round(side / (theirs.resize_to or side), 3),
+            "crop_pct": share,
             "crop_mode": "center" if theirs.fit == "crop" else theirs.fit,
             "mean": list(preprocess.mean), "std": list(preprocess.std), "num_classes": 0, "pool_size": None,
             "first_conv": "patch_embed.proj", "classifier": "head",

@@ -16,6 +16,7 @@ from .identity import identify, our_block
 from .layouts import LayoutName
 from .reading import Checkpoint, TensorsInMemory
 from .recognise import Stored, layout_hint, recognise
+from .refusals import refuse_config
 from .transforms import shown, stated_transform
 
 __all__ = ["Description", "describe", "open_module"]
@@ -91,6 +92,8 @@ def open_module(model: nn.Module) -> Checkpoint:
     """A live module of transformers, timm or Meta as a checkpoint: its tensors, and what it knows besides."""
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     stated = [c.to_dict() for c in configs if hasattr(c, "to_dict") and layout_hint(c.to_dict()) == "hf"]
+    for outermost in [c for c in configs if hasattr(c, "to_dict")][:1]:
+        refuse_config(outermost.to_dict(), f"a live {type(model).__name__}")
     origins = {type(module).__module__.split(".")[0] for module in model.modules()}
     return Checkpoint(
         f"a live {type(model).__name__}",

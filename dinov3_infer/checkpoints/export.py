@@ -233,7 +233,7 @@ def _inputs(model: Network, grid: tuple[int, int], dynamic: Dynamic) -> Iterator
     elif dynamic:
         grids *= 2
     for i, sides in enumerate(grids):
-        shape = (1 + i % 2, 3, *(side * model.patch_size for side in sides))
+        shape = (1 + i % 2, getattr(model.config, "in_chans", 3), *(side * model.patch_size for side in sides))
         yield torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
 
 

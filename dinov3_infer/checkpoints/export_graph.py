@@ -128,7 +128,7 @@ def program(graph: Graph, grid: tuple[int, int], dynamic: Dynamic) -> Any:
     """The graph, as torch.export has it."""
     patch = graph.model.patch_size
     h, w = _EXAMPLE if dynamic is True else grid
-    example = torch.zeros(2 if dynamic else 1, 3, h * patch, w * patch)
+    example = torch.zeros(2 if dynamic else 1, getattr(graph.model.config, "in_chans", 3), h * patch, w * patch)
     free: dict[int, Any] = {0: torch.export.Dim("batch", min=1)} if dynamic else {}
     if dynamic is True:
         free |= {2: patch * torch.export.Dim("h", min=2), 3: patch * torch.export.Dim("w", min=2)}

@@ -31,6 +31,7 @@ _NEIGHBOURS = (
     _Neighbour("SigLIP", r"(\b|_)siglip", "it has no class token and pools by attention"),
     _Neighbour("EVA", r"(\b|_)eva(\b|_|02|-?clip|giant)", "its attention and its gates have norms and rotations of "
                "another kind"),
+    _Neighbour("RoPE-ViT", r"^vit_\w+_rope(_|$)|rope-?vit", "it rotates queries and keys in another way"),
     _Neighbour("DEIMv2", r"(\b|_)deim", "it is a detector; the DINOv3 inside it can be loaded by its own name"),
     _Neighbour("EoMT", r"(\b|_)eomt", "it is a segmenter whose queries run through its last blocks"),
 )  # fmt: skip
@@ -40,10 +41,13 @@ _SIGNS = (
     (r"(^|\.)([qk]_norm|query_norm|key_norm|[qk]_layernorm|layernorm_[qk])\.", "it normalises queries and keys"),
     (r"(^|\.)(norm_pre|ln_pre|pre_layrnorm)\.", "it has a norm before its blocks"),
     (r"(^|\.)(attn_pool|attnpool|attention_pool)\.", "it pools by attention"),
+    (r"(^|\.)rope\.freqs", "it learned how to rotate queries and keys"),
+    (r"blocks\.\d+\.(attns|ffns)\.", "its blocks run side by side"),
+    (r"patch_embed\.backbone\.", "a convolutional network makes its patches"),
     (r"relative_position_bias|rel_pos", "its attention has relative positions"),
     (r"(^|\.)(inner_attn_ln|ffn_ln|mlp\.norm|attn\.norm)\.", "it has norms inside its attention or its MLP"),
 )
-_ENDS = "and that is not here; timm or transformers have it"
+_ENDS = "and that is not here; load it with the library that its card names"
 
 
 def refuse_id(name: str) -> None:

@@ -21,13 +21,15 @@ from ..model.vit import ViTConfig
 from ..system import whole
 from ..zoo import OWN, ModelInfo
 from . import layouts
-from .architecture import reading_differs
-from .config_json import hf_config, hf_processor_config, is_default, timm_config
+from .architecture import reading_differs, rows_like
+from .config_json import hf_config, hf_processor_config, is_default, not_held, timm_config
 from .layouts import Layout, LayoutName, Parts, layout_for
 from .reading import INDEX, METADATA, WEIGHTS, read_index
 from .transforms import transform_of
 
 __all__ = ["restore", "save_checkpoint"]
+
+_WITH_LOCAL_NORM = ("dinov3_vit7b16", "dinov3_vit7b16_sat493m", "dinov3_vitl16_sat493m")  # dinov3 at 6876159
 
 log = logging.getLogger("dinov3_infer")
 
@@ -133,8 +135,14 @@ def save_checkpoint(
         tagged = "tag" in stated["pretrained_cfg"] and block.keys() == {"name"}
         files["config.json"] = stated if tagged else stated | {"dinov3_infer": block}
     tensors, notes = restore(state, model.config, table, with_bias)
+    if layout == "meta" and (made := _complete(tensors, model.config, table, info)):
+        notes.append(f"made up, since Meta's strict loaders ask for it and no feature needs it: {', '.join(made)}")
     if target.suffix == ".pth" and (info is not None or preprocess != transform_of(model.config, info)):
         notes.append("a .pth holds no name, no transform, no mean and std; a .safetensors file does")
+    if layout != "meta" and not is_default(preprocess, info) and (what := not_held(preprocess, layout)):
+        notes.append(
+            f"{layout} has no {what}, so its readers prepare images in the family's way; this package does not"
+        )
     for note in notes + reading_differs(model.config, table):
         log.warning("%s: %s", target, note)
     weights = target if layout == "meta" else target / WEIGHTS
@@ -148,6 +156,25 @@ def save_checkpoint(
     if layout != "meta":
         _remove_shards(target)
     return target
+
+
+def _complete(tensors: dict[str, Tensor], config: ViTConfig, table: Layout, info: ModelInfo | None) -> list[str]:
+    """Adds what Meta's own files of this architecture have and other layouts do not keep; says what."""
+    row = info or next(iter(rows_like(config)), None)
+    width, first, made = config.embed_dim, tensors["cls_token"], []
+    if table is not layouts.META_V1 and "mask_token" not in tensors:
+        tensors["mask_token"] = first.new_zeros(1, width)
+        made.append("a mask token of zeros")
+    if table is layouts.META_V3 and not config.qkv_bias and row is not None and row.config.qkv_bias:
+        mask = first.new_ones(3, width).index_fill(0, torch.tensor([1]), 0.0).flatten()
+        for block in range(config.depth):
+            name = f"blocks.{block}.attn.qkv.bias"
+            tensors |= {name: torch.zeros_like(mask), f"{name}_mask": mask.clone()}
+        made.append("biases of zero for queries, keys and values, with their mask")
+    if row is not None and row.name in _WITH_LOCAL_NORM and "local_cls_norm.weight" not in tensors:
+        tensors |= {f"local_cls_norm.{kind}": tensors[f"norm.{kind}"].clone() for kind in ("weight", "bias")}
+        made.append("a norm for local crops, a copy of the other")
+    return made
 
 
 def _our_block(model: Network, info: ModelInfo | None, preprocess: Preprocess) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _TIMM_HEADS = (
     (r"giant_.*(dinov2|tipsv2|lingbot)", 24), (r"base_patch16_gap", 16), (r"huge_plus_", 20),
     (r"tiny_", 3), (r"(d|p|dp)?wee_|xsmall_", 4), (r"d?little_", 5), (r"small_", 6), (r"mediumd?_", 8),
     (r"betwixt_", 10), (r"base_patch16_plus_", 14), (r"base_", 12), (r"so150m2_", 13), (r"so150m_", 14),
-    (r"(large|huge|so400m|giant|giantopt|gigantic)_", 16), (r"7b_", 32),
+    (r"(large|huge|so400m|giant|giantopt|gigantic|intern300m)_", 16), (r"7b_", 32),
 )  # fmt: skip
 
 
@@ -59,7 +59,9 @@ def stated(config: Mapping[str, Any], width: int, gated: bool) -> list[Statement
     if (heads := timm_heads(str(config.get("architecture")))) is not None:
         name = str(config["architecture"])
         eps = 1e-5 if re.search("dinov3|lingbot", name) else 1e-6
-        found.append(({"num_heads": heads, "norm_eps": eps}, f"timm's architecture {name}"))
+        usual = {"num_heads": heads, "norm_eps": eps}
+        said = found[0][0] if isinstance(arguments, Mapping) else {}  # which change what the architecture has
+        found.append(({k: v for k, v in usual.items() if k not in said}, f"timm's architecture {name}"))
     return [(fields, where) for fields, where in found if fields]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..images.preprocess import Preprocess
 from ..model.vit import ViTConfig
-from ..zoo import MODELS, ModelInfo, Style, preprocess_of
+from ..zoo import CORRECTIONS, MODELS, ModelInfo, Style, preprocess_of
 from .architecture import rows_like
 from .config_json import hf_processor_config
 from .reading import CONFIG, PROCESSOR, Checkpoint
@@ -46,7 +46,11 @@ def transform_of(config: ViTConfig, info: ModelInfo | None, style: Style | None 
             "model has neither; leave it out"
         )
     first = next(iter(MODELS.values()))
-    return Preprocess(first.mean, first.std, config.patch_size, size=(config.position_grid or 16) * config.patch_size)
+    mean: tuple[float, ...] = first.mean
+    std: tuple[float, ...] = first.std
+    if config.in_chans != 3:  # of what the channels are nobody says: the mean of the colours
+        mean, std = ((round(sum(values) / 3, 3),) * config.in_chans for values in (mean, std))
+    return Preprocess(mean, std, config.patch_size, size=(config.position_grid or 16) * config.patch_size)
 
 
 def shown(preprocess: Preprocess) -> str:
@@ -86,6 +90,13 @@ def stated_transform(
             break
     file, stated = found or (CONFIG, {})
     stated = _statistics(checkpoint.config) | stated
+    correction = CORRECTIONS.get(checkpoint.repository) if style is None else None
+    if correction is not None:
+        stated |= {"mean": correction[0], "std": correction[1]}
+    if len(stated.get("mean", ())) == 1:  # of every channel
+        stated |= {name: stated[name] * config.in_chans for name in ("mean", "std")}
+    elif len(stated.get("mean", ())) == 3 != config.in_chans:  # timm and transformers leave those of RGB there
+        stated = {name: value for name, value in stated.items() if name not in ("mean", "std")}
     has_geometry = "size" in stated
     if style is None and isinstance(saved := block.get("preprocess"), Mapping):
         ours = _build(lambda: _of_block(saved, config), CONFIG, checkpoint)
@@ -104,13 +115,19 @@ def stated_transform(
         base, where = replace(base, size=size), "image_size in config.json, and our defaults"
     changes = (_PLAIN if has_geometry else {}) | stated
     made = _build(lambda: replace(base, **changes), file, checkpoint)
+    if made.channels != config.in_chans:
+        raise CheckpointError(
+            f"{file} of '{checkpoint.path}' gives mean and std of {made.channels} channels, and the patches have "
+            f"{config.in_chans}; mend it"
+        )
     if by_row:
         where = f"our own for {row.name}, whose published one {file} states"  # type: ignore[union-attr]
     elif info is not None:
         where = info.name
+    levels = file if "mean" in stated else info.name if info is not None else _of_nobody(config, row)
     return made, {
         "transform": file if has_geometry else where if style is None or row is None else f"{style}'s of {row.name}",
-        "mean and std": file if "mean" in stated else info.name if info is not None else _of_nobody(config, row),
+        "mean and std": levels if correction is None else f"a correction of {CONFIG}: {correction[2]}",
     }
 
 
@@ -156,7 +173,7 @@ def _of_block(saved: Mapping[str, Any], config: ViTConfig) -> Preprocess:
 def _statistics(source: Mapping[str, Any]) -> Stated:
     """Mean and std, under the names of transformers or timm."""
     mean, std = source.get("image_mean", source.get("mean")), source.get("image_std", source.get("std"))
-    if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) == 3:
+    if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) > 0:
         return {"mean": tuple(mean), "std": tuple(std)}
     return {}
 
@@ -204,8 +221,8 @@ def _levels(stated: Mapping[str, Any]) -> Stated:
     times = 1.0 if math.isclose(factor * _LEVELS, 1, rel_tol=1e-6) else factor * _LEVELS
     mean, std = stated.get("image_mean"), stated.get("image_std")
     if not stated.get("do_normalize", True):
-        mean, std = (0.0,) * 3, (1.0,) * 3
-    if not (isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) == 3):
+        mean, std = (0.0,), (1.0,)
+    if not (isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) > 0):
         if times != 1:
             raise UnsupportedError("states a rescale_factor without mean and std")
         return {}

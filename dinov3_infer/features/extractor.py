@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, PrecisionError, UnsupportedError, check_choice
-from ..images.decode import ImageLike
+from ..images.decode import ImageLike, load_image
 from ..images.preprocess import PixelBatch, Preprocess
 from ..model.chips import lacks_bfloat16
 from ..model.dispatch import Mode, Plan, Precision, Request, compare, plan_of, why_not_plan
@@ -196,7 +196,10 @@ class Extractor:
     def samples(self, size: tuple[int, int] | None = None) -> Tensor:
         """Pixels of the images that come with the package, [3, 3, H_px, W_px]; `size`: (height, width), or default."""
         transform = self.preprocess if size is None else self.preprocess.with_options(size, "squash")
-        return self.batch(transform, [_SAMPLES / f"{name}.png" for name in ("cat", "coffee", "rocket")]).pixels
+        images: list[ImageLike] = [_SAMPLES / f"{name}.png" for name in ("cat", "coffee", "rocket")]
+        if transform.channels != 3:  # the colours in turn
+            images = [load_image(image)[[c % 3 for c in range(transform.channels)]] for image in images]
+        return self.batch(transform, images).pixels
 
     @property
     def scale(self) -> Scale:

@@ -54,7 +54,7 @@ class Item(NamedTuple):
 
     number: int  # in the input, from 0
     path: str | None  # None for pictures that came as objects
-    load: Callable[[TargetSize | None, Levels | None], Decoded]
+    load: Callable[[TargetSize | None, Levels | None, int], Decoded]
     alone: bool = False  # not in a thread: an open picture or stream may come twice, and cannot be read twice at once
 
 
@@ -202,7 +202,7 @@ class Batcher(Generic[T]):
         label = f"item {item.number}"
         wanted = (lambda h, w: self.transform.plan(h, w, label).resized) if self.reading.decode == "fast" else None
         try:
-            image, original = item.load(wanted, self.transform.levels)
+            image, original = item.load(wanted, self.transform.levels, self.transform.channels)
             return _Read(item, self.transform.place(image, label, original, self.for_gpu))
         except Dinov3Error as error:
             return _Read(item, error)

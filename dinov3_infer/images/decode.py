@@ -22,7 +22,7 @@ from .deep import check_planes, check_reach, deep_colours, deep_grey, file_of_16
 from .foreign import plugged, unreadable, what_it_is
 from .levels import Levels, ask_for_levels
 from .paths import FORMATS, fetched, name_of
-from .pixels import from_array, from_tensor
+from .pixels import RGB, from_pixels, no_rgb
 from .scans import check_scans
 
 __all__ = ["MAX_BYTES", "Decoded", "ImageLike", "TargetSize", "decode", "load_image", "why_no_image"]
@@ -62,13 +62,13 @@ _ALONE = "the picture"  # what a picture without a number is called
 _BUFFERS = (bytearray, memoryview)
 
 
-def load_image(source: ImageLike, label: str = _ALONE, levels: Levels | None = None) -> Tensor:
+def load_image(source: ImageLike, label: str = _ALONE, levels: Levels | None = None, channels: int = RGB) -> Tensor:
     """Any image as RGB, [3, H_px, W_px]: uint8 in 0..255, or float32 in 0..1 if it came as float or with `levels`.
 
     Files are turned upright by their EXIF tag, transparency is laid over white, of an animation the first frame counts.
     A path may be an http, https, file or data address.  Arrays are [H_px, W_px, 3], tensors [3, H_px, W_px], RGB, or
-    [H_px, W_px] grey, uint8 or float in 0..1.  What comes from a file or an array lies in memory pixel by pixel, where
-    torch resizes it several times as fast as channel by channel.
+    [H_px, W_px] grey, uint8 or float in 0..1; with other `channels` they have as many, and nothing else is taken.  What
+    comes from a file or an array lies in memory pixel by pixel, where torch resizes it much faster.
 
     `levels`: of images of more than 8 bits what becomes 0 and 1: (low, high), "full" for the range of the type, or
     "percentile" for the 0.5th and 99.5th of each image.  Images of 8 bits stay as they are.  Without it only colours
@@ -82,12 +82,13 @@ def load_image(source: ImageLike, label: str = _ALONE, levels: Levels | None = N
 
     Raises: MissingFileError, ImageError (damaged, 16-bit or float modes, wrong shape or range), InputTypeError.
     """
-    return decode(source, label, levels=levels).image
+    return decode(source, label, levels=levels, channels=channels).image
 
 
 def decode(
-    source: ImageLike, label: str = _ALONE, target: TargetSize | None = None, levels: Levels | None = None
-) -> Decoded:
+    source: ImageLike, label: str = _ALONE, target: TargetSize | None = None, levels: Levels | None = None,
+    channels: int = RGB,
+) -> Decoded:  # fmt: skip
     """As `load_image`; with `target` a JPEG comes at the smallest of 1, 1/2, 1/4, 1/8 that is not below that size.
 
     Its decoder leaves frequencies out then, so that 12 megapixels take a quarter of the time and differ a little.
@@ -95,10 +96,10 @@ def decode(
 
     Raises: as `load_image`, and what `target` raises.
     """
-    if isinstance(source, Tensor):
-        return _whole(from_tensor(source, label, levels))
-    if isinstance(source, np.ndarray):
-        return _whole(from_array(source, label, levels))
+    if isinstance(source, (Tensor, np.ndarray)):
+        return _whole(from_pixels(source, label, levels, channels))
+    if channels != RGB:
+        raise no_rgb(f"'{name_of(source)}'" if isinstance(source, (str, os.PathLike)) else label, channels)
     if isinstance(source, Image.Image):
         with _errors_of_pillow(label):
             return _whole(_from_pil(source, label, levels))

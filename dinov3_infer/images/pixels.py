@@ -12,11 +12,12 @@ from ..arrays import check_unmasked
 from ..errors import ImageError
 from .levels import Levels, ask_for_levels, scaled
 
-__all__ = ["from_array", "from_hwc", "from_tensor", "own"]
+__all__ = ["RGB", "from_array", "from_hwc", "from_pixels", "from_tensor", "no_rgb", "own"]
 
 T = TypeVar("T")
 
 _REMEDY = "drop an alpha channel, or give a PIL image, which is converted"
+RGB = 3  # channels
 _CHANNELS = (1, 2, 3, 4)  # what has so few columns is a row of pixels rather than an image
 
 
@@ -35,10 +36,25 @@ def from_hwc(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
 
 
-def from_array(array: np.ndarray, label: str, levels: Levels | None = None) -> Tensor:
-    """[H_px, W_px, 3], or grey [H_px, W_px] or [H_px, W_px, 1] -> [3, H_px, W_px] uint8, or float32 in 0..1."""
+def from_pixels(image: np.ndarray | Tensor, label: str, levels: Levels | None = None, channels: int = RGB) -> Tensor:
+    """An array or a tensor, see `from_array` and `from_tensor`."""
+    if isinstance(image, Tensor):
+        return from_tensor(image, label, levels, channels)
+    return from_array(image, label, levels, channels)
+
+
+def from_array(array: np.ndarray, label: str, levels: Levels | None = None, channels: int = RGB) -> Tensor:
+    """[H_px, W_px, 3], or grey [H_px, W_px] or [H_px, W_px, 1] -> [3, H_px, W_px] uint8, or float32 in 0..1.
+
+    With other `channels` [H_px, W_px, channels], and of one [H_px, W_px] too.
+    """
     shape = f"{label} has shape {list(array.shape)} {array.dtype}"
     check_unmasked(array, label)
+    if channels != RGB:
+        layered = array[..., None] if array.ndim == 2 and channels == 1 else array
+        if layered.ndim != 3 or layered.shape[2] != channels or not layered.size:
+            raise ImageError(f"this model takes an array [height, width, {channels}]; {shape}")
+        return from_hwc(_in_range(layered, label, shape, levels))
     grey = array[..., None] if array.ndim == 2 and array.shape[1] not in _CHANNELS else array
     if grey.ndim != 3 or grey.shape[2] not in (1, 3) or not grey.size:
         swapped = array.ndim == 3 and array.shape[0] in (1, 3)
@@ -48,14 +64,19 @@ def from_array(array: np.ndarray, label: str, levels: Levels | None = None) -> T
     return from_hwc(np.repeat(found, 3, axis=2) if found.shape[2] == 1 else found)
 
 
-def from_tensor(tensor: Tensor, label: str, levels: Levels | None = None) -> Tensor:
-    """[3, H_px, W_px], or grey [H_px, W_px] or [1, H_px, W_px] -> [3, H_px, W_px] uint8, or float32 in 0..1."""
+def from_tensor(tensor: Tensor, label: str, levels: Levels | None = None, channels: int = RGB) -> Tensor:
+    """[3, H_px, W_px], or grey [H_px, W_px] or [1, H_px, W_px] -> [3, H_px, W_px] uint8, or float32 in 0..1.
+
+    With other `channels` [channels, H_px, W_px], and of one [H_px, W_px] too.
+    """
     shape = f"{label} has shape {list(tensor.shape)} {tensor.dtype}"
     check_unmasked(tensor, label)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
         raise ImageError(f"a tensor holds its pixels one by one; {shape}, which is sparse, quantised, nested or empty")
-    grey = tensor[None] if tensor.ndim == 2 and tensor.shape[1] not in _CHANNELS else tensor
-    if grey.ndim != 3 or grey.shape[0] not in (1, 3) or not grey.numel():
+    grey = tensor[None] if tensor.ndim == 2 and (channels == 1 or tensor.shape[1] not in _CHANNELS) else tensor
+    if channels != RGB and (grey.ndim != 3 or grey.shape[0] != channels or not grey.numel()):
+        raise ImageError(f"this model takes a tensor [{channels}, height, width]; {shape}")
+    if channels == RGB and (grey.ndim != 3 or grey.shape[0] not in (1, 3) or not grey.numel()):
         swapped = tensor.ndim == 3 and tensor.shape[2] in (1, 3)
         hint = "channels last? use an array, or t.permute(2, 0, 1)" if swapped else _remedy(tensor.shape)
         raise ImageError(f"a tensor is [3, height, width] RGB, or [height, width] grey; {shape}; {hint}")
@@ -64,7 +85,15 @@ def from_tensor(tensor: Tensor, label: str, levels: Levels | None = None) -> Ten
     found = grey
     if grey.dtype != torch.uint8:
         found = torch.from_numpy(np.ascontiguousarray(_in_range(grey.numpy(), label, shape, levels)))
-    return found[0, :, :, None].repeat(1, 1, 3).permute(2, 0, 1) if len(found) == 1 else found
+    return found[0, :, :, None].repeat(1, 1, 3).permute(2, 0, 1) if len(found) == 1 and channels == RGB else found
+
+
+def no_rgb(label: str, channels: int) -> ImageError:
+    """For a file where a model takes other images."""
+    return ImageError(
+        f"{label} is no array, and files are read as RGB, while this model takes {channels} channels; give an array "
+        f"[height, width, {channels}] or a tensor [{channels}, height, width]"
+    )
 
 
 def _remedy(shape: Sequence[int]) -> str:

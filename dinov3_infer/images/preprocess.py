@@ -87,8 +87,8 @@ class Preprocess:
     levels: of images of more than 8 bits what becomes black and white, see `load_image`.
     """
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # of red, green and blue, or of each channel of what is no RGB
+    std: tuple[float, ...]
     patch_size: int  # pixels
     size: int | tuple[int, int] | None = 224  # pixels: one side, or (height, width)
     fit: Fit = "squash"
@@ -106,14 +106,20 @@ class Preprocess:
             values = getattr(self, name)
             low = 1e-6 if name == "std" else -1e6
             if (
-                not hasattr(values, "__len__")
-                or len(values) != 3
+                not isinstance(values, (tuple, list))
+                or not values
                 or not all(isinstance(v, (int, float)) and low <= v <= 1e6 for v in values)
             ):
                 raise InputError(
-                    f"{name} is three numbers, of red, green and blue in 0 to 1{', above 0' if name == 'std' else ''}; "
-                    f"got {reprlib.repr(values)}"
+                    f"{name} is three numbers, of red, green and blue in 0 to 1{', above 0' if name == 'std' else ''}, "
+                    f"or one of each channel; got {reprlib.repr(values)}"
                 )
+        if len(self.mean) != len(self.std):
+            other = "std" if len(self.mean) == 3 else "mean"
+            raise InputError(
+                f"{other} is three numbers, or one of each channel; got a mean of {len(self.mean)} and a std of "
+                f"{len(self.std)}"
+            )
         if not isinstance(self.patch_size, (int, np.integer)) or self.patch_size < 1:
             raise InputError(f"patch_size is a whole number of pixels from 1 on; got {self.patch_size!r}")
         if self.size is None:
@@ -144,6 +150,11 @@ class Preprocess:
         if self.resize_to is not None and self.resize_to < max(sides):
             raise InputError(f"resize_to {self.resize_to} is below the size {self.size} that is cut out; give more")
 
+    @property
+    def channels(self) -> int:
+        """Of an image: 3 are RGB; arrays and tensors alone have others."""
+        return len(self.mean)
+
     def with_options(
         self, size: int | tuple[int, int] | None = None, fit: Fit | None = None, levels: Levels | None = None
     ) -> "Preprocess":
@@ -164,7 +175,7 @@ class Preprocess:
         """
         if isinstance(image, list | tuple):
             return self.batch(image).pixels
-        return self.place(load_image(image, levels=self.levels))[0]  # type: ignore[arg-type]  # a str or bytes is a Sequence, too
+        return self.place(load_image(image, levels=self.levels, channels=self.channels))[0]  # type: ignore[arg-type]  # a str or bytes is a Sequence, too
 
     def batch(self, images: Iterable[ImageLike], for_gpu: bool = False) -> PixelBatch:
         """Pictures that come out at one size, as a batch.  Raises InputError where they do not.
@@ -175,7 +186,7 @@ class Preprocess:
         placed = []
         for i, image in enumerate(images):  # not as a list first: a stream may fill one array again and again
             label = f"item {i}" if several else "the picture"
-            placed.append(self.place(load_image(image, label, self.levels), label, for_gpu=for_gpu))
+            placed.append(self.place(load_image(image, label, self.levels, self.channels), label, for_gpu=for_gpu))
         if not placed:
             raise InputError("got no pictures; give at least one")
         return self.collate(placed, for_gpu)
@@ -224,7 +235,7 @@ class Preprocess:
 
     def _normalised(self, image: Tensor) -> Tensor:
         """[3, H, W] of uint8, or of floats in 0 to 1, to float32 that the model takes."""
-        mean, std = (torch.tensor(v, **PLAIN).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (torch.tensor(v, **PLAIN).view(-1, 1, 1) for v in (self.mean, self.std))
         pixels = (image / _FULL).sub_(mean) if image.dtype == torch.uint8 else image - mean
         return pixels.div_(std)
 
@@ -279,9 +290,16 @@ class Preprocess:
             return image
         if self.engine == "pil" and image.dtype == torch.uint8:
             resample = Image.Resampling[self.filter.upper()]
+            if image.shape[0] != 3:  # one by one, since Pillow knows no image of so many
+                return torch.cat([self._pil_grey(channel, size) for channel in image])
             picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((size[1], size[0]), resample)
             return from_hwc(np.asarray(picture))
         return F.interpolate(image[None], size=size, mode=self.filter, antialias=True)[0]
+
+    def _pil_grey(self, channel: Tensor, size: tuple[int, int]) -> Tensor:
+        picture = Image.fromarray(channel.contiguous().numpy())
+        resized = picture.resize((size[1], size[0]), Image.Resampling[self.filter.upper()])
+        return torch.from_numpy(np.array(resized))[None]
 
     def _valid(self, placements: Sequence[Placement]) -> Tensor | None:
         if self.fit != "pad":

@@ -56,9 +56,11 @@ class Source(ABC):
         """What messages call an image."""
         return f"item {index}" if (key := self.key(index)) is None else f"'{key}'"
 
-    def load(self, index: int, target: TargetSize | None = None, levels: Levels | None = None) -> Decoded:
-        """Decoded; for `target` and `levels` see `decode`.  Raises: ImageError, MissingFileError."""
-        return decode(self.picture(index), self.label(index), target, levels)
+    def load(
+        self, index: int, target: TargetSize | None = None, levels: Levels | None = None, channels: int = 3
+    ) -> Decoded:
+        """Decoded; for `target`, `levels` and `channels` see `decode`.  Raises: ImageError, MissingFileError."""
+        return decode(self.picture(index), self.label(index), target, levels, channels)
 
 
 class Names(Sequence[str]):

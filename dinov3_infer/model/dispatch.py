@@ -100,6 +100,8 @@ def _made_for_cpu(model: VisionTransformer, mode: Mode, request: Request) -> Pla
 def _why_not_cuda(model: VisionTransformer, request: Request) -> str | None:
     if request.half is None:
         return "its products are in float32; load it with dtype='auto' or 'bfloat16' for products in 16 bits"
+    if model.config.in_chans != 3:
+        return f"images of {model.config.in_chans} channels, for which its kernels were never run"
     return why_not_triton(model.device, request.half, model.config.head_dim)
 
 

@@ -45,9 +45,10 @@ class ViTConfig:
     prefix_norm: bool = False  # class and register tokens have a final norm of their own (`cls_norm`)
     local_cls_norm: bool = False  # and another one for local crops in training
     norm_eps: float = 1e-5
+    in_chans: int = 3  # channels of an image
 
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "depth", "num_heads", "ffn_dim", "patch_size"):
+        for name in ("embed_dim", "depth", "num_heads", "ffn_dim", "patch_size", "in_chans"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give a whole number above 0")
         if self.num_registers < 0:
@@ -158,7 +159,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
         # timm's names; the grid is that of learned positions, or DINOv3's 16 patches a side
         self.patch_size = (config.patch_size, config.patch_size)
         self.grid_size = (config.position_grid or 16, config.position_grid or 16)

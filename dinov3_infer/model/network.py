@@ -25,7 +25,7 @@ __all__ = [
     "shapes",
 ]
 
-Scale: TypeAlias = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std of red, green, blue
+Scale: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std of red, green, blue
 
 
 class LayerOutput(NamedTuple):
@@ -171,7 +171,7 @@ def normalised(
     if pixels.dtype != torch.uint8:
         return pixels
     mean, std = (
-        torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1).to(pixels.device) for values in scale
+        torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, 1, 1).to(pixels.device) for values in scale
     )
     return (pixels / 255.0).to(torch.float32).sub_(mean).div_(std)
 

@@ -312,8 +312,11 @@ class VisionTransformer(Network):
             raise InputTypeError(
                 f"the model takes normalised float pixels, got {pixels.dtype}; use extract_features() or preprocess()"
             )
-        if pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise InputError(f"the model takes pixels of shape [B, 3, height, width], got {list(pixels.shape)}")
+        channels = self.config.in_chans
+        if pixels.ndim != 4 or pixels.shape[1] != channels:
+            raise InputError(
+                f"the model takes pixels of shape [B, {channels}, height, width], got {list(pixels.shape)}"
+            )
         size = self.config.patch_size
         height, width = pixels.shape[2:]
         if height % size or width % size or not height or not width:

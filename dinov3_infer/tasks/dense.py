@@ -52,7 +52,7 @@ def dense_features(
     Raises: as `extract_features`; InputError for tiles that are not whole patches, and for what an upsampler got wrong.
     """
     _check(backbone.patch_size, tile, overlap, scales)
-    picture = load_image(image, levels=backbone.preprocess.levels)
+    picture = load_image(image, levels=backbone.preprocess.levels, channels=backbone.preprocess.channels)
     own = size if size is not None else max(picture.shape[1:])
     shown = replace(backbone.preprocess.with_options(own, "native"), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     pixels, placement = shown.place(picture)
@@ -71,7 +71,7 @@ def dense_features(
     dense, prefix = torch.stack(maps).mean(dim=0)[None], torch.stack(prefixes).mean(dim=0)[None]
     if upsampler is not None:
         mean, std = (
-            torch.tensor(v, **PLAIN).view(3, 1, 1) for v in (backbone.preprocess.mean, backbone.preprocess.std)
+            torch.tensor(v, **PLAIN).view(-1, 1, 1) for v in (backbone.preprocess.mean, backbone.preprocess.std)
         )
         dense = _upsampled(upsampler, dense.to(backbone.device), ((pixels - mean) / std)[None].to(backbone.device))
     cls_token, registers = prefix[:, 0], prefix[:, 1:]

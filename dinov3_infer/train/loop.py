@@ -87,8 +87,8 @@ def _build(config: TrainConfig, device: torch.device, backbone: Backbone | None)
             )
         if backbone.info is not None and backbone.info.licence != OWN:
             backbone.info = dataclasses.replace(backbone.info, derived=True)
-        if not isinstance(backbone, ViTBackbone):
-            raise UnsupportedError(f"a {backbone.summary()} cannot be trained here; train takes vision transformers")
+        if not isinstance(backbone, ViTBackbone) or backbone.preprocess.channels != 3:
+            raise UnsupportedError(f"train takes vision transformers of RGB images, and this is a {backbone.summary()}")
         method = Method(config, backbone.to(device), teacher)
     wrap_blocks(method.backbone, config.compile, config.recompute)
     wrap_blocks(method.average, config.compile, "none")

@@ -100,6 +100,7 @@ def test_facts_lie_in_the_file(tmp_path: Path) -> None:
     torch.export.load(bb.export(tmp_path / "m.pt2", size=32), extra_files=extra)
     facts = json.loads(extra["dinov3_infer.json"])
     assert facts["architecture"] == "nano" and facts["licence_of_the_weights"] == "Apache-2.0"
+    assert json.loads(facts["preprocess"])["size"] == 256 and facts["weights"] == "nano"
     assert json.loads(facts["mean"]) == list(bb.preprocess.mean) and json.loads(facts["std"]) == list(bb.preprocess.std)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from layouts import (
 from oracles import SMALL, hf_model, hf_tokens, randomise, tokens
 from safetensors.torch import load_file
 
-from dinov3_infer import Backbone, Dinov3Error, ViTConfig
+from dinov3_infer import MODELS, Backbone, Dinov3Error, ViTConfig, zoo
 from dinov3_infer.checkpoints import saving
 from dinov3_infer.errors import InputError, UnsupportedError
 from dinov3_infer.model.rope import rope_periods
@@ -109,6 +110,38 @@ def test_meta_files_have_the_names_of_meta(key: str, tmp_path: Path) -> None:
     assert written.keys() == expected.keys()
     for name, tensor in written.items():
         assert tensor.shape == expected[name].shape and torch.equal(tensor.float(), expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "name, made",
+    [
+        ("dinov3_vits16", "a mask token of zeros, biases of zero for queries, keys and values, with their mask"),
+        ("dinov3_vitl16_sat493m", "zeros, biases of zero .* a norm for local crops, a copy of the other"),
+        ("dinov3_vit7b16", "zeros, a norm for local crops"),
+        ("lingbot_vitg16", "a mask token of zeros$"),
+        ("dinov2_vits14", "a mask token of zeros$"),
+        ("dinov2_vitb14_reg", "a mask token of zeros$"),
+        ("dino_vits16", None),
+    ],
+)
+def test_metas_strict_loaders_find_all_that_they_ask_for(
+    name: str, made: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a model of timm's files: the names of Meta's own file, and one line of what was made up."""
+    row = MODELS[name]
+    small = replace(row.config, embed_dim=64, depth=2, num_heads=1, ffn_dim=128)
+    monkeypatch.setitem(zoo.ARCHITECTURES, row.architecture, small)
+    brought = replace(small, mask_token=False, qkv_bias=small.qkv_bias and row.family != "dinov3")
+    model = Backbone(brought, row).eval()
+    path = model.save_pretrained(tmp_path / "m.pth", "meta")
+    whole = Backbone(replace(small, local_cls_norm="7b" in name or "sat" in name), row).eval()
+    expected = torch.load(whole.save_pretrained(tmp_path / "whole.pth", "meta"), weights_only=True)
+    written = torch.load(path, weights_only=True)
+    assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in expected.items()}
+    said = [r.getMessage() for r in caplog.records if "made up" in r.getMessage()]
+    assert len(said) == (made is not None) and (made is None or re.search(made, said[0])), said
+    again = load(path, num_heads=1)
+    assert again.fingerprint() == model.fingerprint()
 
 
 @pytest.mark.parametrize("key", SMALL)

@@ -1,5 +1,6 @@
 """Heads, epsilon and activation are those that are stated, and are refused where nobody states them."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from layouts import hub, load, meta_named, put, same_features, timm_named
-from oracles import SMALL, hf_model
+from oracles import SMALL, hf_model, randomise, relative, tokens
 
-from dinov3_infer import CheckpointError, UnsupportedError, ViTConfig
+from dinov3_infer import Backbone, CheckpointError, Dinov3Error, UnsupportedError, ViTConfig
+from dinov3_infer.checkpoints.describe import describe
+from dinov3_infer.checkpoints.loading import load_model
+from dinov3_infer.checkpoints.reading import Checkpoint, TensorsInMemory
 from dinov3_infer.checkpoints.stated import stated, timm_heads
 
 
@@ -94,20 +98,42 @@ def test_numbers_that_are_none_are_refused(wrap: Any, value: Any) -> None:
 
 
 @pytest.mark.peers
-def test_heads_of_the_installed_timm() -> None:
-    """Every vit_* of timm that this class could hold."""
+@pytest.mark.slow
+def test_every_vit_of_the_installed_timm() -> None:
+    """Is this network, with the heads, epsilon, patch and activation that timm gives it, or is refused."""
     import timm
 
-    checked = 0
+    taken: list[str] = []
     for name in timm.list_models("vit_*"):
         with torch.device("meta"):
-            model = timm.create_model(name)
-        attention = getattr(getattr(model, "blocks", [None])[0], "attn", None)
-        heads = getattr(attention, "num_heads", None)
-        if heads is not None and getattr(model, "cls_token", None) is not None:
-            assert timm_heads(name) == heads, name
-            checked += 1
-    assert checked > 50
+            theirs = timm.create_model(name)
+        stated = {"architecture": name, "pretrained_cfg": dict(theirs.pretrained_cfg)}
+        try:
+            found = describe(Checkpoint(name, TensorsInMemory(theirs.state_dict()), stated)).config
+        except Dinov3Error as error:
+            assert not re.search(r"dinov\d|tipsv2|lingbot|\.dino", name), error
+            continue
+        block = theirs.blocks[0]
+        patch = theirs.patch_embed.patch_size[0]
+        assert (found.num_heads, found.norm_eps, found.patch_size) == (block.attn.num_heads, block.norm1.eps, patch), (
+            name
+        )
+        assert type(block.mlp.act).__name__ == ("SiLU" if found.gated else "GELU"), name
+        taken.append(name)
+    assert len(taken) > 50
+    for name in taken:
+        sized = {} if "dinov3" in name or "lingbot" in name else {"dynamic_img_size": True}
+        theirs = randomise(timm.create_model(name, depth=2, num_classes=0, **sized))
+        state = {"architecture": name, "pretrained_cfg": dict(theirs.pretrained_cfg)}
+        described = describe(Checkpoint(name, TensorsInMemory(theirs.state_dict()), state))
+        if "norm.weight" not in described.stored.shapes:  # which only the account of its tensors finds
+            with pytest.raises(CheckpointError, match=r"missing: norm\.weight"):
+                load_model(Backbone, described)
+            continue
+        ours = load_model(Backbone, described)
+        pixels = torch.randn(1, 3, 4 * ours.patch_size, 4 * ours.patch_size)
+        with torch.no_grad():
+            assert relative(tokens(ours(pixels)), theirs.forward_features(pixels)) < 5e-6, name
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from dinov3_infer import Backbone, CheckpointError, UnsupportedError
 from dinov3_infer.model.vit import ViTConfig
-from dinov3_infer.zoo import preprocess_of
+from dinov3_infer.zoo import CORRECTIONS, preprocess_of
 
 OWN = ViTConfig(64, 1, 1, 128, patch_size=14, position_grid=7, num_registers=0, key_bias=True)
 HF: dict[str, Any] = {
@@ -176,6 +176,41 @@ def test_what_is_saved_is_what_is_loaded(changes: dict[str, Any], tmp_path: Path
         assert again.preprocess == bb.preprocess
 
 
+@pytest.mark.parametrize(
+    "changes, layout, lost",
+    [
+        (dict(fit="pad"), "hf", "no fit 'pad'"),
+        (dict(fit="native"), "timm", "no fit 'native'"),
+        (dict(fit="crop", size=(112, 98)), "hf", "a crop to the size"),
+        (dict(size=(112, 98)), "timm", "a squash to the size"),
+        (dict(size=(112, 98)), "hf", ""),
+        (dict(fit="crop", size=98, resize_to=101, engine="pil"), "timm", ""),
+        (dict(size=112), "timm", ""),
+    ],
+)
+def test_what_the_layout_of_others_cannot_hold_is_said(
+    changes: dict[str, Any], layout: Any, lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """This package reads its own block all the same; without the block the rest is what was written."""
+    bb = Backbone.from_config("dinov2_vits14", seed=0)
+    bb.preprocess = replace(bb.preprocess, **changes)
+    path = bb.save_pretrained(tmp_path, layout)
+    assert lost in caplog.text and ("prepare images in the family's way" in caplog.text) is bool(lost)
+    assert Backbone.from_pretrained(path, device="cpu").preprocess == bb.preprocess
+    if lost:
+        return
+    config = json.loads((path / "config.json").read_text())
+    block = config.pop("dinov3_infer")
+    (path / "config.json").write_text(json.dumps(config))
+    found = Backbone.from_pretrained(path, device="cpu").preprocess
+    assert block["preprocess"]["size"] in (found.size, list(found.size) if isinstance(found.size, tuple) else None)
+    assert (found.fit, found.resize_to, found.filter) == (
+        bb.preprocess.fit,
+        bb.preprocess.resize_to,
+        bb.preprocess.filter,
+    )
+
+
 @pytest.mark.parametrize("wrong", [{"size": "x"}, {"fit": "round"}, {"mean": [1, 2]}, {"std": [0, 0, 0]}])
 def test_a_damaged_block_is_an_error(wrong: dict[str, Any], tmp_path: Path) -> None:
     bb = Backbone.from_config(OWN, seed=0)
@@ -185,3 +220,16 @@ def test_a_damaged_block_is_an_error(wrong: dict[str, Any], tmp_path: Path) -> N
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"config.json of .* is wrong"):
         Backbone.from_pretrained(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_a_config_that_is_known_to_be_wrong_is_corrected(name: str, tmp_path: Path) -> None:
+    """By default, with the source; `preprocessing="timm"` is what the repository states."""
+    folder = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "ab12"
+    folder.mkdir(parents=True)
+    timm_folder(folder, TIMM)
+    bb = Backbone.from_pretrained(folder, device="cpu")
+    assert (bb.preprocess.mean, bb.preprocess.std) == CORRECTIONS[name][:2] and bb.preprocess.size == 98
+    assert CORRECTIONS[name][2] in bb.origin["mean and std"]
+    assert Backbone.from_pretrained(folder, preprocessing="timm", device="cpu").preprocess.mean == (0.7, 0.57, 0.7)
+    assert Backbone.from_pretrained(timm_folder(tmp_path, TIMM), device="cpu").preprocess.mean == (0.7, 0.57, 0.7)

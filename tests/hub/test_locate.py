@@ -284,3 +284,47 @@ def test_several_weights_in_one_repository(tmp_path: Path, small: Path, hub: Hub
         assert path.read_bytes() == weights
     hub.seen.clear()
     assert client("locate", link, cache_dir=tmp_path).value[0] == str(path) and hub.seen == []
+
+
+@pytest.mark.parametrize("file", ["teacher_checkpoint_load.pt", "GPFM.pth", "odd.safetensors", "weights/odd.pth"])
+def test_the_only_weights_of_a_repository(
+    file: str, tmp_path: Path, small: Path, hub: Hub, client: Client, offline: Client
+) -> None:
+    """Are taken whatever they are called, and come out of the cache without asking again."""
+    bb = Backbone.from_pretrained(small)
+    own = bb.save_pretrained(
+        tmp_path / Path(file).with_suffix(".safetensors" if "safe" in file else ".pth").name, "meta"
+    )
+    hub.add("someone/odd", {file: own.read_bytes(), "README.md": b"#"})
+    assert client("load", "someone/odd", cache_dir=tmp_path / "cache").value == bb.fingerprint()
+    if "/" not in file:
+        hub.seen.clear()
+        assert client("load", "someone/odd", cache_dir=tmp_path / "cache").value == bb.fingerprint()
+        assert offline("load", "someone/odd", cache_dir=tmp_path / "cache").value == bb.fingerprint()
+        assert not hub.asked("GET")
+    hub.add("someone/odd", {file: own.read_bytes(), "another.pth": own.read_bytes()})
+    outcome = client("load", "someone/odd", cache_dir=tmp_path / "other")
+    assert outcome.error is ModelNotFoundError and "give the link of one of these" in outcome.text
+
+
+def test_a_file_of_the_cache_is_not_taken_for_a_repository(
+    tmp_path: Path, small: Path, hub: Hub, client: Client
+) -> None:
+    """One that was downloaded by its link may have others beside it on the hub."""
+    weights = files_of(small)["model.safetensors"]
+    hub.add("someone/two", {"a.safetensors": weights, "b.safetensors": weights})
+    client("locate", f"{hub.url}/someone/two/resolve/main/a.safetensors", cache_dir=tmp_path)
+    assert client("locate", "someone/two", cache_dir=tmp_path).error is ModelNotFoundError
+
+
+def test_owners_of_odd_names_by_their_id(tmp_path: Path, hub: Hub, client: Client) -> None:
+    """Name, licence and number of heads are those of the row."""
+    bb = Backbone.from_config("eupe_vitt16", seed=0)
+    content = bb.save_pretrained(tmp_path / "x.pth", "meta").read_bytes()
+    hub.add("facebook/EUPE-ViT-T", {"EUPE-ViT-T.pt": content})
+    for name in ("eupe_vitt16", "facebook/EUPE-ViT-T", f"{hub.url}/facebook/EUPE-ViT-T/resolve/main/EUPE-ViT-T.pt"):
+        outcome = client("locate", name, cache_dir=tmp_path / "cache")
+        assert outcome.value[1] == "eupe_vitt16"
+    assert client("load", "eupe_vitt16", cache_dir=tmp_path / "new").value == bb.fingerprint()
+    found = client("locate", "eupe_vitt16", cache_dir=tmp_path / "newer")
+    assert any("FAIR Noncommercial Research License" in line for line in found.said)

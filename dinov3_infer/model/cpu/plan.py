@@ -98,10 +98,10 @@ class CpuPlan:
             yield _Part(x.flatten(0, 1), None, len(some), turns)
 
     def _unfolded(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H_px, W_px] -> the pixels of each patch in a row, [B*P, 3*p*p]."""
+        """[B, in_chans, H_px, W_px] -> the pixels of each patch in a row, [B*P, in_chans*p*p]."""
         size = self.config.patch_size
         parts = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
-        return parts.to(self.dtype).reshape(-1, 3 * size * size)  # type: ignore[no-any-return]
+        return parts.to(self.dtype).reshape(-1, self.config.in_chans * size * size)  # type: ignore[no-any-return]
 
     def _tables(self, model: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Of one picture: its tokens before the first block with all patches zero, [1, N, C], and its turns."""
