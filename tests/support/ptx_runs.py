@@ -32,11 +32,12 @@ class Executor:
     def __init__(self, kind: str = "", cut: int = -1) -> None:
         self.kind, self.cut = kind, cut  # the kernel that loses a line
         self.lines: dict[str, list[str]] = {}
-        self.counts: dict[str, collections.Counter[str]] = {}
+        self.counts: dict[str, collections.Counter[str]] = {}  # see `ptx.Run.counts`
+        self.compiled: dict[str, Any] = {}
 
     def __call__(self, case: Case, memory: ptx.Memory, arguments: list[Any], programs: int) -> None:
         with redirect_stdout(io.StringIO()):
-            compiled = kc.built(case)
+            compiled = self.compiled[case.kind] = kc.built(case)
         lines = self.lines[case.kind] = compiled.asm["ptx"].splitlines()
         cut = self.cut if case.kind == self.kind else -1
         text = "\n".join(line for number, line in enumerate(lines) if number != cut)
