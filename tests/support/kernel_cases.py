@@ -106,8 +106,7 @@ def between(chip: str) -> list[Case]:
     """What stands between products, for the widths of the released models."""
     found = []
     for width in (384, 768, 1024, 1280, 1536, 4096):
-        for kind in ("norm", "residual_norm"):
-            found += [Case(kind, chip, width, dtype, norm_config(width)) for dtype in (BF16, FP32)]
+        found += [Case(kind, chip, width, BF16, norm_config(width)) for kind in ("norm", "residual_norm")]
         found.append(Case("residual_norm", chip, width, BF16, norm_config(width), out=FP32))
     found += [Case("swiglu", chip, 1536, dtype, SWIGLU) for dtype in (BF16, FP32)]
     return found + [Case("unfold", chip, p, dtype, unfold_config(p)) for p in (8, 14, 16) for dtype in (BF16, FP32)]
@@ -122,7 +121,8 @@ def cases(chips: list[str]) -> list[Case]:
                 dtype = BF16 if size == 2 else FP32
                 found += [Case(kind, chip, width, dtype, config, packed) for packed in (False, True)]
                 if size == 2:
-                    found += [Case(kind, chip, width, dtype, config, packed, tables=FP16) for packed in (False, True)]
+                    forms = (False, True) if kind == "forward" else (False,)
+                    found += [Case(kind, chip, width, dtype, config, packed, tables=FP16) for packed in forms]
                 if chip == "sm90":
                     found.append(Case(kind, chip, width, dtype, config, True, rotate=False))
                     found += [Case(kind, chip, width, FP16, config, False)] if size == 2 else []

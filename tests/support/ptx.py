@@ -155,7 +155,7 @@ class Run(Warps):
         kind = parts[-1]
         if kind == "f32":
             return self.f32(operand)
-        unsigned = UNSIGNED[int(kind[1:]) // 8]
+        unsigned = UNSIGNED[int(kind.lstrip("busf")) // 8]
         return self.get(operand, unsigned).view(SIGNED.get(kind, unsigned))
 
     def _binary(self, parts: list[str], o: tuple[Any, ...], mask: Any, function: Callable[..., np.ndarray]) -> None:
@@ -205,7 +205,10 @@ class Run(Warps):
 
     def op_neg(self, parts, o, mask):
         a = self._typed(parts, o[1])
-        self.set(o[0], (-a) if a.dtype == F32 else (-a).view(U32), mask)
+        if parts[-1] in ("f16", "bf16"):
+            self.set(o[0], a ^ np.uint16(0x8000), mask)
+        else:
+            self.set(o[0], -a if a.dtype == F32 else (-a).view(UNSIGNED[a.dtype.itemsize]), mask)
 
     def op_ex2(self, parts, o, mask):
         self.set(o[0], np.exp2(self.f32(o[1])), mask)

@@ -107,14 +107,15 @@ def subjects(chip: str) -> Iterator[tuple[str, Callable[[Executor], Pairs], floa
     rows = {kind: kc.TABLE[kind, 64, 2][chip][0][1] for kind in ("forward", "key_value", "query")}
     out, lse = image.forward(Executor(), chip, rows["forward"])
 
-    def gradient(run: Executor) -> Pairs:
-        return [image.judged(image.backward(run, chip, rows, out, lse, FP16), True)]
+    def gradient(kind: str, parts: slice) -> Callable[[Executor], Pairs]:
+        row = {kind: rows[kind]}
+        return lambda run: [image.judged(image.backward(run, chip, row, out, lse, FP16), True, parts)]
 
     yield "forward", lambda run: [image.judged(image.forward(run, chip, rows["forward"], FP16)[0])], 5e-3
     for _, config in kc.SHORT.get(chip, ())[:1]:
         yield "short", lambda run, c=config: [image.judged(image.forward(run, chip, c, FP16)[0])], 5e-3  # type: ignore[misc]
-    yield "key_value", gradient, 8e-3
-    yield "query", gradient, 8e-3
+    yield "key_value", gradient("key_value", slice(1, 3)), 8e-3
+    yield "query", gradient("query", slice(1)), 8e-3
     for case in kc.between(chip):
         if case.dtype == BF16 and (case.kind, case.width) in (("residual_norm", 1024), ("norm", 384), ("unfold", 16)):
             yield case.kind, lambda run, case=case: between(run, case), 5e-3  # type: ignore[misc]
