@@ -114,7 +114,7 @@ def test_the_launcher_asks_for_it(images: int, rotated: bool, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("lengths", "tile"), [([261] * 3, (128, 128)), ([261, 261, *[41] * 8], (64, 64))], ids=str
+    ("lengths", "tile"), [([261] * 3, (128, 128)), ([261, 261, *[41] * 8], (64, 64)), ([201] * 2, (128, 64))], ids=str
 )
 def test_packed_pictures_get_the_tile_of_their_mean(
     lengths: list[int], tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch

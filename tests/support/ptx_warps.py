@@ -84,6 +84,7 @@ class Warps:
             keep = o[0][1]
             while len(self.groups) > keep:
                 for at, values, threads in self.groups.pop(0):
+                    np.subtract.at(self.shared.landing, self.shared.where(at, values.shape[1]), 1)
                     self.shared.write(at, values, threads)
         else:
             threads = self.all if mask is None else np.flatnonzero(mask)
@@ -98,7 +99,9 @@ class Warps:
                 data, place = self.memory.find(self._address(o[1])[threads][some], size)
                 self.tally(f"global, tensor {int(self._address(o[1])[threads][some][0]) >> 40}", place.size)
                 values[some] = data[place]
-            self.open.append((self._address(o[0], U32)[threads], values, threads))
+            at = self._address(o[0], U32)[threads]
+            np.add.at(self.shared.landing, self.shared.where(at, size), 1)
+            self.open.append((at, values, threads))
 
     def op_bar(self, parts, o, mask):
         self.shared.epoch += 1
@@ -258,6 +261,7 @@ class Warps:
         if width > 16:
             at = at ^ ((at >> 3) & (width - 16))
         place = self.shared.where(at.reshape(-1), size)
+        self.shared.settled(place)
         if not self.shared.written[place].all():
             raise Fault("wgmma reads shared memory that nothing wrote")
         if self.shared.unfenced[place].any():

@@ -57,7 +57,7 @@ ANY = 2**31  # tokens
 TABLE: dict[tuple[str, int, int], dict[str, tuple[tuple[int, Config], ...]]] = {
     ("forward", 64, 2): {
         "sm80": ((ANY, Config(64, 32, 4, 1)),),
-        "sm90": ((128, Config(64, 64, 4, 2)), (ANY, Config(128, 128, 8, 2))),
+        "sm90": ((128, Config(64, 64, 4, 2)), (230, Config(128, 64, 8, 2)), (ANY, Config(128, 128, 8, 2))),
         "sm100": ((ANY, Config(64, 64, 4, 2)),),
         "small": ((ANY, Config(64, 32, 4, 1)),),
     },
