@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import UnsupportedError, check_choice
-from .chips import constant_for_compilers, lacks_bfloat16
+from .chips import constant_for_compilers, lacks_bfloat16, why_distrusted
 from .rope import apply_rope
 
 __all__ = [
@@ -271,6 +271,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return "float32 tiles of 128 channels do not fit the registers of a GPU"
     if lacks_bfloat16(device):
         return "it is made for NVIDIA GPUs of compute capability 8.0 and above, and this one is older"
+    if (reason := why_distrusted(device)) is not None:
+        return reason
     return _not_installed()
 
 
