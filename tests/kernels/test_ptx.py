@@ -44,6 +44,24 @@ FIRST, SECOND = np.array([0]), np.array([32])  # threads of two warps
 AT, WORD, OTHER = np.array([16]), np.full((1, 4), 7, np.uint8), np.full((1, 4), 8, np.uint8)
 
 
+def stored_under_a_copy(shared: Shared) -> None:
+    shared.claim(AT, 4, FIRST)
+    shared.write(AT, WORD, FIRST)
+
+
+def read_before_the_copy_is_there(shared: Shared) -> None:
+    shared.write(AT, WORD, FIRST)
+    shared.claim(AT, 4, FIRST)
+    shared.read(AT, 4, FIRST)
+
+
+def copied_too_early(shared: Shared) -> None:
+    shared.write(AT, WORD, FIRST)
+    shared.epoch += 1
+    shared.read(AT, 4, FIRST)
+    shared.claim(AT, 4, SECOND)
+
+
 def unwritten(shared: Shared) -> None:
     shared.read(AT, 4, FIRST)
 
@@ -80,6 +98,9 @@ def misaligned(shared: Shared) -> None:
         (read_too_early, "race: read"),
         (written_too_early, "race: write"),
         (written_twice, "two warps"),
+        (stored_under_a_copy, "copy under way"),
+        (read_before_the_copy_is_there, "copy under way"),
+        (copied_too_early, "race: copy"),
         (beyond, "outside of shared memory"),
         (misaligned, "misaligned"),
     ],

@@ -22,7 +22,20 @@ from dinov3_infer_kernels.gpu.pointwise import SWIGLU, swiglu_kernel, unfold_con
 from dinov3_infer_kernels.gpu.rotation import rotate_kernel
 from dinov3_infer_kernels.gpu.short import segments, short_kernel
 
-__all__ = ["CHIPS", "PRODUCTS", "ROTATION", "SHORT", "TABLE", "Case", "Config", "between", "built", "cases", "whole"]
+__all__ = [
+    "CHIPS",
+    "PRODUCTS",
+    "ROTATION",
+    "SHORT",
+    "TABLE",
+    "Case",
+    "Config",
+    "between",
+    "built",
+    "cases",
+    "segments",
+    "whole",
+]
 
 # chip -> compute capability, bytes of shared memory that a program may have
 CHIPS = {"sm80": (80, 163 << 10), "sm90": (90, 227 << 10), "sm100": (100, 227 << 10), "small": (86, 99 << 10)}

@@ -89,6 +89,23 @@ class Shared:
         self.tally("wavefronts", int(np.maximum.reduceat(count, starts).sum()))
         self.tally("wavefronts at least", len(starts))
 
+    def claim(self, at: np.ndarray, size: int, threads: np.ndarray) -> None:
+        """A copy sets out: it may write from now on, until it is waited for."""
+        place = self.where(at, size)
+        if self.busy[place].any():
+            raise Fault("race: copy to what a wgmma under way reads")
+        who = np.broadcast_to(self.warps[threads][:, None], place.shape)
+        if ((self.read_epoch[place] == self.epoch) & (self.reader[place] != who)).any():
+            raise Fault("race: copy to what another warp read since the last barrier")
+        if ((self.write_epoch[place] == self.epoch) & (self.writer[place] != who)).any():
+            raise Fault("race: copy to what another warp wrote since the last barrier")
+        np.add.at(self.landing, place, 1)
+
+    def land(self, at: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
+        """It was waited for."""
+        np.subtract.at(self.landing, self.where(at, values.shape[1]), 1)
+        self.write(at, values, threads)
+
     def settled(self, place: np.ndarray) -> None:
         if self.landing[place].any():
             raise Fault("race: access of what a copy under way writes")

@@ -84,8 +84,7 @@ class Warps:
             keep = o[0][1]
             while len(self.groups) > keep:
                 for at, values, threads in self.groups.pop(0):
-                    np.subtract.at(self.shared.landing, self.shared.where(at, values.shape[1]), 1)
-                    self.shared.write(at, values, threads)
+                    self.shared.land(at, values, threads)
         else:
             threads = self.all if mask is None else np.flatnonzero(mask)
             if not len(threads):
@@ -100,7 +99,7 @@ class Warps:
                 self.tally(f"global, tensor {int(self._address(o[1])[threads][some][0]) >> 40}", place.size)
                 values[some] = data[place]
             at = self._address(o[0], U32)[threads]
-            np.add.at(self.shared.landing, self.shared.where(at, size), 1)
+            self.shared.claim(at, size, threads)
             self.open.append((at, values, threads))
 
     def op_bar(self, parts, o, mask):
