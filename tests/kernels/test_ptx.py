@@ -20,9 +20,9 @@ def executed(what: str, seconds: int) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def test_the_forward_pass_in_bfloat16() -> None:
-    """Every tile that is shipped for heads of 64 channels, on three chips."""
-    executed("short", 300)
+def test_a_part() -> None:
+    """Every tile of the forward pass for heads of 64 channels in bfloat16, and each kernel between products."""
+    executed("part", 300)
 
 
 @pytest.mark.slow
@@ -42,6 +42,24 @@ def test_synchronisation_that_is_missing_is_noticed() -> None:
 WARPS = np.arange(64) // 32
 FIRST, SECOND = np.array([0]), np.array([32])  # threads of two warps
 AT, WORD, OTHER = np.array([16]), np.full((1, 4), 7, np.uint8), np.full((1, 4), 8, np.uint8)
+
+
+def stored_under_a_copy(shared: Shared) -> None:
+    shared.claim(AT, 4, FIRST)
+    shared.write(AT, WORD, FIRST)
+
+
+def read_before_the_copy_is_there(shared: Shared) -> None:
+    shared.write(AT, WORD, FIRST)
+    shared.claim(AT, 4, FIRST)
+    shared.read(AT, 4, FIRST)
+
+
+def copied_too_early(shared: Shared) -> None:
+    shared.write(AT, WORD, FIRST)
+    shared.epoch += 1
+    shared.read(AT, 4, FIRST)
+    shared.claim(AT, 4, SECOND)
 
 
 def unwritten(shared: Shared) -> None:
@@ -80,6 +98,9 @@ def misaligned(shared: Shared) -> None:
         (read_too_early, "race: read"),
         (written_too_early, "race: write"),
         (written_twice, "two warps"),
+        (stored_under_a_copy, "copy under way"),
+        (read_before_the_copy_is_there, "copy under way"),
+        (copied_too_early, "race: copy"),
         (beyond, "outside of shared memory"),
         (misaligned, "misaligned"),
     ],

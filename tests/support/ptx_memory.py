@@ -65,6 +65,7 @@ class Shared:
         self.reader, self.read_epoch = np.full(size, -1), np.full(size, -1)
         self.epoch, self.warps = 0, warps
         self.busy = np.zeros(size, np.int32)  # products under way that read it
+        self.landing = np.zeros(size, np.int32)  # copies under way that write it
         self.tally: Callable[[str, int], None] = lambda what, amount: None
 
     def where(self, at: np.ndarray, size: int) -> np.ndarray:
@@ -88,10 +89,32 @@ class Shared:
         self.tally("wavefronts", int(np.maximum.reduceat(count, starts).sum()))
         self.tally("wavefronts at least", len(starts))
 
+    def claim(self, at: np.ndarray, size: int, threads: np.ndarray) -> None:
+        """A copy sets out: it may write from now on, until it is waited for."""
+        place = self.where(at, size)
+        if self.busy[place].any():
+            raise Fault("race: copy to what a wgmma under way reads")
+        who = np.broadcast_to(self.warps[threads][:, None], place.shape)
+        if ((self.read_epoch[place] == self.epoch) & (self.reader[place] != who)).any():
+            raise Fault("race: copy to what another warp read since the last barrier")
+        if ((self.write_epoch[place] == self.epoch) & (self.writer[place] != who)).any():
+            raise Fault("race: copy to what another warp wrote since the last barrier")
+        np.add.at(self.landing, place, 1)
+
+    def land(self, at: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
+        """It was waited for."""
+        np.subtract.at(self.landing, self.where(at, values.shape[1]), 1)
+        self.write(at, values, threads)
+
+    def settled(self, place: np.ndarray) -> None:
+        if self.landing[place].any():
+            raise Fault("race: access of what a copy under way writes")
+
     def read(self, at: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         place = self.where(at, size)
         self.tally("shared, read", place.size)
         self.wavefronts(at, size, threads)
+        self.settled(place)
         if not self.written[place].all():
             raise Fault("shared memory is read that nothing wrote")
         who = np.broadcast_to(self.warps[threads][:, None], place.shape)
@@ -105,6 +128,7 @@ class Shared:
         place = self.where(at, values.shape[1])
         self.tally("shared, written", place.size)
         self.wavefronts(at, values.shape[1], threads)
+        self.settled(place)
         who = np.broadcast_to(self.warps[threads][:, None], place.shape)
         if self.busy[place].any():
             raise Fault("race: write of what a wgmma under way reads")

@@ -43,8 +43,9 @@ class Warps:
 
     def op_ld(self, parts, o, mask):
         if parts[1] == "param":
-            value = self.values[o[1][1]]
-            self.set(o[0], np.full(self.n, value).astype({"64": U64, "32": U32}[parts[-1][1:]]), None)
+            kind = {"64": U64, "32": U32}[parts[-1][1:]]
+            every = np.array([int(value) for value in self.values.values()], U64)
+            self.set(o[0], every[self.get(o[1][1])].astype(kind), None)
             return
         count, size, kind = self._width(parts)
         threads = self.all if mask is None else np.flatnonzero(mask)
@@ -83,7 +84,7 @@ class Warps:
             keep = o[0][1]
             while len(self.groups) > keep:
                 for at, values, threads in self.groups.pop(0):
-                    self.shared.write(at, values, threads)
+                    self.shared.land(at, values, threads)
         else:
             threads = self.all if mask is None else np.flatnonzero(mask)
             if not len(threads):
@@ -97,7 +98,9 @@ class Warps:
                 data, place = self.memory.find(self._address(o[1])[threads][some], size)
                 self.tally(f"global, tensor {int(self._address(o[1])[threads][some][0]) >> 40}", place.size)
                 values[some] = data[place]
-            self.open.append((self._address(o[0], U32)[threads], values, threads))
+            at = self._address(o[0], U32)[threads]
+            self.shared.claim(at, size, threads)
+            self.open.append((at, values, threads))
 
     def op_bar(self, parts, o, mask):
         self.shared.epoch += 1
@@ -257,6 +260,7 @@ class Warps:
         if width > 16:
             at = at ^ ((at >> 3) & (width - 16))
         place = self.shared.where(at.reshape(-1), size)
+        self.shared.settled(place)
         if not self.shared.written[place].all():
             raise Fault("wgmma reads shared memory that nothing wrote")
         if self.shared.unfenced[place].any():

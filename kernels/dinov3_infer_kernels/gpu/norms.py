@@ -39,9 +39,9 @@ def norm_kernel(
 
 
 def norm_config(channels: int) -> Config:
-    """Rows and channels of a tile, 16 numbers a thread or the whole of a wide row."""
+    """Rows and channels of a tile, 8 numbers a thread, or the whole of a wide row."""
     block = triton.next_power_of_2(channels)
-    return Config(max(1, 2048 // block), block, 4 if block <= 2048 else 8, 1)
+    return Config(max(1, 2048 // block), block, 8, 1)
 
 
 def _run(
