@@ -43,7 +43,7 @@ MEASURED = (
 PARTS = dict(tests=280, weights=40, tune=240, op=280, mixed=50, backward=130, model=360, training=120)
 SHORT = dict(ceilings=15, smoke=50, eager=170, op=90, tune=70, compiled=150)
 ALL = tuple(dict.fromkeys((*PARTS, *SHORT)))
-SMOKE = "plan or one_size or graph or waits"  # tests of a short run
+SMOKE = "plan or one_size or graph"  # tests of a short run
 
 
 def main() -> int:
@@ -113,7 +113,7 @@ def _again(args: argparse.Namespace) -> list[str]:
 def _tests(few: bool = False) -> list[str]:
     """A test file that cannot be imported here keeps none of the others from running."""
     options = "-m gpu -v --tb=short --durations=8 --continue-on-collection-errors -p no:cacheprovider"
-    places = ["-k", SMOKE, "tests/kernels/test_gpu.py"] if few else ["tests"]
+    places = ["-k", SMOKE, "tests/kernels/test_gpu_plan.py", "tests/kernels/test_gpu.py"] if few else ["tests"]
     return [sys.executable, "-m", "pytest", *options.split(), *places]
 
 
