@@ -195,10 +195,9 @@ def _current(model: Network, mode: Mode, request: Request) -> _Kept | None:
 
 def _why_none(model: Network, device: _Device, request: Request) -> str | None:
     """Why no plan is made, or None if one can be."""
-    if (reason := why_unknown(model, device.dtypes(request))) is not None:
+    if isinstance(model, VisionTransformer) and (reason := device.why_not(model, request)) is not None:
         return reason
-    assert isinstance(model, VisionTransformer)
-    return device.why_not(model, request)
+    return why_unknown(model, device.dtypes(request))
 
 
 def _tried(model: Network, kept: _Kept, request: Request) -> _Kept:

@@ -276,6 +276,19 @@ def test_threads_do_not_mix_their_images() -> None:
     assert not wrong
 
 
+def test_inference_mode_leaves_no_traces() -> None:
+    """What is made in it is used outside of it, and the other way round."""
+    bb = built(SMALL["dinov3"])
+    given = [noise(bb, (1, 2, 3), seed=i) for i in range(6)]
+    for first in (True, False):
+        plan, recorder = graphed(bb)
+        for i, pixels in enumerate(given):
+            with torch.inference_mode((i < 3) is first), torch.no_grad():
+                inner = [t.clone() for t in pixels]
+                assert same(plan(bb, inner), CudaPlan(bb, torch.bfloat16)(bb, inner))
+        assert (recorder.captured, recorder.replayed) == (1, 5)
+
+
 class Forgetful(Recorder):
     """Holds nothing of what it has recorded, as a CUDA graph, whose kernels have addresses alone."""
 
