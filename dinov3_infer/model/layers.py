@@ -7,18 +7,18 @@ it is given to the dtype of its weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError, check_choice
-from .attention import resolve_attention
+from .attention import resolve_attention, rope_attention, triton_attention, why_not_triton
 from .packing import Packing
 from .rope import RopeTable
 
-__all__ = ["Block", "LayerNorm", "PatchEmbed", "PositionResize", "ViTConfig", "resize_positions"]
+__all__ = ["Block", "LayerNorm", "PatchEmbed", "PositionResize", "ViTConfig", "narrowed", "resize_positions"]
 
 PositionResize = Literal["offset", "size", "antialias"]
 _FEW_ROWS = 16
@@ -125,6 +125,21 @@ def _project(linear: nn.Module, x: Tensor) -> Tensor:
         return linear(x)  # type: ignore[no-any-return]
     filled = F.pad(x.flatten(0, -2), (0, 0, 0, _FEW_ROWS - rows))
     return linear(filled)[:rows].unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+
+
+def narrowed(
+    table: RopeTable,  # float32
+    weight: Tensor,  # whose dtype the tokens have, without autocast
+    attend: Any,
+) -> RopeTable:
+    """The table in float16 where a kernel reads it beside tokens of 16 bits, whose rounding is coarser than that."""
+    kind = weight.device.type
+    if kind not in ("cuda", "xpu") or attend not in (rope_attention, triton_attention):
+        return table
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    if dtype.itemsize != 2 or why_not_triton(weight.device, dtype, 2 * table[0].shape[-1]) is not None:
+        return table
+    return table[0].half(), table[1].half()
 
 
 def _silu(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, InputTypeError, UnsupportedError
 from .attention import resolve_attention, triton_attention, why_not_triton
-from .layers import Attention, Block, LayerNorm, PatchEmbed, Residual, ViTConfig, resize_positions
+from .layers import Attention, Block, LayerNorm, PatchEmbed, Residual, ViTConfig, narrowed, resize_positions
 from .network import BackboneOutput, LayerOutput, Network, resolve_layers
 from .packing import Packing
 from .rope import RopeAugmentation, RopeTable, rope_periods, rope_table
@@ -168,6 +168,7 @@ class VisionTransformer(Network):
         """The stream before the final norm, [B, N, C], after the last block and after each block of `indices`."""
         x = self.embed_tokens(pixels, masks, positions)
         rope = self.rope(self.grid_of(pixels)) if rope is None else rope
+        rope = rope and narrowed(rope, self.main_weight, self.blocks[0].attn.attend)  # type: ignore[union-attr]
         taken = {-1: x} if -1 in indices else {}
         end = max(indices) + 1 if stop_early and indices else self.config.depth
         for i, block in enumerate(self.blocks[:end]):
@@ -216,6 +217,8 @@ class VisionTransformer(Network):
         for i, block in enumerate(self.blocks):
             if self.rope_periods is not None and (tables is None or rope is not None):
                 tables = [rope_table(g, self.rope_periods, self.config.num_prefix, rope, generator) for g in grids]
+                attend = self.blocks[0].attn.attend  # type: ignore[union-attr]
+                tables = [narrowed(table, self.main_weight, attend) for table in tables]
                 joined = packing.table(tables)
             if drop_path > 0.0:
                 x = block.forward_dropped(x, tables, packing, drop_path, generator)  # type: ignore[operator]

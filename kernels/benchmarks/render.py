@@ -31,7 +31,8 @@ TITLES = {
 OURS = ("fused", "packed", "ours", "ours, packed", "extract_features")
 NOTHING = "**Nothing has been measured on a GPU yet.**\n"
 COMPILED = re.compile(
-    r"(?P<kernel>forward|key_value|query|delta|rotate)(?P<form>[ \w]*?) +(?P<chip>sm\d+|small) +D(?P<width>\d+) +"
+    r"(?P<kernel>forward|short|key_value|query|delta|rotate|residual_norm|norm|swiglu|unfold)(?P<form>[ \w]*?) +"
+    r"(?P<chip>sm\d+|small) +D(?P<width>\d+) +"
     r"(?P<dtype>\w+) +(?P<tile>\d+x\d+) +(?P<warps>\d) warps +(?P<stages>\d) stages: +(?P<registers>\d+) registers +"
     r"(?P<shared>\d+) KiB"
 )

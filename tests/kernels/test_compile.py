@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 
 FUSION = """
-import compile_kernels as c
-case = c.Case("rotate", "sm80", 64, c.torch.bfloat16, c.ROTATION, False)
+import kernel_cases as c
+case = c.Case("rotate", "sm80", 64, c.BF16, c.ROTATION)
 print(c.built(case).asm["ptx"].count("fma.rn.f32"))
 """
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from qkv import grid_table
+from qkv import grid_table, offsets
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -113,6 +113,19 @@ def test_the_launcher_asks_for_it(images: int, rotated: bool, monkeypatch: pytes
     assert (kernel is short_kernel) == config.whole == whole and (programs == images * 4) == whole
 
 
+@pytest.mark.parametrize(
+    ("lengths", "tile"), [([261] * 3, (128, 128)), ([261, 261, *[41] * 8], (64, 64))], ids=str
+)
+def test_packed_pictures_get_the_tile_of_their_mean(
+    lengths: list[int], tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two global crops beside eight local ones: most tiles are of the small ones."""
+    started: list[Config] = []
+    monkeypatch.setattr(sys.modules[forward.__module__], "launch", lambda *given, **_: started.append(given[2]))
+    forward(torch.empty(sum(lengths), 3, 2, 64).half(), None, None, offsets(lengths), max(lengths), 0.125)
+    assert [(c.block_m, c.block_n) for c in started] == [tile]
+
+
 # --- options -------------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +184,7 @@ def test_what_changes_a_kernel_is_measured_by_itself(measured: list[Config]) -> 
 def test_nothing_is_measured_inside_a_capture(measured: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
     """There it is the row of the table, or what was measured before."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert chosen(measured.append) == TABLE["forward", 64, 2]["sm90"][0][1] and not measured
+    assert chosen(measured.append) == TABLE["forward", 64, 2]["sm90"][-1][1] and not measured
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     fastest = chosen(measured.append)
     count = len(measured)

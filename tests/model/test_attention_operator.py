@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import relative
+from oracles import SMALL, relative
 from qkv import angles, offsets
 from recorder import FUSED, TURNED, Recorder
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinov3_infer import Preprocess
+from dinov3_infer import Preprocess, VisionTransformer
 from dinov3_infer.features.extractor import Extractor
-from dinov3_infer.model import attention, chips
-from dinov3_infer.model.attention import count_flops, rope_attention, sdpa_attention, why_not_triton
+from dinov3_infer.model import attention, chips, vit
+from dinov3_infer.model.attention import count_flops, rope_attention, sdpa_attention, triton_attention, why_not_triton
+from dinov3_infer.model.layers import narrowed
 from dinov3_infer.train.loop import Run
 
 OP = torch.ops.dinov3_infer.rope_attention
@@ -270,3 +272,45 @@ def test_who_computes_on_a_gpu(
         out = rope_attention(qkv, cos, sin, cu_seqlens=cu_seqlens)
     assert [name for name in recorder.called if name.startswith("dinov3_infer")] == ([expected] if expected else [])
     assert relative(out, sdpa_attention(qkv, cos, sin, cu_seqlens=cu_seqlens)) < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "attend", "expected"),
+    [
+        ("cuda", torch.bfloat16, rope_attention, torch.float16),
+        ("cuda", torch.float16, triton_attention, torch.float16),
+        ("cuda", torch.float32, rope_attention, torch.float32),
+        ("cuda", torch.bfloat16, sdpa_attention, torch.float32),
+        ("cpu", torch.bfloat16, rope_attention, torch.float32),
+    ],
+)
+def test_tables_have_16_bits_where_a_kernel_reads_them(
+    device: str, dtype: torch.dtype, attend: Any, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside tokens of 16 bits alone, by their weights or by autocast; what an own function gets is float32."""
+    monkeypatch.setattr(attention, "_not_installed", lambda: None)
+    autocasts = {(kind, d) for kind in [device] for d in (torch.bfloat16, torch.float16) if d == dtype}
+    with FakeTensorMode():
+        table = (torch.empty(9, 32, device=device), torch.empty(9, 32, device=device))
+        weight = torch.empty(4, dtype=dtype, device=device)
+        assert {t.dtype for t in narrowed(table, weight, attend)} == {expected}
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: (kind, dtype) in autocasts)
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: dtype)
+        assert {t.dtype for t in narrowed(table, weight.float(), attend)} == {expected}
+
+
+def test_a_model_on_a_gpu_narrows_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both passes: what a stand-in for the narrowing gives is what attention gets."""
+    model, seen = VisionTransformer(SMALL["dinov3"]), []
+
+    def attend(qkv: Tensor, cos: Tensor, sin: Tensor, **rest: Any) -> Tensor:
+        seen.append((cos.dtype, sin.dtype))
+        return sdpa_attention(qkv, cos, sin, **rest)
+
+    model.set_attention(attend)
+    monkeypatch.setattr(vit, "narrowed", lambda table, *_: tuple(t.half() for t in table))
+    pixels = torch.randn(1, 3, 2 * model.patch_size, 2 * model.patch_size)
+    with torch.no_grad():
+        model(pixels)
+        model.forward_packed([pixels, pixels])
+    assert set(seen) == {(torch.float16, torch.float16)} and len(seen) == 2 * len(model.blocks)

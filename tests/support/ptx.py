@@ -21,6 +21,7 @@ COMPARE: dict[str, Callable[..., np.ndarray]] = dict(
     lt=np.less, le=np.less_equal, gt=np.greater, ge=np.greater_equal, eq=np.equal, ne=np.not_equal, neu=np.not_equal,
     nan=lambda x, y: np.isnan(x) | np.isnan(y), num=lambda x, y: ~(np.isnan(x) | np.isnan(y)),
 )  # fmt: skip
+SIGNED = {"s16": np.int16, "s32": np.int32, "s64": np.int64}
 SPLIT = re.compile(r",(?![^{\[]*[}\]])")
 
 
@@ -82,6 +83,7 @@ class Run(Warps):
         self.special["global_smem"] = np.zeros(n, U32)
         self.values: dict[str, Any] = {}
         for (kind, name), value in zip(program.params, arguments + [0, 0], strict=True):
+            self.special[name] = np.full(n, len(self.values), U32)  # its address, which a select may choose
             self.values[name] = np.array(value, F32).view(U32) if kind == "f32" else np.array(value & (2**64 - 1), U64)
         self.groups: list[list[tuple[Any, ...]]] = []
         self.open: list[tuple[Any, ...]] = []
@@ -153,8 +155,8 @@ class Run(Warps):
         kind = parts[-1]
         if kind == "f32":
             return self.f32(operand)
-        unsigned = UNSIGNED[int(kind[1:]) // 8]
-        return self.get(operand, unsigned).view({"s32": np.int32, "s64": np.int64}.get(kind, unsigned))
+        unsigned = UNSIGNED[int(kind.lstrip("busf")) // 8]
+        return self.get(operand, unsigned).view(SIGNED.get(kind, unsigned))
 
     def _binary(self, parts: list[str], o: tuple[Any, ...], mask: Any, function: Callable[..., np.ndarray]) -> None:
         a, b = self._typed(parts, o[1]), self._typed(parts, o[2])
@@ -203,7 +205,10 @@ class Run(Warps):
 
     def op_neg(self, parts, o, mask):
         a = self._typed(parts, o[1])
-        self.set(o[0], (-a) if a.dtype == F32 else (-a).view(U32), mask)
+        if parts[-1] in ("f16", "bf16"):
+            self.set(o[0], a ^ np.uint16(0x8000), mask)
+        else:
+            self.set(o[0], -a if a.dtype == F32 else (-a).view(UNSIGNED[a.dtype.itemsize]), mask)
 
     def op_ex2(self, parts, o, mask):
         self.set(o[0], np.exp2(self.f32(o[1])), mask)
@@ -294,12 +299,9 @@ class Run(Warps):
             self.set(o[0], self.get(o[1], np.uint16).view(np.float16).astype(F32), mask)
         elif to[-1] == "f32" and to[-2] == "tf32":  # rna: to nearest, ties away from zero
             self.set(o[0], (self.get(o[1]) + U32(0x1000)) & U32(0xFFFFE000), mask)
-        elif to[-1] == "s32" and to[-2] == "f32":
-            self.set(o[0], self.get(o[1]).view(np.int32).astype(F32), mask)
-        elif to[-2:] == ["s64", "s32"]:
-            self.set(o[0], self.get(o[1]).view(np.int32).astype(np.int64).view(U64), mask)
-        elif to[-2:] in (["u32", "u64"], ["u64", "u32"], ["u32", "u16"], ["u16", "u32"]):
-            source, target = (UNSIGNED[int(kind[1:]) // 8] for kind in (to[-1], to[-2]))
-            self.set(o[0], self.get(o[1], source).astype(target), mask)
+        elif re.fullmatch(r"[us]\d+", to[-1]) and (to[-2] == "f32" or re.fullmatch(r"[us]\d+", to[-2])):
+            source = self._typed(to, o[1])
+            kind = F32 if to[-2] == "f32" else UNSIGNED[int(to[-2][1:]) // 8]
+            self.set(o[0], source.astype(np.int64).astype(kind) if kind != F32 else source.astype(F32), mask)
         else:
             raise NotImplementedError(".".join(parts))

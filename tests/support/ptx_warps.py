@@ -43,8 +43,9 @@ class Warps:
 
     def op_ld(self, parts, o, mask):
         if parts[1] == "param":
-            value = self.values[o[1][1]]
-            self.set(o[0], np.full(self.n, value).astype({"64": U64, "32": U32}[parts[-1][1:]]), None)
+            kind = {"64": U64, "32": U32}[parts[-1][1:]]
+            every = np.array([int(value) for value in self.values.values()], U64)
+            self.set(o[0], every[self.get(o[1][1])].astype(kind), None)
             return
         count, size, kind = self._width(parts)
         threads = self.all if mask is None else np.flatnonzero(mask)

@@ -1,161 +1,157 @@
 """Executes the compiled PTX of every shipped configuration without a GPU (see ptx.py), and judges what comes out.
 
-    python tests/support/run_ptx.py            # forward and backward of all rows for sm_80, sm_86 and sm_90a: minutes
-    python tests/support/run_ptx.py short      # a part of it, in seconds
+    python tests/support/run_ptx.py            # all rows, forward and backward, for sm_80, sm_86 and sm_90a: minutes
+    python tests/support/run_ptx.py part       # some of them, in seconds
     python tests/support/run_ptx.py mutants    # one barrier, fence or wait less at a time: is it noticed?
 
-Judge: an error against float64 of at most twice that of torch's own attention in the same dtype.
+Judge: an error against float64 of at most twice that of torch's own attention in the same dtype, and of at most that of
+torch's separate steps for what stands between products.
 """
 
 import collections
-import io
-import re
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import compile_kernels as ck  # first: it turns the interpreter off
-import numpy as np
+import kernel_cases as kc  # first: it turns the interpreter off
 import ptx
 import torch
 import triton
+from kernel_cases import BF16, FP16, FP32
+from ptx_runs import SYNCHRONISES, Executor, Image, between
 
-from dinov3_infer.model.attention import sdpa_attention
-from dinov3_infer.model.rope import rope_periods, rope_table
-
-LOG2_E = 1.4426950408889634
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CHIPS = ("sm80", "sm90", "small")
-SYNCHRONISES = re.compile(
-    r"\s*(?:@%p\d+ )?(bar\.sync|fence\.proxy|cp\.async\.wait_group|cp\.async\.commit_group|wgmma\.wait_group)"
-)
+Pairs = list[tuple[float, float]]  # our error and torch's
+Judged = tuple[str, Callable[[Executor], Pairs], float]  # what, how to run it, the factor that is allowed
 
 
-def bits(t: Any) -> np.ndarray:
-    t = t.contiguous()
-    return t.view(torch.int16).numpy() if t.element_size() == 2 else t.numpy()
+def attention(chip: str, width: int, dtype: torch.dtype, tables: torch.dtype, gradient: bool, grid: Any) -> Any:
+    """Every tile of the forward pass for heads of this width, the first with the gradient behind it."""
+    size, heads = dtype.itemsize, 1 if dtype == FP32 or not gradient else 2
+    rows = {kind: kc.TABLE[kind, width, size][chip] for kind in ("forward", "key_value", "query")}
+    image = Image(grid, width, heads, dtype)
 
-
-def nans(*shape: int, dtype: torch.dtype) -> np.ndarray:
-    return bits(torch.full(shape, float("nan"), dtype=dtype)).copy()
-
-
-def error(found: Any, expected: Any) -> float:
-    return float((found.double() - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
-
-
-class Image:
-    """The attention of one image: what goes in, and what should come out."""
-
-    def __init__(self, grid: tuple[int, int], width: int, heads: int, dtype: torch.dtype) -> None:
-        self.n, self.d, self.h, self.dtype, self.scale = grid[0] * grid[1] + 5, width, heads, dtype, width**-0.5
-        self.qkv = torch.randn(1, self.n, 3, heads, width).to(dtype)
-        self.grad = torch.randn(1, self.n, heads * width).to(dtype)
-        self.cos, self.sin = rope_table(grid, rope_periods(width), 5)
-        x, y = self.qkv.double().requires_grad_(), self.qkv.clone().requires_grad_()
-        self.exact, self.torchs = (sdpa_attention(t, self.cos, self.sin) for t in (x, y))
-        self.exact.backward(self.grad.double())
-        self.torchs.backward(self.grad)
-        self.exact, self.torchs = self.exact.detach(), self.torchs.detach()
-        self.exact_grad, self.torchs_grad = x.grad, y.grad
-
-    def run(
-        self, kind: str, chip: str, config: ck.Config, arguments: list[Any], memory: Any, programs: int, cut: int = -1
-    ) -> list[str]:
-        """Executes all programs of a kernel, `cut` a line that is left out; the lines of its PTX."""
-        rest = self.n % config.block_n
-        tail = max(16, triton.next_power_of_2(rest)) if rest else 0
-        with redirect_stdout(io.StringIO()):
-            compiled = ck.built(ck.Case(kind, chip, self.d, self.dtype, config, False, tail=tail))
-        lines = compiled.asm["ptx"].splitlines()
-        text = "\n".join(line for number, line in enumerate(lines) if number != cut)
-        program = ptx.Program(text, compiled.metadata.shared, config.warps * 32)
-        for number in range(programs):
-            program.run(arguments, memory, number)
-        return lines
-
-    def forward(self, chip: str, config: ck.Config, cut: int = -1) -> tuple[Any, np.ndarray, list[str]]:
-        out = nans(1, self.n, self.h * self.d, dtype=self.dtype)
-        lse = nans(1, self.h, self.n, dtype=FP32)
-        m, strides = ptx.Memory(), self.qkv.stride()[:4]
-        tensors = [*(m.put(bits(t)) for t in (self.qkv, self.cos, self.sin)), m.put(out), m.put(lse)]
-        arguments = [*tensors, self.n, self.n, self.h, *strides, self.scale * LOG2_E]
-        programs = triton.cdiv(self.n, config.block_m) * self.h
-        lines = self.run("forward", chip, config, arguments, m, programs, cut)
-        return torch.from_numpy(out).view(self.dtype), lse, lines
-
-    def backward(self, chip: str, rows: dict[str, ck.Config], out: Any, lse: np.ndarray) -> Any:
-        n, d, h, m = self.n, self.d, self.h, ptx.Memory()
-        delta, qk = nans(1, h, n, dtype=FP32), nans(1, n, 2, h, d, dtype=self.dtype)
-        dqkv = nans(1, n, 3, h, d, dtype=self.dtype)
-        g, o, q, c, s = (m.put(bits(t)) for t in (self.grad, out, self.qkv, self.cos, self.sin))
-        de, k, ls, dq = m.put(delta), m.put(qk), m.put(lse), m.put(dqkv)
-        v, stride = q + 2 * h * d * self.qkv.element_size(), self.qkv.stride()
-        strides = [n * 2 * h * d, 2 * h * d, h * d, d, stride[0], stride[1], stride[3]]
-        both = [k, v, c, s, g, ls, de, dq, n, n, h, *strides, self.scale, self.scale * LOG2_E]
-        self.run("delta", chip, ck.ROTATION, [g, o, de, n, h], m, triton.cdiv(n, 64) * h)
-        self.run("rotate", chip, ck.ROTATION, [q, c, s, k, n, h, *stride[:4]], m, 2 * triton.cdiv(n, 64) * h)
-        self.run("key_value", chip, rows["key_value"], both, m, triton.cdiv(n, rows["key_value"].block_n) * h)
-        self.run("query", chip, rows["query"], both, m, triton.cdiv(n, rows["query"].block_m) * h)
-        return torch.from_numpy(dqkv).view(self.dtype)
-
-
-def judged(chip: str, width: int, dtype: torch.dtype, gradient: bool = True, grid: Any = None, heads: int = 2) -> int:
-    """Prints a line for each configuration of the forward pass; how many are wrong."""
-    size, wrong = dtype.itemsize, 0
-    rows = {kind: ck.TABLE[kind, width, size][chip] for kind in ("forward", "key_value", "query")}
-    image = Image(grid or ((8, 8) if size == 4 else (8, 16)), width, heads, dtype)
-    for config in dict.fromkeys(config for _, config in rows["forward"]):
-        try:
-            out, lse, _ = image.forward(chip, config)
-            pairs = [(error(out, image.exact), error(image.torchs, image.exact))]
+    def judged(config: kc.Config, gradient: bool) -> Callable[[Executor], Pairs]:
+        def run(executor: Executor) -> Pairs:
+            out, lse = image.forward(executor, chip, config, tables)
+            pairs = [image.judged(out)]
             if gradient:
-                found = image.backward(chip, {kind: rows[kind][0][1] for kind in ("key_value", "query")}, out, lse)
-                pairs.append((error(found, image.exact_grad), error(image.torchs_grad, image.exact_grad)))
-            bad = any(not ours <= 2 * theirs + 1e-7 for ours, theirs in pairs)
-            told = ", ".join(f"{ours:.2e} (torch {theirs:.2e})" for ours, theirs in pairs)
-        except (ptx.Fault, NotImplementedError) as fault:
-            bad, told = True, repr(fault)
-        wrong += bad
-        tile = f"{config.block_m}x{config.block_n}"
-        print(f"{chip} D{width} {str(dtype)[6:]} {tile}: {told}{' <-- WRONG' if bad else ''}", flush=True)
-    return wrong
+                first = {kind: rows[kind][0][1] for kind in ("key_value", "query")}
+                pairs.append(image.judged(image.backward(executor, chip, first, out, lse, tables), True))
+            return pairs
+
+        return run
+
+    for config in dict.fromkeys(config for _, config in rows["forward"]):
+        name = f"{chip} D{width} {str(dtype)[6:]} {config.block_m}x{config.block_n} tables {str(tables)[6:]}"
+        yield name, judged(config, gradient), 2.0
+        gradient = False
 
 
-def mutants(chip: str, grid: tuple[int, int]) -> tuple[int, int]:
+def whole(chip: str, dtype: torch.dtype, tables: torch.dtype, grids: tuple[tuple[int, int], ...]) -> Iterator[Judged]:
+    """One program a head."""
+    for grid in grids:
+        image = Image(grid, 64, 2, dtype)
+        for config in [c for limit, c in kc.SHORT.get(chip, ()) if image.n <= limit][:1]:
+            name = f"{chip} D64 {str(dtype)[6:]} {image.n} tokens, one program a head, tables {str(tables)[6:]}"
+            yield name, lambda run, i=image, c=config: [i.judged(i.forward(run, chip, c, tables)[0])], 2.0  # type: ignore[misc]
+
+
+def steps(chip: str, some: bool = False) -> Iterator[Judged]:
+    """What stands between products."""
+    for case in kc.between(chip):
+        if not some or case.dtype == BF16 and case.width in (1024, 1536, 16) and not case.out and case.kind != "norm":
+            name = f"{chip} {case.kind} {case.width} {str(case.dtype)[6:]}{' to float32' if case.out else ''}"
+            yield name, lambda run, case=case: between(run, case), 1.01  # type: ignore[misc]
+
+
+GRIDS = ((4, 31), (4, 49), (10, 25), (16, 16), (8, 35))  # 129, 201, 255, 261 and 285 tokens
+
+
+def everything(chip: str) -> Iterator[Judged]:
+    for width, dtype in ((64, BF16), (64, FP16), (128, BF16), (128, FP16), (64, FP32)):
+        for tables in (FP32,) if dtype == FP32 else (FP32, FP16):
+            yield from attention(chip, width, dtype, tables, True, (8, 8) if dtype == FP32 else (8, 16))
+    for dtype, tables in ((BF16, FP16), (BF16, FP32), (FP16, FP16)):
+        yield from whole(chip, dtype, tables, GRIDS)
+    yield from steps(chip)
+
+
+def part(chip: str) -> Iterator[Judged]:
+    yield from attention(chip, 64, BF16, FP16, False, (4, 16))
+    yield from whole(chip, BF16, FP16, GRIDS[:1])
+    yield from steps(chip, some=True) if chip == "sm90" else ()
+
+
+def wrong(name: str, run: Callable[[Executor], Pairs], factor: float) -> bool:
+    """Prints a line."""
+    try:
+        pairs = run(Executor())
+        bad = any(not ours <= factor * theirs + 1e-7 for ours, theirs in pairs)
+        told = ", ".join(f"{ours:.2e} (torch {theirs:.2e})" for ours, theirs in pairs)
+    except (ptx.Fault, NotImplementedError) as fault:
+        bad, told = True, repr(fault)
+    print(f"{name}: {told}{' <-- WRONG' if bad else ''}", flush=True)
+    return bad
+
+
+# --- mutants -------------------------------------------------------------------------------------------------------
+
+
+def subjects(chip: str) -> Iterator[tuple[str, Callable[[Executor], Pairs], float]]:
+    """Kernels that synchronise: a name in the executor, a run that shows what it computes, the error that is right."""
+    image = Image((8, 16), 64, 1, BF16)
+    rows = {kind: kc.TABLE[kind, 64, 2][chip][0][1] for kind in ("forward", "key_value", "query")}
+    out, lse = image.forward(Executor(), chip, rows["forward"])
+
+    def gradient(kind: str, parts: slice) -> Callable[[Executor], Pairs]:
+        row = {kind: rows[kind]}
+        return lambda run: [image.judged(image.backward(run, chip, row, out, lse, FP16), True, parts)]
+
+    yield "forward", lambda run: [image.judged(image.forward(run, chip, rows["forward"], FP16)[0])], 5e-3
+    for _, config in kc.SHORT.get(chip, ())[:1]:
+        yield "short", lambda run, c=config: [image.judged(image.forward(run, chip, c, FP16)[0])], 5e-3  # type: ignore[misc]
+    yield "key_value", gradient("key_value", slice(1, 3)), 8e-3
+    yield "query", gradient("query", slice(1)), 8e-3
+    for case in kc.between(chip):
+        if case.dtype == BF16 and (case.kind, case.width) in (("residual_norm", 1024), ("norm", 384), ("unfold", 16)):
+            yield case.kind, lambda run, case=case: between(run, case), 5e-3  # type: ignore[misc]
+
+
+def mutants(chip: str) -> tuple[int, int]:
     """How many kernels without one line of synchronisation are noticed, and of how many."""
-    image, found = Image(grid, 64, 1, BF16), collections.Counter[tuple[str, str]]()
-    config = ck.TABLE["forward", 64, 2][chip][0][1]
-    for number, line in enumerate(image.forward(chip, config)[2]):
-        if (m := SYNCHRONISES.match(line)) is None:
-            continue
-        try:
-            right = error(image.forward(chip, config, number)[0], image.exact) < 5e-3
-            found[m.group(1), "not noticed" if right else "wrong numbers"] += 1
-        except ptx.Fault as fault:
-            found[m.group(1), str(fault)] += 1
-    for (what, result), count in sorted(found.items()):
-        print(f"{chip}, without one {what}: {result} ({count})", flush=True)
-    return sum(count for (_, result), count in found.items() if result != "not noticed"), found.total()
+    found = collections.Counter[tuple[str, str, str]]()
+    for kind, run, right in subjects(chip):
+        whole = Executor()
+        run(whole)
+        for number, line in enumerate(whole.lines[kind]):
+            if (m := SYNCHRONISES.match(line)) is None:
+                continue
+            try:
+                same = all(ours < right for ours, _ in run(Executor(kind, number)))
+                found[kind, m.group(1), "not noticed" if same else "wrong numbers"] += 1
+                if same:
+                    print(f"{chip} {kind}, line {number}: {line.strip()}: not noticed", flush=True)
+            except ptx.Fault as fault:
+                found[kind, m.group(1), str(fault)] += 1
+    for (kind, what, result), count in sorted(found.items()):
+        print(f"{chip} {kind}, without one {what}: {result} ({count})", flush=True)
+    return sum(count for (*_, result), count in found.items() if result != "not noticed"), found.total()
 
 
 def main(what: str) -> int:
     print(f"triton {triton.__version__}")
     torch.manual_seed(0)
-    if what == "short":
-        return int(sum(judged(chip, 64, BF16, gradient=False, grid=(4, 16), heads=1) for chip in CHIPS) > 0)
     if what == "mutants":
-        counts = [mutants(chip, (8, 16)) for chip in ("sm80", "sm90")]
+        counts = [mutants(chip) for chip in ("sm80", "sm90")]
         noticed, of = (sum(pair[i] for pair in counts) for i in (0, 1))
         print(f"{noticed} of {of} noticed")
         return int(noticed < 0.7 * of)
-    kinds = ((64, BF16), (64, FP16), (128, BF16), (128, FP16), (64, FP32))
-    failures = sum(
-        judged(chip, width, dtype, heads=1 if dtype == FP32 else 2) for chip in CHIPS for width, dtype in kinds
-    )
+    chosen = part if what == "part" else everything
+    failures = sum(wrong(*judged) for chip in CHIPS for judged in chosen(chip))
     print(f"{failures} failures")
     return int(failures > 0)
 

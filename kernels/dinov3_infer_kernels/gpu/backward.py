@@ -196,6 +196,6 @@ def backward(
         run(query_kernel, config.block_m, config)
 
     form: Any = dict(packed=shape.packed, rotated=cos is not None)
-    key_values(key_value_config or select("key_value", qkv, shape.longest, key_values, **form))
-    queries(query_config or select("query", qkv, shape.longest, queries, **form))
+    key_values(key_value_config or select("key_value", qkv, shape.length, key_values, **form))
+    queries(query_config or select("query", qkv, shape.length, queries, **form))
     return dqkv

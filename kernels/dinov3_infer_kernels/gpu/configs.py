@@ -1,7 +1,8 @@
 """Launch configurations: a static table by pass, chip, width of a head and dtype, and then by length.
 
-The rows were chosen by compiling for each chip: no spilled registers, shared memory within the chip's limit.  They are
-not tuned by time yet; DINOV3_INFER_AUTOTUNE=1 measures the candidates of a call once and takes the fastest.
+The rows were chosen by compiling for each chip (no spilled registers, shared memory within the chip's limit) and for
+Hopper by what the compiled code reads and executes, see tests/support/ptx_counts.py.  They are not tuned by time yet;
+DINOV3_INFER_AUTOTUNE=1 measures the candidates of a call once and takes the fastest.
 """
 
 import os
@@ -49,19 +50,20 @@ class Config:
 ROTATION = Config(64, 64, 4, 1)  # of kernels without a product: bound by memory
 ANY = 2**31  # tokens
 
-# (pass, width, bytes of an element) -> chip -> rows of the longest picture in tokens and its configuration.
+# (pass, width, bytes of an element) -> chip -> rows of a length in tokens (of the mean picture, if they differ) and the
+# configuration.
 # "small" is every chip with 64 to 100 KiB of shared memory: sm_86, sm_89, sm_120, AMD, Intel.
 # fmt: off
 TABLE: dict[tuple[str, int, int], dict[str, tuple[tuple[int, Config], ...]]] = {
     ("forward", 64, 2): {
         "sm80": ((ANY, Config(64, 32, 4, 1)),),
-        "sm90": ((640, Config(64, 64, 4, 2)), (ANY, Config(128, 128, 8, 2))),
+        "sm90": ((128, Config(64, 64, 4, 2)), (ANY, Config(128, 128, 8, 2))),
         "sm100": ((ANY, Config(64, 64, 4, 2)),),
         "small": ((ANY, Config(64, 32, 4, 1)),),
     },
     ("forward", 128, 2): {
         "sm80": ((ANY, Config(32, 32, 8, 2)),),
-        "sm90": ((640, Config(64, 64, 8, 2)), (ANY, Config(128, 64, 8, 2))),
+        "sm90": ((128, Config(64, 64, 8, 2)), (ANY, Config(128, 64, 8, 2))),
         "sm100": ((ANY, Config(128, 64, 8, 2)),),
         "small": ((ANY, Config(32, 32, 8, 1)),),
     },
@@ -113,7 +115,12 @@ TABLE: dict[tuple[str, int, int], dict[str, tuple[tuple[int, Config], ...]]] = {
 # Chip -> rows of tokens and configuration of one program a head, forward: 16-bit tokens, heads of 64 channels.
 # Smaller chips, among them those of other vendors, lack the shared memory.
 SHORT: dict[str, tuple[tuple[int, Config], ...]] = {
-    "sm80": ((272, Config(64, 272, 4, 1, whole=True)), (288, Config(32, 288, 4, 1, whole=True))),
+    "sm80": (
+        (224, Config(64, 224, 4, 1, whole=True)),
+        (256, Config(32, 256, 4, 1, whole=True)),
+        (272, Config(64, 272, 4, 1, whole=True)),
+        (288, Config(32, 288, 4, 1, whole=True)),
+    ),
     "sm90": ((272, Config(64, 272, 4, 1, whole=True)), (288, Config(64, 288, 8, 1, whole=True))),
     "sm100": ((288, Config(64, 288, 4, 1, whole=True)),),
 }

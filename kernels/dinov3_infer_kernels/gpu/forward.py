@@ -147,5 +147,5 @@ def forward(
     if out.numel():
         whole = None if shape.packed or cos is None else whole_heads(qkv, shape.tokens, heads)
         rotated = cos is not None
-        run(config or select("forward", qkv, shape.longest, run, packed=shape.packed, rotated=rotated, whole=whole))
+        run(config or select("forward", qkv, shape.length, run, packed=shape.packed, rotated=rotated, whole=whole))
     return out, lse

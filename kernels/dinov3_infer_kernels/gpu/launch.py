@@ -28,6 +28,11 @@ class Shape(NamedTuple):
     packed: bool
     strides: tuple[int, int, int, int]  # of pictures (0 for packed), tokens, the three parts, heads
 
+    @property
+    def length(self) -> int:
+        """Tokens of the mean picture: tiles for one large picture would be mostly empty for many small ones."""
+        return -(-self.rows // max(1, self.pictures))
+
 
 def check(
     qkv: Tensor,

@@ -1,0 +1,112 @@
+"""What a head of the forward pass costs on Hopper, counted while its PTX is executed, and the rate that this bounds.
+
+    python tests/support/ptx_counts.py          # prints the table
+    python tests/support/ptx_counts.py --save   # and writes it to kernels/benchmarks/records/executed.json
+
+Nothing here is a measurement: clocks are those that one resource would need if it were alone and never waited.  A
+multiprocessor of an H200 issues 4 instructions of a warp a clock, multiplies 4096 pairs of 16-bit numbers and moves 128
+bytes of shared memory; 26 bytes a clock are 6 TB/s from the L2 cache, for which published readings are 5.5 to 7.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import kernel_cases as kc  # first: it turns the interpreter off
+import torch
+import triton
+from kernel_cases import BF16, FP16, FP32, Config
+from ptx_runs import Executor, Image, between
+
+RECORD = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks" / "records" / "executed.json"
+PROCESSORS, CLOCK, L2_BYTES, SHARED_BYTES, PAIRS = 132, 1.755e9, 26, 128, 4096
+
+
+def instructions(compiled: Any) -> tuple[int, int]:
+    """SASS instructions of the longest loop, and of the whole kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        done = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    labels = {m.group(1): i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+    jumps = [
+        (labels[m.group(1)], i)
+        for i, line in enumerate(lines) if (m := re.search(r"BRA.*`\((\.L_x_\d+)\)", line)) and m.group(1) in labels
+    ]  # fmt: skip
+    first, last = max((j for j in jumps if j[0] < j[1]), key=lambda j: j[1] - j[0])
+    counted = [bool(re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+", line)) for line in lines]
+    return sum(counted[first:last]), sum(counted)
+
+
+def attention(n: int, grid: tuple[int, int], config: Config, tables: torch.dtype) -> dict[str, Any]:
+    """Of one head of 64 channels in bfloat16."""
+    image, run = Image(grid, 64, 1, BF16), Executor()
+    out, _ = image.forward(run, "sm90", config, tables)
+    kind = "short" if config.whole else "forward"
+    counts, (loop, all_) = run.counts[kind], instructions(run.compiled[kind])
+    blocks = -(-n // config.block_m)
+    if config.whole:
+        keys, programs, rounds = sum(kc.segments(n)), 1, blocks
+    else:
+        rest = n % config.block_n
+        keys = n - rest + (max(16, triton.next_power_of_2(rest)) if rest else 0)
+        programs, rounds = blocks, n // config.block_n
+    read = sum(v for k, v in counts.items() if k.startswith("global"))
+    clocks = {
+        "issue": (loop * rounds + all_ - loop) * programs * config.warps / 4,
+        "tensor cores": 4 * 64 * blocks * config.block_m * keys / PAIRS,
+        "shared memory": counts["wavefronts"] + counts["shared, wgmma"] / SHARED_BYTES,
+        "L2": read / L2_BYTES,
+    }
+    return {
+        "tokens": n,
+        "tile": "one program a head" if config.whole else f"{config.block_m}x{config.block_n}",
+        "warps": config.warps,
+        "tables": str(tables)[6:],
+        "error": image.judged(out),
+        "bytes": read,
+        "bytes_of_tables": counts["global, tensor 2"] + counts["global, tensor 3"],
+        "clocks": {name: round(value) for name, value in clocks.items()},
+        "bound": round(4 * n * n * 64 * PROCESSORS * CLOCK / max(clocks.values()) / 1e12),
+    }
+
+
+def steps() -> list[dict[str, Any]]:
+    """Bytes of the kernels between products, beside the least that there is to read."""
+    found = []
+    for case in kc.between("sm90"):
+        if case.dtype != BF16 or case.out or case.width not in (384, 1024, 4096, 1536, 16):
+            continue
+        run = Executor()
+        between(run, case, rows=8)
+        counts = run.counts[case.kind]
+        tensors = {k: v for k, v in counts.items() if k.startswith("global")}
+        found.append(dict(kernel=case.kind, width=case.width, instructions=sum(run.steps[case.kind]), bytes=tensors))
+    return found
+
+
+GRIDS = {201: (14, 14), 261: (16, 16), 1029: (32, 32)}
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    rows = []
+    extra = [Config(64, 64, 4, 2), Config(128, 64, 8, 2), Config(128, 128, 8, 2)] if "--all" in sys.argv else []
+    for n, grid in GRIDS.items():
+        shipped = [next(c for limit, c in kc.TABLE["forward", 64, 2]["sm90"] if n <= limit)]
+        whole = [c for limit, c in kc.SHORT["sm90"] if n <= limit][:1] if n >= 129 else []
+        for config in dict.fromkeys([*shipped, *whole, *extra]):
+            for tables in (FP16, FP32):
+                rows.append(attention(n, grid, config, tables))
+                print(rows[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
