@@ -135,7 +135,8 @@ class Extractor:
             patches = (placement.to_patch(*query, grid) for placement in batch.placements)
             tokens = [prefix + row * grid[1] + column for row, column in patches]
         with self._inference():
-            rows = attention_rows(vit, self._normalised(batch), block, torch.tensor(tokens))
+            asked = torch.tensor(tokens, dtype=torch.int64, device="cpu")
+            rows = attention_rows(vit, self._normalised(batch), block, asked)
         self.check_finite(rows.sum())
         return rows[:, :, 0, prefix:].unflatten(-1, grid)  # type: ignore[no-any-return]
 

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ..errors import Dinov3Error, InputError, InputTypeError, check_choice
 from ..images.decode import Decoded, ImageLike, TargetSize, decode
+from ..images.levels import Levels
 from ..images.paths import name_of
+from ..images.pixels import own
 from ..images.preprocess import PixelBatch, Placement, Preprocess
 from ..images.sources import Items, Source
 
@@ -52,7 +54,7 @@ class Item(NamedTuple):
 
     number: int  # in the input, from 0
     path: str | None  # None for pictures that came as objects
-    load: Callable[[TargetSize | None], Decoded]
+    load: Callable[[TargetSize | None, Levels | None], Decoded]
     alone: bool = False  # not in a thread: an open picture or stream may come twice, and cannot be read twice at once
 
 
@@ -63,6 +65,7 @@ class Result(Generic[T]):
     number: int
     path: str | None
     found: T | Dinov3Error  # the error says why it could not be read
+    ends: bool = True  # the last one of its pass
 
 
 @dataclass(frozen=True)
@@ -87,17 +90,22 @@ class _Read(NamedTuple):
 
 
 def items_of(pictures: Source | Iterable[ImageLike], numbers: Iterable[int] | None = None) -> Iterator[Item]:
-    """All pictures, or of a source those with these numbers."""
+    """All images, or of a source those with these numbers.
+
+    An array or tensor that does not lie in a list is copied when it is pulled: a stream may fill one again and again.
+    """
     if isinstance(pictures, Source):
         numbers = range(len(pictures)) if numbers is None else numbers
         if not isinstance(pictures, Items):
             yield from (Item(n, pictures.key(n), partial(pictures.load, n)) for n in numbers)
             return
-        listed = list(numbers)
+        listed, kept = list(numbers), pictures.kept
         chosen: Iterable[tuple[int, ImageLike]] = zip(listed, map(pictures.picture, listed), strict=True)
     else:
-        chosen = enumerate(pictures)
+        chosen, kept = enumerate(pictures), isinstance(pictures, (list, tuple))
     for n, image in chosen:
+        if not kept:
+            image = own(image)
         alone = not isinstance(image, (str, os.PathLike, bytes, np.ndarray, Tensor))
         yield Item(n, name_of(image), partial(decode, image, f"item {n}"), alone)
 
@@ -180,8 +188,8 @@ class Batcher(Generic[T]):
 
     def _in_rounds(self, pool: ThreadPoolExecutor, items: Iterator[Item]) -> Iterator[_Read]:
         """A model on the CPU uses every core: threads that decode meanwhile would only make it wait for its slowest."""
-        while batch := list(itertools.islice(items, self.batch_size)):
-            yield from [future.result() for future in [self._submit(pool, item) for item in batch]]
+        while batch := [self._submit(pool, item) for item in itertools.islice(items, self.batch_size)]:
+            yield from (future.result() for future in batch)
 
     def _submit(self, pool: ThreadPoolExecutor, item: Item) -> Future[_Read]:
         if not item.alone:
@@ -194,7 +202,7 @@ class Batcher(Generic[T]):
         label = f"item {item.number}"
         wanted = (lambda h, w: self.transform.plan(h, w, label).resized) if self.reading.decode == "fast" else None
         try:
-            image, original = item.load(wanted)
+            image, original = item.load(wanted, self.transform.levels)
             return _Read(item, self.transform.place(image, label, original, self.for_gpu))
         except Dinov3Error as error:
             return _Read(item, error)
@@ -252,7 +260,7 @@ class _Flight(Generic[T]):
         done = {n: one for numbers, batch in batches for n, one in zip(numbers, batch, strict=True)}
         for item, placed in self.reads:
             found = placed if isinstance(placed, Dinov3Error) else done[item.number]
-            yield Result(item.number, item.path, found)
+            yield Result(item.number, item.path, found, item is self.reads[-1].item)
 
 
 def in_order(results: Iterable[Result[T]], on_error: OnError) -> Iterator[T | Dinov3Error | None]:

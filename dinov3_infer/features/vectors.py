@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import Dinov3Error, InputError, check_choice
+from ..images.levels import Levels, as_levels
 from ..images.preprocess import Fit, PixelBatch
 from ..model.network import as_map
 from .extractor import Extractor
@@ -40,6 +41,7 @@ class EmbedOptions:
     out_dtype: OutDtype = "float32"
     size: int | tuple[int, int] | None = None  # pixels
     fit: Fit | None = None
+    levels: Levels | None = None  # of images of more than 8 bits
     decode: Decode = "exact"
     # how they are made
     batch_size: int | None = None  # images; None for what is found to be fastest
@@ -47,11 +49,13 @@ class EmbedOptions:
     num_workers: int | None = None  # threads that read images
     on_error: Literal["raise", "skip"] = "raise"
     overwrite: bool = False
+    trust_names: bool = False  # a rerun does not look whether images are those that had their names
     progress: bool | None = None  # None: where stderr is a terminal
 
     def __post_init__(self) -> None:
         for name, kind in (("pooling", Pooling), ("kind", Kind), ("out_dtype", OutDtype), ("decode", Decode)):
             check_choice(name, getattr(self, name), kind)
+        object.__setattr__(self, "levels", as_levels(self.levels))
         check_choice("on_error", self.on_error, ("raise", "skip"))
         for name, least in (("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
             if (value := getattr(self, name)) is not None:
@@ -76,6 +80,8 @@ class EmbedReport:
     failures: tuple[Failure, ...]  # whose rows are NaN
     batch_size: int  # in the end: smaller than asked for where the memory did not do
     resumed: int  # rows that were there before
+    changed: int = 0  # rows computed again, because their source is another one now
+    retried: int = 0  # rows that had failed before, and were tried again
 
 
 class Vector(NamedTuple):

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from ..errors import InputTypeError, LayerError, UnsupportedError
 
-__all__ = ["BackboneOutput", "LayerOutput", "Network", "Outputs", "Scale", "as_map", "normalised", "resolve_layers"]
+__all__ = [
+    "BackboneOutput",
+    "LayerOutput",
+    "Network",
+    "Outputs",
+    "Scale",
+    "as_map",
+    "normalised",
+    "resolve_layers",
+    "shapes",
+]
 
 Scale: TypeAlias = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std of red, green, blue
 
@@ -25,6 +35,9 @@ class LayerOutput(NamedTuple):
     register_tokens: Tensor  # [B, R, C]
     patch_tokens: Tensor  # [B, P, C]
 
+    def __repr__(self) -> str:
+        return f"LayerOutput({shapes(self, self._fields)})"
+
 
 class BackboneOutput(NamedTuple):
     """Tokens after the last layer and the final norm, and those of the layers asked for."""
@@ -33,6 +46,14 @@ class BackboneOutput(NamedTuple):
     register_tokens: Tensor  # [B, R, C]
     patch_tokens: Tensor  # [B, P, C]
     layers: tuple[LayerOutput, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"BackboneOutput({shapes(self, self._fields[:3])}, {len(self.layers)} layers)"
+
+
+def shapes(holder: object, names: Sequence[str]) -> str:
+    """The shapes of tensors, in one line: a notebook shows it instead of the numbers."""
+    return ", ".join(f"{name} {list(getattr(holder, name).shape)}" for name in names)
 
 
 class Outputs(list[BackboneOutput]):
@@ -119,6 +140,10 @@ class Network(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.main_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.main_weight.dtype
 
     @property
     def embed_dim(self) -> int:

@@ -113,9 +113,7 @@ def test_the_launcher_asks_for_it(images: int, rotated: bool, monkeypatch: pytes
     assert (kernel is short_kernel) == config.whole == whole and (programs == images * 4) == whole
 
 
-@pytest.mark.parametrize(
-    ("lengths", "tile"), [([261] * 3, (128, 128)), ([261, 261, *[41] * 8], (64, 64))], ids=str
-)
+@pytest.mark.parametrize(("lengths", "tile"), [([261] * 3, (128, 128)), ([261, 261, *[41] * 8], (64, 64))], ids=str)
 def test_packed_pictures_get_the_tile_of_their_mean(
     lengths: list[int], tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def test_exact_equals_plain_at_every_width(config: ViTConfig, no_grad: None) -> 
 def test_heads_of_an_odd_width(mode: str) -> None:
     """Which learned positions allow."""
     bb = backbone(ViTConfig(63, 2, 3, 126, position_grid=4), mode)
+    bb.preprocess = replace(bb.preprocess, size=256)  # 4 patches a side are too few to find the spans of int8 from
     found = torch.nn.functional.cosine_similarity(features(bb, PICTURES[0]), plain(bb, PICTURES[0]), dim=-1)
     assert found.min() > {"exact": 1 - 1e-6, "fast": 0.999, "int8": 0.97}[mode]
 
