@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .attention import why_not_triton
-from .chips import distrust
+from .chips import distrust, lacks_bfloat16
 from .cpu.linear import why_not_int8, why_not_packed
 from .cpu.plan import CpuPlan, spans_of
 from .cuda.cuda_plan import CudaPlan
@@ -98,6 +98,8 @@ def _made_for_cpu(model: VisionTransformer, mode: Mode, request: Request) -> Pla
 
 
 def _why_not_cuda(model: VisionTransformer, request: Request) -> str | None:
+    if request.half is None and lacks_bfloat16(model.device):
+        return "its products are in float32, since this GPU has none in bfloat16"
     if request.half is None:
         return "its products are in float32; load it with dtype='auto' or 'bfloat16' for products in 16 bits"
     if model.config.in_chans != 3:
@@ -195,10 +197,9 @@ def _current(model: Network, mode: Mode, request: Request) -> _Kept | None:
 
 def _why_none(model: Network, device: _Device, request: Request) -> str | None:
     """Why no plan is made, or None if one can be."""
-    if (reason := why_unknown(model, device.dtypes(request))) is not None:
+    if isinstance(model, VisionTransformer) and (reason := device.why_not(model, request)) is not None:
         return reason
-    assert isinstance(model, VisionTransformer)
-    return device.why_not(model, request)
+    return why_unknown(model, device.dtypes(request))
 
 
 def _tried(model: Network, kept: _Kept, request: Request) -> _Kept:

@@ -5,6 +5,8 @@ Short operations are replayed from a CUDA graph, so that it is the kernels that 
 
 import importlib
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dinov3_infer.cli.bench import contest as method
-from dinov3_infer.cli.bench.contest import Run, Settings, reason
+from dinov3_infer.cli.bench.contest import Run, Settings, elapsed, reason
 
 L2_BYTES = 60 << 20  # of an H200; inputs rotate through three times as much
 
@@ -27,11 +29,20 @@ class Cell(method.Cell):
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def contest(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """The record of a cell, with the longest kernels of each contestant, and clocks before judging and at the end."""
+def contest(
+    cell: Cell, settings: Settings, keep: Callable[[dict[str, Any]], None] = lambda record: None
+) -> dict[str, Any]:
+    """The record of a cell, with what the profiler says of each contestant, and clocks before judging and at the end.
+
+    `keep` is given the record each time that a contestant or a round is done.
+    """
+    before = clocks(settings)
+
+    def whole(found: dict[str, Any]) -> dict[str, Any]:
+        return found | {"flops": cell.flops, "clocks": {"before": before}} | cell.notes
 
     def prepare(run: Run, entry: dict[str, Any]) -> Run:
-        entry["kernels"] = longest_kernels(run, settings)
+        entry |= profiled(run, len(cell.inputs), settings)
         if not (settings.cuda and cell.replay):
             return run
         try:
@@ -42,9 +53,9 @@ def contest(cell: Cell, settings: Settings) -> dict[str, Any]:
             entry["not_replayed"] = reason(error)
         return run
 
-    before = clocks(settings)
-    found = method.contest(cell, settings, prepare)
-    return found | {"flops": cell.flops, "clocks": {"before": before, "after": clocks(settings)}} | cell.notes
+    found = whole(method.contest(cell, settings, prepare, lambda found: keep(whole(found))))
+    found["clocks"]["after"] = clocks(settings)
+    return found
 
 
 def copies(size: int) -> int:
@@ -72,8 +83,17 @@ def replayed(run: Run) -> Run:
     return graph.replay
 
 
-def longest_kernels(run: Run, settings: Settings, count: int = 3) -> list[str]:
-    """Names of the kernels that take most time: which attention it is that a call comes down to."""
+def profiled(run: Run, inputs: int, settings: Settings, count: int = 3) -> dict[str, Any]:
+    """Of one input: milliseconds alone, those that the host takes, those that the GPU is busy, and how many kernels.
+
+    `kernels` are the names of the longest: which attention it is that a call comes down to.
+    """
+    found: dict[str, Any] = {"alone_ms": elapsed(run, 1, settings) / inputs}
+    begun = time.perf_counter()
+    run()
+    found["host_ms"] = 1e3 * (time.perf_counter() - begun) / inputs
+    if settings.cuda:
+        torch.cuda.synchronize()
     activity = ProfilerActivity.CUDA if settings.cuda else ProfilerActivity.CPU
     clock = "self_device_time_total" if settings.cuda else "self_cpu_time_total"
     try:
@@ -83,8 +103,11 @@ def longest_kernels(run: Run, settings: Settings, count: int = 3) -> list[str]:
                 torch.cuda.synchronize()
         events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, clock))
     except RuntimeError as error:  # no profiler here is no reason not to measure
-        return [reason(error)]
-    return [event.key[:160] for event in events[:count] if getattr(event, clock) > 0]
+        return found | {"kernels": [reason(error)]}
+    busy = [event for event in events if getattr(event, clock) > 0]
+    found["busy_ms"] = sum(getattr(event, clock) for event in busy) / 1e3 / inputs
+    found["kernel_count"] = sum(event.count for event in busy) / inputs
+    return found | {"kernels": [event.key[:160] for event in busy[:count]]}
 
 
 def clocks(settings: Settings) -> str | None:

@@ -22,10 +22,13 @@ TITLES = {
     "op": "Rotation and attention, forward",
     "mixed": "Pictures of 256, 512 and 1024 pixels, 60, 30 and 10 percent, in one batch",
     "backward": "Rotation and attention, forward and backward",
+    "eager": "Models as users call them, from images on the host",
+    "compiled": "The same beside compiled peers",
     "model": "Whole models, inference",
     "training": "A training step: forward, backward, AdamW",
 }
-OURS = ("fused", "packed", "ours", "ours, packed")  # what all others are divided by: the last of these that a cell has
+# what all others are divided by: the last of these that a cell has
+OURS = ("fused", "packed", "ours", "ours, packed", "extract_features")
 NOTHING = "**Nothing has been measured on a GPU yet.**\n"
 COMPILED = re.compile(
     r"(?P<kernel>forward|short|key_value|query|delta|rotate|residual_norm|norm|swiglu|unfold)(?P<form>[ \w]*?) +"
@@ -47,6 +50,9 @@ def lines(cell: dict[str, Any]) -> list[str]:
     for name, entry in cell["contestants"].items():
         if "refused" in entry:
             found.append(f"  {name:36} {entry['refused']}")
+            continue
+        if "rounds_ms" not in entry:
+            found.append(f"  {name:36} ended before it was timed")
             continue
         times = entry["rounds_ms"]
         ratio = f"{median(ratios(times, ours)):6.2f}x" if ours else ""

@@ -1,12 +1,16 @@
 """Everything about the kernel that only a GPU can show, in one command.
 
     python kernels/benchmarks/run.py                        # all parts, 25 minutes at most
+    python kernels/benchmarks/run.py --short                # what matters most, 560 seconds at most
     python kernels/benchmarks/run.py op backward            # some of them
     python kernels/benchmarks/run.py --dry-run --out /tmp/x # a rehearsal on a CPU: tiny sizes
 
-Parts in order: the tests marked gpu, agreement of real weights (--weights), tuning, then the comparisons.  Each runs in
-a process of its own, writes its record after every cell and is ended when its share of the time is up; started again
-with the same --out it goes on where it stopped.  Configurations that tuning found are in force for what follows.
+Parts in order: the tests marked gpu, agreement of real weights (--weights), tuning, then the comparisons.  The short
+run begins with what needs no compiler: a few tests, models as users call them, the operator.
+
+Each part runs in a process of its own, writes its record after every contestant and every round, and is ended when its
+share of the time is up; started again with the same --out it goes on where it stopped.  What tuning found is in force
+for what follows.  A model whose plan is not used ends the run with an error.
 """
 
 import argparse
@@ -37,20 +41,25 @@ MEASURED = (
 )
 # part -> its share of the time; seconds if all of them have 25 minutes
 PARTS = dict(tests=280, weights=40, tune=240, op=280, mixed=50, backward=130, model=360, training=120)
+SHORT = dict(ceilings=15, smoke=50, eager=170, op=90, tune=70, compiled=150)
+ALL = tuple(dict.fromkeys((*PARTS, *SHORT)))
+SMOKE = "plan or one_size or graph"  # tests of a short run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", help=", ".join(ALL))
+    parser.add_argument("--short", action="store_true", help=f"{', '.join(SHORT)}: in 560 seconds")
     parser.add_argument("--out", type=Path, help="where the records go; kernels/benchmarks/records unless given")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, to see that everything runs")
-    parser.add_argument("--deadline", type=float, default=1500, help="seconds for all parts together")
+    parser.add_argument("--deadline", type=float, help="seconds for all parts together; 1500, or 550 for a short run")
     parser.add_argument("--commit", help="what is measured, where there is no git to ask")
     parser.add_argument("--weights", help="a directory or file of real weights, for the part of that name")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # the process of one part
+    parser.add_argument("--part", choices=ALL, help=argparse.SUPPRESS)  # the process of one part
     args = parser.parse_args()
-    if wrong := set(args.parts) - set(PARTS):
-        parser.error(f"parts are {', '.join(PARTS)}; got {', '.join(sorted(wrong))}")
+    if wrong := set(args.parts) - set(ALL):
+        parser.error(f"parts are {', '.join(ALL)}; got {', '.join(sorted(wrong))}")
+    args.deadline = args.deadline or (550.0 if args.short else 1500.0)
     if args.out is None and args.dry_run:
         parser.error("a rehearsal is no record: give --out")
     args.out = args.out or RECORDS
@@ -61,16 +70,19 @@ def main() -> int:
 def run_all(args: argparse.Namespace) -> int:
     """The parts one after the other, whatever becomes of each."""
     end, results = time.monotonic() + args.deadline, {}
-    wanted = [part for part in PARTS if not args.parts or part in args.parts]
+    shares = SHORT if args.short else PARTS | {part: SHORT[part] for part in SHORT if part in args.parts}
+    wanted = [part for part in shares if not args.parts or part in args.parts]
     for i, part in enumerate(wanted):
-        share = PARTS[part] / sum(PARTS[other] for other in wanted[i:])  # of what is left: nobody wastes a second
+        share = shares[part] / sum(shares[other] for other in wanted[i:])  # of what is left: nobody wastes a second
         left = (end - time.monotonic()) * share
         if left < 15:
             results[part] = "no time left"
             continue
         print(f"--- {part}, {left:.0f} seconds", flush=True)
         begun = time.monotonic()
-        command = _tests() if part == "tests" else [*_again(args), "--part", part, "--deadline", str(left - 10)]
+        command = [*_again(args), "--part", part, "--deadline", str(left - 10)]
+        if part in ("tests", "smoke"):
+            command = _tests(part == "smoke")
         results[part] = _ended(command, left, _environment(args))
         print(f"--- {part}: {results[part]} after {time.monotonic() - begun:.0f} s", flush=True)
     print(json.dumps(results, indent=1))
@@ -95,13 +107,14 @@ def _again(args: argparse.Namespace) -> list[str]:
     given = [sys.executable, str(HERE / "run.py"), "--out", str(args.out.resolve())]
     for name in ("commit", "weights"):
         given += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
-    return given + (["--dry-run"] if args.dry_run else [])
+    return given + ["--dry-run"] * args.dry_run + ["--short"] * args.short
 
 
-def _tests() -> list[str]:
+def _tests(few: bool = False) -> list[str]:
     """A test file that cannot be imported here keeps none of the others from running."""
-    options = "-m gpu -v --tb=short --durations=8 --continue-on-collection-errors -p no:cacheprovider tests"
-    return [sys.executable, "-m", "pytest", *options.split()]
+    options = "-m gpu -v --tb=short --durations=8 --continue-on-collection-errors -p no:cacheprovider"
+    places = ["-k", SMOKE, "tests/kernels/test_gpu_plan.py", "tests/kernels/test_gpu.py"] if few else ["tests"]
+    return [sys.executable, "-m", "pytest", *options.split(), *places]
 
 
 def _environment(args: argparse.Namespace) -> dict[str, str]:
@@ -137,8 +150,8 @@ def run_part(args: argparse.Namespace) -> int:
             for entry in found["cells"]:
                 tune.apply_entry(entry)
             record["environment"]["configurations"] = "as tuned in the same run"
-    {"tune": tune_part, "weights": weights_part}.get(args.part, compare_part)(args, settings, record)
-    return 0
+    others = {"tune": tune_part, "weights": weights_part, "ceilings": ceilings_part}
+    return others.get(args.part, compare_part)(args, settings, record) or 0
 
 
 def opened(path: Path, args: argparse.Namespace, settings: Any) -> dict[str, Any]:
@@ -158,41 +171,74 @@ def save(record: dict[str, Any], out: Path) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def compare_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]) -> None:
-    """Cell after cell while the next one, judged by the longest so far, still fits."""
+def compare_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]) -> int:
+    """Cell after cell while the next one, judged by the longest so far, still fits.
+
+    A cell that was ended before it was whole is made anew.
+    """
     import measure
     import render
     import torch
 
-    if args.part in ("op", "mixed", "backward"):
-        import operators
-
-        plans = {"op": operators.forward_part, "mixed": operators.mixed_part, "backward": operators.backward_part}
-    else:
-        import models
-
-        plans = {"model": models.inference_part, "training": models.training_part}
-    end, longest, done = time.monotonic() + args.deadline, 0.0, [cell["cell"] for cell in record["cells"]]
-    for what, build in plans[args.part](settings):
+    end, longest = time.monotonic() + args.deadline, 0.0
+    record["cells"] = [cell for cell in record["cells"] if cell["whole"]]
+    whole = record["cells"]
+    done = [cell["cell"] for cell in whole]
+    for what, build in _plans(args, settings):
         if what in done:
             continue
         if time.monotonic() + longest > end:
             print(f"left out for want of time: {what}")
             continue
         torch._dynamo.reset()  # or it gives up after a few shapes
-        begun = time.monotonic()
-        cell = measure.contest(build(), settings)
+        begun, told = time.monotonic(), set[str]()
+
+        def keep(cell: dict[str, Any], begun: float = begun, told: set[str] = told) -> None:
+            seconds = round(time.monotonic() - begun, 1)
+            save(record | {"cells": [*whole, cell | {"whole": False, "seconds": seconds}]}, args.out)
+            for name in cell["contestants"].keys() - told:  # of which the record is whole but for the rounds
+                told.add(name)
+                print(f"kept {args.part}: {json.dumps([cell['cell'], name])}", flush=True)
+
+        cell = measure.contest(build(), settings, keep)
         longest = max(longest, time.monotonic() - begun)
-        record["cells"].append(cell | {"seconds": round(time.monotonic() - begun, 1)})
+        whole.append(cell | {"whole": True, "seconds": round(time.monotonic() - begun, 1)})
         save(record, args.out)
-        print("\n".join(render.lines(record["cells"][-1])), flush=True)
+        print("\n".join(render.lines(whole[-1])), flush=True)
+    without = [entry["refused"] for cell in whole for entry in cell["contestants"].values() if "refused" in entry]
+    return int(any("no plan" in reason for reason in without))
+
+
+def _plans(args: argparse.Namespace, settings: Any) -> Any:
+    """What names a cell, and what builds it, of each cell of a part."""
+    if args.part in ("op", "mixed", "backward"):
+        import operators
+
+        if args.part == "op":
+            return operators.forward_part(settings, args.short)
+        return (operators.mixed_part if args.part == "mixed" else operators.backward_part)(settings)
+    if args.part in ("eager", "compiled"):
+        import users
+
+        return (users.eager_part if args.part == "eager" else users.compiled_part)(settings)
+    import models
+
+    return (models.inference_part if args.part == "model" else models.training_part)(settings)
+
+
+def ceilings_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]) -> None:
+    import users
+
+    record["cells"] = [users.ceilings(settings)]
+    save(record, args.out)
+    print(record["cells"][0])
 
 
 def tune_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]) -> None:
     import tune
 
     record["cells"] = []
-    for entry in tune.tune_part(settings):
+    for entry in tune.tune_part(settings, args.deadline, args.short):
         record["cells"].append(entry)
         save(record, args.out)
         print(tune.as_python([entry]), flush=True)

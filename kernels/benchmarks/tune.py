@@ -34,6 +34,7 @@ CROSSINGS = (24, 32, 40, 48, 64, 96, 128)  # sides in patches: 581 to 16389 toke
 SMALL = ((64, 32), (32, 64), (64, 64), (64, 128), (128, 32), (128, 64))  # tiles of four warps
 LARGE = ((64, 64), (64, 128), (128, 32), (128, 64), (128, 128), (256, 64))  # of eight
 COMPILE_SECONDS = 130  # for all candidates
+FEW = 12  # candidates of a short run
 DTYPES = {2: "bfloat16", 4: "float32"}
 KERNELS = {"forward": forward_kernel, "key_value": key_value_kernel, "query": query_kernel}
 
@@ -166,15 +167,21 @@ def crossing(width: int, settings: Settings) -> dict[str, Any]:
     return {"width": width, "tokens": found, "sdpa_over_fused": ratios}
 
 
-def tune_part(settings: Settings) -> Iterator[dict[str, Any]]:
-    """One entry per pass and width, and the crossovers: yielded as they are found."""
+def tune_part(
+    settings: Settings, deadline: float = 3 * COMPILE_SECONDS, short: bool = False
+) -> Iterator[dict[str, Any]]:
+    """One entry per pass and width, and the crossovers: yielded as they are found.
+
+    `short`: a dozen candidates of the forward pass with heads of 64 channels, and no crossover.
+    """
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
         work = partial(compile_one, settings=settings)
-        plans = {key: candidates(key, settings) for key in keys(settings)}
+        plans = {key: candidates(key, settings) for key in (keys(settings)[:1] if short else keys(settings))}
+        plans = {key: found[:FEW] if short else found for key, found in plans.items()}
         futures = {key: [pool.submit(work, key, config) for config in plan] for key, plan in plans.items()}
-        wait([future for found in futures.values() for future in found], COMPILE_SECONDS)
+        wait([future for found in futures.values() for future in found], min(COMPILE_SECONDS, deadline / 3))
         refusals = {
             key: [future.result() if future.done() else "not compiled in time" for future in found]
             for key, found in futures.items()
@@ -188,7 +195,7 @@ def tune_part(settings: Settings) -> Iterator[dict[str, Any]]:
             entry["rows"][str(limit)] = tune_row(key, side, configs, settings)
         apply_entry(entry)
         yield entry
-    for width in HEADS if settings.cuda else (64,):
+    for width in () if short else HEADS if settings.cuda else (64,):
         entry = {"crossover": crossing(width, settings)}
         apply_entry(entry)
         yield entry

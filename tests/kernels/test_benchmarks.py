@@ -2,8 +2,12 @@
 
 import importlib
 import json
+import os
+import random
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +125,31 @@ def test_wrong_arguments(arguments: list[str], message: str) -> None:
     assert done.returncode == 2 and message in done.stderr
 
 
+def test_the_record_grows_with_each_contestant_and_round(scripts: Any) -> None:
+    """What it holds at any moment is what is done by then: nothing waits for the end of a cell."""
+    measure = scripts("measure")
+    seen: list[dict[str, Any]] = []
+    calls = {name: (lambda x: x * 2) for name in ("first", "second", "third")}
+    x = torch.randn(100)
+    cell = measure.Cell({"n": 100}, [x], calls, lambda out: measure.relative_error(out, 2 * x), 1e-3, 200.0)
+    settings = Settings(torch.device("cpu"), rounds=3, least_ms=0.0)
+    whole = measure.contest(cell, settings, lambda found: seen.append(json.loads(json.dumps(found))))
+    names = [list(found["contestants"]) for found in seen]
+    assert names[:3] == [["first"], ["first", "second"], ["first", "second", "third"]]
+    rounds = [len(found["contestants"]["third"].get("rounds_ms", [])) for found in seen[2:]]
+    assert sorted(set(rounds)) == [0, 1, 2, 3] and rounds == sorted(rounds)
+    entry = whole["contestants"]["second"]
+    assert entry["alone_ms"] > 0 and entry["host_ms"] > 0 and entry["kernel_count"] >= 1 and entry["error"] == 0.0
+
+
+def test_the_short_run_fits(scripts: Any) -> None:
+    """560 seconds, models before what compiles, and predictions for every cell of them."""
+    run, users = scripts("run"), scripts("users")
+    assert sum(run.SHORT.values()) <= 550 and list(run.SHORT)[-2:] == ["tune", "compiled"]
+    for name, size, batch in users.EAGER:
+        assert set(users.predictions(name, size, batch)) == set(users.PREDICTED)
+
+
 # --- all of it -----------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +163,7 @@ def test_everything_runs_on_a_cpu(scripts: Any, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     records = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
     assert set(records) == {"weights", "tune", "op", "mixed", "backward", "model", "training"}
-    for part in scripts("render").TITLES:
+    for part in records.keys() & scripts("render").TITLES.keys():
         for cell in records[part]["cells"]:
             entries = cell["contestants"]
             refused = {name: entry["refused"] for name, entry in entries.items() if "refused" in entry}
@@ -147,3 +176,55 @@ def test_everything_runs_on_a_cpu(scripts: Any, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in out.glob("op.json")}
     assert run("--dry-run", "--out", out, "op").returncode == 0
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
+def test_a_run_that_is_killed_keeps_what_was_done(tmp_path: Path) -> None:
+    """At random moments: every contestant that was said to be kept is in the record, which can be read, and goes on."""
+    draw, kept_at_all = random.Random(0), 0
+    for attempt in range(4):
+        out = tmp_path / str(attempt % 2)  # some begin anew, some go on with what was killed before
+        command = [sys.executable, str(SCRIPTS / "run.py"), "--dry-run", "--short", "--out", str(out)]
+        command += ["--part", "eager", "--deadline", "300"]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            assert process.stdout is not None
+            lines: list[str] = []
+            reader = threading.Thread(target=lines.extend, args=(process.stdout,))
+            reader.start()
+            for _ in range(600):  # until it measures, and then for a while
+                if any(line.startswith("kept") for line in lines) or process.poll() is not None:
+                    break
+                time.sleep(0.1)
+            time.sleep(draw.uniform(0.0, 5.0))
+            process.kill()
+            reader.join()
+        said = [json.loads(line.partition(": ")[2]) for line in lines if line.startswith("kept")]
+        record = json.loads((out / "eager.json").read_text())
+        for cell, name in said:
+            (entry,) = (c["contestants"][name] for c in record["cells"] if c["cell"] == cell)
+            assert "alone_ms" in entry or "refused" in entry
+        kept_at_all += len(said)
+        whole = [line for line in lines if line.startswith("model ")]
+        assert sum(cell["whole"] for cell in record["cells"]) >= len(whole)
+    assert kept_at_all >= 4
+    assert run("--dry-run", "--short", "--out", tmp_path / "0", "eager").returncode == 0
+    record = json.loads((tmp_path / "0" / "eager.json").read_text())
+    assert len(record["cells"]) == 2 and all(cell["whole"] for cell in record["cells"])
+    assert all(len(e["rounds_ms"]) == 2 for cell in record["cells"] for e in cell["contestants"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
+def test_the_short_run_runs_on_a_cpu(tmp_path: Path) -> None:
+    """Every part of it, with `extract_features` by its plan among the contestants."""
+    done = run("--dry-run", "--short", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(records) == {"ceilings", "eager", "op", "tune", "compiled"}
+    for part in ("eager", "compiled"):
+        for cell in records[part]["cells"]:
+            assert cell["whole"] and "extract_features" in cell["contestants"] and len(cell["contestants"]) >= 3
+            assert not [e for e in cell["contestants"].values() if "refused" in e]
+    assert all(value > 0 for value in records["ceilings"]["cells"][0].values())

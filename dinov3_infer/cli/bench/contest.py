@@ -18,6 +18,7 @@ __all__ = ["Cell", "Run", "Settings", "contest", "interleaved", "ratios", "reaso
 Run = Callable[[], Any]
 Entry = dict[str, Any]  # what is recorded of a contestant
 Prepare = Callable[[Run, Entry], Run]
+Keep = Callable[[Entry], None]  # given the record of a cell each time that it has grown
 
 
 def say_nothing(what: str) -> None:
@@ -47,14 +48,17 @@ class Cell:
     limit: float | Mapping[str, float]  # of that error, for all or for each
 
 
-def contest(cell: Cell, settings: Settings, prepare: Prepare | None = None) -> dict[str, Any]:
+def contest(
+    cell: Cell, settings: Settings, prepare: Prepare | None = None, keep: Keep = lambda record: None
+) -> dict[str, Any]:
     """The record of a cell: error, memory and times of each contestant, or why it has none.
 
     `rounds_ms` are the milliseconds of one input in each round.  `prepare` is given a run over all inputs and the entry
-    of its contestant, and gives what is timed.
+    of its contestant, and gives what is timed.  `keep` is called after each contestant and after each round.
     """
     found: dict[str, Entry] = {}
     runs: dict[str, Run] = {}
+    record = {"cell": cell.what, "inputs": len(cell.inputs), "contestants": found}
     for name, call in cell.contestants.items():
         settings.tell(name)
         limit = cell.limit if isinstance(cell.limit, float) else cell.limit[name]
@@ -68,9 +72,15 @@ def contest(cell: Cell, settings: Settings, prepare: Prepare | None = None) -> d
             found[name] = {"refused": reason(error)}
             if settings.cuda:
                 torch.cuda.empty_cache()
-    for name, times in interleaved(runs, settings).items():
-        found[name]["rounds_ms"] = [ms / len(cell.inputs) for ms in times]
-    return {"cell": cell.what, "inputs": len(cell.inputs), "contestants": found}
+        keep(record)
+
+    def take(times: Mapping[str, list[float]]) -> None:
+        for name, each in times.items():
+            found[name]["rounds_ms"] = [ms / len(cell.inputs) for ms in each]
+        keep(record)
+
+    take(interleaved(runs, settings, after_round=take))
+    return record
 
 
 def _judged(call: Callable[[Any], Any], cell: Cell, limit: float, settings: Settings) -> Entry:
@@ -94,8 +104,16 @@ def _over_all(call: Callable[[Any], Any], inputs: Sequence[Any]) -> None:
         call(given)
 
 
-def interleaved(runs: Mapping[str, Run], settings: Settings, seed: int = 0) -> dict[str, list[float]]:
-    """Milliseconds of one run in each round; within a round the order is drawn anew."""
+def interleaved(
+    runs: Mapping[str, Run],
+    settings: Settings,
+    seed: int = 0,
+    after_round: Callable[[Mapping[str, list[float]]], None] = lambda times: None,
+) -> dict[str, list[float]]:
+    """Milliseconds of one run in each round; within a round the order is drawn anew.
+
+    `after_round` is given those up to then.
+    """
     repeats = {}
     for name, run in runs.items():
         elapsed(run, 1, settings)
@@ -107,6 +125,7 @@ def interleaved(runs: Mapping[str, Run], settings: Settings, seed: int = 0) -> d
         draw.shuffle(order)
         for name in order:
             times[name].append(elapsed(runs[name], repeats[name], settings))
+        after_round(times)
     return times
 
 

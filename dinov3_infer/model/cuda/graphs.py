@@ -86,8 +86,9 @@ class Graphs:
                 if key not in self.kept:
                     self._keep(key, None)
                     return run(pixels)
-                given = images.clone()
-                graph = _Graph(given, *self.recorder.capture(lambda: run([given])), run)
+                with torch.inference_mode(False), torch.no_grad():  # whose tensors no call outside could write to
+                    given = images.clone()
+                    graph = _Graph(given, *self.recorder.capture(lambda: run([given])), run)
                 self._keep(key, graph)
             self.kept.move_to_end(key)
             graph.given.copy_(images, non_blocking=True)
