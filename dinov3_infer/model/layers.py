@@ -90,7 +90,7 @@ def resize_positions(
     rule: PositionResize,
     dtype: torch.dtype = torch.float32,  # of the arithmetic
 ) -> Tensor:
-    """Learned positions for another grid, [1, h*w, C], bicubic; three rules are in use, whose features differ by 1 %.
+    """Learned positions for another grid, [1, h*w, C], bicubic; three rules are in use, 1 to 4 % of the features apart.
 
     offset: Meta's DINO and DINOv2 without registers.  The factor is (h + 0.1)/G, and sampling follows that factor.
     size: transformers' DINO and DINOv2 without registers.  Exactly from G to h.

@@ -176,10 +176,12 @@ class Run:
         hidden = None if progress is None else not progress  # None: where nobody watches
         if self.step == 0:
             self.record(self.health.first | {"verdict": "start", "reason": "before the first step"})
+        left_out = run_state.LeftOut(self.folder / "left_out.jsonl")
         since, count = time.perf_counter(), 0
         with tqdm(total=config.steps, initial=self.step, disable=hidden if is_main() else True) as bar:
             while self.step < config.steps:
                 batch = next(stream)
+                left_out.tell(stream.broken)
                 if self.step == 0 and is_main():
                     draw_batch(batch, self.views[0][1], self.folder / "first_batch.png")
                 metrics: dict[str, Any] = self.take_step(batch)
