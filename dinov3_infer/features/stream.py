@@ -28,6 +28,7 @@ __all__ = [
     "Batcher",
     "Decode",
     "Item",
+    "Launch",
     "OnError",
     "Reading",
     "Result",
@@ -45,6 +46,7 @@ Decode = Literal["exact", "fast"]
 MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 
 T = TypeVar("T")
+Launch = Callable[[list[PixelBatch]], Callable[[], list[Sequence[T]]]]
 
 
 class Item(NamedTuple):
@@ -63,6 +65,7 @@ class Result(Generic[T]):
     number: int
     path: str | None
     found: T | Dinov3Error  # the error says why it could not be read
+    ends: bool = True  # the last one of its pass
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,10 @@ def items_of(pictures: Source | Iterable[ImageLike], numbers: Iterable[int] | No
 
 
 class Batcher(Generic[T]):
-    """Runs `forward` over a stream of pictures.
+    """Runs `launch` over a stream of pictures.
+
+    `launch` is given a batch for each size, and returns what waits for one result per picture: beside a GPU, which goes
+    on meanwhile, the next pass is launched before the results of the one before are waited for.
 
     A pass takes neighbours only, `batch_size` pictures and `max_tokens` patches at most, grouped by size, and none of
     two shards: so what runs together is a function of the pictures of a shard and of these numbers alone.  Where the
@@ -119,30 +125,38 @@ class Batcher(Generic[T]):
     def __init__(
         self,
         transform: Preprocess,
-        forward: Callable[[list[PixelBatch]], list[Sequence[T]]],  # one batch per size -> one result per picture
+        launch: Launch[T],
         batch_size: int,
         max_tokens: int,
         reading: Reading,
         shard_size: int | None = None,  # pictures
         halves: bool = True,
+        for_gpu: bool = False,  # see `Preprocess.place`
     ) -> None:
-        self.transform, self.forward, self.max_tokens, self.reading = transform, forward, max_tokens, reading
+        self.transform, self.launch, self.max_tokens, self.reading = transform, launch, max_tokens, reading
         self.batch_size = count_of("batch_size", batch_size, 1)
-        self.shard_size, self.halves = shard_size, halves
+        self.shard_size, self.halves, self.for_gpu = shard_size, halves, for_gpu
 
     def __call__(self, items: Iterable[Item]) -> Iterator[Result[T]]:
         """One result per picture, in order."""
+        flying: deque[_Flight[T]] = deque()
+        for reads in self._passes(items):
+            yield from self._run(reads, flying)
+        while flying:
+            yield from flying.popleft().landed()
+
+    def _passes(self, items: Iterable[Item]) -> Iterator[list[_Read]]:
         waiting: list[_Read] = []
         tokens = 0
         for read in self._read(items):
             more = read.tokens(self.transform.patch_size)
             full = len(waiting) >= self.batch_size or tokens + more > self.max_tokens
             if waiting and (full or self._shard(read) != self._shard(waiting[0])):
-                yield from self._run(waiting)
+                yield waiting
                 waiting, tokens = [], 0
             waiting.append(read)
             tokens += more
-        yield from self._run(waiting)
+        yield waiting
 
     def _shard(self, read: _Read) -> int:
         return read.item.number // self.shard_size if self.shard_size else 0
@@ -189,44 +203,64 @@ class Batcher(Generic[T]):
         wanted = (lambda h, w: self.transform.plan(h, w, label).resized) if self.reading.decode == "fast" else None
         try:
             image, original = item.load(wanted, self.transform.levels)
-            return _Read(item, self.transform.place(image, label, original))
+            return _Read(item, self.transform.place(image, label, original, self.for_gpu))
         except Dinov3Error as error:
             return _Read(item, error)
 
     # --- running ----------------------------------------------------------------------------------------------------
 
-    def _run(self, reads: list[_Read]) -> Iterator[Result[T]]:
+    def _run(self, reads: list[_Read], flying: "deque[_Flight[T]]") -> Iterator[Result[T]]:
+        """Launches a pass, and gives the results of those that are not to fly beside it."""
         while reads:
             part = reads[: self.batch_size]
-            done = self._results(part)
-            if done is None:
+            flight = self._launched(part, alone=not flying)
+            if flight is None and flying:  # which hold memory
+                yield from flying.popleft().landed()
+                continue
+            if flight is None:
                 self.batch_size = len(part) // 2
                 log.warning("out of memory with %d pictures in one pass; going on with %d", len(part), self.batch_size)
                 continue
-            for item, placed in part:
-                found = placed if isinstance(placed, Dinov3Error) else done[item.number]
-                yield Result(item.number, item.path, found)
+            flying.append(flight)
             reads = reads[len(part) :]
+            while len(flying) > self.for_gpu:
+                yield from flying.popleft().landed()
 
-    def _results(self, reads: list[_Read]) -> dict[int, T] | None:
-        """By number of the picture; None where the memory did not do."""
+    def _launched(self, reads: list[_Read], alone: bool) -> "_Flight[T] | None":
+        """None where the memory did not do."""
         groups: dict[tuple[int, ...], list[tuple[int, tuple[Tensor, Placement]]]] = {}
         for item, placed in reads:
             if not isinstance(placed, Dinov3Error):
                 groups.setdefault(tuple(placed[0].shape), []).append((item.number, placed))
         if not groups:
-            return {}
-        batches = [self.transform.collate([placed for _, placed in group]) for group in groups.values()]
+            return _Flight(reads, [], list)
+        batches = [self.transform.collate([placed for _, placed in group], self.for_gpu) for group in groups.values()]
         try:
-            done = self.forward(batches)
+            wait = self.launch(batches)
         except torch.OutOfMemoryError as error:
-            if len(reads) > 1 and self.halves:
+            if not alone or (len(reads) > 1 and self.halves):
                 return None
             if len(reads) == 1:
                 error.add_note(f"item {reads[0].item.number} alone is too large for the memory; give a smaller size=")
             raise
-        numbers = [[number for number, _ in group] for group in groups.values()]
-        return {n: one for group, batch in zip(numbers, done, strict=True) for n, one in zip(group, batch, strict=True)}
+        return _Flight(reads, [[number for number, _ in group] for group in groups.values()], wait)
+
+
+@dataclass(frozen=True)
+class _Flight(Generic[T]):
+    """A pass that was launched."""
+
+    reads: list[_Read]
+    numbers: list[list[int]]  # of the pictures of each batch
+    wait: Callable[[], list[Sequence[T]]]
+
+    def landed(self) -> Iterator[Result[T]]:
+        """What became of each picture, when the results are there."""
+        batches = zip(self.numbers, self.wait(), strict=True)
+        done = {n: one for numbers, batch in batches for n, one in zip(numbers, batch, strict=True)}
+        for item, placed in self.reads:
+            found = placed if isinstance(placed, Dinov3Error) else done[item.number]
+            yield Result(item.number, item.path, found, item is self.reads[-1].item)
 
 
 def in_order(results: Iterable[Result[T]], on_error: OnError) -> Iterator[T | Dinov3Error | None]:

@@ -9,20 +9,35 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 
-from ..errors import ImageError, InputError, UnsupportedError
+from ..errors import ImageError, InputError, UnsupportedError, one_line
 from .decode import MAX_BYTES, ImageLike
-from .paths import image_suffixes, tell_left_out
+from .paths import identity_of, image_suffixes, tell_left_out
 from .pixels import own
 from .sources import Names, Source, folder_labels
 
 __all__ = ["Dataset", "Table", "Tar", "pyarrow", "streamed"]
 
 COLUMNS = ("image", "img", "jpg", "png")  # what holds the picture in a mapping or table
+_OF_THE_NEXT = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
+)  # fmt: skip
+_LONGEST_NAMES = 2**20  # bytes of what a tar says of one member besides its header
 KEPT = 2  # groups of rows of a table in memory: those on both sides of a border
+
+
+class _Member(tarfile.TarInfo):
+    """A header that leads on, and not to all of memory: what has the names of the next one is read at once."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        found = super().frombuf(buf, encoding, errors)
+        if found.size < 0 or (found.size > _LONGEST_NAMES and found.type in _OF_THE_NEXT):
+            raise tarfile.ReadError(f"a header says {found.size:,} bytes")
+        return found
 
 
 class Tar(Source):
@@ -30,14 +45,18 @@ class Tar(Source):
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._path = path
+        self._path, self._identity = path, identity_of(path)
         suffixes = image_suffixes()
         names, spans, classes = list[str](), list[tuple[int, int]](), dict[str, str]()
         self._pieces: dict[int, list[tuple[int, int]]] = {}  # of members that are stored without their empty parts
         others: Counter[str] = Counter()
         try:
-            with tarfile.open(path, "r:") as archive:
+            with tarfile.open(path, "r:", tarinfo=_Member) as archive:
+                last = -1
                 for member in archive:
+                    if member.offset <= last:  # some versions of Python would go round for ever
+                        raise tarfile.ReadError(f"what follows '{one_line(member.name)}' lies before it")
+                    last = member.offset
                     stem, suffix = os.path.splitext(member.name)
                     if not member.isfile() or os.path.basename(stem).startswith("."):
                         continue
@@ -67,6 +86,9 @@ class Tar(Source):
 
     def key(self, index: int) -> str:
         return f"{self.name}#{self._names[index]}"
+
+    def identity(self, index: int) -> str | None:
+        return self._identity  # of the archive: whoever writes it anew may keep the times of its members
 
     def picture(self, index: int) -> bytes:
         offset, size = (int(v) for v in self._spans[index])
@@ -100,7 +122,7 @@ class Table(Source):
     """A column of pictures: bytes, or {"bytes": ..., "path": ...}, called image, img, jpg or png, or the only one."""
 
     def __init__(self, path: Path) -> None:
-        self.name = str(path)
+        self.name, self._identity = str(path), identity_of(path)
         self._arrow, self._column = pyarrow(f"'{path}'"), ""
         self._rows: OrderedDict[int, list[Any]] = OrderedDict()  # by group
         self._lock = threading.Lock()
@@ -134,6 +156,9 @@ class Table(Source):
 
     def key(self, index: int) -> str:
         return f"{self.name}#{index}"
+
+    def identity(self, index: int) -> str | None:
+        return self._identity
 
     def picture(self, index: int) -> ImageLike:
         group = bisect_right(self._ends, index)
@@ -188,6 +213,20 @@ class Dataset(Source):
 
     def key(self, index: int) -> str:
         return f"{self.name}#{index}"
+
+    def identity(self, index: int) -> str | None:
+        """Hugging Face's hash of what a dataset holds and what was done to it, with the identity of a file that it
+        names; others have nothing of the kind.
+        """
+        found = getattr(self._dataset, "_fingerprint", None)
+        if not isinstance(found, str):
+            return None
+        return f"{found} {identity_of(self._dataset[index][self._column]['path'])}" if self._names_files else found
+
+    @cached_property
+    def _names_files(self) -> bool:
+        first = self._dataset[0].get(self._column) if len(self._dataset) else None
+        return isinstance(first, Mapping) and first.get("bytes", b"") is None and isinstance(first.get("path"), str)
 
     def picture(self, index: int) -> ImageLike:
         with self._lock:

@@ -24,6 +24,7 @@ from .foreign import plugged, unreadable, what_it_is
 from .levels import Levels, ask_for_levels
 from .paths import FORMATS, fetched, name_of
 from .pixels import from_array, from_tensor
+from .scans import check_scans
 
 __all__ = ["MAX_BYTES", "Decoded", "ImageLike", "TargetSize", "decode", "load_image", "why_no_image"]
 
@@ -73,6 +74,9 @@ def load_image(source: ImageLike, label: str = _ALONE, levels: Levels | None = N
     `levels`: of images of more than 8 bits what becomes 0 and 1: (low, high), "full" for the range of the type, or
     "percentile" for the 0.5th and 99.5th of each image.  Images of 8 bits stay as they are.  Without it only colours
     of 16 bits are taken, as reaching to 65535, and refused where none goes beyond 4095.
+
+    Redirects of addresses are followed, to other hosts too, unless DINOV3_INFER_REDIRECTS=same-host is in the
+    environment, as a server that embeds what users send wants it.
 
     Colour profiles (ICC) are not applied, as in torchvision, timm and transformers.  Of an RGB file with more bands
     the first three count; other files of many bands are refused, since none of them is known to be red.
@@ -192,6 +196,7 @@ def _closed(label: str) -> ImageError:
 
 def _from_file(stream: BinaryIO, label: str, target: TargetSize | None = None, levels: Levels | None = None) -> Decoded:
     with _errors_of_pillow(label), _opened(stream) as picture:
+        check_scans(picture, stream, label)
         original = None
         if target is not None and picture.format in ("JPEG", "MPO"):
             turned = _orientation(picture) in (5, 6, 7, 8)

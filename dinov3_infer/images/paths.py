@@ -2,6 +2,7 @@
 
 import base64
 import glob
+import hashlib
 import logging
 import os
 import re
@@ -24,6 +25,7 @@ __all__ = [
     "address_scheme",
     "fetched",
     "fixed_part",
+    "identity_of",
     "image_suffixes",
     "is_collection",
     "list_images",
@@ -207,8 +209,8 @@ def is_collection(source: object) -> bool:
 
 def address_scheme(path: str) -> str:
     """http, https, file, data ... in lower case; empty for a path."""
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://|(data):", path)
-    return (found[1] or found[2]).lower() if found else ""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://|(https?)(?=:/)|(data):", path)  # a Path has lost a slash
+    return next(filter(None, found.groups())).lower() if found else ""
 
 
 def name_of(source: object) -> str | None:
@@ -219,7 +221,32 @@ def name_of(source: object) -> str | None:
     scheme = address_scheme(path)
     if scheme == "data":
         return "data:..."
-    return re.sub(r"(?<=://)[^/?#]*@|[?#].*", "", path, flags=re.DOTALL) if scheme else path
+    if not scheme:
+        return path
+    try:
+        _ = urlsplit(path).port
+    except ValueError:  # perhaps the first half of a password in which "/" or "?" was not escaped
+        return f"{scheme}://..."
+    return re.sub(r"(?<=:/)(/?)[^/?#]*@|[?#].*", r"\1", path, flags=re.DOTALL)
+
+
+def identity_of(source: object) -> str | None:
+    """What tells a file from another one of its name: its size and the time of its change; of an address a hash of it
+    all but the password, of a data address a hash of its content.  None for an object, "" for a file that cannot be
+    looked at.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    path = os.fsdecode(source)
+    scheme = address_scheme(path)
+    if scheme not in ("", "file"):
+        whole = path if scheme == "data" else re.sub(r"(?<=://)[^/?#]*@", "", path)
+        return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    try:
+        found = os.stat(url2pathname(urlsplit(path).path) if scheme else path)
+    except (OSError, ValueError):
+        return ""
+    return f"{found.st_size}-{found.st_mtime_ns}"
 
 
 def fetched(source: str) -> str | bytes:
@@ -242,7 +269,7 @@ def fetched(source: str) -> str | bytes:
             raise ImageError(f"a data: address of {len(source)} characters is no base64; encode it anew") from None
     shown, content, started = web.without_query(source), bytearray(), time.monotonic()
     try:
-        with web.queries_cut(), web.get(source) as (response, chunks):
+        with web.queries_cut(), web.get(source, seconds=MAX_SECONDS) as (response, chunks):
             if response.status_code in (404, 410):
                 raise MissingFileError(f"no picture at '{shown}' (HTTP {response.status_code}); check the address")
             if response.status_code >= 400:
@@ -255,9 +282,11 @@ def fetched(source: str) -> str | bytes:
                 if len(content) > MAX_BYTES:
                     raise ImageError(f"'{shown}' is larger than {MAX_BYTES >> 20} MiB; download it, and give the file")
                 if time.monotonic() - started > MAX_SECONDS:
-                    raise ImageError(f"'{shown}' took longer than {MAX_SECONDS} s; download it, and give the file")
+                    raise TimeoutError
     except Dinov3Error:
         raise
-    except (OSError, web.client_error()) as error:
+    except web.client_errors() as error:
+        if time.monotonic() - started > MAX_SECONDS:
+            raise ImageError(f"'{shown}' took longer than {MAX_SECONDS} s; download it, and give the file") from None
         raise ImageError(f"cannot download '{shown}' ({web.reason(error)}); check it, or give a file") from None
     return bytes(content)

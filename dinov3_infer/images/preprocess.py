@@ -72,7 +72,7 @@ class Placement:
 class PixelBatch:
     """What goes into the model."""
 
-    pixels: Tensor  # [B, 3, H_px, W_px] float32, normalised
+    pixels: Tensor  # [B, 3, H_px, W_px] float32 and normalised, or uint8 where that was asked for
     placements: tuple[Placement, ...]
     valid: Tensor | None  # [B, h, w] bool: patches that are picture, not padding; None where all are
 
@@ -157,22 +157,34 @@ class Preprocess:
             size = None if fit == "native" else self.size
         return replace(self, size=size, fit=fit, resize_to=None)
 
-    def __call__(self, image: ImageLike) -> Tensor:
-        return self.place(load_image(image, levels=self.levels))[0]
+    def __call__(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Pixels of one image, [3, H_px, W_px], or of a list of images, [B, 3, H_px, W_px].
 
-    def batch(self, images: Iterable[ImageLike]) -> PixelBatch:
-        """Pictures that come out at one size, as a batch.  Raises InputError where they do not."""
+        Raises: ImageError, MissingFileError; InputError for images that come out at different sizes.
+        """
+        if isinstance(image, list | tuple):
+            return self.batch(image).pixels
+        return self.place(load_image(image, levels=self.levels))[0]  # type: ignore[arg-type]  # a str or bytes is a Sequence, too
+
+    def batch(self, images: Iterable[ImageLike], for_gpu: bool = False) -> PixelBatch:
+        """Pictures that come out at one size, as a batch.  Raises InputError where they do not.
+
+        `for_gpu`: see `place`.
+        """
         several = not isinstance(images, Sized) or len(images) > 1
         placed = []
         for i, image in enumerate(images):  # not as a list first: a stream may fill one array again and again
             label = f"item {i}" if several else "the picture"
-            placed.append(self.place(load_image(image, label, self.levels), label))
+            placed.append(self.place(load_image(image, label, self.levels), label, for_gpu=for_gpu))
         if not placed:
             raise InputError("got no pictures; give at least one")
-        return self.collate(placed)
+        return self.collate(placed, for_gpu)
 
-    def collate(self, placed: Sequence[tuple[Tensor, Placement]]) -> PixelBatch:
-        """What `place` gave for several pictures, as a batch.  Raises InputError for pixels of unequal sizes."""
+    def collate(self, placed: Sequence[tuple[Tensor, Placement]], for_gpu: bool = False) -> PixelBatch:
+        """What `place` gave for several pictures, as a batch.  Raises InputError for pixels of unequal sizes.
+
+        `for_gpu`: in memory that a GPU copies from while the host goes on.
+        """
         grids = {tuple(side // self.patch_size for side in pixels.shape[1:]): None for pixels, _ in placed}
         if len(grids) > 1:
             shown = ", ".join(f"{h}x{w}" for h, w in list(grids)[:3])
@@ -180,7 +192,13 @@ class Preprocess:
                 f"the pictures give different grids ({shown} patches); use iter_features(), or fit='squash'"
             )
         placements = tuple(placement for _, placement in placed)
-        pixels = torch.stack([pixels for pixels, _ in placed])
+        each = [pixels for pixels, _ in placed]
+        if len({pixels.dtype for pixels in each}) > 1:
+            each = [self._normalised(pixels) if pixels.dtype == torch.uint8 else pixels for pixels in each]
+        # torch keeps pinned memory, and gives it out again when all copies from it are done
+        pin = for_gpu and torch.cuda.is_available()
+        whole = torch.empty((len(each), *each[0].shape), dtype=each[0].dtype, device="cpu", pin_memory=pin)
+        pixels = torch.stack(each, out=whole)
         return PixelBatch(pixels, placements, self._valid(placements))
 
     def place(
@@ -188,16 +206,27 @@ class Preprocess:
         image: Tensor,  # [3, H, W]
         label: str = "the picture",
         original: tuple[int, int] | None = None,  # (height, width) where the decoder has made it smaller
+        for_gpu: bool = False,
     ) -> tuple[Tensor, Placement]:
-        """Resize, crop or pad, normalise."""
+        """Resize, crop or pad, normalise.
+
+        `for_gpu`: an image of 8 bits stays uint8, a quarter of the bytes, and is normalised over there; unless it is
+        padded, since the mean colour is no whole number.
+        """
         placement = self.plan(*(original or (image.shape[1], image.shape[2])), label)
         resized = self._resize(image, placement.resized)
         top, left, height, width = placement.window
         resized = resized[:, top : top + height, left : left + width].contiguous()
-        mean, std = (torch.tensor(v, **PLAIN).view(3, 1, 1) for v in (self.mean, self.std))
-        pixels = (resized / _FULL).sub_(mean) if resized.dtype == torch.uint8 else resized - mean
-        pixels.div_(std)
+        if for_gpu and resized.dtype == torch.uint8 and tuple(resized.shape[1:]) == (height, width):
+            return resized, placement
+        pixels = self._normalised(resized)
         return F.pad(pixels, (0, width - pixels.shape[2], 0, height - pixels.shape[1])), placement
+
+    def _normalised(self, image: Tensor) -> Tensor:
+        """[3, H, W] of uint8, or of floats in 0 to 1, to float32 that the model takes."""
+        mean, std = (torch.tensor(v, **PLAIN).view(3, 1, 1) for v in (self.mean, self.std))
+        pixels = (image / _FULL).sub_(mean) if image.dtype == torch.uint8 else image - mean
+        return pixels.div_(std)
 
     def plan(self, height: int, width: int, label: str = "the picture") -> Placement:
         """Where a picture of this size goes."""

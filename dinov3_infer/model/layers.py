@@ -208,6 +208,10 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
+        # timm's names; the grid is that of learned positions, or DINOv3's 16 patches a side
+        self.patch_size = (config.patch_size, config.patch_size)
+        self.grid_size = (config.position_grid or 16, config.position_grid or 16)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.proj(entering(pixels, self.proj)).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]

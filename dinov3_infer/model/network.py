@@ -6,14 +6,29 @@ maps, packed crops) is asked of a `VisionTransformer` by name, and refused in on
 
 from collections.abc import Callable, Sequence
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputTypeError, LayerError, UnsupportedError
+from ..errors import InputError, InputTypeError, LayerError, UnsupportedError
+from .tracing import one_node
 
-__all__ = ["BackboneOutput", "LayerOutput", "Network", "as_map", "resolve_layers"]
+__all__ = [
+    "BackboneOutput",
+    "LayerOutput",
+    "Network",
+    "Outputs",
+    "Scale",
+    "as_map",
+    "normalised",
+    "resolve_layers",
+    "shapes",
+    "whole_patches",
+    "without_layers",
+]
+
+Scale: TypeAlias = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std of red, green, blue
 
 
 class LayerOutput(NamedTuple):
@@ -23,6 +38,9 @@ class LayerOutput(NamedTuple):
     register_tokens: Tensor  # [B, R, C]
     patch_tokens: Tensor  # [B, P, C]
 
+    def __repr__(self) -> str:
+        return f"LayerOutput({shapes(self, self._fields)})"
+
 
 class BackboneOutput(NamedTuple):
     """Tokens after the last layer and the final norm, and those of the layers asked for."""
@@ -31,6 +49,22 @@ class BackboneOutput(NamedTuple):
     register_tokens: Tensor  # [B, R, C]
     patch_tokens: Tensor  # [B, P, C]
     layers: tuple[LayerOutput, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"BackboneOutput({shapes(self, self._fields[:3])}, {len(self.layers)} layers)"
+
+
+def shapes(holder: object, names: Sequence[str]) -> str:
+    """The shapes of tensors, in one line: a notebook shows it instead of the numbers."""
+    return ", ".join(f"{name} {list(getattr(holder, name).shape)}" for name in names)
+
+
+class Outputs(list[BackboneOutput]):
+    """One for each tensor of a pass, with the sum of all tokens, which is not finite where one of them is not."""
+
+    def __init__(self, outputs: Sequence[BackboneOutput], total: Tensor | None = None) -> None:
+        super().__init__(outputs)
+        self.total = total  # [] float32; None where nobody has computed it
 
 
 class Network(nn.Module):
@@ -111,6 +145,10 @@ class Network(nn.Module):
         return self.main_weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.main_weight.dtype
+
+    @property
     def embed_dim(self) -> int:
         return self.width()
 
@@ -126,6 +164,19 @@ class Network(nn.Module):
 
     num_register_tokens = 0  # R
     num_prefix_tokens = 1  # class token and registers, which stand before the patches
+
+
+def normalised(
+    pixels: Tensor,  # [B, 3, H_px, W_px] uint8, or float and normalised already
+    scale: Scale,
+) -> Tensor:
+    """What a network takes, [B, 3, H_px, W_px] float, on the device of the pixels."""
+    if pixels.dtype != torch.uint8:
+        return pixels
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1).to(pixels.device) for values in scale
+    )
+    return (pixels / 255.0).to(torch.float32).sub_(mean).div_(std)
 
 
 def as_map(
@@ -156,3 +207,34 @@ def resolve_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
         if not -depth <= layer < depth:
             raise LayerError(f"layer {layer} does not exist; this model has {depth} (0..{depth - 1} or -{depth}..-1)")
     return [layer % depth for layer in asked]
+
+
+@one_node
+def whole_patches(pixels: Tensor, size: int) -> tuple[int, int]:
+    """See `grid_of`; `size`: pixels of the side of a patch."""
+    if not isinstance(pixels, Tensor):
+        raise InputTypeError(
+            f"the model takes a tensor, got {type(pixels).__name__}; use extract_features() for pictures"
+        )
+    if not pixels.is_floating_point():
+        raise InputTypeError(
+            f"the model takes normalised float pixels, got {pixels.dtype}; use extract_features() or preprocess()"
+        )
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise InputError(f"the model takes pixels of shape [B, 3, height, width], got {list(pixels.shape)}")
+    height, width = pixels.shape[2:]
+    if height % size or width % size or not height or not width:
+        nearest = [max(1, round(side / size)) * size for side in (height, width)]
+        raise InputError(
+            f"input {height}x{width} is not a multiple of the patch size {size}; the nearest is "
+            f"{nearest[0]}x{nearest[1]}, and extract_features(fit='native') goes there by itself"
+        )
+    return height // size, width // size
+
+
+@one_node
+def without_layers(pixels: Tensor, layers: Any) -> Tensor:
+    """For a graph of torch.fx, whose layers are chosen when it is made."""
+    if layers is not None:
+        raise InputError(f"this graph was traced without layers, and layers={layers!r} was given; trace it with them")
+    return pixels

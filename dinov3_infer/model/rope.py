@@ -110,11 +110,11 @@ def rope_table(
 
 def apply_rope(
     x: Tensor,  # [..., N, H, D]
-    cos: Tensor,  # [N, D/2] float32
-    sin: Tensor,  # [N, D/2] float32
+    cos: Tensor,  # [N, D/2] float32, or float16 for x of 16 bits
+    sin: Tensor,  # [N, D/2], likewise
 ) -> Tensor:
     """Rotates every token of every head, [..., N, H, D] in the dtype of x; computed in float32 at least."""
-    wide = torch.promote_types(x.dtype, cos.dtype)
+    wide = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
     first, second = x.to(wide).chunk(2, dim=-1)
     cos, sin = cos.to(wide)[:, None], sin.to(wide)[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

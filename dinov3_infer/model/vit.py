@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError, InputTypeError, UnsupportedError
 from .attention import resolve_attention, triton_attention, why_not_triton
@@ -25,16 +26,17 @@ from .layers import (
     with_gradient,
     with_masks,
 )  # fmt: skip
-from .network import BackboneOutput, LayerOutput, Network, resolve_layers
+from .network import BackboneOutput, LayerOutput, Network, resolve_layers, whole_patches, without_layers
 from .packing import Packing
 from .rope import RopeAugmentation, RopeTable, rope_periods, rope_table
-from .tracing import one_node
 
 __all__ = ["ViTConfig", "VisionTransformer"]
 
 
 class VisionTransformer(Network):
     """Pre-norm ViT; parameter names are Meta's, but for `register_tokens` and the gated FFN's `gate_up` and `down`."""
+
+    grad_checkpointing = False  # see `dropin.set_grad_checkpointing`
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -166,7 +168,7 @@ class VisionTransformer(Network):
     ) -> BackboneOutput:
         """As in `Network`; layers pass through the final norm like the last one."""
         if isinstance(layers, Proxy):  # an argument of a graph of torch.fx
-            pixels, layers = _without_layers(pixels, layers), None
+            pixels, layers = without_layers(pixels, layers), None
         indices = resolve_layers(layers, self.config.depth)
         last, taken = self.run_blocks(pixels, masks, indices)
         picked = tuple(LayerOutput(*self.split(self.normed(taken[i]))) for i in indices)
@@ -194,17 +196,25 @@ class VisionTransformer(Network):
         taken = {-1: x} if -1 in indices else {}
         end = max(indices) + 1 if stop_early and indices else self.config.depth
         for i, block in enumerate(self.blocks[:end]):
-            x = block(x, rope)
+            x = self._through(block, x, rope)
             if i in indices:
                 taken[i] = x
         return x, taken
+
+    def _through(self, block: nn.Module, *given: Any) -> Tensor:
+        found: Tensor = (
+            checkpoint(block, *given, use_reentrant=False)
+            if self.grad_checkpointing and torch.is_grad_enabled()
+            else block(*given)
+        )
+        return found
 
     def forward_packed(
         self,
         crops: Sequence[Tensor],  # [B_i, 3, H_i, W_i] float, normalised: one tensor per size
         masks: Sequence[Tensor | None] | None = None,  # [B_i, P_i] bool each
         rope: RopeAugmentation | None = None,  # drawn anew for every block and group of crops
-        drop_path: float = 0.0,  # share of pictures that skip a branch
+        drop_path: float | Sequence[float] = 0.0,  # share of images that skip a branch; one, or one for each block
         generator: torch.Generator | None = None,  # of the two draws above
         layers: int | Sequence[int] | None = None,  # as in `forward`
     ) -> list[BackboneOutput]:
@@ -224,11 +234,15 @@ class VisionTransformer(Network):
             )
         if not crops:
             raise InputError("forward_packed got no crops; give at least one tensor")
-        if not 0.0 <= drop_path < 1.0:
-            raise InputError(f"drop_path is a share of pictures, got {drop_path}; give 0 to below 1")
+        depth = self.config.depth
+        shares = list(drop_path) if isinstance(drop_path, Sequence) else [drop_path] * depth
+        if len(shares) != depth:
+            raise InputError(f"drop_path has {len(shares)} shares for {depth} blocks; give one, or one for each block")
+        if wrong := [share for share in shares if not 0.0 <= share < 1.0]:
+            raise InputError(f"drop_path is a share of images, got {wrong[0]}; give 0 to below 1")
         if rope is not None and self.rope_periods is None:
             raise InputError("this model has learned positions, so there is no RoPE to augment; leave rope out")
-        indices = resolve_layers(layers, self.config.depth)
+        indices = resolve_layers(layers, depth)
         streams = [self.embed_tokens(pixels, mask) for pixels, mask in zip(crops, masks, strict=True)]
         grids = [self.grid_of(pixels) for pixels in crops]
         packing = Packing(tuple((s.shape[0], s.shape[1]) for s in streams), streams[0].device)
@@ -240,10 +254,10 @@ class VisionTransformer(Network):
             if self.rope_periods is not None and (tables is None or rope is not None):
                 tables = [rope_table(g, self.rope_periods, self.config.num_prefix, rope, generator) for g in grids]
                 joined = packing.table(tables)
-            if drop_path > 0.0:
-                x = block.forward_dropped(x, tables, packing, drop_path, generator)  # type: ignore[operator]
+            if shares[i] > 0.0:
+                x = block.forward_dropped(x, tables, packing, shares[i], generator)  # type: ignore[operator]
             else:
-                x = block(x, joined, cu_seqlens, longest)
+                x = self._through(block, x, joined, cu_seqlens, longest)
             if i in indices:
                 taken[i] = packing.split(x)
 
@@ -296,7 +310,7 @@ class VisionTransformer(Network):
 
     def grid_of(self, pixels: Tensor, layer: int = -1) -> tuple[int, int]:
         """(h, w) in patches.  Raises InputError for anything that is not a batch of whole patches."""
-        return _grid(pixels, self.config.patch_size)
+        return whole_patches(pixels, self.config.patch_size)
 
     def normed(self, x: Tensor, local: bool = False) -> Tensor:
         """The final norm, [B, N, C]."""
@@ -310,37 +324,3 @@ class VisionTransformer(Network):
         """[B, N, C] -> class token [B, C], registers [B, R, C], patches [B, P, C]."""
         prefix = self.config.num_prefix
         return x[:, 0], x[:, 1:prefix], x[:, prefix:]
-
-
-# --- what torch.fx sees as one node ----------------------------------------------------------------------------------
-
-
-@one_node
-def _grid(pixels: Tensor, size: int) -> tuple[int, int]:
-    """See `grid_of`; `size`: pixels of the side of a patch."""
-    if not isinstance(pixels, Tensor):
-        raise InputTypeError(
-            f"the model takes a tensor, got {type(pixels).__name__}; use extract_features() for pictures"
-        )
-    if not pixels.is_floating_point():
-        raise InputTypeError(
-            f"the model takes normalised float pixels, got {pixels.dtype}; use extract_features() or preprocess()"
-        )
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise InputError(f"the model takes pixels of shape [B, 3, height, width], got {list(pixels.shape)}")
-    height, width = pixels.shape[2:]
-    if height % size or width % size or not height or not width:
-        nearest = [max(1, round(side / size)) * size for side in (height, width)]
-        raise InputError(
-            f"input {height}x{width} is not a multiple of the patch size {size}; the nearest is "
-            f"{nearest[0]}x{nearest[1]}, and extract_features(fit='native') goes there by itself"
-        )
-    return height // size, width // size
-
-
-@one_node
-def _without_layers(pixels: Tensor, layers: Any) -> Tensor:
-    """For a graph of torch.fx, whose layers are chosen when it is made."""
-    if layers is not None:
-        raise InputError(f"this graph was traced without layers, and layers={layers!r} was given; trace it with them")
-    return pixels

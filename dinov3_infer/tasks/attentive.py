@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from .classifier import Probe
 from .fitted import descend
-from .probes import Probe, best, held_out
+from .probes import best, held_out
 
 __all__ = ["AttentiveProbe"]
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class AttentiveProbe(Probe):
     """One learned query attends to the patches [N, P, C] by several heads; a norm and a linear layer follow.
 
@@ -48,7 +49,7 @@ class AttentiveProbe(Probe):
             logits = []
             for one in self.learning_rates:
                 self.tensors = self._train(features[part], targets[part], num_classes, one)
-                logits.append(self.predict_proba(features[held]).log())
+                logits.append(self._proba(features[held]).log())
             rate = self.learning_rates[best(torch.stack(logits), targets[held])]
         found = self._train(features, targets, num_classes, rate)
         return found | {"learning_rate": found["bias"].new_tensor([rate])}

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..arrays import as_tensor
 from ..errors import InputError
+from ..features.result import Features
 from ..images.decode import ImageLike, load_image
 from ..images.levels import Levels
 from ..images.preprocess import Placement
 from ..model.layers import cubic_kernel
 
-__all__ = ["at_pixels", "attention_picture", "heat_colours", "overlay", "panel", "sheet"]
+__all__ = ["at_pixels", "attention_picture", "heat_colours", "overlay", "panel", "placement_of", "sheet"]
 
 SIDES = 512, 1024  # pixels: the long side of a shown picture lies between
 GAP = 8  # pixels between pictures of a sheet
@@ -113,15 +114,37 @@ def overlay(
     return shown
 
 
+def placement_of(image: ImageLike, features: Features) -> Placement:
+    """Where the one image of these features went.
+
+    Raises: InputError for features of several images, or of an image of another size.
+    """
+    if len(features) != 1:
+        raise InputError(f"these are features of {len(features)} images, and one is drawn; give features[0]")
+    placement, size = features.placements[0], tuple(load_image(image).shape[1:])
+    if placement.original != size:
+        raise InputError(
+            f"the image is {size[1]} wide and {size[0]} high, and the features are of one {placement.original[1]} wide "
+            f"and {placement.original[0]} high; give the image that they were made from"
+        )
+    return placement
+
+
 def attention_picture(
     image: ImageLike,
-    maps: Tensor,  # [H, h, w], as `attention_maps` gives for one picture
+    maps: Tensor,  # [H, h, w], as `attention_maps` gives for one image, or [1, H, h, w]
     placement: Placement | None = None,
     mark: tuple[float, float] | None = None,  # the point that asked
 ) -> Image.Image:
-    """The picture, the mean over heads, and every head, each by its own range, up to the 99.5th percentile."""
+    """The image, the mean over heads, and every head, each by its own range, up to the 99.5th percentile.
+
+    Example:
+        >>> attention_picture("cat.jpg", bb.attention_maps("cat.jpg")).save("attention.png")
+    """
+    if maps.ndim == 4 and len(maps) == 1:
+        maps = maps[0]
     if maps.ndim != 3:
-        raise InputError(f"attention_picture takes the maps of one picture [heads, h, w], got {list(maps.shape)}")
+        raise InputError(f"attention_picture takes the maps of one image [heads, h, w], got {list(maps.shape)}")
     every = [maps.float().mean(dim=0), *maps.float()]
     heads = [
         overlay(image, m, placement, limits=(float(m.min()), float(np.quantile(m.cpu(), 0.995))), mark=mark)

@@ -69,7 +69,7 @@ class Segmenter(Fitted):
         raise NotImplementedError
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class OneShotSegmenter(Segmenter):
     """Finds what is marked in one or a few reference pictures in others.
 
@@ -92,7 +92,7 @@ class OneShotSegmenter(Segmenter):
         return found.masked_fill(~prototypes.any(dim=1), -1.0)  # a number between two classes that is in no mask
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class SegmentationHead(Segmenter):
     """A linear layer on each patch, trained on pixels.
 

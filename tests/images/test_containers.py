@@ -129,3 +129,60 @@ def test_what_is_left_out_of_a_folder_or_an_archive_is_counted(tmp_path: Path, c
         caplog.clear()
         assert len(as_source(given)) == 2
         assert "4 other files (2 .txt, 1 " in caplog.text and caplog.text.count("left out") == 1
+
+
+# --- archives that lead nowhere --------------------------------------------------------------------------------------
+
+
+def header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
+    """One of a tar, with a size that may be negative or of any length."""
+    found = bytearray(512)
+    found[: len(name)] = name
+    found[100:108] = found[108:116] = found[116:124] = b"0000644\0"
+    plain = 0 <= size < 8**11
+    found[124:136] = (
+        b"%011o\0" % size if plain else bytes((0x80 if size >= 0 else 0xFF,)) + size.to_bytes(11, "big", signed=True)
+    )
+    found[136:148], found[156:157], found[257:265], found[148:156] = b"00000000000\0", kind, b"ustar\00000", b" " * 8
+    found[148:156] = b"%06o\0 " % sum(found)
+    return bytes(found)
+
+
+def record(name: str, value: str) -> bytes:
+    """A block of a pax header."""
+    line = f" {name}={value}\n".encode()
+    length = len(line) + 2
+    return (str(length).encode() + line).ljust(512, b"\0")
+
+
+AHEAD = header(b"a.png", 0) + header(b"b.png", 0)
+LOST: dict[str, bytes] = {
+    "a member that goes back": AHEAD + header(b"c.png", -1024) + bytes(1024),
+    "a member that goes back to the start": header(b"c.png", -512) + bytes(1024),
+    "a folder that goes back": AHEAD + header(b"c/", -1024, b"5") + bytes(1024),
+    "a pax size that goes back": AHEAD + header(b"x", 17, b"x") + record("size", "-1536") + header(b"c.png", 0),
+    "a pax header of no length": AHEAD + header(b"x", -1, b"x") + bytes(1024),
+    "a pax header of 1 TiB": AHEAD + header(b"x", 2**40, b"x") + bytes(1024),
+    "a pax header for all of 16 GiB": AHEAD + header(b"x", 2**34, b"g") + bytes(1024),
+    "a long name of 64 GiB": AHEAD + header(b"x", 2**36, b"L") + bytes(1024),
+    "a long link of -1": AHEAD + header(b"x", -(2**40), b"K") + bytes(1024),
+    "names without an end": header(b"x", 5, b"L") * 20_000 + bytes(1024),
+    "a member of 2^80": AHEAD + header(b"c.png", 2**80) + bytes(1024),
+    "an old sparse member that goes back": AHEAD + header(b"c.png", -2048, b"S") + bytes(1024),
+    "nothing but zeros": bytes(10_240),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_an_archive_that_leads_nowhere_ends(case: str, tmp_path: Path) -> None:
+    """In a sentence, or with the images before that place; never round and round, nor with all memory."""
+    path = tmp_path / "a.tar"
+    path.write_bytes(LOST[case])
+    try:
+        source = as_source(path)
+    except InputError as error:
+        assert str(path) in str(error)
+        return
+    assert len(source) <= 3
+    for number in range(len(source)):
+        complaint(ImageError, lambda number=number: source.load(number))
