@@ -140,8 +140,8 @@ class Backbone(Network):
         torch dtype or its name casts the linears and the patch convolution; the stream, norms and RoPE stay float32.
         `mode`: on a CPU, for float32 parameters.  "exact" computes in float32, "fast" multiplies in bfloat16 (cosine
         with float32: 0.999 in all but 1 % of the patches), "int8" in 8 bits (class tokens 0.99 on average, patches 0.98
-        in all but 1 %; a model that is further off does without).  See `check_precision`; where something else has to
-        run, the log says so.
+        in all but 1 %, up to twice a default size of 320 pixels or less; a model that is further off does without).
+        See `check_precision`; where something else has to run, the log says so.
         `preprocessing`: None for our defaults, "meta", "hf" or "timm" for exactly what those do with a picture.
         `rope_periods`: None for those of the file, "exact", or "bfloat16" for those that Meta's files hold.
         `layout`: "hf", "meta" or "timm" where the names in a file do not tell.

@@ -120,7 +120,7 @@ def test_class_tokens_alone(config: ViTConfig, mode: str, no_grad: None) -> None
     bb = backbone(config)
     bb.preprocess = replace(bb.preprocess, size=4 * bb.patch_size)
     side, half = bb.patch_size, torch.float32 if mode == "exact" else torch.bfloat16
-    plan = CpuPlan(bb, half, spans_of(bb, bb.extractor.samples()) if mode == "int8" else None)
+    plan = CpuPlan(bb, half, spans_of(bb, [bb.extractor.samples()]) if mode == "int8" else None)
     pixels = [
         torch.randn(count, 3, h * side, w * side) for count, h, w in [(1, 1, 1), (3, 2, 4), (17, 3, 2), (1, 4, 5)]
     ]
