@@ -242,7 +242,7 @@ def reading_differs(config: ViTConfig, layout: Layout) -> list[str]:
     if config.position_grid is not None and _resize_rule(layout, config.num_registers) != config.position_resize:
         notes.append(
             f"readers of the {layout.name} layout resize positions by another rule, "
-            f"so features off the {config.position_grid}x{config.position_grid} grid will differ by about 1 %"
+            f"so features off the {config.position_grid}x{config.position_grid} grid will differ by 1 to 4 %"
         )
     usual = _usual_eps(layout, config.key_bias)
     if layout.name != "hf" and config.norm_eps != usual:

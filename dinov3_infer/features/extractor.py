@@ -114,7 +114,8 @@ class Extractor:
     def _request(self, pixels: Sequence[Tensor] = ()) -> Request:
         weight = self.network.main_weight.dtype
         half = torch.bfloat16 if self._autocasts() else weight if weight.itemsize == 2 else None
-        return Request(self.samples, half, self.scale, tuple((p.shape[2], p.shape[3]) for p in pixels))
+        sizes, count = tuple((p.shape[2], p.shape[3]) for p in pixels), sum(p.numel() // 3 for p in pixels)
+        return Request(self.samples, half, self.scale, sizes, count)
 
     def _grids(self, batch: PixelBatch, layers: Sequence[int]) -> list[tuple[int, int]]:
         """(h, w) in patches of the last layer, then of each layer asked for."""

@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import os
+import re
 import stat
 import struct
 import threading
@@ -290,12 +291,12 @@ def _errors_of_pillow(label: str) -> Iterator[None]:
             kind = f"is of a kind that Pillow does not read ({reason}); convert it to PNG"
             bands = ", or give its red, green and blue bands as an array" if " pixel" in reason else ""
             raise ImageError(f"{label} {kind}{bands}") from None
-        if "decoder error" in reason:  # of libtiff, which prints why
-            raise ImageError(
-                f"cannot decode {label}: {reason}; the file is damaged, or of a kind that this Pillow was built "
-                "without: open it elsewhere and save it as PNG"
-            ) from None
-        raise ImageError(f"cannot decode {label}: {reason}; the file is damaged or cut short") from None
+        fault = (
+            "or cut short"
+            if re.search("truncated|eof|end of file", reason, re.IGNORECASE)
+            else ("or of a kind that this Pillow does not read: open it elsewhere and save it as PNG")
+        )
+        raise ImageError(f"cannot decode {label}: {reason}; the file is damaged {fault}") from None
 
 
 def _from_pil(picture: Image.Image, label: str, levels: Levels | None) -> Tensor:

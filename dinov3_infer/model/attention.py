@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..errors import UnsupportedError, check_choice
 from .chips import constant_for_compilers, lacks_bfloat16, why_distrusted
 from .rope import apply_rope
+from .tracing import one_node
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -38,6 +39,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+@one_node
 def sdpa_attention(
     qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
     cos: Tensor | None,  # [N or T, D/2], identity rows for class and register tokens; None: no rotation
@@ -56,6 +58,7 @@ def sdpa_attention(
     return parts[0] if cu_seqlens is None else torch.cat([part.flatten(0, 1) for part in parts])
 
 
+@one_node
 def eager_attention(
     qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
     cos: Tensor | None,  # [N or T, D/2] float32
@@ -276,6 +279,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return _not_installed()
 
 
+@one_node
 def rope_attention(
     qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
     cos: Tensor | None,  # [N or T, D/2], identity rows for class and register tokens; None: no rotation
@@ -305,6 +309,7 @@ def rope_attention(
     return triton_attention(qkv, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=scale)
 
 
+@one_node
 def triton_attention(
     qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
     cos: Tensor | None,  # [N or T, D/2] float32

@@ -21,7 +21,7 @@ from .cuda.cuda_plan import CudaPlan
 from .network import BackboneOutput, Network, Scale, normalised
 from .trial import Precision, Undecided, compare, twin, why_not_trusted
 from .vit import VisionTransformer
-from .watch import Snapshot, modules_of, tensors_of, why_unknown
+from .watch import Snapshot, checksums, modules_of, tensors_of, why_unknown
 
 __all__ = ["Mode", "Plan", "Precision", "Request", "compare", "drop_plan", "plan_of", "why_not_plan"]
 
@@ -30,6 +30,11 @@ log = logging.getLogger("dinov3_infer")
 Mode = Literal["exact", "fast", "int8", "plain"]
 Pictures = Callable[..., Tensor]  # (size: (height, width) or None) -> images of the package, [3, 3, H_px, W_px]
 _LEAST = (0.99, 0.98)  # cosines of int8 with float32: mean of class tokens, 1st percentile of patches
+# Tokens of a call by one thread of which a checksum of the weights takes 2 %, as measured; a quarter for weights that
+# fit a cache.
+_FEW_TOKENS = {"exact": 1024, "fast": 1536, "int8": 2560}
+_IN_CACHE = 1 << 24  # bytes
+_SMALL = 320  # pixels of the side of an image that int8 is tried with at twice its size, else at half
 _MANY_TOKENS = 2048  # of an image, of which a trial takes one
 
 
@@ -58,6 +63,7 @@ class Request(NamedTuple):
     half: torch.dtype | None = None  # on CUDA: of the products; None for float32, which no plan is made for
     scale: Scale = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # of images that come as uint8
     sizes: tuple[tuple[int, int], ...] = ()  # (height, width) in pixels of the images to come; () for the default
+    pixels: int = 0  # of all images to come
 
 
 # --- the devices ---------------------------------------------------------------------------------------------------
@@ -82,19 +88,41 @@ def _made_for_cpu(model: VisionTransformer, mode: Mode, request: Request) -> Pla
     lacking = None if mode == "exact" else why_not_packed(torch.bfloat16)
     half = torch.float32 if mode == "exact" or lacking else torch.bfloat16
     if mode == "int8" and (lacking := why_not_int8()) is None:
-        pixels = request.pictures()
-        plan, unseen = CpuPlan(model, half, spans_of(model, pixels)), pixels.flip(-1)
-        found = compare(plan(model, [unseen])[0], CpuPlan(model, torch.float32)(model, [unseen])[0])
-        if found.cls_mean >= _LEAST[0] and found.patch_percentile >= _LEAST[1]:
+        seen, unseen = _trial_images(request, model.config.patch_size)
+        plan, plain = CpuPlan(model, half, spans_of(model, seen)), CpuPlan(model, torch.float32)
+        found = [compare(a, b) for a, b in zip(plan(model, unseen), plain(model, unseen), strict=True)]
+        cls, patches = min(f.cls_mean for f in found), min(f.patch_percentile for f in found)
+        if cls >= _LEAST[0] and patches >= _LEAST[1]:
             return plan
-        lacking = (
-            f"class tokens have a cosine of {found.cls_mean:.3f} with float32, patches {found.patch_percentile:.3f}"
-        )
+        lacking = f"class tokens have a cosine of {cls:.3f} with float32, patches {patches:.3f}"
     if lacking is None:
         return CpuPlan(model, half)
     other: Mode = "fast" if mode == "int8" else "exact"
     log.warning("mode='%s' gives way to '%s': %s", mode, other, lacking)
     return _made_for_cpu(model, other, request)
+
+
+def _trial_images(request: Request, patch: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Images to find the ranges of int8 with, and others to check it on; of two sizes each, for ranges grow with both.
+
+    The first are those of the package, a quarter of each, and noise; the others are one of each, mirrored, and of a
+    quarter another one.  It takes as long as some 30 images.
+    """
+    own = request.pictures()
+    h, w = own.shape[2:]
+    half = [max(1, side // 2 // patch) * patch for side in (h, w)]
+    size = (2 * h, 2 * w) if max(h, w) <= _SMALL else (half[0], half[1])
+    other = request.pictures(size)
+    large, small = (other, own) if size[0] > h else (own, other)
+    rows, columns = small.shape[2:]
+    mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu").view(3, 1, 1) for v in request.scale)
+    draw = torch.Generator("cpu").manual_seed(0)
+    noise = [
+        (torch.rand(t.shape[1:], generator=draw, dtype=t.dtype, device="cpu") - mean) / std for t in (small, large)
+    ]
+    first, last = large[:, :, :rows, :columns], large[:, :, -rows:, -columns:]
+    seen = [torch.cat((small, first, noise[0][None])), torch.cat((large, noise[1][None]))]
+    return seen, [torch.cat((small[:1], last[1:2])).flip(-1), large[2:].flip(-1)]
 
 
 def _why_not_cuda(model: VisionTransformer, request: Request) -> str | None:
@@ -134,6 +162,7 @@ class _Kept(NamedTuple):
     snapshot: Snapshot
     values: list[Tensor]  # see `_values`
     bits: Tensor | None  # the same when the plan was made
+    sums: list[bytes]  # see `checksums`; where values are read
     refused: str | None  # why its plan is not used
     plan: Any  # Plan | None
 
@@ -159,7 +188,8 @@ def plan_of(model: Network, mode: Mode, request: Request) -> Plan | None:
         values = _values(model) if device.reads_values else []
         bits = torch.cat(values) if values else None
         plan = device.make(model, mode, request)
-        kept = _PLANS[model] = _Kept(mode, request.half, Snapshot(model), values, bits, None, plan)
+        sums = checksums(model) if device.reads_values else []
+        kept = _PLANS[model] = _Kept(mode, request.half, Snapshot(model), values, bits, sums, None, plan)
     if kept.plan is not None and _DEVICES[model.device.type].is_tried:
         kept = _tried(model, kept, request)
     return kept.plan  # type: ignore[no-any-return]
@@ -192,7 +222,19 @@ def _current(model: Network, mode: Mode, request: Request) -> _Kept | None:
         return None
     if kept.bits is not None and not torch.equal(torch.cat(kept.values), kept.bits):
         return None
-    return kept
+    return None if _reads_all(model, kept, request) and checksums(model) != kept.sums else kept
+
+
+def _reads_all(model: Network, kept: _Kept, request: Request) -> bool:
+    """Whether the call is so long that a checksum of all values takes less than 2 % of it.
+
+    Both grow with the weights, so that it depends on tokens and threads, and on whether the weights fit the caches.
+    """
+    if not kept.sums or not isinstance(model, VisionTransformer):
+        return False
+    few = _FEW_TOKENS[kept.plan.mode] * torch.get_num_threads()
+    small = sum(t.nbytes for t in model.parameters()) <= _IN_CACHE
+    return request.pixels // model.config.patch_size**2 >= (few // 4 if small else few)
 
 
 def _why_none(model: Network, device: _Device, request: Request) -> str | None:

@@ -17,17 +17,12 @@ from ..errors import InputError, check_choice
 from .attention import resolve_attention, rope_attention, triton_attention, why_not_triton
 from .packing import Packing
 from .rope import RopeTable
+from .tracing import one_node
 
 __all__ = [
-    "Block",
-    "LayerNorm",
-    "PatchEmbed",
-    "PositionResize",
-    "ViTConfig",
-    "entering",
-    "narrowed",
-    "resize_positions",
-]
+    "Block", "LayerNorm", "PatchEmbed", "PositionResize", "ViTConfig", "entering", "narrowed", "resize_positions", "widened",
+    "with_gradient", "with_masks",
+]  # fmt: skip
 
 PositionResize = Literal["offset", "size", "antialias"]
 _FEW_ROWS = 16
@@ -94,13 +89,14 @@ def cubic_kernel(x: Tensor, a: float) -> Tensor:
     return torch.where(x <= 1.0, near, torch.where(x < 2.0, far, 0.0))
 
 
+@one_node
 def resize_positions(
     positions: Tensor,  # [1, G*G, C] learned for a square grid of G patches a side
     grid: tuple[int, int],  # h, w in patches
     rule: PositionResize,
     dtype: torch.dtype = torch.float32,  # of the arithmetic
 ) -> Tensor:
-    """Learned positions for another grid, [1, h*w, C], bicubic; three rules are in use, whose features differ by 1 %.
+    """Learned positions for another grid, [1, h*w, C], bicubic; three rules are in use, 1 to 4 % of the features apart.
 
     offset: Meta's DINO and DINOv2 without registers.  The factor is (h + 0.1)/G, and sampling follows that factor.
     size: transformers' DINO and DINOv2 without registers.  Exactly from G to h.
@@ -119,11 +115,16 @@ def resize_positions(
 
 
 def entering(x: Tensor, module: nn.Module) -> Tensor:
+    """What a linear or a convolution takes, see `_cast`."""
+    return _cast(x, module.weight)
+
+
+@one_node
+def _cast(x: Tensor, weight: Any) -> Tensor:
     """x in the dtype of the weights that it meets; as it is where a quantiser has left no floats of 16 bits or more.
 
     Where autocast is to narrow it again it stays too: to widen it would cost two passes over memory and change no bit.
     """
-    weight = module.weight
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize < 2:
         return x
     widens = x.itemsize == 2 and weight.dtype == torch.float32
@@ -139,10 +140,14 @@ def _project(linear: nn.Module, x: Tensor) -> Tensor:
     another vector alone than in a batch: they are filled up.
     """
     x = entering(x, linear)
+    return _without_filling(linear(_filled(x)), x)
+
+
+@one_node
+def _filled(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_compiling() or (rows := x.shape[:-1].numel()) >= _FEW_ROWS:
-        return linear(x)  # type: ignore[no-any-return]
-    filled = F.pad(x.flatten(0, -2), (0, 0, 0, _FEW_ROWS - rows))
-    return linear(filled)[:rows].unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+        return x
+    return F.pad(x.flatten(0, -2), (0, 0, 0, _FEW_ROWS - rows))
 
 
 def narrowed(
@@ -160,6 +165,41 @@ def narrowed(
     return table[0].half(), table[1].half()
 
 
+@one_node
+def _without_filling(found: Tensor, x: Tensor) -> Tensor:
+    """What a linear gave for x, filled up or not."""
+    if found.shape[:-1] == x.shape[:-1]:
+        return found
+    return found[: x.shape[:-1].numel()].unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+
+
+@one_node
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@one_node
+def with_masks(x: Tensor, masks: Tensor | None, token: Tensor | None) -> Tensor:
+    """Patches [B, P, C] with the mask token where `masks` [B, P] says so."""
+    if masks is None:
+        return x
+    if token is None:
+        raise InputError("this model has no mask token (its file holds none), so masks cannot be applied")
+    if masks.dtype != torch.bool or masks.shape != x.shape[:2]:
+        raise InputError(
+            f"masks are bool {list(x.shape[:2])} for this input, as masks > 0 is; got {masks.dtype} {list(masks.shape)}"
+        )
+    return torch.where(masks[..., None], token.to(x.dtype), x)
+
+
+@one_node
+def with_gradient(prefix: Tensor, token: Tensor) -> Tensor:
+    """The same numbers, and a gradient of zero for the mask token, which DDP waits for without masks too."""
+    return prefix.add(token[:0].sum()) if torch.is_grad_enabled() and token.requires_grad else prefix
+
+
+@one_node
 def _silu(x: Tensor) -> Tensor:
     """x * sigmoid(x).
 

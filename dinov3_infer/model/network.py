@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputTypeError, LayerError, UnsupportedError
+from ..errors import InputError, InputTypeError, LayerError, UnsupportedError
+from .tracing import one_node
 
 __all__ = [
     "BackboneOutput",
@@ -23,6 +24,8 @@ __all__ = [
     "normalised",
     "resolve_layers",
     "shapes",
+    "whole_patches",
+    "without_layers",
 ]
 
 Scale: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std of red, green, blue
@@ -204,3 +207,34 @@ def resolve_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
         if not -depth <= layer < depth:
             raise LayerError(f"layer {layer} does not exist; this model has {depth} (0..{depth - 1} or -{depth}..-1)")
     return [layer % depth for layer in asked]
+
+
+@one_node
+def whole_patches(pixels: Tensor, size: int, channels: int = 3) -> tuple[int, int]:
+    """See `grid_of`; `size`: pixels of the side of a patch."""
+    if not isinstance(pixels, Tensor):
+        raise InputTypeError(
+            f"the model takes a tensor, got {type(pixels).__name__}; use extract_features() for pictures"
+        )
+    if not pixels.is_floating_point():
+        raise InputTypeError(
+            f"the model takes normalised float pixels, got {pixels.dtype}; use extract_features() or preprocess()"
+        )
+    if pixels.ndim != 4 or pixels.shape[1] != channels:
+        raise InputError(f"the model takes pixels of shape [B, {channels}, height, width], got {list(pixels.shape)}")
+    height, width = pixels.shape[2:]
+    if height % size or width % size or not height or not width:
+        nearest = [max(1, round(side / size)) * size for side in (height, width)]
+        raise InputError(
+            f"input {height}x{width} is not a multiple of the patch size {size}; the nearest is "
+            f"{nearest[0]}x{nearest[1]}, and extract_features(fit='native') goes there by itself"
+        )
+    return height // size, width // size
+
+
+@one_node
+def without_layers(pixels: Tensor, layers: Any) -> Tensor:
+    """For a graph of torch.fx, whose layers are chosen when it is made."""
+    if layers is not None:
+        raise InputError(f"this graph was traced without layers, and layers={layers!r} was given; trace it with them")
+    return pixels

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .tracing import one_node
 
 __all__ = ["RopeAugmentation", "RopeTable", "apply_rope", "rope_coordinates", "rope_periods", "rope_table"]
 
@@ -87,6 +88,7 @@ def augment_coordinates(
     return coordinates
 
 
+@one_node
 def rope_table(
     grid: tuple[int, int],  # h, w in patches
     periods: Tensor,  # [D/4] float32

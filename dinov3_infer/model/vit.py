@@ -9,12 +9,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError, InputTypeError, UnsupportedError
 from .attention import resolve_attention, triton_attention, why_not_triton
-from .layers import Attention, Block, LayerNorm, PatchEmbed, Residual, ViTConfig, narrowed, resize_positions
-from .network import BackboneOutput, LayerOutput, Network, resolve_layers
+from .layers import (
+    Attention,
+    Block,
+    LayerNorm,
+    PatchEmbed,
+    Residual,
+    ViTConfig,
+    narrowed,
+    resize_positions,
+    widened,
+    with_gradient,
+    with_masks,
+)  # fmt: skip
+from .network import BackboneOutput, LayerOutput, Network, resolve_layers, whole_patches, without_layers
 from .packing import Packing
 from .rope import RopeAugmentation, RopeTable, rope_periods, rope_table
 
@@ -155,6 +168,8 @@ class VisionTransformer(Network):
         masks: Tensor | None = None,  # [B, P] bool: these patches become the mask token
     ) -> BackboneOutput:
         """As in `Network`; layers pass through the final norm like the last one."""
+        if isinstance(layers, Proxy):  # an argument of a graph of torch.fx
+            pixels, layers = without_layers(pixels, layers), None
         indices = resolve_layers(layers, self.config.depth)
         last, taken = self.run_blocks(pixels, masks, indices)
         picked = tuple(LayerOutput(*self.split(self.normed(taken[i]))) for i in indices)
@@ -266,16 +281,8 @@ class VisionTransformer(Network):
     ) -> Tensor:
         """Class token, registers and patches before the first block, [B, N, C]."""
         grid = self.grid_of(pixels)
-        x = self.patch_embed(pixels)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if masks is not None:
-            if self.mask_token is None:
-                raise InputError("this model has no mask token (its file holds none), so masks cannot be applied")
-            if masks.dtype != torch.bool or masks.shape != x.shape[:2]:
-                raise InputError(
-                    f"masks are bool {list(x.shape[:2])} for this input; got {masks.dtype} {list(masks.shape)}"
-                )
-            x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
+        x = widened(self.patch_embed(pixels))
+        x = with_masks(x, masks, self.mask_token)
         return self.with_prefix(x, grid, positions)
 
     def with_prefix(
@@ -286,8 +293,8 @@ class VisionTransformer(Network):
     ) -> Tensor:
         """Class token, registers and patches, [B, N, C], with learned positions where the model has them."""
         prefix = self.cls_token.to(x.dtype)
-        if self.mask_token is not None and torch.is_grad_enabled() and self.mask_token.requires_grad:
-            prefix = prefix + self.mask_token[:0].sum()  # nothing, with a gradient: DDP wants one without masks too
+        if self.mask_token is not None:
+            prefix = with_gradient(prefix, self.mask_token)
         if self.pos_embed is not None:
             x = x + (self.positions(grid, x.dtype) if positions is None else positions).to(x.dtype)
             prefix = prefix + self.pos_embed[:, :1].to(x.dtype)
@@ -307,28 +314,7 @@ class VisionTransformer(Network):
 
     def grid_of(self, pixels: Tensor, layer: int = -1) -> tuple[int, int]:
         """(h, w) in patches.  Raises InputError for anything that is not a batch of whole patches."""
-        if not isinstance(pixels, Tensor):
-            raise InputTypeError(
-                f"the model takes a tensor, got {type(pixels).__name__}; use extract_features() for pictures"
-            )
-        if not pixels.is_floating_point():
-            raise InputTypeError(
-                f"the model takes normalised float pixels, got {pixels.dtype}; use extract_features() or preprocess()"
-            )
-        channels = self.config.in_chans
-        if pixels.ndim != 4 or pixels.shape[1] != channels:
-            raise InputError(
-                f"the model takes pixels of shape [B, {channels}, height, width], got {list(pixels.shape)}"
-            )
-        size = self.config.patch_size
-        height, width = pixels.shape[2:]
-        if height % size or width % size or not height or not width:
-            nearest = [max(1, round(side / size)) * size for side in (height, width)]
-            raise InputError(
-                f"input {height}x{width} is not a multiple of the patch size {size}; the nearest is "
-                f"{nearest[0]}x{nearest[1]}, and extract_features(fit='native') goes there by itself"
-            )
-        return height // size, width // size
+        return whole_patches(pixels, self.config.patch_size, self.config.in_chans)
 
     def normed(self, x: Tensor, local: bool = False) -> Tensor:
         """The final norm, [B, N, C]."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _all_modules
@@ -13,7 +14,7 @@ from .layers import Attention, Block, GatedMlp, LayerNorm, MaskedKeyLinear, Mlp,
 from .network import Network
 from .vit import VisionTransformer
 
-__all__ = ["Snapshot", "modules_of", "tensors_of", "why_unknown"]
+__all__ = ["Snapshot", "checksums", "modules_of", "tensors_of", "why_unknown"]
 
 _PACKAGE = __name__.split(".")[0]  # whose methods a plan knows
 # What a plan knows how to compute.  A module of any other class, such as an adapter, runs as it is written.
@@ -32,6 +33,7 @@ _OWN = {
     "normed",
     "split",
 }
+_ROW = 8 * 1021  # bytes
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HELD = ("_modules", "_parameters", "_buffers")
 
@@ -67,11 +69,12 @@ class Snapshot:
     """A model as it is now, without what would keep the model itself in memory.
 
     Modules, their attributes and tensors are compared by identity, tensors by memory and version too.  Aliases keep the
-    memory of the tensors from being given to others.  Writing to `.data` shows in none of these.
+    memory of the tensors from being given to others.  Writing to `.data` shows in none of these; it shows in
+    `checksums`.
     """
 
     def __init__(self, model: Network) -> None:
-        self.root = list(_held(model.__dict__))
+        self.root, self.config = list(_held(model.__dict__)), model.config
         modules = [module.__dict__ for module in modules_of(model) if module is not model]
         self.modules = [(own, list(own.values()), list(_held(own))) for own in modules]
         tensors = [tensor for module in modules_of(model) for tensor in tensors_of(module)]
@@ -79,7 +82,7 @@ class Snapshot:
 
     def holds(self, model: Network) -> bool:
         """Whether nothing of the model has changed that can be seen without reading its tensors."""
-        if _root_is_changed(model) or not _same(_held(model.__dict__), self.root):
+        if _root_is_changed(model) or not _same(_held(model.__dict__), self.root) or model.config != self.config:
             return False
         for own, values, held in self.modules:
             if not (_same(own.values(), values) and _same(_held(own), held)):
@@ -87,6 +90,21 @@ class Snapshot:
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 return False
         return all(t._version == version and t.data_ptr() == alias.data_ptr() for t, alias, version in self.tensors)
+
+
+def checksums(model: nn.Module) -> list[bytes]:
+    """A checksum of every value of every tensor on a CPU, in which any change shows but for contrived ones.
+
+    Sums of bits by column of a table of a prime width, so that rows or heads that change places show too.
+    """
+    found = []
+    for module in modules_of(model):
+        for tensor in tensors_of(module):
+            bits = tensor.detach().contiguous().view(torch.uint8).numpy().reshape(-1)
+            rows = len(bits) // _ROW * _ROW
+            sums = bits[:rows].view(np.uint64).reshape(-1, _ROW // 8).sum(axis=0, dtype=np.uint64)
+            found.append(sums.tobytes() + bits[rows:].tobytes())
+    return found
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:

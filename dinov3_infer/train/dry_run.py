@@ -20,7 +20,8 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
     Activations are counted as if none were recomputed, so that the real peak is below the sum of the two sizes.
     """
     run = Run(dataclasses.replace(config, recompute="none", accumulate=1), device_of(config), dry=True)
-    batch = next(run.stream())
+    stream = run.stream()
+    batch = next(stream)
     run.folder.mkdir(parents=True, exist_ok=True)
     draw_batch(batch, run.views[0][1], run.folder / "first_batch.png")
     few = split_batch(batch, max(1, len(batch.indices) // 2))[0]
@@ -43,6 +44,7 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
     at_once = len(batch.indices) / config.accumulate
     return dataclasses.asdict(config) | {
         "pictures": len(run.data),
+        "left_out": list(stream.broken.values()),  # of the first batch, why
         "learning_rate": config.lr,
         "trained_parameters": sum(p.numel() for p in learning),
         "gib_of_weights_gradients_and_moments": round(weights / 2**30, 3),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backbone import Backbone
-from ..errors import Dinov3Error, ImageError, InputError
+from ..errors import Dinov3Error, ImageError, InputError, MissingFileError
 from ..tasks.probes import nearest, weighted_votes
 from .config import TrainConfig
 from .draws import generator
@@ -58,10 +58,12 @@ class Health:
         self.config = config
         count = min(config.health_pictures, len(data))
         chosen = torch.randperm(len(data), generator=generator(config.seed, 0, "health"), device="cpu")[:count].tolist()
-        self.pictures = [i for i in chosen if _readable(data, i)]
+        reasons = {i: _why_unreadable(data, i) for i in chosen}
+        self.pictures = [i for i, reason in reasons.items() if reason is None]
         if len(self.pictures) < 2:
             raise InputError(
-                f"of {count} pictures tried {len(self.pictures)} can be read, and training needs 2; check the data"
+                f"of {count} images tried {len(self.pictures)} can be read, and training needs 2; check the data: "
+                f"{next(filter(None, reasons.values()), 'there are no more')}"
             )
         self.data = data
         self.labels = None if data.labels is None else data.labels[self.pictures]
@@ -124,9 +126,9 @@ class Health:
         return max(1, round(self.config.global_px / backbone.patch_size)) * backbone.patch_size
 
 
-def _readable(data: Data, index: int) -> bool:
+def _why_unreadable(data: Data, index: int) -> str | None:
     try:
         data.read(index)
-    except ImageError:
-        return False
-    return True
+    except (ImageError, MissingFileError) as error:
+        return str(error)
+    return None

@@ -177,10 +177,12 @@ class Run:
         stream = self.stream()
         if self.step == 0:
             self.record(self.health.first | {"verdict": "start", "reason": "before the first step"})
+        left_out = run_state.LeftOut(self.folder / "left_out.jsonl")
         since, count = time.perf_counter(), 0
         with Progress(config.steps, self.step, progress if is_main() else False) as shown:
             while self.step < config.steps:
                 batch = next(stream)
+                left_out.tell(stream.broken)
                 if self.step == 0 and is_main():
                     draw_batch(batch, self.views[0][1], self.folder / "first_batch.png")
                 metrics: dict[str, Any] = self.take_step(batch)

@@ -4,9 +4,11 @@ The tensors are whole and named by parameter, so that a run goes on with any num
 """
 
 import json
+import logging
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from ..errors import CheckpointError, DiskError
 from .distributed import group, is_main, whole
 from .method import Method
 
-__all__ = ["append", "latest", "load", "save"]
+__all__ = ["LeftOut", "append", "latest", "load", "save"]
+
+log = logging.getLogger("dinov3_infer")
 
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -37,6 +41,30 @@ def append(path: Path, text: str) -> None:
         if path.is_file():
             os.truncate(path, size)
         raise DiskError(f"'{path}' could not be written ({error.strerror}); make room") from None
+
+
+class LeftOut:
+    """Images that could not be read, and why: a line for each in a file, and the first ones in the log."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._told = path, set[int]()
+        if path.is_file():  # of a run that goes on
+            lines = path.read_text(encoding="utf-8").splitlines()
+            self._told = {json.loads(line)["picture"] for line in lines if line.endswith("}")}
+
+    def tell(self, broken: Mapping[int, str]) -> None:
+        """`broken`: all that are known so far, by number, with the reason."""
+        new = {number: reason for number, reason in broken.items() if number not in self._told}
+        if not new:
+            return
+        for reason in list(new.values())[: max(0, 3 - len(self._told))]:
+            log.warning("an image is left out, and another one takes its place: %s", reason)
+        lines = (json.dumps({"picture": number, "error": reason}) + "\n" for number, reason in sorted(new.items()))
+        try:
+            append(self._path, "".join(lines))
+        except DiskError:
+            return  # they are told again; the metrics say what the disk lacks
+        self._told |= set(new)
 
 
 def _kept(method: Method) -> dict[str, Tensor]:

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from oracles import SMALL, randomise
-from pictures import photo
+from pictures import complaint, photo
 from torch import Tensor, nn
 
 from dinov3_infer import Backbone
+from dinov3_infer.errors import InputError
 
 PICTURE = photo(40, 60)
 
@@ -245,3 +247,41 @@ def test_a_forked_child_computes(nano: Backbone, way: str) -> None:
         pytest.fail("the child hangs")
     finally:
         torch.set_num_threads(before)
+
+
+# --- torch.fx -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_graph_of_torch_fx_is_the_module(name: str, training: bool) -> None:
+    """At other sizes too, with masks, with its checks; of its own device and dtype."""
+    model = small(name).train(training)
+    graph = torch.fx.symbolic_trace(model)
+    side = model.patch_size
+    for h, w in ((2, 3), (4, 4), (1, 1)):
+        pixels = torch.rand(2, 3, h * side, w * side)
+        masks = torch.rand(2, h * w) < 0.5 if model.config.mask_token else None
+        for given in {None, masks}:
+            found, want = graph(pixels, masks=given), model(pixels, masks=given)
+            assert torch.equal(found.patch_tokens, want.patch_tokens) and torch.equal(found.cls_token, want.cls_token)
+    complaint(InputError, lambda: graph(torch.rand(1, 3, side + 1, side)))
+    complaint(InputError, lambda: graph(pixels, layers=2))
+    graph(pixels).cls_token.sum().backward()
+
+
+def test_a_graph_of_torch_fx_with_layers() -> None:
+    model = small()
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixels: Tensor) -> Any:
+            return self.model(pixels, layers=[0, -1])
+
+    graph = torch.fx.symbolic_trace(Last())
+    pixels = torch.rand(2, 3, 64, 64)
+    found, want = graph(pixels), model(pixels, layers=[0, -1])
+    assert all(torch.equal(a.patch_tokens, b.patch_tokens) for a, b in zip(found.layers, want.layers, strict=True))

@@ -120,7 +120,7 @@ def test_class_tokens_alone(config: ViTConfig, mode: str, no_grad: None) -> None
     bb = backbone(config)
     bb.preprocess = replace(bb.preprocess, size=4 * bb.patch_size)
     side, half = bb.patch_size, torch.float32 if mode == "exact" else torch.bfloat16
-    plan = CpuPlan(bb, half, spans_of(bb, bb.extractor.samples()) if mode == "int8" else None)
+    plan = CpuPlan(bb, half, spans_of(bb, [bb.extractor.samples()]) if mode == "int8" else None)
     pixels = [
         torch.randn(count, 3, h * side, w * side) for count, h, w in [(1, 1, 1), (3, 2, 4), (17, 3, 2), (1, 4, 5)]
     ]
@@ -161,7 +161,7 @@ def test_the_defaults_of_torch_do_not_matter(mode: str, how: str, no_grad: None)
     """Neither the dtype nor the device of tensors that nobody gave one."""
     bb, pixels = backbone(replace(SMALL["dinov3"], num_heads=2 if how == "fused" else 4)), torch.randn(2, 3, 32, 48)
     half = torch.float32 if mode == "exact" else torch.bfloat16
-    spans = spans_of(bb, pixels) if mode == "int8" else None
+    spans = spans_of(bb, [pixels]) if mode == "int8" else None
     expected = CpuPlan(bb, half, spans)(bb, [pixels])[0]
     torch.set_default_dtype(torch.float64)
     try:
@@ -181,7 +181,7 @@ def test_fewer_bits_stay_near(name: str, mode: str, how: str, no_grad: None) -> 
     """bfloat16 within a cosine of 0.999, 8 bits within 0.99, on every token."""
     bb = backbone(replace(SMALL[name], num_heads=2 if how == "fused" else 4))
     pixels = bb.preprocess.batch(PICTURES[:2] + PICTURES[3:5]).pixels
-    spans = spans_of(bb, pixels) if mode == "int8" else None
+    spans = spans_of(bb, [pixels]) if mode == "int8" else None
     for dtype in (torch.bfloat16, torch.float32) if mode == "int8" else (torch.bfloat16,):
         found = compare(CpuPlan(bb, dtype, spans)(bb, [pixels.flip(-1)])[0], bb(pixels.flip(-1)))
         assert min(found) > (0.999 if mode == "fast" else 0.99)

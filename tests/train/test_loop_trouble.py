@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,18 +156,27 @@ def test_measures_of_health() -> None:
 # --- data --------------------------------------------------------------------------------------------------------
 
 
-def test_half_broken_folder(pictures: Path) -> None:
-    """Broken pictures are replaced and counted."""
+def test_half_broken_folder(pictures: Path, caplog: Any) -> None:
+    """Broken pictures are replaced and counted, and each has its reason in a file, once, over a run that goes on."""
     for i in range(3):
         (pictures / f"{i}.png").write_bytes(b"no picture")
+    caplog.clear()
     go(settings(pictures))
     assert rows(pictures)[-1]["broken_pictures"] == 3
+    told = [line for line in caplog.messages if "is left out" in line]
+    assert len(told) == 3 and all("is a text and no image" in line for line in told)
+    go(settings(pictures, steps=settings(pictures).steps + 2), resume=True)
+    lines = (pictures.parent / "run" / "left_out.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert sorted(one["picture"] for one in found) == [0, 1, 2]
+    assert all(f"{one['picture']}.png" in one["error"] for one in found)
 
 
 def test_broken_and_empty_folders(pictures: Path) -> None:
     for path in pictures.iterdir():
         path.write_bytes(b"no picture")
-    assert "0 can be read" in complaint(InputError, lambda: go(settings(pictures)))
+    text = complaint(InputError, lambda: go(settings(pictures)))
+    assert "0 can be read" in text and "is a text and no image" in text
     shutil.rmtree(pictures)
     pictures.mkdir()
     assert "no pictures" in complaint(InputError, lambda: go(settings(pictures)))

@@ -290,13 +290,16 @@ class _Watched:
         return low.amin(0), high.amax(0), total.sum(0) / self.count
 
 
-def spans_of(model: VisionTransformer, pixels: Tensor) -> list[Spans]:
-    """What the linears of each block are given for some pictures."""
+def spans_of(
+    model: VisionTransformer,
+    pixels: Sequence[Tensor],  # [B_i, 3, H_i, W_i] float32, normalised: one tensor per size
+) -> list[Spans]:
+    """What the linears of each block are given for some images."""
     plan, spans = CpuPlan(model, torch.float32), list[Spans]()
     for block in plan.blocks:
         for name in ("qkv", "proj", "up", "down"):
             setattr(block, name, _Watched(getattr(block, name)))
-    plan(model, [pixels])
+    plan(model, pixels)
     for block in plan.blocks:
         found: Spans = {name: getattr(block, name).span for name in ("qkv", "proj", "up", "down")}
         if block.gate is not None:  # a product of two has no middle that could be part of a bias

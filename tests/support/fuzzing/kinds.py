@@ -122,6 +122,8 @@ PICTURES: dict[str, Make] = PLACES | {
     "an array of no numbers": lambda _: np.full((4, 5, 3), np.nan),
     "an array of grey levels": lambda _: np.full((4, 5, 3), 128.0),
     "a tensor of integers": lambda _: torch.ones(3, 4, 5, dtype=torch.int64),
+    "a mode without a way to RGB": lambda _: Image.new("La", (5, 4)),
+    "a pipe at its end": lambda _: open(os.devnull, "rb"),  # noqa: SIM115
     "a picture of nothing": lambda _: Image.new("RGB", (0, 5)),
     "one pixel high": lambda _: b"P6 60000 1 255\n" + bytes(180_000),
 }
