@@ -75,8 +75,7 @@ def load_image(source: ImageLike, label: str = _ALONE, levels: Levels | None = N
     "percentile" for the 0.5th and 99.5th of each image.  Images of 8 bits stay as they are.  Without it only colours
     of 16 bits are taken, as reaching to 65535, and refused where none goes beyond 4095.
 
-    Redirects of addresses are followed, to other hosts too, unless DINOV3_INFER_REDIRECTS=same-host is in the
-    environment, as a server that embeds what users send wants it.
+    Redirects are followed, to other hosts too, unless the environment has DINOV3_INFER_REDIRECTS=same-host.
 
     Colour profiles (ICC) are not applied, as in torchvision, timm and transformers.  Of an RGB file with more bands
     the first three count; other files of many bands are refused, since none of them is known to be red.

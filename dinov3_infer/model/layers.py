@@ -20,8 +20,8 @@ from .rope import RopeTable
 from .tracing import one_node
 
 __all__ = [
-    "Block", "LayerNorm", "PatchEmbed", "PositionResize", "ViTConfig", "entering", "narrowed", "resize_positions", "widened",
-    "with_gradient", "with_masks",
+    "Block", "LayerNorm", "PatchEmbed", "PositionResize", "ViTConfig", "entering", "narrowed", "resize_positions",
+    "widened", "with_gradient", "with_masks",
 ]  # fmt: skip
 
 PositionResize = Literal["offset", "size", "antialias"]
@@ -156,8 +156,13 @@ def narrowed(
     attend: Any,
 ) -> RopeTable:
     """The table in float16 where a kernel reads it beside tokens of 16 bits, whose rounding is coarser than that."""
+    return _narrowed(table, weight, attend in (rope_attention, triton_attention))
+
+
+@one_node
+def _narrowed(table: RopeTable, weight: Tensor, by_kernel: bool) -> RopeTable:
     kind = weight.device.type
-    if kind not in ("cuda", "xpu") or attend not in (rope_attention, triton_attention):
+    if kind not in ("cuda", "xpu") or not by_kernel:
         return table
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     if dtype.itemsize != 2 or why_not_triton(weight.device, dtype, 2 * table[0].shape[-1]) is not None:

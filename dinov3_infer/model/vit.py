@@ -194,7 +194,8 @@ class VisionTransformer(Network):
         """The stream before the final norm, [B, N, C], after the last block and after each block of `indices`."""
         x = self.embed_tokens(pixels, masks, positions)
         rope = self.rope(self.grid_of(pixels)) if rope is None else rope
-        rope = rope and narrowed(rope, self.main_weight, self.blocks[0].attn.attend)  # type: ignore[union-attr]
+        if rope is not None:
+            rope = narrowed(rope, self.main_weight, self.blocks[0].attn.attend)  # type: ignore[union-attr]
         taken = {-1: x} if -1 in indices else {}
         end = max(indices) + 1 if stop_early and indices else self.config.depth
         for i, block in enumerate(self.blocks[:end]):
