@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from ..model.layers import PositionResize, ViTConfig
+from ..model.layers import ViTConfig
+from ..model.positions import PositionResize
 from ..zoo import ARCHITECTURES, MODELS, ModelInfo
 from .layouts import Layout, Parts
 from .reading import Checkpoint

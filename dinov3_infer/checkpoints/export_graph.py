@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..model.layers import PositionResize, cubic_kernel
 from ..model.network import BackboneOutput, Network
+from ..model.positions import PositionResize, cubic_kernel
 from ..model.vit import VisionTransformer
 
 __all__ = ["INPUT", "Dynamic", "Tokens", "bicubic", "export_copy", "graph_of", "program"]

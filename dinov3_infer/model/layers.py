@@ -7,7 +7,7 @@ it is given to the dtype of its weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from ..errors import InputError, check_choice
 from .attention import resolve_attention, rope_attention, triton_attention, why_not_triton
 from .packing import Packing
+from .positions import PositionResize
 from .rope import RopeTable
 from .tracing import one_node
 
 __all__ = [
-    "Block", "LayerNorm", "PatchEmbed", "PositionResize", "ViTConfig", "entering", "narrowed", "resize_positions",
+    "Block", "LayerNorm", "PatchEmbed", "ViTConfig", "entering", "narrowed",
     "widened", "with_gradient", "with_masks",
 ]  # fmt: skip
 
-PositionResize = Literal["offset", "size", "antialias"]
 _FEW_ROWS = 16
 
 
@@ -79,39 +79,6 @@ class ViTConfig:
     def num_prefix(self) -> int:
         """Tokens before the patches: 1 + R."""
         return 1 + self.num_registers
-
-
-def cubic_kernel(x: Tensor, a: float) -> Tensor:
-    """Keys' cubic convolution kernel; torch takes a = -0.75, and -0.5 where it filters."""
-    x = x.abs()
-    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
-    far = ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a
-    return torch.where(x <= 1.0, near, torch.where(x < 2.0, far, 0.0))
-
-
-@one_node
-def resize_positions(
-    positions: Tensor,  # [1, G*G, C] learned for a square grid of G patches a side
-    grid: tuple[int, int],  # h, w in patches
-    rule: PositionResize,
-    dtype: torch.dtype = torch.float32,  # of the arithmetic
-) -> Tensor:
-    """Learned positions for another grid, [1, h*w, C], bicubic; three rules are in use, 1 to 4 % of the features apart.
-
-    offset: Meta's DINO and DINOv2 without registers.  The factor is (h + 0.1)/G, and sampling follows that factor.
-    size: transformers' DINO and DINOv2 without registers.  Exactly from G to h.
-    antialias: models with registers, and timm.  Exactly from G to h, with a low-pass filter when shrinking.
-    """
-    side = int(positions.shape[1] ** 0.5)
-    if grid == (side, side):
-        return positions
-    table = positions.to(dtype).unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    if rule == "offset":
-        factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
-        table = F.interpolate(table, scale_factor=factors, mode="bicubic")
-    else:
-        table = F.interpolate(table, size=grid, mode="bicubic", antialias=rule == "antialias")
-    return table.flatten(2).transpose(1, 2).to(positions.dtype)
 
 
 def entering(x: Tensor, module: nn.Module) -> Tensor:

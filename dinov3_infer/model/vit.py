@@ -22,13 +22,13 @@ from .layers import (
     Residual,
     ViTConfig,
     narrowed,
-    resize_positions,
     widened,
     with_gradient,
     with_masks,
-)  # fmt: skip
+)
 from .network import BackboneOutput, LayerOutput, Network, resolve_layers, whole_patches, without_layers
 from .packing import Packing
+from .positions import resize_positions
 from .rope import RopeAugmentation, RopeTable, rope_periods, rope_table
 
 __all__ = ["ViTConfig", "VisionTransformer"]

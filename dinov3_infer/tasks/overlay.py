@@ -16,7 +16,7 @@ from ..features.result import Features
 from ..images.decode import ImageLike, load_image
 from ..images.levels import Levels
 from ..images.preprocess import Placement
-from ..model.layers import cubic_kernel
+from ..model.positions import cubic_kernel
 
 __all__ = ["at_pixels", "attention_picture", "heat_colours", "overlay", "panel", "placement_of", "sheet"]
 

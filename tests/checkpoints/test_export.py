@@ -17,8 +17,8 @@ from torch import Tensor
 from dinov3_infer import Backbone, InputError, MissingFileError, PrecisionError, UnsupportedError, ViTConfig
 from dinov3_infer.checkpoints import export as module
 from dinov3_infer.checkpoints.export_graph import bicubic
-from dinov3_infer.model.layers import resize_positions
 from dinov3_infer.model.network import BackboneOutput
+from dinov3_infer.model.positions import resize_positions
 from dinov3_infer.zoo import ARCHITECTURES
 
 CLOSE = 2e-5  # of the worst token, in float32; 1e-6 measured

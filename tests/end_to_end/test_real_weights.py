@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov3_infer import Backbone, ViTConfig
-from dinov3_infer.model.layers import resize_positions
+from dinov3_infer.model.positions import resize_positions
 
 pytestmark = pytest.mark.data
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinov3_infer import Backbone, InputError, VisionTransformer, ViTConfig
 from dinov3_infer.errors import InputTypeError, LayerError
-from dinov3_infer.model.layers import resize_positions
+from dinov3_infer.model.positions import resize_positions
 
 DINOV3_ALL = replace(SMALL["dinov3_gated"], prefix_norm=True, num_registers=3)  # every option of DINOv3 at once
 NAIVE = {"dinov3_all": DINOV3_ALL} | {
