@@ -5,7 +5,8 @@ A field says what it means (`option`), and its type says which values it takes.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, get_origin
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from ..errors import InputError, check_choice
 from ..model.rope import RopeAugmentation
@@ -273,12 +274,35 @@ def _sizes(text: str) -> tuple[int, int, int, float]:
         raise InputError(f"sizes are 'global/local/gram:probability' such as '512/112/768:0.3'; got {text!r}") from None
 
 
+def _other_kind(value: Any, kind: Any) -> str | None:
+    """What a value should be, where it is something else."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is tuple:
+        first, *rest = get_args(kind)
+        wrong = not isinstance(value, tuple | list) or any(_other_kind(v, first) for v in value)
+        count = f"{1 + len(rest)} of them" if rest != [Ellipsis] else "any number of them"
+        short = not wrong and rest != [Ellipsis] and len(value) != 1 + len(rest)
+        return f"{_other_kind(None, first)}, {count}" if wrong or short else None
+    is_bool = isinstance(value, bool)
+    known = {
+        bool: (is_bool, "true or false"),
+        int: (isinstance(value, Integral) and not is_bool, "a whole number"),
+        float: (isinstance(value, Real) and not is_bool, "a number"),
+        str: (isinstance(value, str), "a text"),
+    }
+    fits, said = known[kind]
+    return None if fits else said
+
+
 def check(config: TrainConfig) -> None:
     """Raises InputError with one sentence for the first thing that cannot be meant."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if get_origin(field.type) is Literal:
             check_choice(field.name, value, field.type)
+        elif said := _other_kind(value, field.type):
+            raise InputError(f"{field.name} is {said}; got {value!r}")
         for rule in getattr(field.type, "__metadata__", ()):
             if wrong := rule(value):
                 raise InputError(f"{field.name} {wrong}")

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..backbone import Backbone, ViTBackbone
 from ..errors import InputError, UnsupportedError
 from ..model.chips import lacks_bfloat16
-from ..system import whole
+from ..system import locked, whole
 from ..zoo import OWN
 from . import run_state
 from .adapters import plain_copy
@@ -31,6 +31,7 @@ from .method import Method, split_batch
 from .optim import clip_gradients, make_optimizer, set_rates
 from .pictures import Data, Spec, open_data
 from .plots import draw_batch, draw_curves
+from .resume import check_same_run, cut_metrics
 from .views import Batch
 
 __all__ = ["Run", "device_of", "train"]
@@ -59,8 +60,8 @@ def train(
     Raises: InputError for what cannot be meant; TrainingStopped for a run that diverged or collapsed, whose last good
     weights are in the folder.
     """
-    with joined(device_of(config)) as device:
-        return Run(config, device, data=data, backbone=backbone, resume=resume).train(progress)
+    with joined(device_of(config)) as device, ExitStack() as inside:
+        return Run(config, device, data=data, backbone=backbone, resume=resume, inside=inside).train(progress)
 
 
 def device_of(config: TrainConfig) -> torch.device:
@@ -111,6 +112,7 @@ class Run:
         backbone: Backbone | None = None,
         resume: bool = False,
         dry: bool = False,  # writes nothing
+        inside: ExitStack | None = None,  # keeps the folder locked
     ) -> None:
         self.config, self.device = config, device
         self.folder = Path(config.out).expanduser()
@@ -133,13 +135,21 @@ class Run:
             return
         probe = open_data(config.health_data) if config.health_data else self.data
         self.health = Health(config, probe, self.method.average)
-        if found is not None:
-            self.step = run_state.load(found, self.method, self.optimizer)["step"]
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
+            if inside is not None:
+                inside.enter_context(locked(self.folder, self.folder))
+                if run_state.latest(self.checkpoints) != found:
+                    raise InputError(f"another run has written to '{self.folder}' meanwhile; give another folder")
+            self.digest = self.data.digest()
+        if found is not None:
+            if is_main():
+                check_same_run(config, run_state.read(found), self.digest)
+            self.step = run_state.load(found, self.method, self.optimizer)
+        if is_main():
             with whole(self.folder / "config.json") as beside:
                 beside.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
-            _cut_metrics(self.folder / "metrics.jsonl", self.step)
+            cut_metrics(self.folder / "metrics.jsonl", self.step)
 
     def _check(self, resume: bool, dry: bool) -> Path | None:
         """The checkpoint to go on from, if that was asked for."""
@@ -192,7 +202,8 @@ class Run:
                     since, count = time.perf_counter(), 0
                 if self.unwell >= _PATIENCE and config.stop_on_collapse:
                     self.stop(f"collapsed: {metrics['reason']}")
-                if self._due(config.checkpoint_steps) and not self.failures and not self.unwell:
+                sick = self.failures or (self.unwell and config.stop_on_collapse)
+                if self._due(config.checkpoint_steps) and not sick:
                     self.save()
         return self.result()
 
@@ -278,7 +289,7 @@ class Run:
         found = run_state.latest(self.checkpoints)
         kept = "no checkpoint had been written yet"
         if found is not None:
-            step = run_state.load(found, self.method, self.optimizer)["step"]
+            step = run_state.load(found, self.method, self.optimizer)
             self.result()
             kept = f"'{self.folder / 'backbone'}' holds the weights of step {step}"
         raise TrainingStopped(f"the run {reason} (step {self.step}; {kept})")
@@ -296,6 +307,7 @@ class Run:
 
     def save(self) -> None:
         state = {"step": self.step, "config": dataclasses.asdict(self.config)}
+        state |= {"data": self.digest} if is_main() else {}
         with self.full_disk():
             run_state.save(self.checkpoints, self.method, self.optimizer, state, self.config.keep_checkpoints)
 
@@ -330,12 +342,3 @@ def _write_model(backbone: Backbone, folder: Path) -> None:
         backbone.save_pretrained(folder)
     except UnsupportedError:
         backbone.save_pretrained(folder / "model.safetensors", layout="meta")
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    """A resumed run says again what came after its checkpoint."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        lines = [line for line in lines if line.endswith("}\n")]  # a killed run may have left half of one
-        with whole(path) as beside:
-            beside.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
