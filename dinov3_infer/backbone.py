@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import web
 from .checkpoints.architecture import rows_like
 from .checkpoints.describe import describe, open_module, transform_of
 from .checkpoints.fingerprint import fingerprint
@@ -71,6 +72,7 @@ class Backbone(Network):
         super().__init__(config)
         self.info = info
         self.preprocess = transform_of(config, info)
+        self.origin: str | None = None  # what `from_pretrained` was given
         self.mode: Mode = "exact"  # on a CPU, see `from_pretrained`
         self.mixed_precision = True  # on CUDA the matrix work of float32 weights is done in bfloat16
 
@@ -122,6 +124,7 @@ class Backbone(Network):
         found = describe(checkpoint, layout=layout, expected=asked, preprocessing=preprocessing)
         model = load_model(cls, found, dtype=cast, device=target_device, periods=rope_periods)
         model.info, model.preprocess = found.info, found.preprocess
+        model.origin = _origin(os.fspath(name if weights is None else weights))
         model.set_attention(attn_implementation)
         model.mode = mode
         model.mixed_precision = cast is None  # an explicit dtype is meant
@@ -424,6 +427,12 @@ class ViTBackbone(Backbone, VisionTransformer):
 
 
 Backbone.networks[ViTConfig] = ViTBackbone
+
+
+def _origin(name: str) -> str:
+    """What leads to the same weights again, from any folder; no query, which may sign a link."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.exists(path) else web.without_query(name) if "://" in name else name
 
 
 def _point(query: Any) -> tuple[float, float]:

@@ -59,6 +59,7 @@ class Recipe:
     count: int | None  # pictures; None for a stream that has not ended
     inputs: str | None  # SHA-256 of their names; None for pictures without
     plan: BatchPlan
+    origin: str | None = None  # where the weights came from, which is not compared
 
     def to_json(self, seal: Seal | None = None, state: str = "") -> str:
         more = {} if seal is None else asdict(seal)
@@ -76,7 +77,7 @@ class Recipe:
 
     def differs(self, there: "Recipe") -> str | None:
         """The first difference to what is there, as `difference` says it; None where there is none."""
-        mine, theirs = (json.loads(r.to_json()) for r in (self.planned(there.plan), there))
+        mine, theirs = (json.loads(replace(r, origin=None).to_json()) for r in (self.planned(there.plan), there))
         for name, value in theirs.items():
             if not _same(value, mine[name]) or (name == "inputs" and value is None):
                 return difference(name, value, mine[name])
@@ -87,7 +88,8 @@ class Recipe:
         the shards of a stream do not know.
         """
         plan = replace(self.plan, batch_size=other.plan.batch_size)
-        mine, theirs = (json.loads(r.to_json()) for r in (replace(self, plan=plan, count=other.count), other))
+        same = replace(self, plan=plan, count=other.count, origin=other.origin)
+        mine, theirs = (json.loads(r.to_json()) for r in (same, other))
         return _same(mine, theirs)
 
     def shards(self) -> Iterator[range]:
@@ -116,7 +118,7 @@ class Record(NamedTuple):
             stored["plan"] = BatchPlan(**stored["plan"])
             stored["shape"] = None if stored["shape"] is None else tuple(map(_whole, stored["shape"]))
             for name, kinds in _KINDS.items():
-                if type(stored[name]) not in kinds:
+                if type(stored.get(name)) not in kinds:
                     raise TypeError(name)
             if state not in (None, *get_args(State)):
                 raise ValueError
@@ -131,7 +133,7 @@ class Record(NamedTuple):
 _KINDS: dict[str, tuple[type, ...]] = dict(
     version=(str,), model=(str, NoneType), fingerprint=(str,), architecture=(dict,), preprocess=(dict,), decode=(str,),
     dtype=(str,), kind=(str,), pooling=(str,), normalize=(bool,), out_dtype=(str,), count=(int, NoneType),
-    inputs=(str, NoneType),
+    inputs=(str, NoneType), origin=(str, NoneType),
 )  # fmt: skip
 
 
@@ -154,6 +156,7 @@ def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], option
         preprocess=asdict(transform),
         dtype=extractor.arithmetic,
         shape=row_shape(transform, options.kind, width),
+        origin=getattr(model, "origin", None),
         **_asked(images, options),
     )
 

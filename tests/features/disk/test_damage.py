@@ -106,8 +106,7 @@ def test_every_byte_counts(out: str, bb: Backbone, album: Path) -> None:
     """A flipped bit anywhere is seen by `Store(verify=True)`, or changes the record, which is compared."""
     out = f"{album.parent}/{out}"
     bb.embed(album, out, **OPTIONS)
-    path = files(out)[-1] if out.endswith("/") else Path(out)
-    path = next(p for p in files(out) if p.suffix == path.suffix) if out.endswith("/") else path
+    path = next(p for p in files(out) if p.suffix == (Path(out).suffix or ".npy"))
     whole = path.read_bytes()
     silent = []
     for at in np.linspace(0, len(whole) - 1, 60).astype(int):
