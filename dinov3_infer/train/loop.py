@@ -17,14 +17,14 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..backbone import Backbone, ViTBackbone
 from ..errors import InputError, UnsupportedError
 from ..model.chips import lacks_bfloat16
-from ..system import locked, whole
+from ..system import locked, told_to_stop, whole
 from ..zoo import OWN
 from . import run_state
 from .adapters import plain_copy
 from .batches import Batches, batches
 from .blocks import wrap_blocks
 from .config import TrainConfig
-from .distributed import Engine, is_main, joined, mean_of, rank, world_size
+from .distributed import Engine, device_of, is_main, joined, mean_of, rank, world_size
 from .draws import generator
 from .health import Health, TrainingStopped
 from .method import Method, split_batch
@@ -62,12 +62,6 @@ def train(
     """
     with joined(device_of(config)) as device, ExitStack() as inside:
         return Run(config, device, data=data, backbone=backbone, resume=resume, inside=inside).train(progress)
-
-
-def device_of(config: TrainConfig) -> torch.device:
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _build(config: TrainConfig, device: torch.device, backbone: Backbone | None) -> Method:
@@ -183,9 +177,14 @@ class Run:
         if self.step == 0:
             self.record(self.health.first | {"verdict": "start", "reason": "before the first step"})
         since, count = time.perf_counter(), 0
-        with tqdm(total=config.steps, initial=self.step, disable=hidden if is_main() else True) as bar:
+        shown = tqdm(total=config.steps, initial=self.step, disable=hidden if is_main() else True)
+        with told_to_stop(later=world_size() == 1) as told, shown as bar:  # several processes would not meet
             while self.step < config.steps:
-                batch = next(stream)
+                try:
+                    batch = next(stream)
+                except Exception:
+                    self.leave(told)  # workers may have heard it too
+                    raise
                 if self.step == 0 and is_main():
                     draw_batch(batch, self.views[0][1], self.folder / "first_batch.png")
                 metrics: dict[str, Any] = self.take_step(batch)
@@ -202,10 +201,23 @@ class Run:
                     since, count = time.perf_counter(), 0
                 if self.unwell >= _PATIENCE and config.stop_on_collapse:
                     self.stop(f"collapsed: {metrics['reason']}")
-                sick = self.failures or (self.unwell and config.stop_on_collapse)
-                if self._due(config.checkpoint_steps) and not sick:
+                if self._due(config.checkpoint_steps) and not self.sick:
                     self.save()
+                self.leave(told)
         return self.result()
+
+    @property
+    def sick(self) -> bool:
+        """Whether these weights are none to go on from."""
+        return bool(self.failures or (self.unwell and self.config.stop_on_collapse))
+
+    def leave(self, told: list[BaseException]) -> None:
+        """Where the run was told to stop: ends it with a checkpoint of this step."""
+        if told and self.step < self.config.steps:
+            if not self.sick and self.step and not self._due(self.config.checkpoint_steps):
+                self.save()
+            log.warning("stopped at step %d of %d; --resume goes on from there", self.step, self.config.steps)
+            raise told[0]
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
@@ -326,7 +338,7 @@ class Run:
         backbone = plain_copy(self.method.average)
         if is_main():
             try:
-                _write_model(backbone.float(), self.folder / "backbone")
+                run_state.write_model(backbone.float(), self.folder / "backbone")
                 draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
             except OSError as error:
                 raise run_state.DiskError(
@@ -334,11 +346,3 @@ class Run:
                     "checkpoint of the last step is whole"
                 ) from None
         return backbone
-
-
-def _write_model(backbone: Backbone, folder: Path) -> None:
-    """As transformers loads it; under Meta's names what no model of transformers can hold."""
-    try:
-        backbone.save_pretrained(folder)
-    except UnsupportedError:
-        backbone.save_pretrained(folder / "model.safetensors", layout="meta")

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..errors import CheckpointError, Dinov3Error
+from ..backbone import Backbone
+from ..errors import CheckpointError, Dinov3Error, UnsupportedError
 from ..system import sha256
 from .distributed import group, is_main, whole
 from .method import Method
 
-__all__ = ["DiskError", "append", "latest", "load", "save"]
+__all__ = ["DiskError", "append", "latest", "load", "read", "save", "write_model"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -103,6 +104,14 @@ def save(
         problem = box[0]
     if problem:
         raise DiskError(f"{problem}; make room, earlier checkpoints are whole and --resume goes on from them")
+
+
+def write_model(backbone: Backbone, folder: Path) -> None:
+    """As transformers loads it; under Meta's names what no model of transformers can hold."""
+    try:
+        backbone.save_pretrained(folder)
+    except UnsupportedError:
+        backbone.save_pretrained(folder / "model.safetensors", layout="meta")
 
 
 def _all(folder: Path) -> list[Path]:

@@ -4,6 +4,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 from pictures import complaint
 from PIL import Image
+from repository import ROOT
 
 from dinov3_infer import Backbone, ViTConfig
 from dinov3_infer.errors import CheckpointError, InputError
@@ -236,3 +241,28 @@ def test_an_unwell_run_goes_on_saving(place: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Health, "judge", lambda *_: ("collapsing", "as told"))
     go(settings(place, health_steps=1, stop_on_collapse=False))
     assert [p.name for p in sorted((place / "run" / "checkpoints").iterdir())] == ["00000002", "00000004"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)], ids=str)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_is_told_to_stop_keeps_its_steps(number: int, status: int, workers: int, place: Path) -> None:
+    """A checkpoint of the step it is at; what goes on from there is the run that was not stopped."""
+    given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items()
+                     if name not in ("workers", "steps", "checkpoint_steps", "stop_on_collapse"))  # fmt: skip
+    argv = ["train", "--data", str(place / "images"), "--out", str(place / "new"), "--model", "nano", *given.split(),
+            "--steps", "400", "--checkpoint-steps", "200", "--workers", str(workers)]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    started = subprocess.Popen(
+        [sys.executable, "-m", "dinov3_infer", *argv], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    metrics = place / "new" / "metrics.jsonl"
+    begun = time.monotonic()
+    while time.monotonic() - begun < 100 and not (metrics.is_file() and len(metrics.read_bytes().splitlines()) > 3):
+        time.sleep(0.01)
+    started.send_signal(number)
+    said = started.communicate(timeout=60)[1]
+    assert started.returncode == status and "Traceback" not in said, said
+    (kept,) = (place / "new" / "checkpoints").iterdir()
+    step = int(kept.name)
+    assert 3 <= step < 200 and f"stopped at step {step} of 400; --resume goes on from there" in said
