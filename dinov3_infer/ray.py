@@ -27,6 +27,7 @@ from .features.disk.write import Writer
 from .features.result import Pooling, pooled_width
 from .features.vectors import EmbedOptions
 from .images.containers import pyarrow
+from .images.levels import Levels
 from .images.opening import open_images
 from .images.paths import identity_of
 from .images.preprocess import Fit
@@ -53,13 +54,14 @@ class Embedder:
         dtype: str = "auto",
         size: int | tuple[int, int] | None = None,
         fit: Fit | None = None,
+        levels: Levels | None = None,
         pooling: Pooling = "cls",
         normalize: bool = False,
         batch_size: int = 32,
     ) -> None:
         self._arrow = pyarrow("Ray Data")
         self._bb = Backbone.from_pretrained(model, device=device, dtype=dtype)
-        self._options: dict[str, Any] = dict(size=size, fit=fit, pooling=pooling, batch_size=batch_size)
+        self._options: dict[str, Any] = dict(size=size, fit=fit, levels=levels, pooling=pooling, batch_size=batch_size)
         self._normalize = normalize
         self._width = pooled_width(self._bb.embed_dim, pooling)
 

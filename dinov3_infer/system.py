@@ -1,28 +1,41 @@
-"""Files that appear whole or not at all, hashes, locked folders, signals, memory that is kept, and threads of torch."""
+"""Files that appear whole or not at all, a disk's errors, hashes, texts, signals, memory and threads."""
 
+import codecs
+import errno
 import hashlib
 import os
+import re
 import signal
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from .errors import InputError
+from .errors import Dinov3Error, DiskError
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None  # type: ignore[assignment]
+__all__ = [
+    "disk_error",
+    "keep_freed_memory",
+    "sha256",
+    "survive_forks",
+    "together",
+    "told_to_stop",
+    "torch_threads",
+    "unmarked",
+    "whole",
+]
 
-__all__ = ["LOCK", "keep_freed_memory", "locked", "sha256", "together", "told_to_stop", "torch_threads", "whole"]
-
-LOCK = ".dinov3_infer.lock"
-_SECONDS = 3.0  # in which a process that was killed ends, and the first one of a run says which run it is
-_held: dict[Path, str] = {}  # folders that this process has locked: the system does not keep a process from itself
+_GONE = "the disk or its mount is gone or broken; mount it again, or take another place"
+_MENDED = {  # what the system says -> what to do
+    "ENOSPC": "the disk is full; make room, or take another disk",
+    "EDQUOT": "the quota is used up; remove something, or take another disk",
+    "EFBIG": "no file may be larger here; raise that limit (ulimit -f), or take another place",
+    "EROFS": "nothing can be written there; take another place",
+    **dict.fromkeys(("EIO", "ENODEV", "ENXIO", "ESTALE", "ENOTCONN", "EHOSTDOWN", "EREMOTEIO", "ENOMEDIUM"), _GONE),
+}
+_TRIED = 1 << 22  # bytes that are written to learn what a disk says
 
 
 @contextmanager
@@ -30,6 +43,8 @@ def whole(target: Path, *, flush: bool = False) -> Iterator[Path]:
     """A path of the same suffix to write to; it takes the place of `target` in the end, or goes.
 
     `flush`: what is written is on the disk by then, so that it outlives the machine too.
+
+    Raises: DiskError where the disk does not take it, whatever the library that wrote makes of that.
     """
     with together(target, flush=flush) as (beside,):
         yield beside
@@ -54,9 +69,54 @@ def together(*targets: Path, flush: bool = False) -> Iterator[list[Path]]:
         if flush:
             for folder in {target.parent for target in targets}:
                 _flush(folder)
+    except Dinov3Error:
+        raise
+    except Exception as error:
+        for target, beside in zip(targets, made, strict=True):
+            if (problem := disk_error(error, target, beside)) is not None:
+                raise problem from None
+        raise
     finally:
         for beside in made:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+
+
+def disk_error(
+    error: Exception, target: str | os.PathLike[str] | None = None, written: Path | None = None
+) -> DiskError | None:
+    """What a disk is to blame for, in a sentence; None where an error has another cause.
+
+    numpy, torch and safetensors tell no number of the system's error, or tell it in their text.  `written` is the file
+    that one of them was writing: the disk is asked what it says to more of it.
+    """
+    said = re.search(r"\bos error (\d+)\b", str(error))
+    number = getattr(error, "errno", None) if isinstance(error, OSError) else int(said[1]) if said else None
+    if number is None and written is not None:
+        number = _said_of_more(written)
+    name = errno.errorcode.get(number or 0, "")
+    place = target or getattr(error, "filename", None)
+    shown = f"'{os.fsdecode(place)}' could not be written" if isinstance(place, (str, bytes, os.PathLike)) else ""
+    if name == "ENOENT" and target is not None and not Path(target).parent.is_dir():
+        text = f"{shown}: its folder is gone; make it, or mount its disk, again"
+    elif name in _MENDED:
+        text = f"{shown or 'something could not be written'} ({os.strerror(number or 0)}): {_MENDED[name]}"
+    else:
+        return None
+    found = DiskError(text)
+    found.errno = number
+    return found
+
+
+def _said_of_more(path: Path) -> int | None:
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(_TRIED))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno
+    return None
 
 
 def _flush(path: Path) -> None:
@@ -74,83 +134,26 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def locked(folder: Path, shown: object, run: str | None = None) -> Iterator[None]:
-    """Only processes of one run are inside, and the system takes the lock away when a process ends, however it does.
+_MARKS = (  # the longer ones first
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
-    The folder is made where there is none, and stays.  `run`: a name that all processes of a run share, which may be
-    inside together; None for a process alone.  Where the disk knows no locks, nobody is kept out.
 
-    Raises: InputError while another run is inside.
+def unmarked(content: bytes) -> bytes:
+    """The bytes of a text in the encoding of file names, without its byte-order mark; as they are without a mark.
+
+    Raises: ValueError for a text that is not what its mark says, and for UTF-16 without one.
     """
-    folder.mkdir(exist_ok=True)
-    name, path = run or uuid.uuid4().hex, folder.resolve() / LOCK
-    if run is not None and _held.get(path) == name:
-        yield
-        return
-    descriptor = None if fcntl is None else _entered(path, name, run is not None, shown)
-    _held[path] = name
-    try:
-        yield
-    finally:
-        del _held[path]
-        if descriptor is not None:
-            with suppress(OSError):
-                if _taken(descriptor, exclusive=True):  # the last one out
-                    path.unlink(missing_ok=True)
-            os.close(descriptor)
-
-
-def _entered(path: Path, name: str, shared: bool, shown: object) -> int | None:
-    """A descriptor that holds the lock; None where the disk knows none."""
-    begun = time.monotonic()
-    while path not in _held:
-        descriptor = -1
-        try:
-            path.parent.mkdir(exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            if _taken(descriptor, exclusive=True):
-                if _is(path, descriptor):  # and not one that the last process has just removed
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, name.encode(), 0)
-                    if shared:
-                        _taken(descriptor, exclusive=False)
-                    return descriptor
-            elif (
-                shared
-                and _taken(descriptor, exclusive=False)
-                and _is(path, descriptor)
-                and os.pread(descriptor, 1 << 12, 0) == name.encode()
-            ):
-                return descriptor
-            os.close(descriptor)
-        except FileNotFoundError:  # the folder has just gone
-            if descriptor >= 0:
-                os.close(descriptor)
-        except OSError:
-            if descriptor >= 0:
-                os.close(descriptor)
-            return None
-        if time.monotonic() - begun > _SECONDS:
-            break
-        time.sleep(0.02)
-    raise InputError(f"another run is writing to '{shown}' now; wait until it has ended, or give another name")
-
-
-def _taken(descriptor: int, exclusive: bool) -> bool:
-    """A lock of this process, which those that it forks do not have."""
-    try:
-        fcntl.lockf(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def _is(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return os.fsencode(content[len(mark) :].decode(encoding))
+    if any(line in content for line in (b"\n\0", b"\0\n")) and content.count(b"\0") * 3 > len(content):
+        raise ValueError("it looks like UTF-16 without a byte-order mark")
+    return content
 
 
 @cache
@@ -164,6 +167,22 @@ def keep_freed_memory() -> None:
     import torch  # not above: the command line starts without it
 
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
+
+
+@cache
+def survive_forks() -> None:
+    """Once per process: has every child that is forked from now on compute with one thread.
+
+    The threads of OpenMP, in which torch computes, stay with the parent, and a child would wait for them for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_compute_alone)
+
+
+def _compute_alone() -> None:
+    import torch  # as below
+
+    torch.set_num_threads(1)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from .decode import Decoded, ImageLike, TargetSize, decode
+from .levels import Levels
 from .paths import address_scheme, identity_of, name_of
 
 __all__ = ["Files", "Items", "Names", "Numbered", "Picked", "Source", "chained", "folder_labels", "relative_names"]
@@ -55,9 +56,9 @@ class Source(ABC):
         """What messages call an image."""
         return f"item {index}" if (key := self.key(index)) is None else f"'{key}'"
 
-    def load(self, index: int, target: TargetSize | None = None) -> Decoded:
-        """Decoded; with `target` a JPEG may come smaller, see `decode`.  Raises: ImageError, MissingFileError."""
-        return decode(self.picture(index), self.label(index), target)
+    def load(self, index: int, target: TargetSize | None = None, levels: Levels | None = None) -> Decoded:
+        """Decoded; for `target` and `levels` see `decode`.  Raises: ImageError, MissingFileError."""
+        return decode(self.picture(index), self.label(index), target, levels)
 
 
 class Names(Sequence[str]):
@@ -66,7 +67,7 @@ class Names(Sequence[str]):
     def __init__(self, names: Iterable[str]) -> None:
         content, ends = bytearray(), [0]
         for name in names:
-            content += os.fsencode(name)
+            content += name.encode("utf-8", "surrogatepass")  # which takes names that no file can have too
             ends.append(len(content))
         self._content, self._ends = bytes(content), np.array(ends, np.int64)
 
@@ -74,7 +75,7 @@ class Names(Sequence[str]):
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]
-        return os.fsdecode(self._content[self._ends[index] : self._ends[index + 1]])
+        return self._content[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
 
 
 class Items(Source):
@@ -82,6 +83,7 @@ class Items(Source):
 
     def __init__(self, images: Sequence[ImageLike]) -> None:
         self._images = images
+        self.kept = isinstance(images, (list, tuple, Names))  # each image in memory of its own
 
     def __len__(self) -> int:
         return len(self._images)

@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..backbone import Backbone, ViTBackbone
-from ..errors import InputError, UnsupportedError
+from ..errors import DiskError, InputError, UnsupportedError
+from ..locks import locked
 from ..model.chips import lacks_bfloat16
-from ..system import locked, told_to_stop, whole
+from ..system import told_to_stop
 from ..zoo import OWN
 from . import run_state
 from .adapters import plain_copy
@@ -31,7 +32,7 @@ from .method import Method, split_batch
 from .optim import clip_gradients, make_optimizer, set_rates
 from .pictures import Data, Spec, open_data
 from .plots import draw_batch, draw_curves
-from .resume import check_same_run, cut_metrics
+from .resume import check_same_run, cut_metrics, write_settings
 from .views import Batch
 
 __all__ = ["Run", "device_of", "train"]
@@ -80,6 +81,8 @@ def _build(config: TrainConfig, device: torch.device, backbone: Backbone | None)
                 f"the weights are {backbone.main_weight.dtype}, in which small steps are lost; load them "
                 "with dtype='auto', the arithmetic is bfloat16 all the same"
             )
+        if backbone.info is not None and backbone.info.licence != OWN:
+            backbone.info = dataclasses.replace(backbone.info, derived=True)
         if not isinstance(backbone, ViTBackbone):
             raise UnsupportedError(f"a {backbone.summary()} cannot be trained here; train takes vision transformers")
         method = Method(config, backbone.to(device), teacher)
@@ -112,7 +115,8 @@ class Run:
         self.folder = Path(config.out).expanduser()
         self.checkpoints = self.folder / "checkpoints"
         found = self._check(resume, dry)
-        self.data: Data = data if isinstance(data, Data) else open_data(list(config.data) if data is None else data)
+        given = list(config.data) if data is None else data
+        self.data: Data = given if isinstance(given, Data) else open_data(given, config.levels or None)
         if len(self.data) < config.batch_size:
             raise InputError(
                 f"there are {len(self.data)} pictures and batch_size is {config.batch_size}; give more or a smaller one"
@@ -124,10 +128,10 @@ class Run:
         self.engine = Engine(self.method, config.engine, unused=config.share(config.freeze_share) > 0)
         self.optimizer = make_optimizer(self.method.student, config)
         self.step = self.failures = self.unwell = 0
-        self.unwritten = ""
+        self.unwritten = self.digest = ""
         if dry:
             return
-        probe = open_data(config.health_data) if config.health_data else self.data
+        probe = open_data(config.health_data, self.data.levels) if config.health_data else self.data
         self.health = Health(config, probe, self.method.average)
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,8 +145,7 @@ class Run:
                 check_same_run(config, run_state.read(found), self.digest)
             self.step = run_state.load(found, self.method, self.optimizer)
         if is_main():
-            with whole(self.folder / "config.json") as beside:
-                beside.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
+            write_settings(config, self.folder / "config.json")
             cut_metrics(self.folder / "metrics.jsonl", self.step)
 
     def _check(self, resume: bool, dry: bool) -> Path | None:
@@ -318,8 +321,7 @@ class Run:
                 self.unwritten = ""
 
     def save(self) -> None:
-        state = {"step": self.step, "config": dataclasses.asdict(self.config)}
-        state |= {"data": self.digest} if is_main() else {}
+        state = {"step": self.step, "config": dataclasses.asdict(self.config), "data": self.digest}
         with self.full_disk():
             run_state.save(self.checkpoints, self.method, self.optimizer, state, self.config.keep_checkpoints)
 
@@ -328,7 +330,7 @@ class Run:
         """A run outlives a disk that is full for a while, but does not end on one."""
         try:
             yield
-        except run_state.DiskError as error:
+        except DiskError as error:
             if self.step == self.config.steps:
                 raise
             log.warning("step %d goes on: %s", self.step, error)
@@ -341,8 +343,8 @@ class Run:
                 run_state.write_model(backbone.float(), self.folder / "backbone")
                 draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
             except OSError as error:
-                raise run_state.DiskError(
-                    f"the result could not be written to '{self.folder}' ({error.strerror}); make room and resume, the "
-                    "checkpoint of the last step is whole"
+                raise DiskError(
+                    f"the result could not be written to '{self.folder}' ({error.strerror or error}); make room and "
+                    "resume, the checkpoint of the last step is whole"
                 ) from None
         return backbone

@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..system import whole
 from .config import TrainConfig
 
-__all__ = ["check_same_run", "cut_metrics"]
+__all__ = ["check_same_run", "cut_metrics", "write_settings"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -44,6 +44,11 @@ def check_same_run(config: TrainConfig, state: dict[str, Any], digest: str) -> N
     changed = [f"{n} {before[n]} -> {now[n]}" for n in now if now[n] != before[n] and n not in _FREE]
     if changed:
         log.warning("going on with other settings than before: %s", ", ".join(changed))
+
+
+def write_settings(config: TrainConfig, path: Path) -> None:
+    with whole(path) as beside:
+        beside.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
 
 
 def cut_metrics(path: Path, step: int) -> None:

@@ -19,21 +19,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..backbone import Backbone
-from ..errors import CheckpointError, Dinov3Error, UnsupportedError
+from ..errors import CheckpointError, DiskError, UnsupportedError
 from ..system import sha256
 from .distributed import group, is_main, whole
 from .method import Method
 
-__all__ = ["DiskError", "append", "latest", "load", "read", "save", "write_model"]
+__all__ = ["append", "latest", "load", "read", "save", "write_model"]
 
 log = logging.getLogger("dinov3_infer")
 
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-
-class DiskError(Dinov3Error, OSError):
-    """The disk refuses to take something."""
 
 
 def append(path: Path, text: str) -> None:

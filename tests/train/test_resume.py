@@ -20,7 +20,7 @@ from repository import ROOT
 
 from dinov3_infer import Backbone, ViTConfig
 from dinov3_infer.errors import CheckpointError, InputError
-from dinov3_infer.system import locked
+from dinov3_infer.locks import locked
 from dinov3_infer.train.command import main, parse
 from dinov3_infer.train.config import TrainConfig
 from dinov3_infer.train.loop import train

@@ -97,9 +97,6 @@ class Npy(_Listed):
     def _put(self, parts: Any, like: Array, target: Path, count: int, record: str) -> None:
         header = dict(descr=like.dtype.str, fortran_order=False, shape=(count, *like.shape[1:]))
         with open(target, "wb") as stream:
-            if isinstance(parts, list):
-                np.save(stream, parts[0], allow_pickle=False)
-                return
             np.lib.format.write_array_header_1_0(stream, header)
             for part in parts:
                 _append(stream, part)

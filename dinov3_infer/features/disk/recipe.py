@@ -17,9 +17,9 @@ from ..extractor import Extractor
 from ..result import pooled_width
 from ..stream import count_of
 from ..vectors import EmbedOptions
-from .seals import Seal
+from .seals import OWN, Seal
 
-__all__ = ["BatchPlan", "Recipe", "Record", "State", "check_asked", "difference", "recipe_of"]
+__all__ = ["BatchPlan", "Recipe", "Record", "State", "check_asked", "checked_json", "difference", "recipe_of"]
 
 # Of a folder of shards: what a run that overwrites, or joins shards, was doing; "" for one that adds what is missing.
 State = Literal["", "clearing", "overwriting", "joined"]
@@ -62,7 +62,7 @@ class Recipe:
     origin: str | None = None  # where the weights came from, which is not compared
 
     def to_json(self, seal: Seal | None = None, state: str = "") -> str:
-        more = {} if seal is None else asdict(seal)
+        more: dict[str, Any] = {} if seal is None else asdict(seal)
         return json.dumps({"format": FORMATS[-1]} | asdict(self) | more | (dict(state=state) if state else {}))
 
     def planned(self, found: BatchPlan) -> Self:
@@ -98,6 +98,16 @@ class Recipe:
         return (range(first, min(first + size, count)) for first in range(0, count, size))
 
 
+def checked_json(recipe: Recipe, state: State) -> str:
+    """Of a folder of shards: with a SHA-256 of the text itself, computed with zeros in its place."""
+    text = json.dumps(json.loads(recipe.to_json(state=state)) | dict(own=OWN))
+    return text.replace(OWN, f"own:{hashlib.sha256(text.encode()).hexdigest()}")
+
+
+def _is_whole(text: bytes, own: str | None) -> bool:
+    return own is None or own == f"own:{hashlib.sha256(text.replace(own.encode(), OWN.encode())).hexdigest()}"
+
+
 class Record(NamedTuple):
     """What a file, or a folder of shards, says of itself."""
 
@@ -114,7 +124,9 @@ class Record(NamedTuple):
             number = stored.pop("format")
             if number not in FORMATS:
                 raise InputError(f"'{origin}' was written by a version of dinov3_infer with another format; use that")
-            *sealed, state = (stored.pop(name, None) for name in ("first", "rows", "files", "state"))
+            *sealed, state, own = (stored.pop(name, None) for name in ("first", "rows", "files", "state", "own"))
+            if not _is_whole(text if isinstance(text, bytes) else text.encode(), own):
+                raise ValueError
             stored["plan"] = BatchPlan(**stored["plan"])
             stored["shape"] = None if stored["shape"] is None else tuple(map(_whole, stored["shape"]))
             for name, kinds in _KINDS.items():
@@ -145,7 +157,8 @@ def _whole(value: Any) -> int:
 
 def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], options: EmbedOptions) -> Recipe:
     """What the vectors of these images will depend on.  It takes a while: all weights and all names are hashed."""
-    model, transform = extractor.network, extractor.preprocess.with_options(options.size, options.fit)
+    model = extractor.network
+    transform = extractor.preprocess.with_options(options.size, options.fit, options.levels)
     width = pooled_width(model.embed_dim, options.pooling) if options.kind == "embedding" else model.embed_dim
     info = getattr(model, "info", None)
     return Recipe(
@@ -153,10 +166,10 @@ def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], option
         model=info.name if info else None,
         fingerprint=fingerprint(model.state_dict(), model.config),
         architecture=model.description(),
-        preprocess=asdict(transform),
+        preprocess={name: v for name, v in asdict(transform).items() if name != "levels" or v is not None},
         dtype=extractor.arithmetic,
         shape=row_shape(transform, options.kind, width),
-        origin=getattr(model, "origin", None),
+        origin=getattr(model, "loaded_from", None),
         **_asked(images, options),
     )
 

@@ -44,7 +44,7 @@ class Writer:
     ) -> None:
         self.target, self.images, self.extractor, self.options = target, images, extractor, options
         self.recipe = recipe_of(extractor, images, options)
-        self.transform = extractor.preprocess.with_options(options.size, options.fit)
+        self.transform = extractor.preprocess.with_options(options.size, options.fit, options.levels)
         self.filling: Filling | None = None
         self.works: dict[int, Work] = {}  # by number of the shard
         self.sources: dict[int, str | None] = {}  # of images that are being read
@@ -164,15 +164,17 @@ class Writer:
 
     def _try(self, batch_size: int) -> None:
         """Runs a pass of images of the size to come, to see whether it fits and how long it takes."""
-        self._vectors([self.transform.collate([self._example] * batch_size)])
+        self._vectors([self.transform.collate([self._example] * batch_size, self.extractor.on_gpu)])()
 
     @property
     def _example(self) -> tuple[Tensor, Placement]:
         size = self.transform.size or 768
         height, width = (size, size) if isinstance(size, int) else size
-        return self.transform.place(torch.zeros(3, height, width, dtype=torch.uint8))
+        return self.transform.place(
+            torch.zeros(3, height, width, dtype=torch.uint8, device="cpu"), for_gpu=self.extractor.on_gpu
+        )
 
-    def _vectors(self, batches: list[PixelBatch]) -> list[Sequence[Vector]]:
+    def _vectors(self, batches: list[PixelBatch]) -> Callable[[], list[Sequence[Vector]]]:
         return vectors_of(self.extractor, batches, self.options)
 
     def _batcher(self, halves: bool) -> Batcher[Vector]:

@@ -159,7 +159,7 @@ def test_a_damaged_record_is_one_sentence(text: str, out: str, bb: Backbone, alb
 def test_every_field_of_a_record_is_looked_at(field: str, value: Any, bb: Backbone, album: Path) -> None:
     bb.embed(album, f"{album.parent}/x/", **OPTIONS)
     record = album.parent / "x" / "dinov3_infer.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {field: value}))
+    record.write_text(json.dumps(without_own(record) | {field: value}))
     assert "is damaged" in complaint(InputError, lambda: bb.embed(album, f"{album.parent}/x/", **OPTIONS))
 
 
@@ -175,3 +175,8 @@ def test_a_damaged_list_is_one_sentence(line: str, bb: Backbone, album: Path) ->
     (album.parent / "x.jsonl").write_bytes(b"\n".join([*lines[:4], line.encode("latin-1"), *lines[5:]]) + b"\n")
     assert "x.jsonl" in complaint(InputError, lambda: bb.embed(album, out, **OPTIONS))
     assert "x.jsonl" in complaint(InputError, lambda: Store(out).paths)
+
+
+def without_own(record: Path) -> dict[str, Any]:
+    """Without the checksum of the record itself, which would be the first to say it."""
+    return {name: value for name, value in json.loads(record.read_text()).items() if name != "own"}

@@ -15,7 +15,7 @@ from pictures import complaint
 from dinov3_infer import Backbone, InputError
 from dinov3_infer.features.disk import write
 from dinov3_infer.features.disk.store import Store
-from dinov3_infer.system import locked
+from dinov3_infer.locks import locked
 
 # --- left-overs -----------------------------------------------------------------------------------------------------
 

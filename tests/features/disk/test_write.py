@@ -150,15 +150,15 @@ def test_a_rerun_adds_what_is_missing(out: str, bb: Backbone, album: Path, monke
     """After an error in the third shard two are whole; the same call makes the third alone, to the same bytes."""
     target, options = f"{album.parent}/{out}", dict(size=64, shard_size=2, batch_size=2, on_error="skip")
     bb.embed(album, f"{album.parent}/alone{out[1:]}", **options)  # type: ignore[call-overload]
-    features, calls = Extractor.features, []
+    launched, calls = Extractor.launched, []
 
     def stops(self: Extractor, batches: list[Any], *args: Any, **more: Any) -> Any:
         calls.append(len(batches[0].pixels))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return features(self, batches, *args, **more)
+        return launched(self, batches, *args, **more)
 
-    monkeypatch.setattr(Extractor, "features", stops)
+    monkeypatch.setattr(Extractor, "launched", stops)
     with pytest.raises(KeyboardInterrupt):
         bb.embed(album, target, **options)  # type: ignore[call-overload]
     calls.append(0)
