@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import web
 from .checkpoints.describe import Description, describe, open_module
 from .checkpoints.fingerprint import fingerprint
 from .checkpoints.identity import row_of_fingerprint
@@ -106,6 +107,7 @@ class Backbone(Network):
         self.preprocess = transform_of(config, info)
         self.origin: dict[str, str] = {}  # of a loaded model: field -> what was taken, and from where
         self._loaded: int | None = None  # of a loaded model: how often its parameters had been written to
+        self.loaded_from: str | None = None  # what `from_pretrained` was given
         self.mode: Mode = "exact"  # on a CPU, see `from_pretrained`
         self.mixed_precision = True  # on CUDA the matrix work of float32 weights is done in bfloat16
 
@@ -163,6 +165,7 @@ class Backbone(Network):
         found = describe(checkpoint, layout=layout, expected=asked, preprocessing=preprocessing, num_heads=num_heads)
         model = load_model(cls, found, dtype=cast, device=target_device, periods=rope_periods)
         model._is(found)
+        model.loaded_from = _origin(os.fspath(name if weights is None else weights))
         model.set_attention(attn_implementation)
         model.mode = mode
         model.mixed_precision = cast is None  # an explicit dtype is meant
@@ -541,6 +544,12 @@ Backbone.networks[ViTConfig] = ViTBackbone
 
 def _writes(model: nn.Module) -> int:
     return sum(0 if p.is_inference() else p._version for p in model.parameters())
+
+
+def _origin(name: str) -> str:
+    """What leads to the same weights again, from any folder; no query, which may sign a link."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.exists(path) else web.without_query(name) if "://" in name else name
 
 
 def _point(query: Any) -> tuple[float, float]:

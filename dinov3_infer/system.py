@@ -199,21 +199,29 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def told_to_stop() -> Iterator[None]:
-    """SIGTERM, and SIGHUP of a terminal that closes, end a run as Ctrl-C does: no thread is left."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+def told_to_stop(later: bool = False) -> Iterator[list[BaseException]]:
+    """SIGTERM, and SIGHUP of a terminal that closes, end a run as Ctrl-C does: no thread is left.
+
+    `later`: the first of these three is only noted, in the list, for who can stop at a better moment; the next one ends
+    the run at once.
+    """
+    told: list[BaseException] = []
+    names = ("SIGTERM", "SIGHUP", *(("SIGINT",) if later else ()))
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    usual = {number: signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL for number in numbers}
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [number for number in numbers if main and signal.getsignal(number) == usual[number]]
 
     def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
+        error = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+        if told or not later:
+            raise error
+        told.append(error)
 
     for number in numbers:
         signal.signal(number, end)
     try:
-        yield
+        yield told
     finally:
         for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, usual[number])

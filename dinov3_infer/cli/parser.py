@@ -195,10 +195,7 @@ def _embed(found: argparse.ArgumentParser) -> None:
         help="fast: large JPEGs are made smaller by their decoder, which changes vectors a little (exact)",
     )  # fmt: skip
     found.add_argument("--shard-size", type=_count, metavar="N", help="pictures written at a time (10,000 or 256 MiB)")
-    found.add_argument(
-        "--trust-names", action="store_true",
-        help="a rerun does not look whether size, time or address of an image differ from before",
-    )  # fmt: skip
+    found.add_argument("--trust-names", action="store_true", help="a rerun does not look whether images have changed")
     _on_error(found)
 
 
@@ -219,7 +216,7 @@ def _search(found: argparse.ArgumentParser) -> None:
 def _dedup(found: argparse.ArgumentParser) -> None:
     _vectors(found)
     _out(found, "list of the pictures that stay; the others go to stdout, each with the one that stays", "LIST.txt")
-    found.add_argument("--threshold", type=float, default=0.75, metavar="COSINE", help="above it they are alike (0.75)")
+    found.add_argument("--threshold", type=float, metavar="COSINE", help="above it they are alike (0.75; --plain 0.97)")
     found.add_argument("--plain", action="store_true", help="cosine of the vectors as they are, not whitened")
     found.add_argument("--against", metavar="VECTORS", help="of a test set: what is like it does not stay either")
     found.add_argument("--against-threshold", type=float, metavar="COSINE", help="for that (the same)")

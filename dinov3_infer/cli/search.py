@@ -65,14 +65,26 @@ def _embedded(
 ) -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
     """Vectors of the queries, made as those of the store were."""
     recipe = store.recipe
-    if args.model is None and recipe.model is None:
-        raise InputError(f"the model behind '{args.vectors}' has no name; give it with -m")
-    args.model = args.model or recipe.model
-    bb = load_backbone(args)
+    made = recipe.origin or recipe.model or f"a model without a name (fingerprint {recipe.fingerprint[:16]})"
+    if args.model is None and recipe.origin is None and recipe.model is None:
+        raise InputError(f"'{args.vectors}' was made with {made}; give it with -m")
+    try:
+        bb = load_backbone(argparse.Namespace(**vars(args) | dict(model=args.model or made)))
+    except Dinov3Error as error:
+        if args.model is not None:
+            raise
+        raise InputError(f"'{args.vectors}' was made with '{made}', which cannot be loaded: {error}") from None
     if bb.fingerprint() != recipe.fingerprint:
-        raise InputError(f"'{args.vectors}' was made with other weights than '{args.model}' holds; give those with -m")
+        raise InputError(
+            f"'{args.vectors}' was made with other weights than '{args.model or made}' holds"
+            f"{f', those of {made!r}' if args.model else ' now'} (fingerprint {recipe.fingerprint[:16]}); give those "
+            "with -m"
+        )
     settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe.preprocess.items()}
-    bb.preprocess = Preprocess(**settings)
+    try:
+        bb.preprocess = Preprocess(**settings)
+    except TypeError:
+        raise InputError(f"the record of '{args.vectors}' does not say how images are prepared; make it anew") from None
     return bb.embed(queries, pooling=recipe.pooling, decode=recipe.decode)
 
 

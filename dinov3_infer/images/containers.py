@@ -129,14 +129,14 @@ class Table(Source):
         arrow = self._arrow
         try:
             schema, metadata = self._file.schema_arrow, self._file.metadata
-        except (OSError, arrow.ArrowException):
+            held = ", ".join(schema.names)
+        except (OSError, ValueError, arrow.ArrowException):  # names may be no UTF-8
             raise InputError(f"'{path}' is no whole Parquet file; copy it again") from None
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._ends = list(accumulate(sizes))
         columns = [field.name for field in schema if _holds_pictures(arrow, field.type)]
         known = [name for name in COLUMNS if name in columns] or columns
         if not known or not metadata.num_rows:
-            held = ", ".join(schema.names)
             raise InputError(f"no pictures in '{path}', whose columns are {held}; give one with a column 'image'")
         self._column = known[0]
 
@@ -166,7 +166,7 @@ class Table(Source):
             if group not in self._rows:
                 try:
                     column = self._file.read_row_group(group, columns=[self._column]).column(0)
-                except (OSError, self._arrow.ArrowException):
+                except (OSError, ValueError, self._arrow.ArrowException):
                     raise ImageError(
                         f"cannot read row {index} of '{self.name}': it is damaged; copy it again"
                     ) from None
@@ -176,7 +176,11 @@ class Table(Source):
             rows = self._rows[group]
             back = self._ends[group] - index  # from the end of the group
             row = rows[-back] if back <= len(rows) else None
-        item, label = None if row is None else row.as_py(), self.label(index)
+        label = self.label(index)
+        try:
+            item = None if row is None else row.as_py()
+        except (ValueError, self._arrow.ArrowException):  # a path in it may be no UTF-8
+            raise ImageError(f"cannot read {label}: it is damaged; copy the table again") from None
         if isinstance(item, Mapping) and item["bytes"] is None:  # a path is not followed: tables come from strangers
             raise ImageError(f"{label} holds no bytes of a picture; leave it out, or embed the files themselves")
         return stored_picture(item, label)

@@ -16,8 +16,10 @@ from ..errors import InputError
 from ..features.disk.store import BLOCK, Store
 from ..features.vectors import Array
 
-__all__ = ["Duplicates", "duplicates", "search"]
+__all__ = ["THRESHOLDS", "Duplicates", "duplicates", "search"]
 
+# Cosines above which pictures are copies: whitened, and as they are (tests/benchmarks/records/curation.json).
+THRESHOLDS = {True: 0.75, False: 0.97}
 TILE = 4096  # rows that are compared with a block at a time
 
 
@@ -61,13 +63,14 @@ class Duplicates:
 
 def duplicates(
     store: Store,
-    threshold: float,  # cosine
+    threshold: float | None = None,  # cosine; None for what suits whitened vectors, or those that are not
     against: Store | None = None,
     against_threshold: float | None = None,  # None: the same
     whiten: bool = True,
     device: torch.device | str = "cpu",
 ) -> Duplicates:
     """Groups of pictures that are connected by cosines above `threshold`, and those that touch the set `against`.
+    Equal vectors are connected whatever the threshold and the whitening.
 
     `whiten`: by the mean and covariance of the store.  Vectors of a model share most of their direction, and what
     tells one picture from another of its kind is a small part of them, which this makes as large as the rest.
@@ -76,6 +79,7 @@ def duplicates(
 
     Raises: InputError for vectors that were made in different ways, and for a threshold that is no cosine.
     """
+    threshold = THRESHOLDS[whiten] if threshold is None else threshold
     limit = threshold if against_threshold is None else against_threshold
     for cosine in (threshold, limit):
         if not -1 <= cosine <= 1:
@@ -91,6 +95,10 @@ def duplicates(
             left, right = _above(others, block, threshold)
             left, right = left + first, right + start
             _join(parent, left[left < right], right[left < right])
+    prints = _prints(store)
+    rows = np.flatnonzero(store.good)
+    _, firsts, which = np.unique(prints[rows], return_index=True, return_inverse=True)
+    _join(parent, rows[firsts][which], rows)
     group = _roots(parent, parent)
     foreign = np.zeros(len(store), bool)
     if against is not None:
@@ -98,8 +106,20 @@ def duplicates(
             for first, others in _blocks(store, TILE, change, device):
                 found, _ = _above(others, block, limit)
                 foreign[group[found + first]] = True
+        equal = np.isin(prints, _prints(against)[against.good]) & store.good
+        foreign[group[equal]] = True
         foreign = foreign[group]
     return Duplicates(group, foreign)
+
+
+def _prints(store: Store) -> Array:
+    """[N] uint64, the same for equal vectors, and for others but once in 2^63 pairs."""
+    keys = np.random.default_rng(0).integers(1, 2**63, store.width, np.uint64) * 2 + 1
+    found = np.zeros(len(store), np.uint64)
+    for first, rows in store.blocks():
+        bits = (rows + 0.0).view(np.uint32)  # minus zero is zero
+        found[first : first + len(rows)] = (bits * keys).sum(1, dtype=np.uint64)
+    return found
 
 
 def _whitening(store: Store, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -89,11 +89,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[TrainConfig, argparse.Name
     if given.resume:
         if given.preset or given.config:
             raise InputError("a resumed run has its settings in its folder; leave --preset and --config out")
-        below = _read(Path(settings.get("out", ".")).expanduser() / "config.json") | {"preset": "adapt"}
+        below = _resumed(Path(settings.get("out", ".")).expanduser() / "config.json")
     elif given.config:
         below = _read(Path(given.config).expanduser())
     preset = given.preset or below.get("preset", "adapt")
-    merged = {name: tuple(v) if isinstance(v, list) else v for name, v in (below | settings).items()}
+    merged = {name: _tuple(value) for name, value in (below | settings).items()}
     merged.pop("preset", None)
     return TrainConfig.preset(preset, **merged), given
 
@@ -102,9 +102,27 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         found: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
+        if not isinstance(found, dict):
+            raise ValueError("they are no table")
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the settings '{path}' cannot be read: {error}") from None
     return found
+
+
+def _resumed(path: Path) -> dict[str, Any]:
+    """The settings of a run.  Raises: InputError for damaged ones."""
+    found = _read(path) | {"preset": "adapt"}
+    try:
+        TrainConfig.preset(**{name.replace("preset", "name"): _tuple(value) for name, value in found.items()})
+    except InputError as error:
+        raise InputError(
+            f"the settings '{path}' are damaged: {error}; those of a checkpoint are in its state.json"
+        ) from None
+    return found
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

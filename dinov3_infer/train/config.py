@@ -5,7 +5,8 @@ A field says what it means (`option`), and its type says which values it takes.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, get_origin
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from ..errors import InputError, check_choice
 from ..model.rope import RopeAugmentation
@@ -292,12 +293,33 @@ def _sizes(text: str) -> tuple[int, int, int, float]:
         raise InputError(f"sizes are 'global/local/gram:probability' such as '512/112/768:0.3'; got {text!r}") from None
 
 
+def _other_kind(value: Any, kind: Any) -> str | None:
+    """What a value should be, where it is something else."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is tuple:
+        first, *rest = get_args(kind)
+        count = None if rest == [Ellipsis] else 1 + len(rest)
+        wrong = not isinstance(value, tuple | list) or count not in (None, len(value))
+        wrong = wrong or any(_other_kind(v, first) for v in value)
+        return f"{_other_kind(None, first)}, {count or 'any number'} of them" if wrong else None
+    known: dict[Any, tuple[bool, str]] = {
+        bool: (isinstance(value, bool), "true or false"),
+        int: (isinstance(value, Integral) and not isinstance(value, bool), "a whole number"),
+        float: (isinstance(value, Real) and not isinstance(value, bool), "a number"),
+        str: (isinstance(value, str), "a text"),
+    }
+    return None if known[kind][0] else known[kind][1]
+
+
 def check(config: TrainConfig) -> None:
     """Raises InputError with one sentence for the first thing that cannot be meant."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if get_origin(field.type) is Literal:
             check_choice(field.name, value, field.type)
+        elif said := _other_kind(value, field.type):
+            raise InputError(f"{field.name} is {said}; got {value!r}")
         for rule in getattr(field.type, "__metadata__", ()):
             if wrong := rule(value):
                 raise InputError(f"{field.name} {wrong}")

@@ -13,7 +13,27 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Engine", "group", "is_main", "joined", "local", "mean_of", "mean_over", "rank", "whole", "world_size"]
+from .config import TrainConfig
+
+__all__ = [
+    "Engine",
+    "device_of",
+    "group",
+    "is_main",
+    "joined",
+    "local",
+    "mean_of",
+    "mean_over",
+    "rank",
+    "whole",
+    "world_size",
+]
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .loop import Run, device_of
+from .distributed import device_of
+from .loop import Run
 from .method import split_batch
 from .plots import draw_batch
 

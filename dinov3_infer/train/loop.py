@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ from torch import Tensor
 
 from ..backbone import Backbone, ViTBackbone
 from ..errors import DiskError, InputError, UnsupportedError
+from ..locks import locked
 from ..model.chips import lacks_bfloat16
-from ..system import whole
+from ..system import told_to_stop
 from ..zoo import OWN
 from . import run_state
 from .adapters import plain_copy
 from .batches import Batches, batches
 from .blocks import wrap_blocks
 from .config import TrainConfig
-from .distributed import Engine, is_main, joined, mean_of, rank, world_size
+from .distributed import Engine, device_of, is_main, joined, mean_of, rank, world_size
 from .draws import generator
 from .health import Health, TrainingStopped
 from .method import Method, split_batch
@@ -31,6 +32,7 @@ from .optim import clip_gradients, make_optimizer, set_rates
 from .pictures import Data, Spec, open_data
 from .plots import draw_batch, draw_curves
 from .progress import Progress
+from .resume import check_same_run, cut_metrics, write_settings
 from .views import Batch
 
 __all__ = ["Run", "device_of", "train"]
@@ -59,14 +61,8 @@ def train(
     Raises: InputError for what cannot be meant; TrainingStopped for a run that diverged or collapsed, whose last good
     weights are in the folder.
     """
-    with joined(device_of(config)) as device:
-        return Run(config, device, data=data, backbone=backbone, resume=resume).train(progress)
-
-
-def device_of(config: TrainConfig) -> torch.device:
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with joined(device_of(config)) as device, ExitStack() as inside:
+        return Run(config, device, data=data, backbone=backbone, resume=resume, inside=inside).train(progress)
 
 
 def _build(config: TrainConfig, device: torch.device, backbone: Backbone | None) -> Method:
@@ -113,16 +109,14 @@ class Run:
         backbone: Backbone | None = None,
         resume: bool = False,
         dry: bool = False,  # writes nothing
+        inside: ExitStack | None = None,  # keeps the folder locked
     ) -> None:
         self.config, self.device = config, device
         self.folder = Path(config.out).expanduser()
         self.checkpoints = self.folder / "checkpoints"
         found = self._check(resume, dry)
-        self.data: Data = (
-            data
-            if isinstance(data, Data)
-            else open_data(list(config.data) if data is None else data, config.levels or None)
-        )
+        given = list(config.data) if data is None else data
+        self.data: Data = given if isinstance(given, Data) else open_data(given, config.levels or None)
         if len(self.data) < config.batch_size:
             raise InputError(
                 f"there are {len(self.data)} pictures and batch_size is {config.batch_size}; give more or a smaller one"
@@ -134,18 +128,25 @@ class Run:
         self.engine = Engine(self.method, config.engine, unused=config.share(config.freeze_share) > 0)
         self.optimizer = make_optimizer(self.method.student, config)
         self.step = self.failures = self.unwell = 0
-        self.unwritten = ""
+        self.unwritten = self.digest = ""
         if dry:
             return
         probe = open_data(config.health_data, self.data.levels) if config.health_data else self.data
         self.health = Health(config, probe, self.method.average)
-        if found is not None:
-            self.step = run_state.load(found, self.method, self.optimizer)["step"]
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with whole(self.folder / "config.json") as beside:
-                beside.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
-            _cut_metrics(self.folder / "metrics.jsonl", self.step)
+            if inside is not None:
+                inside.enter_context(locked(self.folder, self.folder))
+                if run_state.latest(self.checkpoints) != found:
+                    raise InputError(f"another run has written to '{self.folder}' meanwhile; give another folder")
+            self.digest = self.data.digest()
+        if found is not None:
+            if is_main():
+                check_same_run(config, run_state.read(found), self.digest)
+            self.step = run_state.load(found, self.method, self.optimizer)
+        if is_main():
+            write_settings(config, self.folder / "config.json")
+            cut_metrics(self.folder / "metrics.jsonl", self.step)
 
     def _check(self, resume: bool, dry: bool) -> Path | None:
         """The checkpoint to go on from, if that was asked for."""
@@ -179,9 +180,14 @@ class Run:
             self.record(self.health.first | {"verdict": "start", "reason": "before the first step"})
         left_out = run_state.LeftOut(self.folder / "left_out.jsonl")
         since, count = time.perf_counter(), 0
-        with Progress(config.steps, self.step, progress if is_main() else False) as shown:
+        shown = Progress(config.steps, self.step, progress if is_main() else False)
+        with told_to_stop(later=world_size() == 1) as told, shown:  # several processes would not meet
             while self.step < config.steps:
-                batch = next(stream)
+                try:
+                    batch = next(stream)
+                except Exception:
+                    self.leave(told)  # workers may have heard it too
+                    raise
                 left_out.tell(stream.broken)
                 if self.step == 0 and is_main():
                     draw_batch(batch, self.views[0][1], self.folder / "first_batch.png")
@@ -200,9 +206,23 @@ class Run:
                     since, count = time.perf_counter(), 0
                 if self.unwell >= _PATIENCE and config.stop_on_collapse:
                     self.stop(f"collapsed: {metrics['reason']}")
-                if self._due(config.checkpoint_steps) and not self.failures and not self.unwell:
+                if self._due(config.checkpoint_steps) and not self.sick:
                     self.save()
+                self.leave(told)
         return self.result()
+
+    @property
+    def sick(self) -> bool:
+        """Whether these weights are none to go on from."""
+        return bool(self.failures or (self.unwell and self.config.stop_on_collapse))
+
+    def leave(self, told: list[BaseException]) -> None:
+        """Where the run was told to stop: ends it with a checkpoint of this step."""
+        if told and self.step < self.config.steps:
+            if not self.sick and self.step and not self._due(self.config.checkpoint_steps):
+                self.save()
+            log.warning("stopped at step %d of %d; --resume goes on from there", self.step, self.config.steps)
+            raise told[0]
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
@@ -286,7 +306,7 @@ class Run:
         found = run_state.latest(self.checkpoints)
         kept = "no checkpoint had been written yet"
         if found is not None:
-            step = run_state.load(found, self.method, self.optimizer)["step"]
+            step = run_state.load(found, self.method, self.optimizer)
             self.result()
             kept = f"'{self.folder / 'backbone'}' holds the weights of step {step}"
         raise TrainingStopped(f"the run {reason} (step {self.step}; {kept})")
@@ -303,7 +323,7 @@ class Run:
                 self.unwritten = ""
 
     def save(self) -> None:
-        state = {"step": self.step, "config": dataclasses.asdict(self.config)}
+        state = {"step": self.step, "config": dataclasses.asdict(self.config), "data": self.digest}
         with self.full_disk():
             run_state.save(self.checkpoints, self.method, self.optimizer, state, self.config.keep_checkpoints)
 
@@ -322,7 +342,7 @@ class Run:
         backbone = plain_copy(self.method.average)
         if is_main():
             try:
-                _write_model(backbone.float(), self.folder / "backbone")
+                run_state.write_model(backbone.float(), self.folder / "backbone")
                 log.info("wrote '%s'", self.folder / "backbone")
                 draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
             except OSError as error:
@@ -331,20 +351,3 @@ class Run:
                     "resume, the checkpoint of the last step is whole"
                 ) from None
         return backbone
-
-
-def _write_model(backbone: Backbone, folder: Path) -> None:
-    """As transformers loads it; under Meta's names what no model of transformers can hold."""
-    try:
-        backbone.save_pretrained(folder)
-    except UnsupportedError:
-        backbone.save_pretrained(folder / "model.safetensors", layout="meta")
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    """A resumed run says again what came after its checkpoint."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        lines = [line for line in lines if line.endswith("}\n")]  # a killed run may have left half of one
-        with whole(path) as beside:
-            beside.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")

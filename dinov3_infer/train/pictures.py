@@ -1,5 +1,6 @@
 """Pictures to train on, by number: folders, list files, tar archives, any torch Dataset, and mixtures of them."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,17 @@ class Data:
         end = int(self._ends[which])
         return range(end - len(self.sources[which]), end)
 
+    def digest(self) -> str:
+        """SHA-256 of the names of all images below what was given, in order, and of the sizes of their files."""
+        found = hashlib.sha256()
+        for source, pure in zip(self.sources, self.pure, strict=True):
+            found.update(f"{len(source)} images, {pure:g}\0".encode())
+            above = _above(source)
+            for i in range(len(source)):
+                name, size = (source.key(i) or "").removeprefix(above), (source.identity(i) or "").split("-")[0]
+                found.update(f"{name}\0{size}\0".encode("utf-8", "surrogatepass"))
+        return found.hexdigest()
+
     @property
     def classes(self) -> list[str]:
         """Names of the labels, sorted; empty where not every picture has one."""
@@ -97,6 +109,14 @@ def open_data(specs: Spec | Sequence[Spec], levels: Levels | str | None = None) 
         raise InputError("no data was given; give a folder of pictures")
     pairs = [_probability(spec) for spec in given]
     return Data([_open(spec) for spec, _ in pairs], [probability for _, probability in pairs], levels)
+
+
+def _above(source: Source) -> str:
+    """What the names of images of a folder begin with, so that a folder may be moved."""
+    first, base = source.key(0), source.base(0)
+    if first is None or base is None:
+        return ""
+    return first.removesuffix(os.path.relpath(os.path.abspath(first), base))
 
 
 def _is_pair(spec: Any) -> bool:

@@ -19,11 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..errors import CheckpointError, DiskError
+from ..backbone import Backbone
+from ..errors import CheckpointError, DiskError, UnsupportedError
+from ..system import sha256
 from .distributed import group, is_main, whole
 from .method import Method
 
-__all__ = ["LeftOut", "append", "latest", "load", "save"]
+__all__ = ["LeftOut", "append", "latest", "load", "read", "save", "write_model"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -107,7 +109,8 @@ def save(
                 shutil.rmtree(left_over, ignore_errors=True)
             beside.mkdir(parents=True)
             save_file(tensors, beside / _TENSORS)
-            (beside / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            sealed = state | {"sha256": sha256(beside / _TENSORS)}
+            (beside / _STATE).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
             shutil.rmtree(target, ignore_errors=True)
             os.replace(beside, target)
             for old in _all(folder)[:-keep]:
@@ -124,27 +127,64 @@ def save(
         raise DiskError(f"{problem}; make room, earlier checkpoints are whole and --resume goes on from them")
 
 
+def write_model(backbone: Backbone, folder: Path) -> None:
+    """As transformers loads it; under Meta's names what no model of transformers can hold."""
+    try:
+        backbone.save_pretrained(folder)
+    except UnsupportedError:
+        backbone.save_pretrained(folder / "model.safetensors", layout="meta")
+
+
 def _all(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("[0-9]*") if (path / _STATE).is_file())
+    return sorted(path for path in folder.glob("[0-9]*") if path.name.isdigit() and (path / _STATE).is_file())
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint."""
+    """The newest checkpoint; one without a state is named and left out."""
     found = _all(folder)
+    for path in folder.glob("[0-9]*"):
+        if not (path / _STATE).is_file() and (not found or path.name > found[-1].name):
+            log.warning("the checkpoint '%s' has no %s and is left out", path, _STATE)
     return found[-1] if found else None
 
 
-def load(path: Path, method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Fills method and optimiser; returns the state.
+def read(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint: step, settings, digest of the images and SHA-256 of the tensors.
+
+    Raises: CheckpointError for one that is damaged, or not that of its folder.
+    """
+    way = "remove that folder, and --resume goes on from the one before it, or begin anew without one"
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        step, config = state["step"], state["config"]
+        if type(step) is not int or not isinstance(config, dict):
+            raise ValueError("no step or no settings in it")
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        reason = error if isinstance(error, OSError) else "it is damaged"
+        raise CheckpointError(f"the state '{path / _STATE}' cannot be read ({reason}); {way}") from None
+    if step != int(path.name):
+        raise CheckpointError(f"the state '{path / _STATE}' says step {step}, unlike its folder; {way}")
+    digest = state.get("sha256")
+    if digest is None:
+        log.warning("the checkpoint '%s' is of a version without checksums, its tensors are taken unchecked", path)
+    elif not (path / _TENSORS).is_file() or sha256(path / _TENSORS) != digest:
+        raise CheckpointError(f"the tensors of '{path}' cannot be read: they are not those that were written; {way}")
+    return state  # type: ignore[no-any-return]
+
+
+def load(path: Path, method: Method, optimizer: torch.optim.Optimizer) -> int:
+    """Fills method and optimiser; returns the step.
 
     Raises: CheckpointError for a file that is damaged or of another model.
     """
+    step: int = read(path)["step"]
     try:
-        state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
         with safe_open(path / _TENSORS, "pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}") from None
+        raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}; remove that folder") from None
+    if lacking := [name for name in stored if name.endswith(".step") and not _whole_moments(name, stored)]:
+        raise CheckpointError(f"the checkpoint '{path}' lacks moments of the optimiser, of {lacking[0]}; remove it")
     kept = _kept(method)
     moments = {name for name in stored if name.startswith("optimizer.")}
     if different := sorted((set(stored) - moments) ^ set(kept)):
@@ -168,7 +208,11 @@ def load(path: Path, method: Method, optimizer: torch.optim.Optimizer) -> dict[s
                     else _like(parameter, stored[f"optimizer.{name}.{moment}"]).clone()
                     for moment in _MOMENTS
                 }
-    return state
+    return step
+
+
+def _whole_moments(step: str, stored: dict[str, Tensor]) -> bool:
+    return not step.startswith("optimizer.") or all(f"{step.removesuffix('step')}{m}" in stored for m in _MOMENTS)
 
 
 def _like(tensor: Tensor, stored: Tensor) -> Tensor:

@@ -88,7 +88,9 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
     return best
 
 
-def dedup(store: Any, pixels: np.ndarray, planted: dict[int, int], thresholds: list[float]) -> list[dict[str, Any]]:
+def dedup(
+    store: Any, pixels: np.ndarray, planted: dict[int, int], thresholds: list[float], whiten: bool = True
+) -> list[dict[str, Any]]:
     """For each threshold the share of planted copies that are found, and of pictures that are dropped rightly: for a
     copy of theirs, or a picture whose pixels say so.  A group has to be right in every picture that it drops.
     """
@@ -102,7 +104,7 @@ def dedup(store: Any, pixels: np.ndarray, planted: dict[int, int], thresholds: l
         return a == b or known[a, b]
 
     for threshold in thresholds:
-        group = duplicates(store, threshold).group
+        group = duplicates(store, threshold, whiten=whiten).group
         hit = [group[copy] == group[original] for copy, original in planted.items()]
         dropped = np.flatnonzero(group != np.arange(len(group))).tolist()
         wrong = [
@@ -198,6 +200,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=112, help="pixels")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--weights", type=Path, help="other weights than those that the tests fetch")
+    parser.add_argument(
+        "--plain", metavar="NAME", help="only near-duplicates without whitening, under this name, beside what is there"
+    )
     parser.add_argument("--folder", type=Path, help="keeps pictures and vectors there, and goes on with those")
     parser.add_argument("--out", type=Path, default=HERE / "records" / "curation.json")
     args = parser.parse_args()
@@ -229,6 +234,13 @@ def main() -> None:
         store = Store(folder / "vectors.npy")
         width = store.width // 2
         record: dict[str, Any] = dict(pictures=len(chosen), planted=args.planted, size=args.size)
+        plain = [0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.99]
+        if args.plain is not None:
+            record = json.loads(args.out.read_text())
+            found = dedup(Part(store, slice(width)), pixels, planted, plain, whiten=False)
+            record.setdefault("dedup, plain", {})[args.plain] = found
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            return
         thresholds = [0.7, 0.75, 0.8]
         record["dedup"] = {
             name: dedup(Part(store, columns), pixels, planted, thresholds)

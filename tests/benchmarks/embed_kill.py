@@ -3,14 +3,15 @@
     python tests/benchmarks/embed_kill.py WEIGHTS
 
 20,000 files, CIFAR-10 as PNG and JPEG and parts of photographs in many sizes and modes, 1 % of them broken in twenty
-ways, in shards of 200.  One run is left alone; the other is killed with SIGKILL 20 times, at a random moment after it
-has written at least one new shard, and then runs to its end.  Both have to hold every file once, with the same bytes of
-its vector and the same error.  The record goes to records/embed_kill.json.
+ways, in shards of 200.  One run is left alone; the other gets SIGKILL 20 times, and SIGINT, SIGTERM or SIGHUP 20 times,
+at a random moment after it has written at least one new shard, and then runs to its end.  Both have to hold every file
+once, with the same bytes of its vector and the same error.  The record goes to records/embed_kill.json.
 """
 
 import argparse
 import json
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from PIL import Image  # noqa: E402
 
 from dinov3_infer.features.disk.formats import FORMATS  # noqa: E402
 
+OTHERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 START = "import sys; sys.path[:0] = sys.argv.pop(1).split('|'); from dinov3_infer.cli import main; sys.exit(main())"
 
 
@@ -44,8 +46,8 @@ def shards(out: str) -> list[Path]:
     return sorted(folder.glob("[0-9]" * 6 + (path.suffix or ".npy")))
 
 
-def killed(call: list[str], out: str, rng: random.Random, at_most: float = 2.0) -> int:
-    """Runs until there is a new shard and a random while longer, kills, and says how many are new."""
+def killed(call: list[str], out: str, rng: random.Random, at_most: float, number: int) -> int:
+    """Runs until there is a new shard and a random while longer, sends a signal, and says how many are new."""
     before = len(shards(out))
     process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while len(shards(out)) <= before:
@@ -54,8 +56,10 @@ def killed(call: list[str], out: str, rng: random.Random, at_most: float = 2.0) 
             raise RuntimeError(f"ended before a new shard: {process.stderr.read().decode()[-500:]}")
         time.sleep(0.005)
     time.sleep(rng.random() * at_most)
-    process.kill()
-    process.wait()
+    process.send_signal(number)
+    said = process.communicate()[1]
+    if number != signal.SIGKILL and process.returncode not in (0, 3, 128 + number):
+        raise RuntimeError(f"signal {number} ended in {process.returncode}: {said.decode()[-500:]}")
     return len(shards(out)) - before
 
 
@@ -74,7 +78,7 @@ def contents(out: str) -> dict[str, tuple[bytes, str]]:
 
 def experiment(
     weights: Path, album: Path, paths: list[Path], folder: Path, form: str, kills: int, shard_size: int,
-    seed: int, *options: str, at_most: float = 2.0,
+    seed: int, *options: str, at_most: float = 2.0, others: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Both runs, and what they have in common.  `form`: of the output, such as ".npy" or "/"."""
     alone, disturbed = f"{folder}/alone{form}", f"{folder}/disturbed{form}"
@@ -83,7 +87,9 @@ def experiment(
     seconds = time.perf_counter() - begun
     rng = random.Random(seed)
     call = command(weights, album, disturbed, shard_size, *options)
-    new = [killed(call, disturbed, rng, at_most) for _ in range(kills)]
+    signals = [signal.SIGKILL] * kills + [rng.choice(OTHERS) for _ in range(others)]
+    rng.shuffle(signals)
+    new = [killed(call, disturbed, rng, at_most, number) for number in signals]
     last = subprocess.run(call, capture_output=True, text=True)
     if last.returncode not in (0, 3):
         raise RuntimeError(last.stderr[-500:])
@@ -91,6 +97,7 @@ def experiment(
     left = [str(p.name) for p in Path(folder).rglob(".*.tmp*")]
     return dict(
         pictures=len(paths), shard_size=shard_size, kills=kills, new_shards_before_each_kill=new, output=form,
+        signals=dict(Counter(number.name for number in signals)),
         seconds_undisturbed=round(seconds, 1), failed=sum(bool(error) for _, error in first.values()),
         kinds_of_errors=len(Counter(error.split("'")[-1][:40] for _, error in first.values() if error)),
         every_input_once=set(first) == {str(path) for path in paths}, equal=first == second, left_behind=left,
@@ -103,6 +110,7 @@ def main() -> None:
     parser.add_argument("--made-up", action="store_true", help="pictures of noise, for which nothing is fetched")
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--others", type=int, default=20, help="signals that a run can hear")
     parser.add_argument("--shard-size", type=int, default=200)
     parser.add_argument("--form", default="/", help="of the output: /, .npy, .safetensors, .parquet, .parquet/")
     parser.add_argument("--size", default="32")
@@ -119,7 +127,7 @@ def main() -> None:
         paths = write_album(Path(folder) / "album", args.count, small, pictures, seed=args.seed)
         record = experiment(
             args.weights, Path(folder) / "album", paths, Path(folder), args.form, args.kills, args.shard_size,
-            args.seed, "--size", args.size, "-j", "0", at_most=0.5,
+            args.seed, "--size", args.size, "-j", "0", at_most=0.5, others=args.others,
         )  # fmt: skip
     record |= dict(ways_of_breaking=len(BREAKAGES), seed=args.seed)
     args.out.write_text(json.dumps(record, indent=1) + "\n")

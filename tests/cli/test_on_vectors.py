@@ -1,11 +1,14 @@
 """`embed search`, `embed dedup` and `embed curate`: from pictures to a sheet and to lists."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cli_runs import refused, run, small_model, write_pictures
 from PIL import Image
 
+from dinov3_infer import Backbone
 from dinov3_infer.train import open_data
 
 
@@ -40,7 +43,39 @@ def test_commands(tmp_path: Path) -> None:
     ):
         refused(1, words, "embed", command, vectors, "-o", tmp_path / "d.txt", *options)
     other: Any = ("-m", tmp_path / "other", "--device", "cpu")
-    from dinov3_infer import Backbone
-
     Backbone.from_config("nano", seed=1).save_pretrained(tmp_path / "other")
     refused(1, "was made with other weights than", "embed", "search", album / "3.png", vectors, *other)
+
+
+def test_search_takes_the_model_of_the_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of weights too, named from elsewhere; where it has gone, it is said which one that was."""
+    album = write_pictures(tmp_path / "in", "a.png", "b.png")
+    weights = Backbone.from_config("nano", seed=3).save_pretrained(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert run("embed", album, "-o", "x.npy", "-m", "mine", "--device", "cpu", "--size", "32").status == 0
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    ran = run("embed", "search", album / "b.png", "../x.npy", "-k", "1", "--device", "cpu")
+    assert ran.status == 0 and ran.out.startswith("1.0000")
+    shutil.move(weights, tmp_path / "gone")
+    refused(1, f"made with '{tmp_path / 'mine'}', which cannot be", "embed", "search", album / "b.png", "../x.npy")
+    other = Backbone.from_config("nano", seed=4).save_pretrained(tmp_path / "mine")
+    refused(1, f"than '{other}' holds now", "embed", "search", album / "b.png", "../x.npy", "--device", "cpu")
+    ran = run("embed", "search", album / "b.png", "../x.npy", "-k", "1", "--device", "cpu", "-m", tmp_path / "gone")
+    assert ran.status == 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--plain",), ("--threshold", "1"), ("--plain", "--threshold", "1")], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_dedup_finds_exact_copies(flags: tuple[str, ...], count: int, tmp_path: Path) -> None:
+    """Whatever the whitening, which of a few images, or of copies alone, leaves next to nothing."""
+    album = write_pictures(tmp_path / "in", *(f"{i}.png" for i in range(count)))
+    for i in range(count):
+        shutil.copy(album / f"{i}.png", album / f"{i}-copy.png")
+    assert run("embed", album, "-o", tmp_path / "x.npy", "-m", small_model(), "--device", "cpu").status == 0
+    ran = run("embed", "dedup", tmp_path / "x.npy", "-o", tmp_path / "kept.txt", *flags)
+    kept = {Path(name).stem for name in (tmp_path / "kept.txt").read_text().splitlines()}
+    assert ran.status == 0 and kept and not any({f"{i}", f"{i}-copy"} <= kept for i in range(count))
+    against = ("--against", tmp_path / "x.npy")
+    ran = run("embed", "dedup", tmp_path / "x.npy", "-o", tmp_path / "none.txt", *against, *flags)
+    assert "no names of pictures" in ran.err, "all are like those of the set itself"

@@ -44,7 +44,9 @@ def age(out: str) -> None:
 
     def record(text: str) -> str:
         found = json.loads(text)
-        return json.dumps({k: v for k, v in found.items() if k not in ("first", "rows", "files")} | {"format": 1})
+        return json.dumps(
+            {k: v for k, v in found.items() if k not in ("first", "rows", "files", "own")} | {"format": 1}
+        )
 
     for path in files(out):
         shard = path.stem.isdigit()

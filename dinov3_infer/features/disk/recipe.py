@@ -17,9 +17,9 @@ from ..extractor import Extractor
 from ..result import pooled_width
 from ..stream import count_of
 from ..vectors import EmbedOptions
-from .seals import Seal
+from .seals import OWN, Seal
 
-__all__ = ["BatchPlan", "Recipe", "Record", "State", "check_asked", "difference", "recipe_of"]
+__all__ = ["BatchPlan", "Recipe", "Record", "State", "check_asked", "checked_json", "difference", "recipe_of"]
 
 # Of a folder of shards: what a run that overwrites, or joins shards, was doing; "" for one that adds what is missing.
 State = Literal["", "clearing", "overwriting", "joined"]
@@ -59,9 +59,10 @@ class Recipe:
     count: int | None  # pictures; None for a stream that has not ended
     inputs: str | None  # SHA-256 of their names; None for pictures without
     plan: BatchPlan
+    origin: str | None = None  # where the weights came from, which is not compared
 
     def to_json(self, seal: Seal | None = None, state: str = "") -> str:
-        more = {} if seal is None else asdict(seal)
+        more: dict[str, Any] = {} if seal is None else asdict(seal)
         return json.dumps({"format": FORMATS[-1]} | asdict(self) | more | (dict(state=state) if state else {}))
 
     def planned(self, found: BatchPlan) -> Self:
@@ -76,7 +77,7 @@ class Recipe:
 
     def differs(self, there: "Recipe") -> str | None:
         """The first difference to what is there, as `difference` says it; None where there is none."""
-        mine, theirs = (json.loads(r.to_json()) for r in (self.planned(there.plan), there))
+        mine, theirs = (json.loads(replace(r, origin=None).to_json()) for r in (self.planned(there.plan), there))
         for name, value in theirs.items():
             if not _same(value, mine[name]) or (name == "inputs" and value is None):
                 return difference(name, value, mine[name])
@@ -87,13 +88,24 @@ class Recipe:
         the shards of a stream do not know.
         """
         plan = replace(self.plan, batch_size=other.plan.batch_size)
-        mine, theirs = (json.loads(r.to_json()) for r in (replace(self, plan=plan, count=other.count), other))
+        same = replace(self, plan=plan, count=other.count, origin=other.origin)
+        mine, theirs = (json.loads(r.to_json()) for r in (same, other))
         return _same(mine, theirs)
 
     def shards(self) -> Iterator[range]:
         """Numbers of the pictures of each."""
         size, count = self.plan.shard_size or 1, self.count or 0
         return (range(first, min(first + size, count)) for first in range(0, count, size))
+
+
+def checked_json(recipe: Recipe, state: State) -> str:
+    """Of a folder of shards: with a SHA-256 of the text itself, computed with zeros in its place."""
+    text = json.dumps(json.loads(recipe.to_json(state=state)) | dict(own=OWN))
+    return text.replace(OWN, f"own:{hashlib.sha256(text.encode()).hexdigest()}")
+
+
+def _is_whole(text: bytes, own: str | None) -> bool:
+    return own is None or own == f"own:{hashlib.sha256(text.replace(own.encode(), OWN.encode())).hexdigest()}"
 
 
 class Record(NamedTuple):
@@ -112,11 +124,13 @@ class Record(NamedTuple):
             number = stored.pop("format")
             if number not in FORMATS:
                 raise InputError(f"'{origin}' was written by a version of dinov3_infer with another format; use that")
-            *sealed, state = (stored.pop(name, None) for name in ("first", "rows", "files", "state"))
+            *sealed, state, own = (stored.pop(name, None) for name in ("first", "rows", "files", "state", "own"))
+            if not _is_whole(text if isinstance(text, bytes) else text.encode(), own):
+                raise ValueError
             stored["plan"] = BatchPlan(**stored["plan"])
             stored["shape"] = None if stored["shape"] is None else tuple(map(_whole, stored["shape"]))
             for name, kinds in _KINDS.items():
-                if type(stored[name]) not in kinds:
+                if type(stored.get(name)) not in kinds:
                     raise TypeError(name)
             if state not in (None, *get_args(State)):
                 raise ValueError
@@ -131,7 +145,7 @@ class Record(NamedTuple):
 _KINDS: dict[str, tuple[type, ...]] = dict(
     version=(str,), model=(str, NoneType), fingerprint=(str,), architecture=(dict,), preprocess=(dict,), decode=(str,),
     dtype=(str,), kind=(str,), pooling=(str,), normalize=(bool,), out_dtype=(str,), count=(int, NoneType),
-    inputs=(str, NoneType),
+    inputs=(str, NoneType), origin=(str, NoneType),
 )  # fmt: skip
 
 
@@ -155,6 +169,7 @@ def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], option
         preprocess={name: v for name, v in asdict(transform).items() if name != "levels" or v is not None},
         dtype=extractor.arithmetic,
         shape=row_shape(transform, options.kind, width),
+        origin=getattr(model, "loaded_from", None),
         **_asked(images, options),
     )
 

@@ -116,7 +116,8 @@ def _opened(path: Path, verify: bool) -> tuple[list[Path], Format, Recipe]:
         record = path / RECORD
         if not record.is_file():
             raise InputError(f"the folder '{path}' is not one of embed, it has no {RECORD}; give another one")
-        recipe = Record.from_json(record.read_bytes(), record).recipe
+        found = Record.from_json(record.read_bytes(), record)
+        recipe = found.recipe
         kinds = [kind for kind in FORMATS.values() if any(path.glob(f"[0-9]*{kind.suffix}"))]
         target = Target(path, True, (kinds or [FORMATS[".npy"]])[0]())
         wanted = list(recipe.shards())
@@ -128,26 +129,27 @@ def _opened(path: Path, verify: bool) -> tuple[list[Path], Format, Recipe]:
         raise InputError(f"'{path}' is no file of embed, whose names end in {', '.join(FORMATS)}; give one of these")
     else:
         target = Target(path, False, FORMATS[path.suffix.lower()]())
-        found = target.format.record(path)
-        if found is None:
+        stated = target.format.record(path)
+        if stated is None:
             raise InputError(
                 f"'{path}' does not say how it was made; give what embed has written, with what lies beside it"
             )
+        found = stated
         recipe, files, wanted = found.recipe, [path], [range(found.recipe.count or 0)]
     unsealed = sum(
-        _check(target.format, file, images, recipe, verify) for file, images in zip(files, wanted, strict=True)
+        _check(target.format, file, images, found, verify) for file, images in zip(files, wanted, strict=True)
     )
     if unsealed:
         log.warning("'%s': %d of %d files have no checksums, only their rows were counted", path, unsealed, len(files))
     return files, target.format, recipe
 
 
-def _check(form: Format, path: Path, images: range, recipe: Recipe, verify: bool) -> bool:
+def _check(form: Format, path: Path, images: range, of: Record, verify: bool) -> bool:
     """Whether a file has no checksum.  Raises: InputError for one that is damaged."""
     record = form.record(path)
     seal = None if record is None else record.seal
-    strange = record is not None and verify and not record.recipe.is_like(recipe)
-    if record is not None and not record.old and (seal is None or strange):
+    strange = record is not None and not record.old and verify and not record.recipe.is_like(of.recipe)
+    if strange or (seal is None and not (of.old if record is None else record.old)):
         wrong: str | None = f"the record of '{path}' is damaged, or not of these vectors"
     elif seal is None and not verify:
         wrong = None

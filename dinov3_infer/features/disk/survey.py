@@ -53,6 +53,8 @@ class Survey:
     def __init__(self, target: Target, recipe: Recipe, images: Source, trusted: bool, base: bool = False) -> None:
         self.target, self.recipe, self.images, self.trusted, self.base = target, recipe, images, trusted, base
         self.found = Found()
+        there = target.unfinished()
+        self.old = there is None or there.old  # whether files without a record are to be expected
         if base:
             try:
                 self._check(target.path, 0, recipe.count or 0)
@@ -126,7 +128,8 @@ class Survey:
                 "and the same call makes it again"
             )
         seal = None if record is None else record.seal
-        if record is not None and not record.old and (seal is None or not record.recipe.is_like(self.recipe)):
+        lacks = seal is None and not (self.old if record is None else record.old)
+        if lacks or (record is not None and not record.old and not record.recipe.is_like(self.recipe)):
             raise _Unusable(f"the record of '{path}' is damaged")
         if seal is not None and seal.first != first:
             raise _Unusable(f"'{path}' has another place")

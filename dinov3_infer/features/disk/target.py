@@ -13,7 +13,7 @@ from ...errors import InputError, MissingFileError
 from ...locks import LOCK, locked
 from ...system import whole
 from .formats import FORMATS, Format, Piece
-from .recipe import BatchPlan, Recipe, Record, State
+from .recipe import BatchPlan, Recipe, Record, State, checked_json
 
 __all__ = ["RECORD", "Target"]
 
@@ -174,7 +174,7 @@ class Target:
         record = self.parts / RECORD
         beside = record.with_name(f".{RECORD}.{os.getpid()}")
         try:
-            beside.write_text(recipe.to_json(), encoding="utf-8")
+            beside.write_text(checked_json(recipe, ""), encoding="utf-8")
             try:
                 os.link(beside, record)  # unlike a rename it fails where there is one
                 return recipe
@@ -190,7 +190,7 @@ class Target:
 
     def rewrite(self, recipe: Recipe, state: State = "") -> None:
         with whole(self.parts / RECORD, flush=True) as beside:
-            beside.write_text(recipe.to_json(state=state), encoding="utf-8")
+            beside.write_text(checked_json(recipe, state), encoding="utf-8")
 
     def finish(self, recipe: Recipe, pieces: Sequence[Piece], state: State) -> None:
         """Joins the shards of a file, which takes the place of what is there; of a folder it says that it is whole."""

@@ -106,8 +106,7 @@ def test_every_byte_counts(out: str, bb: Backbone, album: Path) -> None:
     """A flipped bit anywhere is seen by `Store(verify=True)`, or changes the record, which is compared."""
     out = f"{album.parent}/{out}"
     bb.embed(album, out, **OPTIONS)
-    path = files(out)[-1] if out.endswith("/") else Path(out)
-    path = next(p for p in files(out) if p.suffix == path.suffix) if out.endswith("/") else path
+    path = next(p for p in files(out) if p.suffix == (Path(out).suffix or ".npy"))
     whole = path.read_bytes()
     silent = []
     for at in np.linspace(0, len(whole) - 1, 60).astype(int):
@@ -160,7 +159,7 @@ def test_a_damaged_record_is_one_sentence(text: str, out: str, bb: Backbone, alb
 def test_every_field_of_a_record_is_looked_at(field: str, value: Any, bb: Backbone, album: Path) -> None:
     bb.embed(album, f"{album.parent}/x/", **OPTIONS)
     record = album.parent / "x" / "dinov3_infer.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {field: value}))
+    record.write_text(json.dumps(without_own(record) | {field: value}))
     assert "is damaged" in complaint(InputError, lambda: bb.embed(album, f"{album.parent}/x/", **OPTIONS))
 
 
@@ -176,3 +175,8 @@ def test_a_damaged_list_is_one_sentence(line: str, bb: Backbone, album: Path) ->
     (album.parent / "x.jsonl").write_bytes(b"\n".join([*lines[:4], line.encode("latin-1"), *lines[5:]]) + b"\n")
     assert "x.jsonl" in complaint(InputError, lambda: bb.embed(album, out, **OPTIONS))
     assert "x.jsonl" in complaint(InputError, lambda: Store(out).paths)
+
+
+def without_own(record: Path) -> dict[str, Any]:
+    """Without the checksum of the record itself, which would be the first to say it."""
+    return {name: value for name, value in json.loads(record.read_text()).items() if name != "own"}

@@ -331,6 +331,7 @@ def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
         "-b",
         "4",
         at_most=0.02,
+        others=3,
     )
     assert record["equal"] and record["every_input_once"] and not record["left_behind"]
     assert record["failed"] == 20 and min(record["new_shards_before_each_kill"]) >= 1
