@@ -21,6 +21,7 @@ from .sources import Names, Source, folder_labels
 __all__ = ["Dataset", "Table", "Tar", "pyarrow", "streamed"]
 
 COLUMNS = ("image", "img", "jpg", "png")  # what holds the picture in a mapping or table
+_PACKED, _MOST_ROWS = 20, 2**24  # times that images may be compressed in a table; rows of a group
 _OF_THE_NEXT = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
 )  # fmt: skip
@@ -104,8 +105,8 @@ class Table(Source):
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._arrow, self._column = pyarrow(f"'{path}'"), ""
-        self._rows: OrderedDict[int, list[Any]] = OrderedDict()  # by group
+        self._arrow, self._column, self._repeated = pyarrow(f"'{path}'"), "", list[str]()
+        self._rows: OrderedDict[int, Any] = OrderedDict()  # by group
         self._lock = threading.Lock()
         arrow = self._arrow
         try:
@@ -120,10 +121,33 @@ class Table(Source):
             held = ", ".join(schema.names)
             raise InputError(f"no pictures in '{path}', whose columns are {held}; give one with a column 'image'")
         self._column = known[0]
+        self._check_size(metadata)
+        if self._repeated:
+            del self._file
+
+    def _check_size(self, metadata: Any) -> None:
+        """Raises InputError for a group of rows that would be far more in memory than it is in the file.
+
+        Images do not compress.  One that is stored once for many rows (`_repeated`) is kept once in memory too.
+        """
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            for part in map(group.column, range(group.num_columns)):
+                name = part.path_in_schema
+                if name.split(".")[0] != self._column:
+                    continue
+                packed, most = part.total_compressed_size, max(MAX_BYTES, _PACKED * part.total_compressed_size)
+                if part.total_uncompressed_size > most or group.num_rows > _MOST_ROWS:
+                    raise InputError(
+                        f"group {number} of '{self.name}' unpacks {packed:,} bytes to {part.total_uncompressed_size:,} "
+                        f"in {group.num_rows:,} rows, as no images do; write it anew, in groups of fewer rows"
+                    )
+                if part.has_dictionary_page and name not in self._repeated:
+                    self._repeated.append(name)
 
     @cached_property
     def _file(self) -> Any:
-        return self._arrow.parquet.ParquetFile(self.name, memory_map=True)
+        return self._arrow.parquet.ParquetFile(self.name, memory_map=True, read_dictionary=self._repeated or None)
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_file", "_rows", "_lock", "_arrow")
@@ -144,16 +168,16 @@ class Table(Source):
             if group not in self._rows:
                 try:
                     column = self._file.read_row_group(group, columns=[self._column]).column(0)
-                except (OSError, self._arrow.ArrowException):
+                except (OSError, self._arrow.ArrowException, MemoryError):  # of a damaged size
                     raise ImageError(
                         f"cannot read row {index} of '{self.name}': it is damaged; copy it again"
                     ) from None
-                self._rows[group] = [row for chunk in column.chunks for row in chunk]  # not yet Python's own objects
+                self._rows[group] = column  # not yet Python's own objects
                 while len(self._rows) > KEPT:
                     self._rows.popitem(last=False)
             rows = self._rows[group]
             back = self._ends[group] - index  # from the end of the group
-            row = rows[-back] if back <= len(rows) else None
+            row = rows[len(rows) - back] if back <= len(rows) else None
         item, label = None if row is None else row.as_py(), self.label(index)
         if isinstance(item, Mapping) and item["bytes"] is None:  # a path is not followed: tables come from strangers
             raise ImageError(f"{label} holds no bytes of a picture; leave it out, or embed the files themselves")
