@@ -440,6 +440,14 @@ def _device(device: str | torch.device) -> torch.device:
         raise InputError(f"device is 'auto', 'cpu', 'cuda', 'cuda:1' and the like; got {device!r}") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device!r} was asked for, and this torch sees no CUDA; use 'auto' or 'cpu'")
+    if found.type != "cpu":
+        try:
+            torch.empty(0, dtype=torch.float32, device=found)
+        except Exception:  # each kind of device has its own error
+            count = f" ('cuda:0' to 'cuda:{torch.cuda.device_count() - 1}' are there)" if found.type == "cuda" else ""
+            raise InputError(
+                f"device {device!r} was asked for, and this torch sees no such device{count}; use 'auto' or 'cpu'"
+            ) from None
     return found
 
 
