@@ -59,11 +59,13 @@ class Tar(Source):
                         continue
                     if suffix.lower() in suffixes:
                         names.append(member.name)
-                        spans.append((member.offset_data, member.size))
+                        spans.append((member.offset_data, min(member.size, 2**62)))  # which `picture` refuses
                     elif suffix == ".cls" and (text := archive.extractfile(member)):
                         classes[stem] = text.read(1 << 10).decode("utf-8", "replace").strip()
                     archive.members = []  # type: ignore[attr-defined]  # it would keep them, a kilobyte each
-        except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
+        except OSError as error:
+            raise InputError(f"cannot read '{path}' ({error.strerror}); check the disk and its permissions") from None
+        except Exception as error:  # of a damaged one it raises anything, IndexError and RecursionError too
             raise InputError(
                 f"'{path}' is no whole uncompressed tar archive ({error}); copy it again, or decompress it"
             ) from None
@@ -111,9 +113,17 @@ class Table(Source):
         arrow = self._arrow
         try:
             schema, metadata = self._file.schema_arrow, self._file.metadata
-        except (OSError, arrow.ArrowException):
+            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        except Exception:  # of a damaged file it raises anything, UnicodeDecodeError too
             raise InputError(f"'{path}' is no whole Parquet file; copy it again") from None
-        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        sizes = [group.num_rows for group in groups]
+        most = max(MAX_BYTES, _PACKED * path.stat().st_size)  # images do not compress
+        for group in groups:
+            if group.total_byte_size > most or not 0 <= group.num_rows <= _MOST_ROWS:
+                raise InputError(
+                    f"a group of rows in '{path}' unpacks to {group.total_byte_size:,} bytes in {group.num_rows:,} "
+                    "rows, as no images do; write it anew, in groups of fewer rows"
+                )
         self._ends = list(accumulate(sizes))
         columns = [field.name for field in schema if _holds_pictures(arrow, field.type)]
         known = [name for name in COLUMNS if name in columns] or columns
@@ -121,33 +131,14 @@ class Table(Source):
             held = ", ".join(schema.names)
             raise InputError(f"no pictures in '{path}', whose columns are {held}; give one with a column 'image'")
         self._column = known[0]
-        self._check_size(metadata)
-        if self._repeated:
-            del self._file
-
-    def _check_size(self, metadata: Any) -> None:
-        """Raises InputError for a group of rows that would be far more in memory than it is in the file.
-
-        Images do not compress.  One that is stored once for many rows (`_repeated`) is kept once in memory too.
-        """
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            for part in map(group.column, range(group.num_columns)):
-                name = part.path_in_schema
-                if name.split(".")[0] != self._column:
-                    continue
-                packed, most = part.total_compressed_size, max(MAX_BYTES, _PACKED * part.total_compressed_size)
-                if part.total_uncompressed_size > most or group.num_rows > _MOST_ROWS:
-                    raise InputError(
-                        f"group {number} of '{self.name}' unpacks {packed:,} bytes to {part.total_uncompressed_size:,} "
-                        f"in {group.num_rows:,} rows, as no images do; write it anew, in groups of fewer rows"
-                    )
-                if part.has_dictionary_page and name not in self._repeated:
-                    self._repeated.append(name)
+        nested = self._arrow.types.is_struct(schema.field(self._column).type)
+        self._repeated = [f"{self._column}.bytes" if nested else self._column]
+        del self._file
 
     @cached_property
     def _file(self) -> Any:
-        return self._arrow.parquet.ParquetFile(self.name, memory_map=True, read_dictionary=self._repeated or None)
+        """An image that is stored once for many rows is kept once in memory too."""
+        return self._arrow.parquet.ParquetFile(self.name, memory_map=True, read_dictionary=self._repeated)
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_file", "_rows", "_lock", "_arrow")
@@ -168,20 +159,24 @@ class Table(Source):
             if group not in self._rows:
                 try:
                     column = self._file.read_row_group(group, columns=[self._column]).column(0)
-                except (OSError, self._arrow.ArrowException, MemoryError):  # of a damaged size
-                    raise ImageError(
-                        f"cannot read row {index} of '{self.name}': it is damaged; copy it again"
-                    ) from None
+                except Exception:  # as above, MemoryError of a damaged size among it
+                    raise self._damaged(index) from None
                 self._rows[group] = column  # not yet Python's own objects
                 while len(self._rows) > KEPT:
                     self._rows.popitem(last=False)
             rows = self._rows[group]
             back = self._ends[group] - index  # from the end of the group
-            row = rows[len(rows) - back] if back <= len(rows) else None
-        item, label = None if row is None else row.as_py(), self.label(index)
+            try:
+                row = rows[len(rows) - back] if back <= len(rows) else None
+                item, label = None if row is None else row.as_py(), self.label(index)
+            except (self._arrow.ArrowException, IndexError):  # which image of a dictionary
+                raise self._damaged(index) from None
         if isinstance(item, Mapping) and item["bytes"] is None:  # a path is not followed: tables come from strangers
             raise ImageError(f"{label} holds no bytes of a picture; leave it out, or embed the files themselves")
         return stored_picture(item, label)
+
+    def _damaged(self, index: int) -> ImageError:
+        return ImageError(f"cannot read row {index} of '{self.name}': it is damaged; copy it again")
 
 
 def _holds_pictures(arrow: Any, kind: Any) -> bool:

@@ -16,7 +16,7 @@ from dinov3_infer import Backbone, load_image
 from dinov3_infer.images.decode import MAX_BYTES
 from dinov3_infer.images.preprocess import Preprocess
 
-from . import checkpoints, pickles, pictures
+from . import addresses, checkpoints, containers, pickles, pictures, probes
 from .checkpoints import HEADER, INDEX, Files
 from .runner import Kind, Make
 
@@ -265,3 +265,7 @@ CHECKPOINT = Kind(
     {f"checkpoints/{name}": () for name in ("reading", "recognise", "architecture", "loading")}
     | {"checkpoints/describe": ("transform_of",)},
 )  # fmt: skip
+ADDRESS = Kind("addresses", addresses.case, addresses.read, {}, (), {})
+TAR = Kind("tars", containers.tar, containers.read, {}, (), {})
+TABLE = Kind("tables", containers.table, containers.read, {}, (), {})
+PROBE = Kind("probes", probes.case, probes.read, {}, (), {})
