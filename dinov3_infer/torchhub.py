@@ -1,7 +1,7 @@
 """Entry points of torch.hub: Meta's names, Meta's keywords, and models that are called as Meta's are."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -24,6 +24,10 @@ _ELSEWHERE = (
 
 class HubBackbone(ViTBackbone):
     """A Backbone that is called as Meta's models are; everything else is as in `Backbone`."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
 
     def forward(  # type: ignore[override]
         self,

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and what a disk is to blame for is said to be the disk's."""
+"""Files appear whole or not at all, texts are read by their mark, and a disk's troubles are named as the disk's."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from dinov3_infer import DiskError
 from dinov3_infer.cli.main import _sentence
-from dinov3_infer.system import disk_error, whole
+from dinov3_infer.system import disk_error, unmarked, whole
 
 
 @pytest.mark.parametrize("flush", [False, True], ids=["renamed", "flushed"])
@@ -45,6 +45,26 @@ def test_a_name_as_long_as_they_get(stem: str, tmp_path: Path) -> None:
     with whole(tmp_path / f"{stem}.npy") as path:
         path.write_text("all")
     assert (tmp_path / f"{stem}.npy").read_text() == "all"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_text_is_read_by_its_mark(encoding: str, newline: str) -> None:
+    text = newline.join(["a.jpg", "Bücher/写真.png", "x\u2028y.png"])
+    content = text.encode(encoding)
+    if encoding == "utf-16-be":
+        content = b"\xfe\xff" + content
+    assert unmarked(content).decode() == text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_refused(encoding: str) -> None:
+    with pytest.raises(ValueError, match="UTF-16"):
+        unmarked("photos/a.jpg\r\nphotos/b.jpg\r\n".encode(encoding))
+
+
+def test_names_between_zero_bytes_stay_as_they_are() -> None:
+    assert unmarked(b"a.jpg\0b\n.jpg\0\xff.jpg\0") == b"a.jpg\0b\n.jpg\0\xff.jpg\0"
 
 
 # --- disks that take no more ----------------------------------------------------------------------------------------

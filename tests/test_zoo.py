@@ -100,7 +100,8 @@ def test_names() -> None:
     v2 = [f"dinov2_vit{size}14{registers}" for registers in ("", "_reg") for size in "sblg"]
     v1 = ["dino_vits16", "dino_vits8", "dino_vitb16", "dino_vitb8"]
     lingbot = [f"lingbot_vit{size}16" for size in "sblg"]
-    assert list_models() == [*(f"dinov3_{name}" for name in v3), *v2, *v1, *lingbot, "nano"]
+    eupe = [f"eupe_vit{size}16" for size in "tsb"]
+    assert list_models() == [*(f"dinov3_{name}" for name in v3), *v2, *v1, *lingbot, *eupe, "nano"]
     assert {row.architecture for row in MODELS.values()} == set(ARCHITECTURES)
     for column in ("hub_id", "timm_id", "meta_file"):
         values = [getattr(row, column) for row in MODELS.values() if getattr(row, column)]
@@ -183,7 +184,8 @@ def test_a_timm_name_without_tag(name: str) -> None:
     except ModelNotFoundError:
         assert MODELS[name].family == "dino"
     else:
-        assert found.timm_id.endswith(f"/{architecture}.{timm.get_pretrained_cfg(architecture).tag}")
+        plain = found.timm_id.replace("_qkvb", "")
+        assert plain.endswith(f"/{architecture.replace('_qkvb', '')}.{timm.get_pretrained_cfg(architecture).tag}")
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -238,7 +240,6 @@ def test_unknown_names(name: str) -> None:
         ("dinov3_vitl16plus", "never released"),
         ("dino_resnet50", "dino_vit"),
         ("dino_xcit_small_12_p16", "dino_vit"),
-        ("vit_base_patch16_dinov3_qkvb.eupe_lvd1689m", "other models"),
     ],
 )
 def test_models_that_exist_elsewhere(name: str, reason: str) -> None:
@@ -252,11 +253,12 @@ def test_models_that_exist_elsewhere(name: str, reason: str) -> None:
 def test_licence_and_transform(row: ModelInfo) -> None:
     """DINOv3's weights have a licence of their own and are gated; satellite models have statistics of their own."""
     v3 = row.family == "dinov3" and row.name != "nano"
-    assert (row.licence, row.gated) == (("DINOv3 License", True) if v3 else ("Apache-2.0", False))
+    licence = "FAIR Noncommercial Research License" if row.family == "eupe" else "Apache-2.0"
+    assert (row.licence, row.gated) == (("DINOv3 License", True) if v3 else (licence, False))
     transform = preprocess_of(row)
     assert (transform.mean, transform.std) == (SATELLITE if row.name.endswith("sat493m") else IMAGENET)
     assert (transform.mean, transform.std) == (row.mean, row.std)
-    assert transform.size == {"dinov3": 256, "dinov2": 224, "dino": 224, "lingbot": 512}[row.family]
+    assert transform.size == {"dinov3": 256, "dinov2": 224, "dino": 224, "lingbot": 512, "eupe": 256}[row.family]
     assert transform.size % row.config.patch_size == 0 and transform.patch_size == row.config.patch_size
     assert (transform.fit, transform.filter) == ("squash", "bilinear")
 
@@ -271,7 +273,8 @@ def test_styles_that_do_not_exist(name: str, style: str) -> None:
 @pytest.mark.parametrize("name", [name for name, row in MODELS.items() if row.timm_id and "sat493m" not in name])
 def test_find_architecture(name: str) -> None:
     """timm's config.json names the architecture without a tag; that tells the heads of the row."""
-    architecture = MODELS[name].timm_id.rpartition("/")[2].split(".")[0]
-    assert find_architecture(architecture) is MODELS[name]
-    assert find_architecture(architecture.replace("_dinov3", "_dinov3_qkvb")) is MODELS[name]
+    architecture = MODELS[name].timm_id.rpartition("/")[2].split(".")[0].replace("_qkvb", "")
+    for written in (architecture, architecture.replace("_dinov3", "_dinov3_qkvb")):
+        found = find_architecture(written)
+        assert found is not None and found.config == MODELS[name].config
     assert find_architecture("vit_base_patch16_clip_224") is None

@@ -16,10 +16,10 @@ from typing import Literal
 from ..errors import InputError
 from ..model.vit import ViTConfig
 
-__all__ = ["LAYOUTS", "Layout", "LayoutName", "Parts", "Row", "layout_for"]
+__all__ = ["LAYOUTS", "OURS", "Layout", "LayoutName", "Parts", "Row", "layout_for"]
 
 LayoutName = Literal["hf", "meta", "timm"]
-Form = Literal["copied", "joined", "masked", "nested", "folded"]
+Form = Literal["copied", "joined", "masked", "nested", "folded", "cut", "placed"]
 
 ZEROS = "?"  # a part that no file holds; its name is ""
 
@@ -32,6 +32,8 @@ class Row:
     "masked": a tensor times a mask that the file may hold beside it.
     "nested": a copy that has one leading dimension more in the file.
     "folded": a position table without a row for the class token, whose position the file has added to the class token.
+    "cut": a position table with rows for the registers too, which are left out, since they are
+    "placed": registers, plus their rows of the position table, the second name.
     """
 
     form: Form
@@ -116,6 +118,7 @@ _PLAIN: dict[str, str | Row] = {  # names that Meta and timm share; ours are Met
 _LS: dict[str, str | Row] = {f"blocks.#.ls{i}.gamma": f"blocks.#.ls{i}.gamma" for i in (1, 2)}
 _HF_LS: dict[str, str] = {f"blocks.#.ls{i}.gamma": f"layer.#.layer_scale{i}.lambda1" for i in (1, 2)}
 _CHUNKS = ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),)  # a training run with block_chunks > 0
+_TIMM_HEADS = {r"(head|fc_norm)\..*": "a classifier, and the norm of what it pools"}
 _HEADS = {r"(dino_|ibot_)?head\..*": "a head, not the backbone"}
 
 META_V3 = Layout(
@@ -247,7 +250,7 @@ TIMM_V3 = Layout(
         **_both("blocks.#.mlp.gate_up", _joined("blocks.#.mlp.fc1_g", "blocks.#.mlp.fc1_x")),
         **_both("blocks.#.mlp.down", "blocks.#.mlp.fc2"),
     },
-    unused={r"blocks\.\d+\.attn\.k_bias": "timm's zero key bias"},
+    unused={r"blocks\.\d+\.attn\.k_bias": "timm's zero key bias"} | _TIMM_HEADS,
 )  # fmt: skip
 
 TIMM_V2 = Layout(
@@ -258,6 +261,7 @@ TIMM_V2 = Layout(
         **_both("blocks.#.mlp.gate_up", "blocks.#.mlp.fc1"),
         **_both("blocks.#.mlp.down", "blocks.#.mlp.fc2"),
     },
+    unused=_TIMM_HEADS,
 )  # fmt: skip
 
 TIMM_V2_REG = replace(
@@ -266,12 +270,24 @@ TIMM_V2_REG = replace(
     rows=TIMM_V2.rows | {"register_tokens": "reg_token", "pos_embed": Row("folded", ("pos_embed",))},
 )
 
-TIMM_V1 = Layout(
-    "timm", "dino", has=META_V1.has, lacks=META_V1.lacks, rows=META_V1.rows, unused={r"head\..*": "a classifier"}
-)
+TIMM_V1 = Layout("timm", "dino", has=META_V1.has, lacks=META_V1.lacks, rows=META_V1.rows, unused=_TIMM_HEADS)
 
 # The first that fits counts.  Meta's and timm's DINO v1 have the same names: only a config or `layout=` can tell.
 LAYOUTS = (META_V3, META_V2, META_V1, HF_V3, HF_V2_GATED_LIVE, HF_V2, HF_V1, TIMM_V3, TIMM_V2_REG, TIMM_V2, TIMM_V1)
+
+
+# A Backbone's own state_dict, which says nothing of its config: read where the caller gives a name.
+_OURS: dict[str, str | Row] = {
+    **_PLAIN, **_LS, **{name: name for name in ("register_tokens", "mask_token", "rope_periods", "pos_embed")},
+    **_both("blocks.#.mlp.gate_up"), **_both("blocks.#.mlp.down"), **_both("cls_norm"), **_both("local_cls_norm"),
+}  # fmt: skip
+OURS = tuple(
+    Layout("meta", family, has=(has,), lacks=lacks, rows=_OURS, unused=_HEADS)
+    for family, has, lacks in (
+        ("dinov3", "rope_periods", ("rope_embed.periods",)),
+        ("dinov2", r"blocks\.0\.mlp\.gate_up\.weight", ()),
+    )
+)
 
 
 def layout_for(config: ViTConfig, name: LayoutName) -> Layout:

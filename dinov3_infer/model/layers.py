@@ -18,7 +18,7 @@ from .attention import resolve_attention
 from .packing import Packing
 from .rope import RopeTable
 
-__all__ = ["Block", "LayerNorm", "PatchEmbed", "PositionResize", "ViTConfig", "resize_positions"]
+__all__ = ["Block", "LayerNorm", "PatchEmbed", "PositionResize", "ViTConfig", "entering", "resize_positions"]
 
 PositionResize = Literal["offset", "size", "antialias"]
 _FEW_ROWS = 16
@@ -108,10 +108,18 @@ def resize_positions(
     return table.flatten(2).transpose(1, 2).to(positions.dtype)
 
 
-def _autocast_narrows(x: Tensor, linear: nn.Module) -> bool:
-    """Whether to widen x would cost two passes over memory and change no bit: autocast narrows it again."""
-    widens = x.itemsize == 2 and linear.weight.dtype == torch.float32
-    return widens and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+def entering(x: Tensor, module: nn.Module) -> Tensor:
+    """x in the dtype of the weights that it meets; as it is where a quantiser has left no floats of 16 bits or more.
+
+    Where autocast is to narrow it again it stays too: to widen it would cost two passes over memory and change no bit.
+    """
+    weight = module.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize < 2:
+        return x
+    widens = x.itemsize == 2 and weight.dtype == torch.float32
+    if widens and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)
 
 
 def _project(linear: nn.Module, x: Tensor) -> Tensor:
@@ -120,7 +128,7 @@ def _project(linear: nn.Module, x: Tensor) -> Tensor:
     On a CPU fewer than 12 rows go to another kernel, which rounds differently, and a picture of a few patches would get
     another vector alone than in a batch: they are filled up.
     """
-    x = x if _autocast_narrows(x, linear) else x.to(linear.weight.dtype)  # type: ignore[arg-type]
+    x = entering(x, linear)
     if x.device.type != "cpu" or torch.compiler.is_compiling() or (rows := x.shape[:-1].numel()) >= _FEW_ROWS:
         return linear(x)  # type: ignore[no-any-return]
     filled = F.pad(x.flatten(0, -2), (0, 0, 0, _FEW_ROWS - rows))
@@ -151,9 +159,13 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
+        # timm's names; the grid is that of learned positions, or DINOv3's 16 patches a side
+        self.patch_size = (config.patch_size, config.patch_size)
+        self.grid_size = (config.position_grid or 16, config.position_grid or 16)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+        return self.proj(entering(pixels, self.proj)).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 class MaskedKeyLinear(nn.Linear):

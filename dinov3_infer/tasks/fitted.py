@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["Fitted", "descend"]
 
 _KEY = "dinov3_infer"  # of our entry in the metadata of the file
-_WHOLE, _MOST = ("targets",), 2**16  # tensors that number classes, and how many there can be
+_WHOLE = ("targets",)  # tensors that number classes
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Fitted:
     """Base of all that has `fit` and `predict`.  Fields that a constructor takes are settings; `fit` sets `tensors`."""
 
@@ -49,6 +49,7 @@ class Fitted:
                 dict(
                     kind=type(self).__name__, settings=self.settings(), options=options,
                     backbone=backbone.fingerprint(), model=backbone.info.name if backbone.info else None,
+                    **self._stored(),
                 )
             )  # fmt: skip
         except TypeError as error:
@@ -75,6 +76,8 @@ class Fitted:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             kind = next((one for one in _derived(cls) if one.__name__ == stored["kind"]), None)
             found: Self | None = None if kind is None else kind(**stored["settings"])
+            if found is not None:
+                found._restore(stored)
             options, made_with, model = dict(stored["options"]), stored["backbone"], stored["model"]
         except OSError as error:
             raise CheckpointError(f"cannot read '{path}' ({error.strerror}); check it and its permissions") from None
@@ -99,7 +102,9 @@ class Fitted:
         for one in fields(self):
             if one.init and not _is_like(getattr(self, one.name), one.default):
                 return f"{one.name}={getattr(self, one.name)!r}"
-        sides: dict[str, int] = {"1": 1}
+        known = getattr(self, "classes_", None)  # of a probe
+        classes = 0 if known is None else len(known)
+        sides = {"1": 1} | ({} if known is None else {"K": classes})
         for name, letters in zip(self.names, map(str.split, self.shapes), strict=True):
             tensor, expected = tensors[name], torch.int64 if name in _WHOLE else torch.float32
             fits = len(letters) == tensor.ndim and all(
@@ -109,7 +114,7 @@ class Fitted:
                 shape = " x ".join(str(sides.get(letter, letter)) for letter in letters)
                 return f"{name} as {tensor.dtype} {list(tensor.shape)} in place of {expected} {shape}"
             low, high = (float(number) for number in tensor.aminmax())
-            if not (math.isfinite(low) and math.isfinite(high)) or (name in _WHOLE and not 0 <= low <= high < _MOST):
+            if not (math.isfinite(low) and math.isfinite(high)) or (name in _WHOLE and not 0 <= low <= high < classes):
                 return f"{name} from {low:g} to {high:g}"
         if "D" in sides and sides["D"] * sides["H"] != sides["C"]:
             return f"{sides['H']} heads of {sides['D']} channels for features of {sides['C']}"
@@ -123,6 +128,13 @@ class Fitted:
     def settings(self) -> dict[str, Any]:
         """What the constructor took."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def _stored(self) -> dict[str, Any]:
+        """What the file holds beside tensors and settings; `_restore` reads it."""
+        return {}
+
+    def _restore(self, stored: dict[str, Any]) -> None:
+        pass
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())

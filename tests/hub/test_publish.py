@@ -48,7 +48,7 @@ def test_the_header_of_a_card(name: str) -> None:
         link = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
         expected |= dict(license="other", license_name="dinov3-license", license_link=link)
     else:
-        expected |= dict(license="apache-2.0")
+        expected |= dict(license={"eupe": "fair-noncommercial-research-license"}.get(info.family, "apache-2.0"))
     if info.hub_id:
         expected |= dict(base_model=info.hub_id)
     assert header == expected

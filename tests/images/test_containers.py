@@ -1,6 +1,10 @@
 """Numbered images in archives, tables and Datasets, for embed and the trainer alike."""
 
+import io
 import pickle
+import shutil
+import subprocess
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,8 @@ import pytest
 import torch
 from archives import CONTENT, same, write_table, write_tar
 from oracles import SMALL, randomise
-from pictures import complaint
+from pictures import complaint, photo
+from PIL import Image
 
 from dinov3_infer import Backbone, ImageError, InputError, MissingFileError, load_image
 from dinov3_infer.images.opening import as_source, open_images
@@ -88,6 +93,42 @@ def test_a_table_names_no_files(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
     source = as_source(tmp_path / "a.parquet")
     assert "holds no bytes" in complaint(ImageError, lambda: source.load(0))
+
+
+def test_sparse_members_are_what_they_hold(tmp_path: Path) -> None:
+    """GNU tar leaves runs of zeros out with -S, in three ways; what lies behind is the next member."""
+    picture = np.zeros((400, 400, 3), np.uint8)
+    picture[:30], picture[300:310] = photo(30, 400), photo(10, 400, seed=1)
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "BMP")
+    contents = [stream.getvalue(), CONTENT[0]]
+    with open(tmp_path / "0.bmp", "wb") as file:
+        for start in range(0, len(contents[0]), 4096):
+            block = contents[0][start : start + 4096]
+            file.seek(start)
+            if any(block):
+                file.write(block)
+        file.truncate(len(contents[0]))
+    (tmp_path / "1.png").write_bytes(contents[1])
+    for form in ("gnu", "posix", "pax --sparse-version=0.0", "pax --sparse-version=0.1"):
+        options = [*f"--format={form}".split(), "-S", "-cf", f"{tmp_path}/s.tar", "-C", str(tmp_path), "0.bmp", "1.png"]
+        if shutil.which("tar") is None or subprocess.run(["tar", *options], capture_output=True).returncode:
+            pytest.skip("no GNU tar here")
+        source = as_source(tmp_path / "s.tar")
+        assert source._pieces or form == "gnu"  # type: ignore[attr-defined]  # not every disk keeps holes
+        assert same(source, contents) and same(pickle.loads(pickle.dumps(source)), contents)
+
+
+def test_what_is_left_out_of_a_folder_or_an_archive_is_counted(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("0.png", "1.PNG", "a.txt", "b.txt", "c.psd", "none"):
+        (tmp_path / "in" / name).write_bytes(CONTENT[0])
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        archive.add(tmp_path / "in", "in")
+    for given in (tmp_path / "in", tmp_path / "in.tar"):
+        caplog.clear()
+        assert len(as_source(given)) == 2
+        assert "4 other files (2 .txt, 1 " in caplog.text and caplog.text.count("left out") == 1
 
 
 # --- archives that lead nowhere --------------------------------------------------------------------------------------

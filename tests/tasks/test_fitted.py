@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pictures import complaint
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dinov3_infer import Backbone, CheckpointError
 from dinov3_infer.tasks import KNN, AttentiveProbe, LinearProbe, LogisticProbe, OneShotSegmenter, SegmentationHead
+from dinov3_infer.tasks.classifier import Probe
 from dinov3_infer.tasks.fitted import Fitted
 
 WIDTH, CLASSES = 192, 3
@@ -27,6 +29,8 @@ def bb() -> Backbone:
 
 def _made(kind: Fitted, **tensors: Tensor) -> Fitted:
     kind.tensors = tensors
+    if isinstance(kind, Probe):
+        kind.classes_ = np.arange(CLASSES)
     return kind
 
 
@@ -110,3 +114,13 @@ def test_heads_that_do_not_fit(bb: Backbone, tmp_path: Path) -> None:
     path = FITTED["attentive"].save(tmp_path / "x", bb)
     changed(path, lambda tensors: tensors.update(value=torch.randn(8, 5, WIDTH)))
     assert "8 heads of 5 channels" in complaint(CheckpointError, lambda: AttentiveProbe.load(path, bb))
+
+
+@pytest.mark.parametrize("classes", [[0, 1], [0, 1, 2, 3], [], ["a", "a", "b"], [2, 1, 0], [[0], [1]], "abc", None, 3])
+def test_classes_are_as_many_as_the_tensors_have(classes: Any, bb: Backbone, tmp_path: Path) -> None:
+    for kind in ("knn", "linear", "attentive"):
+        path = FITTED[kind].save(tmp_path / "x", bb)
+        changed(path, lambda tensors: None, classes=classes)
+        if kind == "knn" and classes == [0, 1, 2, 3]:
+            continue  # of the last there may be no example
+        complaint(CheckpointError, lambda path=path: Fitted.load(path, bb))
