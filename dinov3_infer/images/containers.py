@@ -191,7 +191,7 @@ class Table(Source):
             try:
                 row = rows[len(rows) - back] if back <= len(rows) else None
                 item, label = None if row is None else row.as_py(), self.label(index)
-            except (self._arrow.ArrowException, IndexError):  # which image of a dictionary
+            except (self._arrow.ArrowException, IndexError, ValueError):  # which image of a dictionary, or no UTF-8
                 raise self._damaged(index) from None
         if isinstance(item, Mapping) and item["bytes"] is None:  # a path is not followed: tables come from strangers
             raise ImageError(f"{label} holds no bytes of a picture; leave it out, or embed the files themselves")

@@ -294,7 +294,8 @@ def _errors_of_pillow(label: str) -> Iterator[None]:
                 f"cannot decode {label}: {reason}; the file is damaged, or of a kind that this Pillow was built "
                 "without: open it elsewhere and save it as PNG"
             ) from None
-        raise ImageError(f"cannot decode {label}: {reason}; the file is damaged or cut short") from None
+        how = "check the disk and its mount" if getattr(error, "errno", None) else "the file is damaged or cut short"
+        raise ImageError(f"cannot decode {label}: {reason}; {how}") from None
 
 
 def _from_pil(picture: Image.Image, label: str, levels: Levels | None) -> Tensor:

@@ -95,6 +95,19 @@ def _solid_webp(side: int) -> bytes:
     return bytes(whole)
 
 
+def _closed_stream() -> io.BytesIO:
+    stream = io.BytesIO(_solid_webp(8))
+    stream.close()
+    return stream
+
+
+def _closed_picture() -> Image.Image:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    with Image.open(stream) as picture:
+        return picture
+
+
 def _encoded(side: int, mode: str, form: str, **options: Any) -> Make:
     def make(_: Path) -> bytes:
         stream = io.BytesIO()
@@ -123,6 +136,9 @@ PICTURES: dict[str, Make] = PLACES | {
     "an array of grey levels": lambda _: np.full((4, 5, 3), 128.0),
     "a tensor of integers": lambda _: torch.ones(3, 4, 5, dtype=torch.int64),
     "a picture of nothing": lambda _: Image.new("RGB", (0, 5)),
+    "a picture of a mode that is no RGB": lambda _: Image.new("La", (4, 5)),
+    "a picture that was closed": lambda _: _closed_picture(),
+    "a stream that was closed": lambda _: _closed_stream(),
     "one pixel high": lambda _: b"P6 60000 1 255\n" + bytes(180_000),
 }
 
