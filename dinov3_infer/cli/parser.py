@@ -1,10 +1,9 @@
 """Commands and their options.  Nothing here imports torch: help and usage errors come at once."""
 
 import argparse
-import re
 from collections.abc import Sequence
-from typing import Any
 
+from ..typos import Parser as _Parser, meant
 from ..version import __version__
 from .values import (
     count as _count,
@@ -28,12 +27,7 @@ _MODEL = "name, hub id, folder, weights file or link (nano)"
 _FORMATS = ("hf", "meta", "timm")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Takes `--layers -1,-4`, as argparse does by itself from Python 3.14 on."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._negative_number_matcher = re.compile(r"-\.?\d")
+_OF_EMBED = ("search", "dedup", "curate")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -42,9 +36,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises: SystemExit for help, the version and wrong usage.
     """
     given = list(argv)
-    if (both := " ".join(given[:2])) in ("embed search", "embed dedup", "embed curate"):
-        given[:2] = [both]
-    return _make_parser().parse_args(given)
+    found, second = _make_parser(), "".join(given[1:2])
+    if given[:1] == ["embed"] and second in _OF_EMBED:
+        given[:2] = [f"embed {second}"]
+    elif given[:1] == ["embed"] and (near := meant(second, _OF_EMBED)):
+        found.error(f"there is no command 'embed {second}'; did you mean 'embed {near}'?")
+    return found.parse_args(given)
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ from .sources import Names, Source, folder_labels
 __all__ = ["Dataset", "Table", "Tar", "pyarrow", "streamed"]
 
 COLUMNS = ("image", "img", "jpg", "png")  # what holds the picture in a mapping or table
+_PACKED, _MOST_ROWS = 20, 2**24  # times that images may be compressed in a table; rows of a group
 _OF_THE_NEXT = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
 )  # fmt: skip
@@ -64,13 +65,15 @@ class Tar(Source):
                         if sparse := cast("list[tuple[int, int]] | None", member.sparse):
                             self._pieces[len(names)] = [(int(start), int(length)) for start, length in sparse]
                         names.append(member.name)
-                        spans.append((member.offset_data, member.size))
+                        spans.append((member.offset_data, min(member.size, 2**62)))  # which `picture` refuses
                     elif suffix == ".cls" and (text := archive.extractfile(member)):
                         classes[stem] = text.read(1 << 10).decode("utf-8-sig", "replace").strip()
                     else:
                         others[suffix.lower()] += 1
                     archive.members = []  # type: ignore[attr-defined]  # it would keep them, a kilobyte each
-        except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
+        except OSError as error:
+            raise InputError(f"cannot read '{path}' ({error.strerror}); check the disk and its permissions") from None
+        except Exception as error:  # of a damaged one it raises anything, IndexError and RecursionError too
             raise InputError(
                 f"'{path}' is no whole uncompressed tar archive ({error}); copy it again, or decompress it"
             ) from None
@@ -123,26 +126,38 @@ class Table(Source):
 
     def __init__(self, path: Path) -> None:
         self.name, self._identity = str(path), identity_of(path)
-        self._arrow, self._column = pyarrow(f"'{path}'"), ""
-        self._rows: OrderedDict[int, list[Any]] = OrderedDict()  # by group
+        self._arrow, self._column, self._repeated = pyarrow(f"'{path}'"), "", list[str]()
+        self._rows: OrderedDict[int, Any] = OrderedDict()  # by group
         self._lock = threading.Lock()
         arrow = self._arrow
         try:
             schema, metadata = self._file.schema_arrow, self._file.metadata
-            held = ", ".join(schema.names)
-        except (OSError, ValueError, arrow.ArrowException):  # names may be no UTF-8
+            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+            held = ", ".join(schema.names)  # which may be no UTF-8
+        except Exception:  # of a damaged file it raises anything, UnicodeDecodeError too
             raise InputError(f"'{path}' is no whole Parquet file; copy it again") from None
-        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        sizes = [group.num_rows for group in groups]
+        most = max(MAX_BYTES, _PACKED * path.stat().st_size)  # images do not compress
+        for group in groups:
+            if group.total_byte_size > most or not 0 <= group.num_rows <= _MOST_ROWS:
+                raise InputError(
+                    f"a group of rows in '{path}' unpacks to {group.total_byte_size:,} bytes in {group.num_rows:,} "
+                    "rows, as no images do; write it anew, in groups of fewer rows"
+                )
         self._ends = list(accumulate(sizes))
         columns = [field.name for field in schema if _holds_pictures(arrow, field.type)]
         known = [name for name in COLUMNS if name in columns] or columns
         if not known or not metadata.num_rows:
             raise InputError(f"no pictures in '{path}', whose columns are {held}; give one with a column 'image'")
         self._column = known[0]
+        nested = self._arrow.types.is_struct(schema.field(self._column).type)
+        self._repeated = [f"{self._column}.bytes" if nested else self._column]
+        del self._file
 
     @cached_property
     def _file(self) -> Any:
-        return self._arrow.parquet.ParquetFile(self.name, memory_map=True)
+        """An image that is stored once for many rows is kept once in memory too."""
+        return self._arrow.parquet.ParquetFile(self.name, memory_map=True, read_dictionary=self._repeated)
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_file", "_rows", "_lock", "_arrow")
@@ -166,24 +181,24 @@ class Table(Source):
             if group not in self._rows:
                 try:
                     column = self._file.read_row_group(group, columns=[self._column]).column(0)
-                except (OSError, ValueError, self._arrow.ArrowException):
-                    raise ImageError(
-                        f"cannot read row {index} of '{self.name}': it is damaged; copy it again"
-                    ) from None
-                self._rows[group] = [row for chunk in column.chunks for row in chunk]  # not yet Python's own objects
+                except Exception:  # as above, MemoryError of a damaged size among it
+                    raise self._damaged(index) from None
+                self._rows[group] = column  # not yet Python's own objects
                 while len(self._rows) > KEPT:
                     self._rows.popitem(last=False)
             rows = self._rows[group]
             back = self._ends[group] - index  # from the end of the group
-            row = rows[-back] if back <= len(rows) else None
-        label = self.label(index)
-        try:
-            item = None if row is None else row.as_py()
-        except (ValueError, self._arrow.ArrowException):  # a path in it may be no UTF-8
-            raise ImageError(f"cannot read {label}: it is damaged; copy the table again") from None
+            try:
+                row = rows[len(rows) - back] if back <= len(rows) else None
+                item, label = None if row is None else row.as_py(), self.label(index)
+            except (self._arrow.ArrowException, IndexError, ValueError):  # which image of a dictionary, or no UTF-8
+                raise self._damaged(index) from None
         if isinstance(item, Mapping) and item["bytes"] is None:  # a path is not followed: tables come from strangers
             raise ImageError(f"{label} holds no bytes of a picture; leave it out, or embed the files themselves")
         return stored_picture(item, label)
+
+    def _damaged(self, index: int) -> ImageError:
+        return ImageError(f"cannot read row {index} of '{self.name}': it is damaged; copy it again")
 
 
 def _holds_pictures(arrow: Any, kind: Any) -> bool:

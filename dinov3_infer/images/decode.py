@@ -290,12 +290,15 @@ def _errors_of_pillow(label: str) -> Iterator[None]:
             kind = f"is of a kind that Pillow does not read ({reason}); convert it to PNG"
             bands = ", or give its red, green and blue bands as an array" if " pixel" in reason else ""
             raise ImageError(f"{label} {kind}{bands}") from None
-        fault = (
-            "or cut short"
-            if re.search("truncated|eof|end of file", reason, re.IGNORECASE)
-            else ("or of a kind that this Pillow does not read: open it elsewhere and save it as PNG")
-        )
-        raise ImageError(f"cannot decode {label}: {reason}; the file is damaged {fault}") from None
+        if getattr(error, "errno", None):
+            how = "check the disk and its mount"
+        elif re.search("truncated|eof|end of file", reason, re.IGNORECASE):
+            how = "the file is damaged or cut short"
+        else:
+            how = (
+                "the file is damaged or of a kind that this Pillow does not read: open it elsewhere and save it as PNG"
+            )
+        raise ImageError(f"cannot decode {label}: {reason}; {how}") from None
 
 
 def _from_pil(picture: Image.Image, label: str, levels: Levels | None) -> Tensor:

@@ -224,8 +224,11 @@ def name_of(source: object) -> str | None:
     if not scheme:
         return path
     try:
-        _ = urlsplit(path).port
+        parts = urlsplit(path)
+        host, _ = parts.hostname, parts.port
     except ValueError:  # perhaps the first half of a password in which "/" or "?" was not escaped
+        host = None
+    if not host and scheme != "file":
         return f"{scheme}://..."
     return re.sub(r"(?<=:/)(/?)[^/?#]*@|[?#].*", r"\1", path, flags=re.DOTALL)
 
@@ -260,7 +263,10 @@ def fetched(source: str) -> str | bytes:
     if not scheme:
         return source
     if scheme == "file":
-        return url2pathname(urlsplit(source).path)
+        try:
+            return url2pathname(urlsplit(source).path)
+        except ValueError:
+            raise InputError("'file://...' is no address of a file; give its path") from None
     if scheme == "data":
         head, _, body = source.partition(",")
         try:

@@ -39,6 +39,7 @@ class AttentiveProbe(Probe):
 
     dims = 3
     names = ("query", "value", "norm", "shift", "weight", "bias", "learning_rate")
+    shapes = ("H C", "H D C", "C", "C", "K C", "K", "1")
 
     def _fit(self, features: Tensor, targets: Tensor, num_classes: int) -> dict[str, Tensor]:
         if features.shape[-1] % self.num_heads:

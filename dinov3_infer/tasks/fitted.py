@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Fitted", "descend"]
 
 _KEY = "dinov3_infer"  # of our entry in the metadata of the file
+_WHOLE = ("targets",)  # tensors that number classes
 
 
 @dataclass(repr=False, eq=False)
@@ -32,6 +33,7 @@ class Fitted:
     options: dict[str, Any] = field(default_factory=dict, init=False)  # how its features were made, as given to `save`
 
     names: ClassVar[tuple[str, ...]] = ()  # of the tensors; the first has the width of the features as its last axis
+    shapes: ClassVar[tuple[str, ...]] = ()  # "K C": a letter for each axis, the same for the same length; "1" is 1
 
     def save(self, path: str | os.PathLike[str], backbone: "Backbone", **options: Any) -> Path:
         """Writes one safetensors file: the tensors, and as JSON the settings and the fingerprint of the backbone.
@@ -63,7 +65,8 @@ class Fitted:
     def load(cls, path: str | os.PathLike[str], backbone: "Backbone") -> Self:
         """What `save` wrote, of this class or one derived from it, on the CPU.
 
-        Raises: MissingFileError; CheckpointError for another file, another class, or features of another backbone.
+        Raises: MissingFileError; CheckpointError for another file, another class, features of another backbone, and
+        for tensors and settings that `fit` and the constructor of that class do not make.
         """
         if not os.path.isfile(path):
             raise MissingFileError(f"no file at '{os.path.abspath(path)}'; check the path")
@@ -76,7 +79,9 @@ class Fitted:
             if found is not None:
                 found._restore(stored)
             options, made_with, model = dict(stored["options"]), stored["backbone"], stored["model"]
-        except (SafetensorError, KeyError, TypeError, ValueError):
+        except OSError as error:
+            raise CheckpointError(f"cannot read '{path}' ({error.strerror}); check it and its permissions") from None
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError):  # Recursion, of JSON
             raise CheckpointError(f"'{path}' was not written by save(), or is damaged; fit and save anew") from None
         if found is None:
             raise CheckpointError(f"'{path}' holds a {stored['kind']}, not a {cls.__name__}; load it by that class")
@@ -87,8 +92,33 @@ class Fitted:
                 f"'{path}' was fitted to features of other weights ({model or 'an architecture of its own'}, "
                 f"{str(made_with)[:12]}); load that backbone, or fit anew with this one"
             )
+        if wrong := found._misfit(tensors):
+            raise CheckpointError(f"'{path}' holds {wrong}, which save() does not write; fit and save anew")
         found.tensors, found.options = tensors, options
         return found
+
+    def _misfit(self, tensors: dict[str, Tensor]) -> str:
+        """What of a file no instance of this class can have made; "" if nothing."""
+        for one in fields(self):
+            if one.init and not _is_like(getattr(self, one.name), one.default):
+                return f"{one.name}={getattr(self, one.name)!r}"
+        known = getattr(self, "classes_", None)  # of a probe
+        classes = 0 if known is None else len(known)
+        sides = {"1": 1} | ({} if known is None else {"K": classes})
+        for name, letters in zip(self.names, map(str.split, self.shapes), strict=True):
+            tensor, expected = tensors[name], torch.int64 if name in _WHOLE else torch.float32
+            fits = len(letters) == tensor.ndim and all(
+                sides.setdefault(letter, side) == side > 0 for letter, side in zip(letters, tensor.shape, strict=True)
+            )
+            if not fits or tensor.dtype != expected:
+                shape = " x ".join(str(sides.get(letter, letter)) for letter in letters)
+                return f"{name} as {tensor.dtype} {list(tensor.shape)} in place of {expected} {shape}"
+            low, high = (float(number) for number in tensor.aminmax())
+            if not (math.isfinite(low) and math.isfinite(high)) or (name in _WHOLE and not 0 <= low <= high < classes):
+                return f"{name} from {low:g} to {high:g}"
+        if "D" in sides and sides["D"] * sides["H"] != sides["C"]:
+            return f"{sides['H']} heads of {sides['D']} channels for features of {sides['C']}"
+        return ""
 
     def to(self, device: str | torch.device) -> Self:
         """Moves the tensors; features are brought to them."""
@@ -149,6 +179,17 @@ def descend(
         solver.zero_grad()
         value.backward()
         solver.step()
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Whether a setting from a file is of the kind that its default is."""
+    if default is None:
+        return value is None or _is_like(value, 0.0)
+    if isinstance(default, tuple):
+        return isinstance(value, (list, tuple)) and len(value) > 0 and all(_is_like(one, default[0]) for one in value)
+    if isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return abs(value) < 1e30  # never of NaN
+    return type(value) is type(default) and (not isinstance(value, int) or abs(value) < 2**63)
 
 
 def _derived(cls: type[Any]) -> list[type[Any]]:

@@ -51,6 +51,7 @@ class KNN(Probe):
     temperature: float = 0.07
 
     names = ("features", "targets")
+    shapes = ("N C", "N")
 
     def _fit(self, features: Tensor, targets: Tensor, num_classes: int) -> dict[str, Tensor]:
         if not 1 <= self.k <= len(features):
@@ -80,6 +81,7 @@ class LinearProbe(Probe):
     seed: int = 0
 
     names = ("weight", "bias", "learning_rate")
+    shapes = ("K C", "K", "1")
 
     def _fit(self, features: Tensor, targets: Tensor, num_classes: int) -> dict[str, Tensor]:
         rates = torch.tensor(self.learning_rates, device=features.device, dtype=torch.float32)
@@ -132,6 +134,7 @@ class LogisticProbe(Probe):
     seed: int = 0
 
     names = ("weight", "bias", "strength")
+    shapes = ("K C", "K", "1")
 
     def _fit(self, features: Tensor, targets: Tensor, num_classes: int) -> dict[str, Tensor]:
         mean = features.double().mean(dim=0)  # the bias takes it up, and the minimum is found much sooner

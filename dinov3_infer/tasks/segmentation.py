@@ -77,6 +77,7 @@ class OneShotSegmenter(Segmenter):
     """
 
     names = ("prototypes",)
+    shapes = ("K C",)
 
     def _fit(self, features: list[Features], masks: list[Tensor], num_classes: int) -> dict[str, Tensor]:
         shares = torch.cat([_shares(one, mask, num_classes) for one, mask in zip(features, masks, strict=True)])
@@ -111,6 +112,7 @@ class SegmentationHead(Segmenter):
     seed: int = 0
 
     names = ("weight", "bias")
+    shapes = ("K C", "K")
 
     def predict_proba(self, features: Features | Sequence[Features]) -> list[Tensor]:
         """How probable each class is at every pixel, [K, height, width] float32 for each picture."""

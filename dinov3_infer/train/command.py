@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
 from ..errors import Dinov3Error, InputError
+from ..typos import Parser
 from .config import PRESETS, TrainConfig
 from .dry_run import dry_run
 from .loop import train
@@ -28,7 +29,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="dinov3-infer train", description="Trains a backbone on pictures without labels.", allow_abbrev=False,
         usage="dinov3-infer train --data SRC [SRC ...] --model MODEL --out RUN [options]",
         epilog="In brackets the default of preset 'adapt'.  'v3' marks the value of DINOv3's published configurations. "

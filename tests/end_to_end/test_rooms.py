@@ -13,7 +13,7 @@ KERNELS = ROOT / "kernels" / "dinov3_infer_kernels"
 
 # A room imports from lines above its own only.
 ROOMS = (
-    "errors version",
+    "errors version typos",
     "arrays system locks web devices",
     "model",
     "images",

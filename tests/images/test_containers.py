@@ -186,3 +186,40 @@ def test_an_archive_that_leads_nowhere_ends(case: str, tmp_path: Path) -> None:
     assert len(source) <= 3
     for number in range(len(source)):
         complaint(ImageError, lambda number=number: source.load(number))
+
+
+# --- tables that are far more in memory ------------------------------------------------------------------------------
+
+
+def _held() -> int:
+    """Bytes of memory in use now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is counted by Linux")
+@pytest.mark.parametrize("nested", [False, True], ids=["bytes", "struct"])
+def test_one_image_stored_for_many_rows_is_kept_once(nested: bool, tmp_path: Path) -> None:
+    """200 KB that would be 40 GB."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    count, large = 200_000, CONTENT[0] + np.random.default_rng(0).bytes(200_000)
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array([large], pa.binary()))
+    if nested:
+        column = pa.StructArray.from_arrays([column, pa.array([None] * count, pa.string())], ["bytes", "path"])
+    parquet.write_table(pa.table({"image": column}), tmp_path / "a.parquet", store_schema=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 300_000
+    before = _held()
+    source = as_source(tmp_path / "a.parquet")
+    assert len(source) == count and source.picture(count - 1) == large
+    assert torch.equal(source.load(7).image, load_image(CONTENT[0])) and _held() - before < 2**28
+
+
+@pytest.mark.parametrize("compression", ["snappy", "gzip", "zstd", "brotli", "lz4"])
+def test_a_table_that_expands_is_refused(compression: str, tmp_path: Path) -> None:
+    """Kilobytes of zeros that would be 400 MB, and rows without a number."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = pa.array([bytes(20_000_000)] * 20, pa.large_binary())
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"image": rows}), path, compression=compression, use_dictionary=False)
+    assert "unpacks" in complaint(InputError, lambda: as_source(path))
+    parquet.write_table(pa.table({"image": pa.nulls(2**24 + 1, pa.binary())}), path, row_group_size=2**25)
+    assert path.stat().st_size < 100_000 and "unpacks" in complaint(InputError, lambda: as_source(path))

@@ -16,7 +16,7 @@ from dinov3_infer import Backbone, load_image
 from dinov3_infer.images.decode import MAX_BYTES
 from dinov3_infer.images.preprocess import Preprocess
 
-from . import checkpoints, pickles, pictures
+from . import addresses, checkpoints, containers, pickles, pictures, probes
 from .checkpoints import HEADER, INDEX, Files
 from .runner import Kind, Make
 
@@ -95,6 +95,19 @@ def _solid_webp(side: int) -> bytes:
     return bytes(whole)
 
 
+def _closed_stream() -> io.BytesIO:
+    stream = io.BytesIO(_solid_webp(8))
+    stream.close()
+    return stream
+
+
+def _closed_picture() -> Image.Image:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    with Image.open(stream) as picture:
+        return picture
+
+
 def _encoded(side: int, mode: str, form: str, **options: Any) -> Make:
     def make(_: Path) -> bytes:
         stream = io.BytesIO()
@@ -125,6 +138,9 @@ PICTURES: dict[str, Make] = PLACES | {
     "a mode without a way to RGB": lambda _: Image.new("La", (5, 4)),
     "a pipe at its end": lambda _: open(os.devnull, "rb"),  # noqa: SIM115
     "a picture of nothing": lambda _: Image.new("RGB", (0, 5)),
+    "a picture of a mode that is no RGB": lambda _: Image.new("La", (4, 5)),
+    "a picture that was closed": lambda _: _closed_picture(),
+    "a stream that was closed": lambda _: _closed_stream(),
     "one pixel high": lambda _: b"P6 60000 1 255\n" + bytes(180_000),
 }
 
@@ -300,3 +316,7 @@ CHECKPOINT = Kind(
     {f"checkpoints/{name}": () for name in ("reading", "recognise", "refusals", "architecture", "loading")}
     | {"checkpoints/transforms": ("transform_of",)},
 )  # fmt: skip
+ADDRESS = Kind("addresses", addresses.case, addresses.read, {}, (), {})
+TAR = Kind("tars", containers.tar, containers.read, {}, (), {})
+TABLE = Kind("tables", containers.table, containers.read, {}, (), {})
+PROBE = Kind("probes", probes.case, probes.read, {}, (), {})
