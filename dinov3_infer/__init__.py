@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .images.decode import ImageLike as ImageLike, load_image as load_image
     from .images.paths import list_images as list_images
     from .images.preprocess import Fit as Fit, Preprocess as Preprocess
+    from .model.convnext import ConvNeXt as ConvNeXt, ConvNeXtConfig as ConvNeXtConfig
     from .model.network import BackboneOutput as BackboneOutput, LayerOutput as LayerOutput
     from .model.rope import RopeAugmentation as RopeAugmentation
     from .model.vit import VisionTransformer as VisionTransformer, ViTConfig as ViTConfig
@@ -50,6 +51,7 @@ _HOMES = {
     "images.decode": "ImageLike load_image",
     "images.paths": "list_images",
     "images.preprocess": "Fit Preprocess",
+    "model.convnext": "ConvNeXt ConvNeXtConfig",
     "model.rope": "RopeAugmentation",
     "model.network": "BackboneOutput LayerOutput",
     "model.vit": "VisionTransformer ViTConfig",

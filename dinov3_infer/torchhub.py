@@ -1,12 +1,14 @@
 """Entry points of torch.hub: Meta's names, Meta's keywords, and models that are called as Meta's are."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .backbone import ViTBackbone
+from .backbone import Backbone, ConvNeXtBackbone, ViTBackbone
 from .errors import InputTypeError, UnsupportedError
+from .model.convnext import ConvNeXtConfig
+from .model.vit import ViTConfig
 from .zoo import MODELS, ModelInfo, find
 
 __all__ = ["HubBackbone", "entry_points"]
@@ -15,15 +17,17 @@ _DATASETS = {"LVD1689M": "", "LVD142M": "", "SAT493M": "_sat493m"}  # Meta's nam
 # Entries of Meta's repositories that have no counterpart here; whoever asks for them is told so.
 _HEADS = ("dinov3_vit7b16_dd", "dinov3_vit7b16_de", "dinov3_vit7b16_ms", "dinov3_vitl16_dinotxt_tet1280d20h24l")
 _ELSEWHERE = (
-    *(f"dinov3_convnext_{size}" for size in ("tiny", "small", "base", "large")),
     *("dinov3_vitl16plus", "dinov3_vit7b16_lc", *_HEADS),
     *(f"dinov2_vit{size}14{registers}_lc" for registers in ("", "_reg") for size in "sblg"),
     *("dino_resnet50", *(f"dino_xcit_{kind}_p{patch}" for kind in ("small_12", "medium_24") for patch in (16, 8))),
 )
 
 
-class HubBackbone(ViTBackbone):
+class HubBackbone(Backbone):
     """A Backbone that is called as Meta's models are; everything else is as in `Backbone`."""
+
+    networks: "ClassVar[dict[type, type[Backbone]]]" = {}
+    forward_features: Callable[..., Any]
 
     def forward(  # type: ignore[override]
         self,
@@ -46,6 +50,24 @@ class HubBackbone(ViTBackbone):
         return [one["x_norm_clstoken"] for one in found] if isinstance(found, list) else found["x_norm_clstoken"]
 
 
+class HubViT(HubBackbone, ViTBackbone):  # type: ignore[misc]  # of what it returns
+    pass
+
+
+class HubConvNeXt(HubBackbone, ConvNeXtBackbone):  # type: ignore[misc]
+    """`output_patch_size`: what Meta's code calls `patch_size`, the grid of `get_intermediate_layers`."""
+
+    output_patch_size: int | None = None
+
+    def get_intermediate_layers(  # type: ignore[override]
+        self, x: Tensor, n: int | Sequence[int] = 1, *flags: bool, **named: Any
+    ) -> Any:
+        return super().get_intermediate_layers(x, n, *flags, **{"patch_size": self.output_patch_size, **named})
+
+
+HubBackbone.networks |= {ViTConfig: HubViT, ConvNeXtConfig: HubConvNeXt}
+
+
 def entry_points() -> dict[str, Callable[..., HubBackbone]]:
     """A function for every model of the zoo, and for Meta's other entries one that says why it has nothing."""
     return {name: _entry(info) for name, info in MODELS.items()} | {name: _refusal(name) for name in _ELSEWHERE}
@@ -59,12 +81,17 @@ def _entry(info: ModelInfo) -> Callable[..., HubBackbone]:
             pretrained, weights = weights, None
         if isinstance(weights, str) and weights in _DATASETS:
             name, weights = name.removesuffix("_sat493m") + _DATASETS[weights], None
+        patch_size = options.pop("patch_size", None) if isinstance(info.config, ConvNeXtConfig) else None
         if pretrained:
-            return HubBackbone.from_pretrained(name, weights=weights, **{"device": "cpu", **options})
-        if options or weights is not None:
+            model = HubBackbone.from_pretrained(name, weights=weights, **{"device": "cpu", **options})
+        elif options or weights is not None:
             given = ", ".join([*options, *(["weights"] if weights is not None else [])])
             raise InputTypeError(f"pretrained=False gives random weights and takes nothing else; got {given}")
-        return HubBackbone.from_config(name)
+        else:
+            model = HubBackbone.from_config(name)
+        if isinstance(model, HubConvNeXt):
+            model.output_patch_size = patch_size
+        return model
 
     load.__name__ = load.__qualname__ = info.name
     load.__doc__ = (

@@ -28,12 +28,13 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # As the hubconf.py of facebookresearch/dinov3, dinov2 and dino name them
 META = re.findall(r"\w+", """
     dinov3_vits16 dinov3_vits16plus dinov3_vitb16 dinov3_vitl16 dinov3_vith16plus dinov3_vit7b16
+    dinov3_convnext_tiny dinov3_convnext_small dinov3_convnext_base dinov3_convnext_large
     dinov2_vits14 dinov2_vitb14 dinov2_vitl14 dinov2_vitg14
     dinov2_vits14_reg dinov2_vitb14_reg dinov2_vitl14_reg dinov2_vitg14_reg
     dino_vits16 dino_vits8 dino_vitb16 dino_vitb8
 """)  # fmt: skip
 META_ONLY = re.findall(r"\w+", """
-    dinov3_vitl16plus dinov3_convnext_tiny dinov3_convnext_small dinov3_convnext_base dinov3_convnext_large
+    dinov3_vitl16plus
     dinov3_vit7b16_lc dinov3_vit7b16_dd dinov3_vit7b16_de dinov3_vit7b16_ms dinov3_vitl16_dinotxt_tet1280d20h24l
     dinov2_vits14_lc dinov2_vitb14_lc dinov2_vitl14_lc dinov2_vitg14_lc
     dinov2_vits14_reg_lc dinov2_vitb14_reg_lc dinov2_vitl14_reg_lc dinov2_vitg14_reg_lc

@@ -1,4 +1,4 @@
-"""Which network a stored backbone needs, as a `ViTConfig`.
+"""Which network a stored backbone needs, as the config of a ViT or a ConvNeXt.
 
 The tensors say nearly all.  What they cannot say (number of heads, epsilon of the norms, base of the RoPE) comes from
 config.json, else from the row of the zoo that has the same shape, else from what all released models share.
@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
+from ..model.convnext import ConvNeXtConfig
 from ..model.layers import PositionResize, ViTConfig
-from ..zoo import ARCHITECTURES, MODELS, ModelInfo
+from ..zoo import ARCHITECTURES, MODELS, Config, ModelInfo
 from .layouts import Layout
 from .reading import Checkpoint
 from .recognise import HF_EPS, Stored
+from .stages import stage_eps, stages_shown
 
 __all__ = ["architecture", "looks_like", "reading_differs", "rows_like", "same_architecture"]
 
@@ -24,7 +26,7 @@ _LARGEST = 10**9  # of any number in config.json: more overflows somewhere
 
 def architecture(
     stored: Stored, checkpoint: Checkpoint, expected: ModelInfo | None, like: ModelInfo | None
-) -> tuple[ViTConfig, str | None]:
+) -> tuple[Config, str | None]:
     """The config of a backbone, and a sentence about what had to be assumed, if anything.
 
     `expected`: the row that the caller asked for.
@@ -33,17 +35,20 @@ def architecture(
     Raises: CheckpointError for tensors that are no whole ViT, or not the one that config.json or the caller speaks of;
     InputError for numbers that do not go together; UnsupportedError for other networks.
     """
-    known = checkpoint.known or _stated(checkpoint.config)
-    if not known and like is not None:
-        known = {name: getattr(like.config, name) for name in ("num_heads", "norm_eps", "rope_base")}
-    shown = _shown(stored)
-    if stored.layout.name == "hf":
-        _refuse_contradictions(shown, checkpoint.config)
+    in_stages = stored.layout.family == "convnext"
+    shown = stages_shown(stored, checkpoint.config) if in_stages else _shown(stored)
     if expected is not None and not same_architecture(expected.config, shown):
         raise CheckpointError(f"it {looks_like(shown)}; you asked for {expected.name} {_size(vars(expected.config))}")
+    if in_stages:
+        return ConvNeXtConfig(**(shown | stage_eps(checkpoint))), None
+    known = checkpoint.known or _stated(checkpoint.config)
+    if not known and like is not None and isinstance(like.config, ViTConfig):
+        known = {name: getattr(like.config, name) for name in ("num_heads", "norm_eps", "rope_base")}
+    if stored.layout.name == "hf":
+        _refuse_contradictions(shown, checkpoint.config)
     fields = {**shown, **known}
     twin = next((c for c in ARCHITECTURES.values() if same_architecture(c, shown)), None)
-    heads = max(1, shown["embed_dim"] // 64) if twin is None else twin.num_heads
+    heads = twin.num_heads if isinstance(twin, ViTConfig) else max(1, shown["embed_dim"] // 64)
     eps = _usual_eps(stored.layout, shown["key_bias"])
     said = {"num_heads": f"{heads} heads of width 64", "norm_eps": f"a norm epsilon of {eps:g}"}
     assumed = [words for name, words in said.items() if twin is None and name not in fields]
@@ -185,15 +190,17 @@ def _usual_eps(layout: Layout, key_bias: bool) -> float:
     return 1e-5 if layout.family == "dinov3" else 1e-6
 
 
-def reading_differs(config: ViTConfig, layout: Layout) -> list[str]:
+def reading_differs(config: Config, layout: Layout) -> list[str]:
     """What readers of a layout will do differently from this model, in words."""
     notes = []
-    if config.position_grid is not None and _resize_rule(layout, config.num_registers) != config.position_resize:
+    usual = _usual_eps(layout, isinstance(config, ViTConfig) and config.key_bias)
+    if isinstance(config, ConvNeXtConfig):
+        pass
+    elif config.position_grid is not None and _resize_rule(layout, config.num_registers) != config.position_resize:
         notes.append(
             f"readers of the {layout.name} layout resize positions by another rule, "
             f"so features off the {config.position_grid}x{config.position_grid} grid will differ by about 1 %"
         )
-    usual = _usual_eps(layout, config.key_bias)
     if layout.name != "hf" and config.norm_eps != usual:
         notes.append(
             f"the {layout.name} layout does not say the norm epsilon {config.norm_eps:g}; readers take {usual:g}"
@@ -201,27 +208,38 @@ def reading_differs(config: ViTConfig, layout: Layout) -> list[str]:
     return notes
 
 
-def same_architecture(config: ViTConfig, other: Mapping[str, Any] | ViTConfig) -> bool:
+_SHAPES = {  # the fields that say what shapes the tensors have
+    ViTConfig: (
+        "embed_dim", "depth", "ffn_dim", "gated", "patch_size", "num_registers", "position_grid", "layerscale",
+    ),
+    ConvNeXtConfig: ("depths", "widths"),
+}  # fmt: skip
+
+
+def same_architecture(config: Config, other: Mapping[str, Any] | Config) -> bool:
     """Whether two configs have tensors of the same shapes, but for parts that some layouts leave out."""
-    fields = ("embed_dim", "depth", "ffn_dim", "gated", "patch_size", "num_registers", "position_grid", "layerscale")
     values = other if isinstance(other, Mapping) else vars(other)
-    return all(getattr(config, name) == values[name] for name in fields)
+    return all(name in values and getattr(config, name) == values[name] for name in _SHAPES[type(config)])
 
 
-def rows_like(config: ViTConfig) -> list[ModelInfo]:
+def rows_like(config: Config) -> list[ModelInfo]:
     """The rows of the zoo with this architecture, the likeliest first."""
     rows = [row for row in MODELS.values() if same_architecture(row.config, config)]
     # of the two ViT-L the satellite model alone was trained with this norm
-    return sorted(rows, key=lambda row: not config.local_cls_norm or row.name != "dinov3_vitl16_sat493m")
+    local = isinstance(config, ViTConfig) and config.local_cls_norm
+    return sorted(rows, key=lambda row: not local or row.name != "dinov3_vitl16_sat493m")
 
 
 def looks_like(config: Mapping[str, Any]) -> str:
     """The architectures that these fields are those of, for an error."""
     names = [name for name, known in ARCHITECTURES.items() if same_architecture(known, config)]
-    return f"looks like {' or '.join(names[:2])}" if names else f"looks like a ViT {_size(config)}"
+    kind = "ConvNeXt" if "widths" in config else "ViT"
+    return f"looks like {' or '.join(names[:2])}" if names else f"looks like a {kind} {_size(config)}"
 
 
 def _size(config: Mapping[str, Any]) -> str:
+    if "widths" in config:
+        return f"({' '.join(map(str, config['depths']))} blocks, {' '.join(map(str, config['widths']))} wide)"
     side = config["position_grid"]
     return (
         f"(embed_dim {config['embed_dim']}, {config['depth']} blocks, patch {config['patch_size']}, "

@@ -1,19 +1,22 @@
-"""A `ViTConfig` and its transform as the JSON files that transformers and timm read."""
+"""A config and its transform as the JSON files that transformers and timm read."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UnsupportedError
 from ..images.preprocess import Preprocess
-from ..model.layers import ViTConfig
-from ..zoo import OWN, ModelInfo, preprocess_of, timm_model
+from ..model.convnext import ConvNeXtConfig
+from ..zoo import OWN, Config, ModelInfo, preprocess_of, timm_model
 from .architecture import same_architecture
+from .stages import hf_stages
 
 __all__ = ["hf_config", "hf_processor_config", "timm_config"]
 
 
-def hf_config(config: ViTConfig) -> dict[str, Any]:
+def hf_config(config: Config) -> dict[str, Any]:
     """The config.json of transformers.  Raises UnsupportedError for what its models cannot do."""
+    if isinstance(config, ConvNeXtConfig):
+        return hf_stages(config)
     if config.prefix_norm:
         raise UnsupportedError(
             "transformers has no separate norm for class and register tokens; write the 'meta' layout"
@@ -61,17 +64,17 @@ def hf_config(config: ViTConfig) -> dict[str, Any]:
     return common | {"architectures": ["Dinov2Model"], "model_type": "dinov2", "use_mask_token": config.mask_token}
 
 
-def hf_processor_config(config: ViTConfig, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+def hf_processor_config(config: Config, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
     """The preprocessor_config.json of transformers: what its processor of this family does by default."""
     common: dict[str, Any] = {
         "image_mean": list(mean), "image_std": list(std), "rescale_factor": 1 / 255,
         "do_resize": True, "do_rescale": True, "do_normalize": True,
     }  # fmt: skip
-    if config.position_grid is None or not config.layerscale:
-        rope = config.position_grid is None
-        side = 14 * config.patch_size if rope else 224
+    if isinstance(config, ConvNeXtConfig) or config.position_grid is None or not config.layerscale:
+        dinov3 = isinstance(config, ConvNeXtConfig) or config.position_grid is None
+        side = 224 if isinstance(config, ConvNeXtConfig) or not dinov3 else 14 * config.patch_size
         return common | {
-            "image_processor_type": "DINOv3ViTImageProcessorFast" if rope else "ViTImageProcessor",
+            "image_processor_type": "DINOv3ViTImageProcessorFast" if dinov3 else "ViTImageProcessor",
             "resample": 2,
             "size": {"height": side, "width": side},
         }
@@ -81,7 +84,7 @@ def hf_processor_config(config: ViTConfig, mean: Sequence[float], std: Sequence[
     }  # fmt: skip
 
 
-def timm_config(config: ViTConfig, info: ModelInfo | None, preprocess: Preprocess, with_bias: bool) -> dict[str, Any]:
+def timm_config(config: Config, info: ModelInfo | None, preprocess: Preprocess, with_bias: bool) -> dict[str, Any]:
     """The config.json of timm, whose architectures are names.  Raises UnsupportedError where none fits."""
     if info is None or info.timm_id is None or not same_architecture(info.config, config):
         raise UnsupportedError(
@@ -94,14 +97,17 @@ def timm_config(config: ViTConfig, info: ModelInfo | None, preprocess: Preproces
     side = theirs.size
     assert isinstance(side, int)
     origin = {} if info.licence == OWN else {"tag": tag, "license": info.licence.lower().replace(" ", "-")}
+    stages = isinstance(config, ConvNeXtConfig)
+    grid = [side // config.patch_size] * 2
     return {
         "architecture": architecture, "num_classes": 0, "num_features": config.embed_dim,
-        "global_pool": "avg" if info.family == "dinov3" else "token",
+        "global_pool": "avg" if stages or info.family == "dinov3" else "token",
         "pretrained_cfg": {
-            **origin, "input_size": [3, side, side], "fixed_input_size": True, "interpolation": theirs.filter,
+            **origin, "input_size": [3, side, side], "fixed_input_size": not stages, "interpolation": theirs.filter,
             "crop_pct": round(side / (theirs.resize_to or side), 3),
             "crop_mode": "center" if theirs.fit == "crop" else theirs.fit,
-            "mean": list(preprocess.mean), "std": list(preprocess.std), "num_classes": 0, "pool_size": None,
-            "first_conv": "patch_embed.proj", "classifier": "head",
+            "mean": list(preprocess.mean), "std": list(preprocess.std), "num_classes": 0,
+            "pool_size": grid if stages else None, "first_conv": "stem.0" if stages else "patch_embed.proj",
+            "classifier": "head.fc" if stages else "head",
         },
     }  # fmt: skip

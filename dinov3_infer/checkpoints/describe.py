@@ -1,6 +1,7 @@
 """What a checkpoint is, decided in one place before a tensor is read: layout, network, model of the zoo, transform."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +11,7 @@ from torch import nn
 
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..images.preprocess import Preprocess
-from ..model.vit import ViTConfig
-from ..zoo import MODELS, OWN, ModelInfo, Style, find_architecture, preprocess_of
+from ..zoo import MODELS, OWN, Config, ModelInfo, Style, find_architecture, preprocess_of
 from .architecture import architecture, rows_like
 from .layouts import LayoutName
 from .reading import CONFIG, PROCESSOR, Checkpoint, TensorsInMemory
@@ -28,7 +28,7 @@ class Description:
 
     path: str
     stored: Stored  # its tensors
-    config: ViTConfig
+    config: Config
     info: ModelInfo | None  # the row of the zoo, with the licence; None for an architecture of one's own
     preprocess: Preprocess
     rope_periods: Any  # what our block of config.json says of them, if anything
@@ -88,8 +88,8 @@ def _our_block(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return ours if isinstance(ours, dict) else {}
 
 
-def transform_of(config: ViTConfig, info: ModelInfo | None, style: Style | None = None) -> Preprocess:
-    """That of a row; for an architecture of one's own ImageNet's mean and std, and 16 patches a side."""
+def transform_of(config: Config, info: ModelInfo | None, style: Style | None = None) -> Preprocess:
+    """That of a row; for an architecture of one's own ImageNet's mean and std, and 16 patches of a ViT a side."""
     if info is not None:
         return preprocess_of(info, style)
     if style is not None:
@@ -97,7 +97,7 @@ def transform_of(config: ViTConfig, info: ModelInfo | None, style: Style | None 
             f"preprocessing={style!r} needs a known architecture, and this model has its own; leave it out"
         )
     first = next(iter(MODELS.values()))
-    return Preprocess(first.mean, first.std, config.patch_size, size=16 * config.patch_size)
+    return Preprocess(first.mean, first.std, config.patch_size, size=16 * min(16, config.patch_size))
 
 
 def _with_stored_statistics(transform: Preprocess, checkpoint: Checkpoint) -> Preprocess:
@@ -135,7 +135,9 @@ def _settings(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if name.endswith("blocks.0.attn") and isinstance(getattr(module, "num_heads", None), int):
             found["num_heads"] = module.num_heads
-        if name.endswith("blocks.0.norm1") and isinstance(getattr(module, "eps", None), float):
+        if re.search(r"blocks\.0\.norm1$|stages\.0\.(blocks\.)?0\.norm$", name) and isinstance(
+            getattr(module, "eps", None), float
+        ):
             found["norm_eps"] = module.eps
     return found
 

@@ -18,7 +18,7 @@ from ..model.network import Network
 from ..model.rope import rope_periods
 from ..model.vit import ViTConfig
 from ..system import whole
-from ..zoo import OWN, ModelInfo
+from ..zoo import OWN, Config, ModelInfo
 from . import layouts
 from .architecture import reading_differs
 from .config_json import hf_config, hf_processor_config, timm_config
@@ -31,7 +31,7 @@ log = logging.getLogger("dinov3_infer")
 
 
 def restore(
-    state: Mapping[str, Tensor], config: ViTConfig, layout: Layout, with_bias: bool = True
+    state: Mapping[str, Tensor], config: Config, layout: Layout, with_bias: bool = True
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Our tensors under a layout's names, and what the layout has no place for, in words.
 
@@ -56,17 +56,17 @@ def restore(
                 notes.append("timm adds the position of the class token to the class token, and the two stay one")
         else:
             tensors.update(_write(parts, ours, tensor, config))
-    if layout is layouts.HF_V3 and not config.num_registers:
+    if layout is layouts.HF_V3 and "register_tokens" not in state:
         tensors["embeddings.register_tokens"] = torch.zeros(1, 0, config.embed_dim)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, [
         note for note in dict.fromkeys(notes) if note
     ]
 
 
-def _write(parts: Parts, ours: str, tensor: Tensor, config: ViTConfig) -> dict[str, Tensor]:
+def _write(parts: Parts, ours: str, tensor: Tensor, config: Config) -> dict[str, Tensor]:
     """One tensor of ours under the layout's names."""
     names = parts.names
-    masked_key = ours.endswith("attn.qkv.bias") and not config.key_bias
+    masked_key = ours.endswith("attn.qkv.bias") and isinstance(config, ViTConfig) and not config.key_bias
     if parts.form == "masked":
         mask = torch.ones_like(tensor)
         mask.chunk(3)[1].zero_()
@@ -78,10 +78,12 @@ def _write(parts: Parts, ours: str, tensor: Tensor, config: ViTConfig) -> dict[s
             )
         chunks = zip(names, tensor.chunk(len(names)), strict=True)
         return {name: chunk for name, chunk in chunks if not masked_key or name not in parts.optional}
+    if parts.form == "twice":
+        return {names[0]: tensor, names[1]: tensor.clone()}
     return {names[0]: tensor[None] if parts.form == "nested" else tensor}
 
 
-def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: ViTConfig) -> str:
+def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: Config) -> str:
     """What it means that a layout has no place for a tensor; "" for nothing."""
     if ours == "rope_periods":
         if _are_exact(tensor, config):
@@ -155,7 +157,7 @@ def _our_block(model: Network, info: ModelInfo | None) -> dict[str, Any]:
     return block
 
 
-def _are_exact(periods: Tensor, config: ViTConfig) -> bool:
+def _are_exact(periods: Tensor, config: Any) -> bool:
     return torch.equal(periods.cpu(), rope_periods(config.head_dim, config.rope_base))
 
 

@@ -53,7 +53,8 @@ def compute(bb: Backbone) -> Tensor:
     first = next(iter(MODELS.values()))
     same = copy(bb)  # with the parameters of `bb`, and settings of its own
     same.preprocess = Preprocess(first.mean, first.std, bb.patch_size, SIDE)
-    same.config = replace(bb.config, position_resize="antialias")
+    if isinstance(bb.config, ViTConfig):
+        same.config = replace(bb.config, position_resize="antialias")
     return same.extract_features(PICTURES, pooling="cls_mean").embedding.cpu()
 
 

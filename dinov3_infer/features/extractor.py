@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, PrecisionError, UnsupportedError, check_choice
-from ..images.preprocess import PixelBatch, Preprocess
+from ..images.preprocess import Fit, PixelBatch, Preprocess
 from ..model.chips import lacks_bfloat16
 from ..model.dispatch import Mode, Precision, compare, plan_of
 from ..model.introspection import Facet, attention_rows, with_facet
@@ -40,6 +40,13 @@ class Extractor:
         found = resolve_layers(layers, self.network.n_blocks)
         if facet != "token" and not found:
             raise InputError(f"facet={facet!r} is that of layers; say which, e.g. layers=[-1]")
+        return found
+
+    def transform(self, size: int | tuple[int, int] | None, fit: Fit | None) -> Preprocess:
+        """The transform with another size or fit.  Raises: UnsupportedError for padding that the network would see."""
+        found = self.preprocess.with_options(size, fit)
+        if found.fit == "pad" and (reason := self.network.why_not_padded) is not None:
+            raise UnsupportedError(f"fit='pad' is not for this network: {reason}; use 'native', 'crop' or 'squash'")
         return found
 
     def features(

@@ -83,6 +83,8 @@ def plan_of(model: Network, mode: Mode, pictures: Callable[[], Tensor]) -> CpuPl
         if mode != "exact" and model.device.type == "cpu" and model not in _TOLD:
             _TOLD.add(model)
             reason = why_not_packed() or "it has modules, hooks or tensors that the fast path does not know"
+            if not isinstance(model, VisionTransformer):
+                reason = "the fast path is for vision transformers"
             log.warning("mode='%s' gives way to the model as it is written: %s", mode, reason)
         return None
     kept = _PLANS.get(model)

@@ -5,7 +5,7 @@ of float16, and bfloat16 loses small updates.  So norms compute in the dtype of 
 it is given to the dtype of its weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,16 @@ from .attention import resolve_attention
 from .packing import Packing
 from .rope import RopeTable
 
-__all__ = ["Block", "LayerNorm", "PatchEmbed", "PositionResize", "ViTConfig", "resize_positions"]
+__all__ = [
+    "Block",
+    "LayerNorm",
+    "PatchEmbed",
+    "PositionResize",
+    "ViTConfig",
+    "project",
+    "resize_positions",
+    "with_enough_rows",
+]
 
 PositionResize = Literal["offset", "size", "antialias"]
 _FEW_ROWS = 16
@@ -114,15 +123,20 @@ def _autocast_narrows(x: Tensor, linear: nn.Module) -> bool:
     return widens and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def _project(linear: nn.Module, x: Tensor) -> Tensor:
-    """Calls a linear in the dtype of its weights; always as a module, so that adapters and quantisers take part.
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """Calls a linear in the dtype of its weights; always as a module, so that adapters and quantisers take part."""
+    x = x if _autocast_narrows(x, linear) else x.to(linear.weight.dtype)  # type: ignore[arg-type]
+    return with_enough_rows(linear, x)
+
+
+def with_enough_rows(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Calls a linear function of the last dimension.
 
     On a CPU fewer than 12 rows go to another kernel, which rounds differently, and a picture of a few patches would get
     another vector alone than in a batch: they are filled up.
     """
-    x = x if _autocast_narrows(x, linear) else x.to(linear.weight.dtype)  # type: ignore[arg-type]
     if x.device.type != "cpu" or torch.compiler.is_compiling() or (rows := x.shape[:-1].numel()) >= _FEW_ROWS:
-        return linear(x)  # type: ignore[no-any-return]
+        return linear(x)
     filled = F.pad(x.flatten(0, -2), (0, 0, 0, _FEW_ROWS - rows))
     return linear(filled)[:rows].unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
 
@@ -185,9 +199,9 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        qkv = _project(self.qkv, x).unflatten(-1, (3, self.num_heads, -1))
+        qkv = project(self.qkv, x).unflatten(-1, (3, self.num_heads, -1))
         cos, sin = rope if rope is not None else (None, None)
-        return _project(self.proj, self.attend(qkv, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen))
+        return project(self.proj, self.attend(qkv, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen))
 
 
 class Mlp(nn.Module):
@@ -197,7 +211,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(config.ffn_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _project(self.fc2, self.activate(_project(self.fc1, x)))
+        return project(self.fc2, self.activate(project(self.fc1, x)))
 
     def activate(self, hidden: Tensor) -> Tensor:
         return F.gelu(hidden)
@@ -212,7 +226,7 @@ class GatedMlp(nn.Module):
         self.down = nn.Linear(config.ffn_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _project(self.down, self.activate(_project(self.gate_up, x)))
+        return project(self.down, self.activate(project(self.gate_up, x)))
 
     def activate(self, hidden: Tensor) -> Tensor:
         gate, up = hidden.chunk(2, dim=-1)

@@ -98,7 +98,7 @@ class Recipe:
 
 def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], options: EmbedOptions) -> Recipe:
     """What the vectors of these images will depend on.  It takes a while: all weights and all names are hashed."""
-    model, transform = extractor.network, extractor.preprocess.with_options(options.size, options.fit)
+    model, transform = extractor.network, extractor.transform(options.size, options.fit)
     width = pooled_width(model.embed_dim, options.pooling) if options.kind == "embedding" else model.embed_dim
     info = getattr(model, "info", None)
     return Recipe(

@@ -43,7 +43,7 @@ class Writer:
     ) -> None:
         self.target, self.images, self.extractor, self.options = target, images, extractor, options
         self.recipe = recipe_of(extractor, images, options)
-        self.transform = extractor.preprocess.with_options(options.size, options.fit)
+        self.transform = extractor.transform(options.size, options.fit)
         self.rows: Rows | None = None  # of the shard that is being filled
         self.failed = 0
         if self.recipe.shape is None and not target.format.ragged:
