@@ -1,0 +1,102 @@
+"""Every released head that can be named: what it is, the backbone it was trained on, where its weights are.
+
+Names are those of Meta's entries for torch.hub where there is one, else those of its files.
+
+Sources: dinov3 at 6876159, dinov2 at b8931f7, and dino, each of facebookresearch.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import InputError, ModelNotFoundError
+from ..images.preprocess import Preprocess
+from ..zoo import MODELS
+
+__all__ = ["HEADS", "HeadInfo", "find_head", "transform_for"]
+
+Kind = Literal["classifier"]
+Dataset = Literal["NYU", "KITTI"]
+
+
+@dataclass(frozen=True)
+class HeadInfo:
+    """One released head."""
+
+    name: str
+    kind: Kind
+    backbone: str  # the row of the zoo that it was trained on
+    licence: str  # of its weights
+    file: str  # the owner's
+    folder: str | None = None  # of the owner's server, where the file is open to everyone
+    variant: Any = None  # where one name has several: number of layers, or data set
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # what its module is built with
+
+    @property
+    def link(self) -> str | None:
+        """Where anyone can download the file."""
+        return None if self.folder is None else f"https://dl.fbaipublicfiles.com/{self.folder}/{self.file}"
+
+
+_APACHE, _DINOV3 = "Apache-2.0", "DINOv3 License"
+
+
+def _classifiers() -> list[HeadInfo]:
+    rows = []
+    for size in "sblg":
+        for ending, part in (("", ""), ("_reg", "_reg4")):
+            for layers, number in ((4, "4"), (1, "")):
+                name = f"dinov2_vit{size}14"
+                rows.append(
+                    HeadInfo(
+                        f"{name}{ending}_lc", "classifier", f"{name}{ending}", _APACHE,
+                        f"{name}{part}_linear{number}_head.pth", f"dinov2/{name}", layers,
+                        dict(vector="cls4_mean" if layers == 4 else "cls_mean"),
+                    )
+                )  # fmt: skip
+    rows.append(
+        HeadInfo(
+            "dinov3_vit7b16_lc", "classifier", "dinov3_vit7b16", _DINOV3,
+            "dinov3_vit7b16_imagenet1k_linear_head-90d8ed92.pth",
+            options=dict(vector="cls_mean", transform=dict(size=512, fit="crop", filter="bicubic", engine="pil")),
+        )
+    )  # fmt: skip
+    for size, owner, vector in (("s", "deitsmall", "cls4"), ("b", "vitbase", "interleaved")):
+        for patch in (16, 8):
+            name, theirs = f"dino_vit{size}{patch}", f"dino_{owner}{patch}"
+            rows.append(
+                HeadInfo(
+                    f"{name}_lc", "classifier", name, _APACHE, f"{theirs}_linearweights.pth",
+                    f"dino/{theirs}_pretrain", options=dict(vector=vector),
+                )
+            )  # fmt: skip
+    return rows
+
+
+HEADS: tuple[HeadInfo, ...] = (*_classifiers(),)
+
+
+def find_head(name: str, variant: Any = None) -> HeadInfo:
+    """The row of a head; of several under one name that of `variant`, else the first.
+
+    Raises: ModelNotFoundError with the closest names, InputError for a variant that was not released.
+    """
+    rows = [row for row in HEADS if row.name == name]
+    if not rows:
+        close = difflib.get_close_matches(str(name).lower(), sorted({row.name for row in HEADS}), n=3, cutoff=0.5)
+        hint = (
+            f"did you mean {' or '.join(map(repr, close))}?" if close else "see dinov3_infer.released.catalogue.HEADS"
+        )
+        raise ModelNotFoundError(f"unknown head {name!r}: {hint}")
+    found = next((row for row in rows if variant in (None, row.variant)), None)
+    if found is None:
+        known = " or ".join(repr(row.variant) for row in rows if row.variant is not None) or "one kind only"
+        raise InputError(f"{name} was released for {known}, not for {variant!r}")
+    return found
+
+
+def transform_for(info: HeadInfo) -> Preprocess:
+    """How images were prepared for a head: as its row says, else as Meta evaluates its backbone."""
+    row = MODELS[info.backbone]
+    options: dict[str, Any] = dict(size=224, fit="crop", resize_to=256, filter="bicubic", engine="pil")
+    return Preprocess(row.mean, row.std, row.config.patch_size, **info.options.get("transform", options))
