@@ -74,7 +74,7 @@ class Extractor:
         plan = plan_of(self.network, self.mode, self.samples)
         if plan is None:
             return self.network.forward_sizes(pixels, layers)
-        return plan(self._transformer("a plan"), pixels, layers)
+        return plan(self.network, pixels, layers)  # type: ignore[arg-type]  # it was made for this network
 
     def attention_maps(
         self,

@@ -15,7 +15,7 @@ from ..errors import InputError, InputTypeError, UnsupportedError
 from .layers import LayerNorm, project, with_enough_rows
 from .network import BackboneOutput, LayerOutput, Network, resolve_layers
 
-__all__ = ["ConvNeXt", "ConvNeXtConfig"]
+__all__ = ["ConvBlock", "ConvNeXt", "ConvNeXtConfig", "Depthwise", "Patches"]
 
 _STEM = 4  # pixels of the side of what the first convolution makes one position of
 
@@ -71,12 +71,19 @@ class Patches(nn.Conv2d):
         super().__init__(before, after, side, side)
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.matrix()
+        return with_enough_rows(lambda patches: F.linear(patches, weight, self.bias), self.patches(x))
+
+    def patches(self, x: Tensor) -> Tensor:
+        """[B, h, w, C] -> [B, h / side, w / side, side * side * C], rounded down."""
         side = self.kernel_size[0]
         h, w = x.shape[1] // side, x.shape[2] // side
         x = x[:, : h * side, : w * side].to(self.weight.dtype)
-        x = x.unflatten(2, (w, side)).unflatten(1, (h, side)).transpose(2, 3).flatten(3)  # [B, h, w, side * side * C]
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return with_enough_rows(lambda patches: F.linear(patches, weight, self.bias), x)
+        return x.unflatten(2, (w, side)).unflatten(1, (h, side)).transpose(2, 3).flatten(3)  # type: ignore[no-any-return]
+
+    def matrix(self) -> Tensor:
+        """The weight for rows of `patches`."""
+        return self.weight.permute(0, 2, 3, 1).flatten(1)
 
 
 class ConvBlock(nn.Module):
@@ -187,11 +194,12 @@ class ConvNeXt(Network):
         """As in `Network`; the class token is the normed mean of the last map, and there are no registers."""
         if masks is not None:
             raise UnsupportedError("masks need a mask token, which a ConvNeXt has not; leave masks out")
-        indices = resolve_layers(layers, self.n_blocks)
-        maps = self.run_stages(pixels)
-        last = self.tokens(maps[-1], norm=True)
-        picked = (self.tokens(maps[i], norm=True) if i == len(maps) - 1 else self.tokens(maps[i]) for i in indices)
-        return BackboneOutput(*last, tuple(picked))
+        return self.output(self.run_stages(pixels), resolve_layers(layers, self.n_blocks))
+
+    def output(self, maps: Sequence[Tensor], indices: Sequence[int]) -> BackboneOutput:
+        """The tokens of the last of all maps, and as layers those of `indices`."""
+        each = {i: self.tokens(maps[i], norm=i == len(maps) - 1) for i in {*indices, len(maps) - 1}}
+        return BackboneOutput(*each[len(maps) - 1], tuple(each[i] for i in indices))
 
     def run_stages(self, pixels: Tensor) -> list[Tensor]:
         """The raw map of each stage, [B, h, w, C] with h, w and C of the stage."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _all_modules
 
 from .attention import rope_attention
+from .convnext import ConvBlock, ConvNeXt, Depthwise, Patches
+from .cpu.convnext_plan import ConvNeXtPlan
 from .cpu.linear import why_not_int8, why_not_packed
 from .cpu.plan import CpuPlan, spans_of
 from .layers import Attention, Block, GatedMlp, LayerNorm, MaskedKeyLinear, Mlp, PatchEmbed, Residual
@@ -28,6 +30,7 @@ log = logging.getLogger("dinov3_infer")
 _PACKAGE = __name__.split(".")[0]  # whose methods a plan knows
 
 Mode = Literal["exact", "fast", "int8", "plain"]
+Plan = CpuPlan | ConvNeXtPlan
 _LEAST = (0.99, 0.98)  # cosines of int8 with float32: mean of class tokens, 1st percentile of patches
 
 
@@ -50,41 +53,43 @@ def compare(found: BackboneOutput, plain: BackboneOutput) -> Precision:
 # --- when there is one ---------------------------------------------------------------------------------------------
 
 # Of each model the mode asked for, its state, a few values of each of its tensors (see `_values`), and the plan.
-_PLANS: WeakKeyDictionary[Network, tuple[Mode, tuple[int, ...], list[Tensor], Tensor, CpuPlan]] = WeakKeyDictionary()
+_PLANS: WeakKeyDictionary[Network, tuple[Mode, tuple[int, ...], list[Tensor], Tensor, Plan]] = WeakKeyDictionary()
 _TOLD: WeakSet[Network] = WeakSet()  # models whose mode cannot be had, which the log says once
 # What a plan knows how to compute.  A module of any other class, such as an adapter, runs as it is written.
 _KNOWN = {
     nn.ModuleList, nn.Conv2d, nn.Linear, MaskedKeyLinear, Attention, Block, GatedMlp, LayerNorm, Mlp, PatchEmbed,
-    Residual,
+    Residual, nn.Sequential, ConvBlock, Depthwise, Patches,
 }  # fmt: skip
-_OWN = {
-    "forward",
-    "forward_packed",
-    "run_blocks",
-    "embed_tokens",
-    "with_prefix",
-    "positions",
-    "rope",
-    "normed",
-    "split",
+# The methods of a network that its plan takes the place of.
+_OWN: dict[type[Network], set[str]] = {
+    ConvNeXt: {"forward", "run_stages", "output", "tokens"},
+    VisionTransformer: {
+        "forward",
+        "forward_packed",
+        "run_blocks",
+        "embed_tokens",
+        "with_prefix",
+        "positions",
+        "rope",
+        "normed",
+        "split",
+    },
 }
 
 
-def plan_of(model: Network, mode: Mode, pictures: Callable[[], Tensor]) -> CpuPlan | None:
+def plan_of(model: Network, mode: Mode, pictures: Callable[[], Tensor]) -> Plan | None:
     """The plan of a model as it is now; None where it has to run as it is written.
 
     `pictures`: normalised pixels [B, 3, H_px, W_px] to find the ranges of int8 with.
     """
     if mode == "plain" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    state = _state(model) if isinstance(model, VisionTransformer) else None
-    if state is None or not isinstance(model, VisionTransformer):
+    state = _state(model)
+    if state is None:
         drop_plan(model)
         if mode != "exact" and model.device.type == "cpu" and model not in _TOLD:
             _TOLD.add(model)
             reason = why_not_packed() or "it has modules, hooks or tensors that the fast path does not know"
-            if not isinstance(model, VisionTransformer):
-                reason = "the fast path is for vision transformers"
             log.warning("mode='%s' gives way to the model as it is written: %s", mode, reason)
         return None
     kept = _PLANS.get(model)
@@ -100,11 +105,14 @@ def drop_plan(model: Network) -> None:
     _PLANS.pop(model, None)
 
 
-def _made(model: VisionTransformer, mode: Mode, pictures: Callable[[], Tensor]) -> CpuPlan:
+def _made(model: Network, mode: Mode, pictures: Callable[[], Tensor]) -> Plan:
     """In the mode asked for, or with a line in the log the next one that this machine and this model are good for."""
     lacking = None if mode == "exact" else why_not_packed(torch.bfloat16)
     half = torch.float32 if mode == "exact" or lacking else torch.bfloat16
-    if mode == "int8" and (lacking := why_not_int8()) is None:
+    if isinstance(model, ConvNeXt):
+        lacking = lacking or ("8 bits are for vision transformers" if mode == "int8" else None)
+    elif mode == "int8" and (lacking := why_not_int8()) is None:
+        assert isinstance(model, VisionTransformer)
         pixels = pictures()
         plan, unseen = CpuPlan(model, half, spans_of(model, pixels)), pixels.flip(-1)
         found = compare(plan(model, [unseen])[0], CpuPlan(model, torch.float32)(model, [unseen])[0])
@@ -114,19 +122,20 @@ def _made(model: VisionTransformer, mode: Mode, pictures: Callable[[], Tensor]) 
             f"class tokens have a cosine of {found.cls_mean:.3f} with float32, patches {found.patch_percentile:.3f}"
         )
     if lacking is None:
-        return CpuPlan(model, half)
+        return ConvNeXtPlan(model, half) if isinstance(model, ConvNeXt) else CpuPlan(model, half)  # type: ignore[arg-type]
     other: Mode = "fast" if mode == "int8" else "exact"
     log.warning("mode='%s' gives way to '%s': %s", mode, other, lacking)
     return _made(model, other, pictures)
 
 
-def _state(model: VisionTransformer) -> tuple[int, ...] | None:
+def _state(model: Network) -> tuple[int, ...] | None:
     """Changes with the parameters and buffers; None for a model that the plan does not know how to compute."""
-    if why_not_packed() is not None or not _OWN.isdisjoint(model.__dict__):
+    own = next((names for kind, names in _OWN.items() if isinstance(model, kind)), None)
+    if own is None or why_not_packed() is not None or not own.isdisjoint(model.__dict__):
         return None
     if _all_modules._global_forward_hooks or _all_modules._global_forward_pre_hooks:
         return None
-    if any(getattr(type(model), name).__module__.split(".")[0] != _PACKAGE for name in _OWN):
+    if any(getattr(type(model), name).__module__.split(".")[0] != _PACKAGE for name in own):
         return None
     found: list[int] = []
     for module in _modules(model):
@@ -143,7 +152,7 @@ def _state(model: VisionTransformer) -> tuple[int, ...] | None:
     return tuple(found)
 
 
-def _values(model: VisionTransformer) -> list[Tensor]:
+def _values(model: Network) -> list[Tensor]:
     """Views of a few values of each tensor.
 
     They show what versions do not, writing to `.data`, and keep the memory from being given to another tensor.  Bits
