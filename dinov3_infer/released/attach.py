@@ -13,13 +13,14 @@ from ..hub.download import download
 from ..hub.locate import locate_file
 from .catalogue import HeadInfo, find_head
 from .classifier import Classifier
+from .depth import Depth
 from .head import Released, refuse_other_backbone
 
 __all__ = ["load_head"]
 
 log = logging.getLogger("dinov3_infer")
 
-_KINDS: dict[str, type[Released]] = {"classifier": Classifier}
+_KINDS: dict[str, type[Released]] = {"classifier": Classifier, "depth": Depth}
 
 
 def load_head(
@@ -37,7 +38,8 @@ def load_head(
     `backbone`: the one it goes on, or None to load it too.  One of another shape is refused.
     `weights`: the head's file, or a folder or a link: Meta's file, or one of transformers that holds the backbone as
     well.  None downloads what its owner has put up for everyone.
-    `variant`: where one name has several: of `_lc` the number of layers, 4 or 1.
+    `variant`: where one name has several: of `_lc` the number of layers, 4 or 1; of `_dd` "NYU" or
+    "KITTI"; of `_ld` both, as ("NYU", 4).
 
     Raises: ModelNotFoundError, InputError for another backbone, GatedModelError where the file has to be asked for,
     CheckpointError for another file.

@@ -7,6 +7,7 @@ Sources: dinov3 at 6876159, dinov2 at b8931f7, and dino, each of facebookresearc
 
 import difflib
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 from ..errors import InputError, ModelNotFoundError
@@ -15,8 +16,7 @@ from ..zoo import MODELS
 
 __all__ = ["HEADS", "HeadInfo", "find_head", "transform_for"]
 
-Kind = Literal["classifier"]
-Dataset = Literal["NYU", "KITTI"]
+Kind = Literal["classifier", "depth"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,70 @@ def _classifiers() -> list[HeadInfo]:
     return rows
 
 
-HEADS: tuple[HeadInfo, ...] = (*_classifiers(),)
+_WIDTHS = dict(s=384, b=768, l=1024, g=1536)
+_FOUR = dict(s=(2, 5, 8, 11), b=(2, 5, 8, 11), l=(4, 11, 17, 23), g=(9, 19, 29, 39))  # blocks
+_LAST = dict(s=11, b=11, l=23, g=39)
+_OWN_SIZE: dict[str, Any] = dict(patch_size=1, size=None, fit="native")  # filled up to whole patches by the head
+
+
+def _depths() -> list[HeadInfo]:
+    rows = []
+    for (size, width), (dataset, most) in product(_WIDTHS.items(), (("NYU", 10.0), ("KITTI", 80.0))):
+        name = f"dinov2_vit{size}14"
+        common: dict[str, Any] = dict(
+            normed=False, floor=0.001, range=(0.001, most), stretched=True, transform=_OWN_SIZE
+        )  # fmt: skip
+        dpt = dict(
+            channels=(width // 8, width // 4, width // 2, width), inner=256, hidden=32, readout=True, norm=False,
+            unit_bias=False, project=True,
+        )  # fmt: skip
+        rows.append(
+            HeadInfo(
+                f"{name}_dd", "depth", name, _APACHE, f"{name}_{dataset.lower()}_dpt_head.pth", f"dinov2/{name}",
+                dataset, common | dict(dpt=dpt, blocks=_FOUR[size]),
+            )
+        )  # fmt: skip
+        for layers, number in ((4, "4"), (1, "")):
+            # Meta's entries take bins up to 80 m for NYU too, so that their depths are eight times too large
+            bins = dict(outputs=256, bins="linear", floor=0.1, owner_most=80.0)
+            rows.append(
+                HeadInfo(
+                    f"{name}_ld", "depth", name, _APACHE, f"{name}_{dataset.lower()}_linear{number}_head.pth",
+                    f"dinov2/{name}", (dataset, layers),
+                    common | bins | dict(blocks=_FOUR[size] if layers == 4 else (_LAST[size],)),
+                )
+            )  # fmt: skip
+    rows.sort(key=lambda row: row.name.endswith("_ld"))  # those of DPT first
+    synthmix = dict(
+        channels=(2048,) * 4, inner=512, hidden=32, readout=False, norm=True, unit_bias=False, project=True
+    )  # fmt: skip
+    canopy = dict(
+        channels=(128, 256, 512, 1024), inner=256, hidden=128, readout=True, norm=False, unit_bias=True, project=False
+    )  # fmt: skip
+    rows.append(
+        HeadInfo(
+            "dinov3_vit7b16_dd", "depth", "dinov3_vit7b16", _DINOV3, "dinov3_vit7b16_synthmix_dpt_head-02040be1.pth",
+            options=dict(
+                dpt=synthmix, blocks=_FOUR["g"], normed=True, outputs=256, bins="linear", floor=0.1,
+                range=(0.001, 100.0), transform=dict(size=(768, 1024)),
+            ),
+        )
+    )  # fmt: skip
+    mean, std = (0.420, 0.411, 0.296), (0.213, 0.156, 0.143)  # of red not that of the backbone
+    rows.append(
+        HeadInfo(
+            "dinov3_vitl16_chmv2", "depth", "dinov3_vitl16_sat493m", _DINOV3,
+            "dinov3_vitl16_chmv2_dpt_head-3703d643.pth",
+            options=dict(
+                dpt=canopy, blocks=(5, 11, 17, 23), normed=True, outputs=256, bins="mixlog", floor=1e-8,
+                range=(0.001, 96.0), transform=_OWN_SIZE | dict(mean=mean, std=std),
+            ),
+        )
+    )  # fmt: skip
+    return rows
+
+
+HEADS: tuple[HeadInfo, ...] = (*_classifiers(), *_depths())
 
 
 def find_head(name: str, variant: Any = None) -> HeadInfo:
@@ -99,4 +162,5 @@ def transform_for(info: HeadInfo) -> Preprocess:
     """How images were prepared for a head: as its row says, else as Meta evaluates its backbone."""
     row = MODELS[info.backbone]
     options: dict[str, Any] = dict(size=224, fit="crop", resize_to=256, filter="bicubic", engine="pil")
-    return Preprocess(row.mean, row.std, row.config.patch_size, **info.options.get("transform", options))
+    common = dict(mean=row.mean, std=row.std, patch_size=row.config.patch_size)
+    return Preprocess(**(common | info.options.get("transform", options)))

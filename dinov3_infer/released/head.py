@@ -25,6 +25,8 @@ from .catalogue import HeadInfo, transform_for
 
 __all__ = ["Released", "refuse_other_backbone"]
 
+_WRAPPERS = re.compile(r"^(?:(?:state_dict|module|model)\.)+")
+_OF_TRAINING = (r"(?:optimizer|scheduler|meta)\..*", "")
 _KEY = "dinov3_infer"  # of our entry in the metadata of a file
 
 
@@ -53,10 +55,11 @@ class Released(nn.Module):
         found: dict[str, str] = {}
         strange: list[str] = []
         for name in checkpoint.tensors.shapes:
-            rule = next(((p, ours) for p, ours in cls.rules if re.fullmatch(p, name)), None)
+            bare = _WRAPPERS.sub("", name)
+            rule = next(((p, ours) for p, ours in (*cls.rules, _OF_TRAINING) if re.fullmatch(p, bare)), None)
             if rule is None:
                 strange.append(name)
-            elif ours := re.sub(*rule, name):
+            elif ours := re.sub(*rule, bare):
                 found[ours] = name
         return found, strange
 
