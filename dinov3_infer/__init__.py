@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import (
         CheckpointError as CheckpointError,
         Dinov3Error as Dinov3Error,
+        DiskError as DiskError,
         GatedModelError as GatedModelError,
         ImageError as ImageError,
         InputError as InputError,
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "backbone": "Backbone",
     "errors": (
-        "CheckpointError Dinov3Error GatedModelError ImageError InputError InputTypeError LayerError MissingFileError "
-        "ModelNotFoundError OfflineError PrecisionError UnsupportedError"
+        "CheckpointError Dinov3Error DiskError GatedModelError ImageError InputError InputTypeError LayerError "
+        "MissingFileError ModelNotFoundError OfflineError PrecisionError UnsupportedError"
     ),
     "features.disk.store": "Store",
     "features.result": "Features LayerFeatures",

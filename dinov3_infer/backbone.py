@@ -5,21 +5,25 @@ This file has more than 350 lines because the class is the documentation of all 
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias, get_args, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, ParamSpec, Self, TypeAlias, TypeVar, get_args, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoints.architecture import rows_like
-from .checkpoints.describe import describe, open_module, transform_of
+from .checkpoints.describe import Description, describe, open_module
 from .checkpoints.fingerprint import fingerprint
+from .checkpoints.identity import row_of_fingerprint
 from .checkpoints.layouts import LayoutName
 from .checkpoints.loading import Periods, load_model
 from .checkpoints.reading import open_checkpoint
 from .checkpoints.saving import save_checkpoint
+from .checkpoints.transforms import transform_of
+from .devices import find_device, find_dtype
 from .errors import Dinov3Error, InputError, InputTypeError, check_choice
 from .features.embed import embed
 from .features.extractor import Extractor
@@ -28,6 +32,7 @@ from .features.stream import Decode, OnError, in_order, items_of
 from .features.vectors import EmbedOptions, EmbedReport, Kind, OutDtype
 from .hub.locate import HubOptions, locate
 from .images.decode import ImageLike
+from .images.levels import Levels
 from .images.opening import each_image
 from .images.preprocess import Fit, PixelBatch
 from .images.sources import Numbered, Source
@@ -37,8 +42,10 @@ from .model.convnext import ConvNeXt, ConvNeXtConfig
 from .model.cpu.compiled import start_compiler
 from .model.dispatch import Mode, Precision, drop_plan
 from .model.introspection import Facet
-from .model.network import Network, resolve_layers
+from .model.network import BackboneOutput, Network, resolve_layers
 from .model.vit import VisionTransformer, ViTConfig
+from .recorded import why_not
+from .system import survive_forks
 from .zoo import Config, ModelInfo, Style, find
 
 __all__ = ["Backbone", "ConvNeXtBackbone", "ViTBackbone"]
@@ -50,6 +57,25 @@ log = logging.getLogger("dinov3_infer")
 
 Images: TypeAlias = ImageLike | Iterable[ImageLike]
 Collection: TypeAlias = Images | Source | Numbered
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _habits(function: Callable[P, R]) -> Callable[P, R]:
+    """Answers the keywords of transformers: `torch_dtype` is taken as `dtype`, others get the name to use here."""
+
+    @wraps(function)
+    def answered(*args: P.args, **options: P.kwargs) -> R:
+        if "torch_dtype" in options and "dtype" not in options:
+            options["dtype"] = options.pop("torch_dtype")
+        if "device_map" in options:
+            raise InputTypeError(
+                "device_map is named device here: 'auto', 'cpu', 'cuda:1', 'mps'; a model has one device"
+            )
+        return function(*args, **options)
+
+    return answered
 
 
 class Backbone(Network):
@@ -69,13 +95,23 @@ class Backbone(Network):
         return super().__new__(found if issubclass(found, cls) else cls)
 
     def __init__(self, config: Config, info: ModelInfo | None = None) -> None:
+        if type(config) not in self.networks:
+            name = config if isinstance(config, str) else "NAME"
+            raise InputTypeError(
+                f"{type(self).__name__}() takes a config, such as ViTConfig, got {type(config).__name__}; "
+                f"Backbone.from_pretrained('{name}') loads a model"
+            )
         super().__init__(config)
+        survive_forks()
         self.info = info
         self.preprocess = transform_of(config, info)
+        self.origin: dict[str, str] = {}  # of a loaded model: field -> what was taken, and from where
+        self._loaded: int | None = None  # of a loaded model: how often its parameters had been written to
         self.mode: Mode = "exact"  # on a CPU, see `from_pretrained`
         self.mixed_precision = True  # on CUDA the matrix work of float32 weights is done in bfloat16
 
     @classmethod
+    @_habits
     def from_pretrained(
         cls,
         name: str | os.PathLike[str],
@@ -88,6 +124,7 @@ class Backbone(Network):
         preprocessing: Style | None = None,
         rope_periods: Periods | None = None,
         layout: LayoutName | None = None,
+        num_heads: int | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -98,7 +135,8 @@ class Backbone(Network):
         What is in the cache is used without asking the hub; see `hub`.
 
         `weights`: a file, directory or link that holds the weights of `name`.
-        `device`: "auto" is CUDA where there is one, else the CPU.
+        `device`: "auto" is "cuda" where there is one, then "mps" (an Apple GPU), else "cpu".  The first use of "mps" is
+        checked against recorded features; where they differ, the CPU is used and the log says so.
         `dtype`: "auto" keeps float32 parameters, and on CUDA `extract_features` does the matrix work in bfloat16.  A
         torch dtype or its name casts the linears and the patch convolution; the stream, norms and RoPE stay float32.
         `mode`: on a CPU, for float32 parameters.  "exact" computes in float32, "fast" multiplies in bfloat16 (cosine
@@ -107,11 +145,12 @@ class Backbone(Network):
         `preprocessing`: None for our defaults, "meta", "hf" or "timm" for exactly what those do with a picture.
         `rope_periods`: None for those of the file, "exact", or "bfloat16" for those that Meta's files hold.
         `layout`: "hf", "meta" or "timm" where the names in a file do not tell.
+        `num_heads`: of a model of one's own whose files do not state it.
 
         Raises: ModelNotFoundError, UnsupportedError, MissingFileError, GatedModelError, OfflineError, CheckpointError.
         """
-        target_device = _device(device)
-        cast = _dtype(dtype)
+        target_device = _find_device(device)
+        cast = find_dtype(dtype)
         check_choice("mode", mode, Mode)
         if target_device.type == "cpu" and cast in (None, torch.float32) and mode != "plain":
             start_compiler()  # it is done when the weights are read
@@ -120,9 +159,9 @@ class Backbone(Network):
             raise InputError(f"rope_periods is 'exact', 'bfloat16' (as in Meta's files) or None; got {rope_periods!r}")
         path, asked = locate(name, HubOptions(revision, token, cache_dir, local_files_only), weights)
         checkpoint = open_checkpoint(path)
-        found = describe(checkpoint, layout=layout, expected=asked, preprocessing=preprocessing)
+        found = describe(checkpoint, layout=layout, expected=asked, preprocessing=preprocessing, num_heads=num_heads)
         model = load_model(cls, found, dtype=cast, device=target_device, periods=rope_periods)
-        model.info, model.preprocess = found.info, found.preprocess
+        model._is(found)
         model.set_attention(attn_implementation)
         model.mode = mode
         model.mixed_precision = cast is None  # an explicit dtype is meant
@@ -133,7 +172,7 @@ class Backbone(Network):
             )
         log.debug(
             "%s: layout %s, %s",
-            path, found.stored.layout.label, found.info.name if found.info else "an architecture of its own",
+            path, found.stored.layout.label, model.info.title if model.info else "nothing names these weights",
         )  # fmt: skip
         return model
 
@@ -145,7 +184,7 @@ class Backbone(Network):
                 torch.manual_seed(seed)
                 return cls.from_config(config)
         if isinstance(config, Config):
-            return cls(config, next(iter(rows_like(config)), None)).eval()
+            return cls(config).eval()
         if not isinstance(config, str):
             raise InputTypeError(
                 f"from_config takes a name, a ViTConfig or a ConvNeXtConfig, got {type(config).__name__}"
@@ -172,9 +211,24 @@ class Backbone(Network):
             raise InputError("this module is a Backbone already; use it as it is, or copy.deepcopy it")
         found = describe(open_module(model))
         adopted = load_model(cls, found, keep=True)
-        adopted.info, adopted.preprocess = found.info, found.preprocess
+        adopted._is(found)
         adopted.mixed_precision = False
         return adopted
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self, pixels: Tensor, layers: int | Sequence[int] | None = None, masks: Tensor | None = None
+        ) -> BackboneOutput: ...
+        @overload
+        def __call__(self, *, pixel_values: Tensor, layers: int | Sequence[int] | None = None) -> BackboneOutput: ...
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """As `forward`.  `pixel_values` is transformers' name for the pixels: `bb(**processor(images))`."""
+        if "pixel_values" in options:
+            args = (options.pop("pixel_values"), *args)
+        return super().__call__(*args, **options)
 
     def extract_features(
         self,
@@ -184,6 +238,7 @@ class Backbone(Network):
         layers: int | Sequence[int] | None = None,
         pooling: Pooling = "cls",
         facet: Facet = "token",
+        levels: Levels | None = None,
     ) -> Features:
         """Features of one picture or a batch of pictures; a single one gives a batch of 1.
 
@@ -195,12 +250,14 @@ class Backbone(Network):
         `pooling`: what `.embedding` is: "cls", "mean" of the patches, or "cls_mean", both in a row.
         `facet`: what `.layers` are: the tokens, or the "query", "key" or "value" of each block: the output of its qkv
         layer, heads side by side, without the rotation that DINOv3 applies after it, which depends on the position.
+        `levels`: of images of more than 8 bits what is black and white: (low, high), "full" for the range of their
+        type, or "percentile" for the 0.5th and 99.5th of each image.
 
         Raises: ImageError, MissingFileError, InputError, LayerError; PrecisionError where the features are not finite.
         """
         extractor = self.extractor
         blocks = extractor.layers(layers, pooling, facet)
-        batch = extractor.transform(size, fit).batch(each_image(images))
+        batch = extractor.batch(extractor.transform(size, fit, levels), each_image(images))
         return extractor.features([batch], blocks, pooling, facet)[0]
 
     @overload
@@ -224,6 +281,7 @@ class Backbone(Network):
         layers: int | Sequence[int] | None = None,
         pooling: Pooling = "cls",
         facet: Facet = "token",
+        levels: Levels | None = None,
         batch_size: int = 32,
         num_workers: int | None = None,
         on_error: OnError = "raise",
@@ -232,6 +290,7 @@ class Backbone(Network):
 
         `images`: as in `extract_features`, or any iterable of pictures, a folder or a pattern (see `list_images`).
         `batch_size`: pictures of one pass at most; large ones go in smaller passes.  It does not change the features.
+        `levels`: as in `extract_features`.
         `num_workers`: threads that read pictures; None for as many as torch has on a CPU, and up to 8 beside a GPU.
         `on_error`: for a picture that cannot be read "raise" its error, "return" it in its place, or "skip", which
         gives None and logs why.
@@ -242,10 +301,19 @@ class Backbone(Network):
         extractor = self.extractor
         blocks = extractor.layers(layers, pooling, facet)
 
-        def features(batches: list[PixelBatch]) -> list[Sequence[Features]]:
-            return [list(found.to("cpu")) for found in extractor.features(batches, blocks, pooling, facet)]
+        def features(batches: list[PixelBatch]) -> Callable[[], list[Sequence[Features]]]:
+            found, total = extractor.launched(batches, blocks, pooling, facet)
+            there, total = [each.to("cpu", non_blocking=True) for each in found], total.to("cpu", non_blocking=True)
+            landed = extractor.landing()
 
-        transform = extractor.transform(size, fit)
+            def wait() -> list[Sequence[Features]]:
+                landed()
+                extractor.check_finite(total)
+                return [list(each) for each in there]
+
+            return wait
+
+        transform = extractor.transform(size, fit, levels)
         batcher = extractor.batcher(transform, features, batch_size, num_workers=num_workers)
         return in_order(batcher(items_of(images if isinstance(images, Source) else each_image(images))), on_error)
 
@@ -264,12 +332,14 @@ class Backbone(Network):
         out_dtype: OutDtype = "float32",
         size: int | tuple[int, int] | None = None,
         fit: Fit | None = None,
+        levels: Levels | None = None,
         decode: Decode = "exact",
         batch_size: int | None = None,
         shard_size: int | None = None,
         num_workers: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         overwrite: bool = False,
+        trust_names: bool = False,
         progress: bool | None = None,
     ) -> np.ndarray[Any, Any] | EmbedReport:
         """One row per picture in the order of the input: an array, or the file or folder `out` and a report.
@@ -283,9 +353,11 @@ class Backbone(Network):
         `decode`: "fast" lets a JPEG's decoder make large photographs smaller, which changes vectors a little.
         `batch_size`: pictures of one pass; None for what is found to be fastest.  It does not change vectors.
         `shard_size`: pictures that are written at a time; None for 10,000, or as many as have 256 MiB.
-        `num_workers`, `size`, `fit`: as in `iter_features`.
+        `num_workers`, `size`, `fit`, `levels`: as in `iter_features`.
         `on_error`: "raise", or "skip", which leaves a row of NaN for a picture that cannot be read.
-        `overwrite`: begin anew, whatever is there.
+        `overwrite`: begin anew, whatever is there; a call that was killed goes on with what it has written since.
+        `trust_names`: an image is what had its name before.  Otherwise a rerun looks at the size and time of each file,
+        and at a hash of each address with its query; what differs, and what had failed, is computed again.
         `progress`: a bar on stderr; None shows it where that is a terminal.
 
         Raises: as `iter_features`; InputError where patches or maps differ in shape, or where what is at `out` was made
@@ -302,6 +374,7 @@ class Backbone(Network):
         query: Literal["cls"] | tuple[float, float] = "cls",
         size: int | tuple[int, int] | None = 768,
         fit: Fit | None = "native",
+        levels: Levels | None = None,
     ) -> Tensor:
         """How much a token attends to each patch, [B, H, h, w], one map per head.
 
@@ -314,7 +387,7 @@ class Backbone(Network):
         if not hasattr(layer, "__index__"):
             raise InputTypeError(f"layer is the number of one block, got {layer!r}; call it once for each")
         (block,) = resolve_layers([layer], self.n_blocks)
-        batch = self.extractor.transform(size, fit).batch(each_image(images))
+        batch = self.extractor.transform(size, fit, levels).batch(each_image(images))
         return self.extractor.attention_maps(batch, block, None if query == "cls" else _point(query))
 
     def check_precision(
@@ -343,7 +416,7 @@ class Backbone(Network):
 
         Raises: UnsupportedError for a model that the layout cannot hold, InputError for a target of the wrong kind.
         """
-        return save_checkpoint(self, directory, layout, self.info, self.preprocess)
+        return save_checkpoint(self, directory, layout, self._named(), self.preprocess)
 
     def export(
         self,
@@ -372,7 +445,7 @@ class Backbone(Network):
         """
         from .checkpoints.export import export_model  # not above: few processes export or publish
 
-        return export_model(self, path, self.preprocess, self.info, size=size, dynamic=dynamic, opset=opset)
+        return export_model(self, path, self.preprocess, self._named(), size=size, dynamic=dynamic, opset=opset)
 
     def push_to_hub(
         self,
@@ -387,18 +460,33 @@ class Backbone(Network):
         """Uploads the model in the layout that transformers loads, and returns the link of the commit.
 
         `revision`: a branch, made if there is none.
-        `card`: the README.md to write; None writes one where there is none yet.  It gives the licence of the model of
-        the zoo that has this architecture, but for what `train` made from scratch: read it, and mend it for other
-        weights that are yours alone.
+        `card`: the README.md to write; None writes one where there is none yet.  It gives the licence of the model that
+        these weights are or were trained on from, where something names it (see `origin`); for others it gives none.
 
         Raises: InputError for a wrong id or no token, GatedModelError without the right to write, OfflineError.
         """
         from .hub.publish import push
 
         return push(
-            self, repo_id, self.info, self.preprocess,
+            self, repo_id, self._named(), self.preprocess, self.origin,
             private=private, revision=revision, token=token, commit_message=commit_message, card=card,
         )  # fmt: skip
+
+    def why_not_plan(self) -> str | None:
+        """Why `extract_features` and `embed` run the model as it is written, or None if they run it by a plan.
+
+        A plan computes the same from weights of its own in fewer steps; one is made for the answer if there is none.
+        On CUDA the first plan of each kind is compared with the model as it is written, by images of the package, and
+        is not used where it differs or fails: this is where the reason is kept.
+        """
+        return self.extractor.why_not_plan()
+
+    def refresh(self) -> None:
+        """Frees the plan, so that the next features come from the weights as they are then.
+
+        To be called after writing to weights in a way that torch does not see, such as through `.data` or a pointer.
+        """
+        drop_plan(self)
 
     def train(self, mode: bool = True) -> Self:
         """As torch's; a model in training frees the memory of its fast path."""
@@ -411,16 +499,39 @@ class Backbone(Network):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        return f"{self.info.name if self.info else 'own architecture'}: {self.summary()}"
+        info = self._named()
+        return f"{info.title if info else 'weights that nothing names'}: {self.summary()}"
+
+    def _is(self, found: Description) -> None:
+        """Takes over what was found out about the weights that were just loaded."""
+        self.info, self.preprocess, self.origin = found.info, found.preprocess, found.origin
+        if self.info is None and (proven := row_of_fingerprint(self.config, self.fingerprint)) is not None:
+            self.info = proven
+            self.origin |= {
+                "name": f"{proven.name}, from the fingerprint",
+                "licence": f"{proven.licence}, from the name",
+            }
+        self._loaded = _writes(self)
+
+    def _named(self) -> ModelInfo | None:
+        """`info`, as derived where a parameter was written to since it was loaded."""
+        if self.info is None or self._loaded is None or _writes(self) <= self._loaded:
+            return self.info
+        return replace(self.info, derived=True)
 
 
 class ViTBackbone(Backbone, VisionTransformer):
-    """A Backbone whose network is a vision transformer, with the methods that Meta's and timm's users call."""
+    """A Backbone whose network is a vision transformer, with methods under Meta's, timm's and transformers' names."""
 
     forward_features = dropin.forward_features
     get_intermediate_layers = dropin.get_intermediate_layers
     get_last_selfattention = dropin.get_last_selfattention
     forward_intermediates = dropin.forward_intermediates
+    feature_info = property(dropin.feature_info)
+    set_grad_checkpointing = dropin.set_grad_checkpointing
+    gradient_checkpointing_enable = dropin.gradient_checkpointing_enable
+    gradient_checkpointing_disable = dropin.gradient_checkpointing_disable
+    is_gradient_checkpointing = property(lambda self: self.grad_checkpointing)
 
 
 class ConvNeXtBackbone(Backbone, ConvNeXt):
@@ -434,6 +545,10 @@ class ConvNeXtBackbone(Backbone, ConvNeXt):
 Backbone.networks |= {ViTConfig: ViTBackbone, ConvNeXtConfig: ConvNeXtBackbone}
 
 
+def _writes(model: nn.Module) -> int:
+    return sum(0 if p.is_inference() else p._version for p in model.parameters())
+
+
 def _point(query: Any) -> tuple[float, float]:
     try:
         x, y = query
@@ -442,23 +557,14 @@ def _point(query: Any) -> tuple[float, float]:
         raise InputError(f"query is 'cls' or a point (x, y) in pixels, got {query!r}") from None
 
 
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise InputError(f"device is 'auto', 'cpu', 'cuda', 'cuda:1' and the like; got {device!r}") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} was asked for, and this torch sees no CUDA; use 'auto' or 'cpu'")
+@cache
+def why_not_mps() -> str | None:
+    """Why the Apple GPU is not used, or None: the first use compares features of nano with the recorded ones."""
+    return why_not(Backbone.from_pretrained("nano", device="cpu"), torch.device("mps"))
+
+
+def _find_device(device: str | torch.device) -> torch.device:
+    found, reason = find_device(device, why_not_mps)
+    if reason is not None:
+        log.warning("the Apple GPU is not used and the CPU is: %s", reason)
     return found
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """Of the linears; None for "auto"."""
-    if dtype == "auto":
-        return None
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise InputError(f"dtype is 'auto', float32, bfloat16, float16 or float64; got {dtype!r}")
-    return resolved

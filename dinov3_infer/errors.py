@@ -8,6 +8,7 @@ from typing import Any, get_args
 __all__ = [
     "CheckpointError",
     "Dinov3Error",
+    "DiskError",
     "GatedModelError",
     "ImageError",
     "InputError",
@@ -73,6 +74,10 @@ class GatedModelError(Dinov3Error, PermissionError):
 
 class OfflineError(Dinov3Error, FileNotFoundError):
     """The weights are not in the cache and the hub cannot be reached."""
+
+
+class DiskError(Dinov3Error, OSError):
+    """A disk is full, over a quota, gone, broken, or takes no more of a file; `errno` says which."""
 
 
 class PrecisionError(Dinov3Error, FloatingPointError):

@@ -11,6 +11,7 @@ error, and a shard has one name.
 """
 
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,15 @@ import numpy as np
 
 from .backbone import Backbone
 from .errors import Dinov3Error, InputError, UnsupportedError
+from .features.disk.recipe import check_asked, recipe_of
 from .features.disk.target import Target
 from .features.disk.write import Writer
 from .features.result import Pooling, pooled_width
 from .features.vectors import EmbedOptions
 from .images.containers import pyarrow
+from .images.levels import Levels
 from .images.opening import open_images
+from .images.paths import identity_of
 from .images.preprocess import Fit
 from .images.sources import Source
 
@@ -50,13 +54,14 @@ class Embedder:
         dtype: str = "auto",
         size: int | tuple[int, int] | None = None,
         fit: Fit | None = None,
+        levels: Levels | None = None,
         pooling: Pooling = "cls",
         normalize: bool = False,
         batch_size: int = 32,
     ) -> None:
         self._arrow = pyarrow("Ray Data")
         self._bb = Backbone.from_pretrained(model, device=device, dtype=dtype)
-        self._options: dict[str, Any] = dict(size=size, fit=fit, pooling=pooling, batch_size=batch_size)
+        self._options: dict[str, Any] = dict(size=size, fit=fit, levels=levels, pooling=pooling, batch_size=batch_size)
         self._normalize = normalize
         self._width = pooled_width(self._bb.embed_dim, pooling)
 
@@ -69,10 +74,10 @@ class Embedder:
         pictures = [p.tobytes() if isinstance(p, np.void) else str(p) if name == "path" else p for p in batch[name]]
         vectors = np.full((len(pictures), self._width), np.nan, np.float32)
         grids: list[list[int] | None] = []
-        errors: list[str] = []
+        errors: list[str | None] = []
         for row, found in enumerate(self._bb.iter_features(pictures, on_error="return", **self._options)):
             failed = isinstance(found, Dinov3Error)
-            errors.append(str(found).encode("utf-8", "backslashreplace").decode() if failed else "")
+            errors.append(str(found).encode("utf-8", "backslashreplace").decode() if failed else None)
             grids.append(None if isinstance(found, Dinov3Error) else list(found.grid))
             if not isinstance(found, Dinov3Error):
                 vectors[row] = (found.normalize() if self._normalize else found).embedding[0].numpy()
@@ -117,7 +122,7 @@ def embed_dataset(
     dtype: str = "auto",
     **options: Any,
 ) -> int:
-    """What `Backbone.embed` writes to a folder, by the actors of a cluster; says how many shards are new.
+    """What `Backbone.embed` writes to a folder, by the actors of a cluster; says how many shards were written.
 
     Each shard is one task, read, computed and written by one actor, so pixels do not travel; the folder is the same as
     that of `embed`, which can go on with it, and the other way round.
@@ -139,36 +144,64 @@ def embed_dataset(
     source = open_images(pictures)
     if not isinstance(source, Source):
         raise InputError("a stream cannot be shared by several machines; give a folder, list file, archive or paths")
-    count = -(-len(source) // shard_size)
-    todo = [k for k in range(count) if not target.shard(k).is_file()]
-    if not todo:
-        return 0
-    given = dict(
-        model=str(model), pictures=source, target=target, device=device, dtype=dtype,
-        options=EmbedOptions(shard_size=shard_size, **options),
-    )  # fmt: skip
-    tasks = ray.data.from_items([{"shard": k} for k in todo], override_num_blocks=len(todo))
-    resources = dict(num_cpus=num_cpus) | (dict(num_gpus=num_gpus) if num_gpus else {})
-    tasks.map_batches(
-        _Shards, fn_constructor_kwargs=given, batch_size=1, compute=ray.data.ActorPoolStrategy(size=actors), **resources
-    ).materialize()
-    if missing := [k for k in todo if not target.shard(k).is_file()]:
-        raise Dinov3Error(f"{len(missing)} of {count} shards are missing in '{out}'; call this again, which adds them")
-    return len(todo)
+    asked, run = EmbedOptions(shard_size=shard_size, **options), f"ray {uuid.uuid4().hex}"
+    with target.locked(run):
+        _check_continues(target, source, asked, model)
+        given = dict(
+            model=str(model), pictures=source, target=target, device=device, dtype=dtype, options=asked, run=run
+        )
+        count = -(-len(source) // shard_size)
+        tasks = ray.data.from_items([{"shard": k} for k in range(count)], override_num_blocks=max(1, count))
+        resources = dict(num_cpus=num_cpus) | (dict(num_gpus=num_gpus) if num_gpus else {})
+        pool = ray.data.ActorPoolStrategy(size=actors)
+        done = tasks.map_batches(
+            _Shards, fn_constructor_kwargs=given, batch_size=1, compute=pool, **resources
+        ).materialize()
+        if missing := [k for k in range(count) if not target.shard(k).is_file()]:
+            raise Dinov3Error(
+                f"{len(missing)} of {count} shards are missing in '{out}'; call this again, which adds them"
+            )
+    return sum(row["written"] for row in done.take_all())
+
+
+def _check_continues(target: Target, pictures: Source, asked: EmbedOptions, model: str | os.PathLike[str]) -> None:
+    """Before an actor starts.  Raises: InputError where what is there does not match, as far as can be told here."""
+    if (found := target.unfinished()) is None:
+        return
+    check_asked(pictures, asked, found.recipe, target.path)
+    mine = recipe_of(Backbone.from_pretrained(model, device="cpu").extractor, pictures, asked)
+    replace(mine, dtype=found.recipe.dtype).check_continues(
+        found.recipe, target.path
+    )  # its dtype is that of the actors
 
 
 class _Shards:
-    """An actor: numbers of shards in, and the number of rows in each out."""
+    """An actor: numbers of shards in, and the number of rows in each, and whether it was written, out."""
 
     def __init__(
-        self, model: str, pictures: Source, target: Target, options: EmbedOptions, device: str, dtype: str
+        self,
+        model: str,
+        pictures: Source,
+        target: Target,
+        options: EmbedOptions,
+        device: str,
+        dtype: str,
+        run: str | None = None,
     ) -> None:
         bb = Backbone.from_pretrained(model, device=device, dtype=dtype)
         self._writer = Writer(target, pictures, bb.extractor, replace(options, on_error="skip", progress=False))
+        self._run = run
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        rows = [self._writer.run(only=[int(shard)]).shape[0] for shard in batch["shard"]]
-        return {"shard": batch["shard"], "rows": np.array(rows)}
+        rows, written = [], []
+        for shard in batch["shard"]:
+            before = self._stamp(int(shard))
+            rows.append(self._writer.run(only=[int(shard)], run=self._run).shape[0])
+            written.append(self._stamp(int(shard)) != before)
+        return {"shard": batch["shard"], "rows": np.array(rows), "written": np.array(written)}
+
+    def _stamp(self, shard: int) -> str | None:
+        return identity_of(self._writer.target.shard(shard))
 
 
 def _ray() -> Any:

@@ -1,7 +1,7 @@
 """Entry points of torch.hub: Meta's names, Meta's keywords, and models that are called as Meta's are."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -28,6 +28,9 @@ class HubBackbone(Backbone):
 
     networks: "ClassVar[dict[type, type[Backbone]]]" = {}
     forward_features: Callable[..., Any]
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
 
     def forward(  # type: ignore[override]
         self,

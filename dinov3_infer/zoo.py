@@ -24,6 +24,7 @@ __all__ = [
     "find_architecture",
     "list_models",
     "preprocess_of",
+    "row_of_repository",
     "timm_model",
 ]
 
@@ -66,6 +67,9 @@ ARCHITECTURES: dict[str, Config] = {
     "lingbot_vitb16":     ViTConfig( 768, 12, 12, 3072),
     "lingbot_vitl16":     ViTConfig(1024, 24, 16, 4096),
     "lingbot_vitg16":     ViTConfig(1536, 40, 24, 4096, gated=True, qkv_bias=False),
+    "eupe_vitt16":        ViTConfig( 192, 12,  3,  768),
+    "eupe_vits16":        ViTConfig( 384, 12,  6, 1536),
+    "eupe_vitb16":        ViTConfig( 768, 12, 12, 3072),
     "nano":               ViTConfig( 192,  4,  3,  768),
     #                                        blocks         widths of the stages
     "dinov3_convnext_tiny":      ConvNeXtConfig((3, 3,  9, 3), ( 96, 192, 384,  768)),
@@ -91,10 +95,17 @@ class ModelInfo:
     licence: str  # of the weights
     hub_id: str | None = None  # the owner's repository
     timm_id: str | None = None  # timm's repository, the same weights under the same licence
-    meta_file: str | None = None  # stem of Meta's file; what follows the last dash begins its sha256
+    meta_file: str | None = None  # stem of the owner's file; 8 hex digits after its last dash begin its sha256
     mean: tuple[float, float, float] = _IMAGENET[0]
     std: tuple[float, float, float] = _IMAGENET[1]
     gated: bool = False  # the owner's repository asks for the licence to be accepted
+    fingerprint: str | None = None  # of the weights, where they were seen here
+    derived: bool = False  # weights that were trained on from these
+
+    @property
+    def title(self) -> str:
+        """The name, or "derived from" it."""
+        return f"derived from {self.name}" if self.derived else self.name
 
     @property
     def config(self) -> Config:
@@ -130,8 +141,19 @@ def _dino(name: str, size: str, meta_name: str) -> ModelInfo:
 
 
 def _lingbot(name: str, size: str) -> ModelInfo:
-    # The owner's repositories, robbyant/lingbot-vision-vit-*, are what timm 1.0.31 converted these from.
-    return ModelInfo(name, name, "lingbot", _APACHE, timm_id=f"belfner/vit_{size}_patch16_lingbot.robbyant")
+    return ModelInfo(
+        name, name, "lingbot", _APACHE,
+        hub_id=f"robbyant/lingbot-vision-vit-{size}", timm_id=f"belfner/vit_{size}_patch16_lingbot.robbyant",
+    )  # fmt: skip
+
+
+def _eupe(letter: str, size: str) -> ModelInfo:
+    # EUPE at f6cdf04: the network of DINOv3, its keys without a bias in effect
+    name = f"eupe_vit{letter.lower()}16"
+    return ModelInfo(
+        name, name, "eupe", _FAIR, hub_id=f"facebook/EUPE-ViT-{letter}", meta_file=f"EUPE-ViT-{letter}",
+        timm_id=f"timm/vit_{size}_patch16_dinov3_qkvb.eupe_lvd1689m",
+    )  # fmt: skip
 
 
 def _convnext(size: str, file_hash: str) -> ModelInfo:
@@ -143,7 +165,7 @@ def _convnext(size: str, file_hash: str) -> ModelInfo:
     )  # fmt: skip
 
 
-def _eupe(size: str) -> ModelInfo:
+def _eupe_convnext(size: str) -> ModelInfo:
     timm_id = f"timm/convnext_{size}.eupe_lvd1689m"
     return ModelInfo(f"eupe_convnext_{size}", f"dinov3_convnext_{size}", "eupe", _FAIR, timm_id=timm_id)
 
@@ -167,9 +189,13 @@ _ROWS = (
     _dino("dino_vitb16", "base", "vitbase"),
     _dino("dino_vitb8", "base", "vitbase"),
     *(_lingbot(f"lingbot_vit{s[0]}16", s) for s in ("small", "base", "large", "giant")),
-    *(_eupe(size) for size in ("tiny", "small", "base")),
-    ModelInfo("nano", "nano", "dinov3", _APACHE),
-)
+    *(_eupe(size[0].upper(), size) for size in ("tiny", "small", "base")),
+    *(_eupe_convnext(size) for size in ("tiny", "small", "base")),
+    ModelInfo(
+        "nano", "nano", "dinov3", _APACHE,
+        fingerprint="d62b34cd8ee67052df3e4ce8f13347bcb8e5812f1511e6912d59a7a058c9d83a",
+    ),
+)  # fmt: skip
 MODELS: dict[str, ModelInfo] = {row.name: row for row in _ROWS}
 
 # What each source's own documentation does with a picture before its model sees it; `None` is ours.
@@ -190,6 +216,7 @@ _PREPROCESSING: dict[tuple[str, Style | None], dict[str, Any]] = {
     ("lingbot", "timm"): dict(size=512, engine="pil"),
     ("dinov3_convnext", "timm"): dict(size=224, fit="crop", filter="bicubic", engine="pil"),
     ("eupe", None): dict(size=256),
+    ("eupe", "meta"): dict(size=256),
     ("eupe", "timm"): dict(size=256, fit="crop", filter="bicubic", engine="pil"),
 }
 
@@ -198,7 +225,6 @@ _ELSEWHERE = (  # (pattern, what to say)
     (r"_lc$|linear|classifier", "classifiers are not here; load the backbone and fit a probe on its features"),
     (r"vitl16plus", "dinov3_vitl16plus is in the reference code, but its weights were never released"),
     (r"resnet50|xcit", "of DINO only the vision transformers are here, dino_vit{s,b}{16,8}"),
-    (r"eupe|sapiens", "these are other models of the same shape and are not here; of EUPE's the ConvNeXts are"),
 )  # fmt: skip
 
 
@@ -212,9 +238,10 @@ def find(name: str) -> ModelInfo:
 
     Raises: ModelNotFoundError with the closest names; UnsupportedError for models that exist and are not here.
     """
-    bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:").replace("_dinov3_qkvb", "_dinov3")
+    bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
     short = "" if name.startswith("convnext") else f"dinov3_{name}"  # timm's convnext_tiny is a supervised one
-    info = MODELS.get(name) or MODELS.get(short) or _BY_ID.get(bare) or _BY_ID.get(bare.removeprefix("timm/"))
+    info = MODELS.get(name) or MODELS.get(short) or row_of_repository(bare)
+    info = info or _BY_ID.get(bare.replace("_dinov3_qkvb", "_dinov3").removeprefix("timm/"))
     if info is not None:
         return info
     well_known = "/" not in name or name.startswith(("facebook/", "timm/"))  # others may call theirs what they like
@@ -237,17 +264,24 @@ def timm_model(row: ModelInfo) -> str:
 def _ids(row: ModelInfo) -> list[str]:
     """Every other name of a row; timm's without a tag too, but where that means a supervised model."""
     supervised = row.family == "dino" or isinstance(row.config, ConvNeXtConfig)
-    untagged = "" if supervised else timm_model(row).split(".")[0]
+    untagged = "" if supervised else timm_model(row).split(".")[0].replace("_dinov3_qkvb", "_dinov3")
     return [name for name in (row.hub_id, row.timm_id, timm_model(row), untagged) if name]
 
 
 _BY_ID = {name: row for row in reversed(_ROWS) for name in _ids(row)}  # of two rows with one name the first counts
 
 
+def row_of_repository(repository: str) -> ModelInfo | None:
+    """The row of a hub id, the owner's or timm's, or of a model of timm with its tag."""
+    return _BY_ID.get(repository) or _BY_ID.get(repository.replace("_dinov3_qkvb", "_dinov3"))
+
+
 def find_architecture(timm_architecture: str) -> ModelInfo | None:
     """The row whose timm model has this architecture name (no tag), with or without biases."""
     plain = timm_architecture.replace("_dinov3_qkvb", "_dinov3")
-    return next((row for row in MODELS.values() if timm_model(row).split(".")[0] == plain), None)
+    return next(
+        (r for r in MODELS.values() if timm_model(r).split(".")[0].replace("_dinov3_qkvb", "_dinov3") == plain), None
+    )
 
 
 def preprocess_of(info: ModelInfo, style: Style | None = None) -> Preprocess:

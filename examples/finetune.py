@@ -3,7 +3,10 @@
     python examples/finetune.py PICTURES OUT [MODEL [STEPS]]
 
 MODEL is a name ("vits16"), a hub id or a directory.  Where PICTURES has a folder per class, 20-NN before and after is
-printed; the classes are not trained on.  `python -m dinov3_infer.train --help` lists everything that can be set.
+printed; the classes are not trained on.
+
+This is preset "adapt" with Gram anchoring, for images of another kind.  configs/README.md says what to take for other
+aims, and what that took where it was measured; `dinov3-infer train --help` lists everything that can be set.
 """
 
 import json

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import SMALL
+from pictures import complaint
 
 from dinov3_infer import (
     Backbone,
@@ -17,6 +18,7 @@ from dinov3_infer import (
     UnsupportedError,
     ViTConfig,
 )
+from dinov3_infer.backbone import ViTBackbone
 from dinov3_infer.model.network import resolve_layers
 
 
@@ -148,3 +150,57 @@ def test_weights_that_are_not_finite_are_said() -> None:
         bb.norm.weight[0] = float("nan")
     with pytest.raises(PrecisionError, match="the weights hold NaN"):
         bb.extract_features(torch.rand(3, 64, 64))
+
+
+# --- habits of other libraries ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["vitb16", "facebook/dinov3-vits16-pretrain-lvd1689m", None, {"depth": 2}, 7])
+@pytest.mark.parametrize("kind", [Backbone, ViTBackbone])
+def test_the_constructor_says_what_loads_a_model(kind: Any, wrong: Any) -> None:
+    said = complaint(InputTypeError, lambda: kind(wrong))
+    assert f"Backbone.from_pretrained('{wrong if isinstance(wrong, str) else 'NAME'}') loads a model" in said
+
+
+def test_keywords_of_transformers() -> None:
+    bb = Backbone.from_pretrained("nano", torch_dtype=torch.bfloat16)  # type: ignore[call-arg]
+    assert bb.dtype == torch.bfloat16 == bb.patch_embed.proj.weight.dtype
+    for device_map in ("auto", {"": 0}):
+        said = complaint(InputTypeError, lambda m=device_map: Backbone.from_pretrained("nano", device_map=m))  # type: ignore[call-arg,misc]
+        assert "device_map is named device here" in said
+    with pytest.raises(TypeError, match="trust_remote_code"):
+        Backbone.from_pretrained("nano", trust_remote_code=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="dtype"):
+        Backbone.from_pretrained("nano", dtype="float32", torch_dtype="float32")  # type: ignore[call-arg]
+
+
+def test_pixel_values_are_pixels() -> None:
+    bb, x = Backbone.from_pretrained("nano"), torch.rand(2, 3, 64, 64)
+    expected = bb(x, layers=[0])
+    for found in (bb(pixel_values=x, layers=[0]), bb(**{"pixel_values": x, "layers": [0]}), bb(pixels=x, layers=[0])):
+        assert torch.equal(found.cls_token, expected.cls_token) and torch.equal(
+            *(f.layers[0][2] for f in (found, expected))
+        )
+    with pytest.raises(TypeError):
+        bb(x, pixel_values=x)
+    compiled = torch.compile(bb, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(pixel_values=x).cls_token, bb(x).cls_token)
+
+
+@pytest.mark.peers
+def test_what_a_processor_of_transformers_gives_goes_in() -> None:
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.BitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    bb = Backbone.from_pretrained("nano")
+    assert bb(**processor(np.zeros((90, 80, 3), np.uint8), return_tensors="pt")).cls_token.shape == (1, 192)
+
+
+def test_preprocess_takes_a_list() -> None:
+    preprocess = Backbone.from_pretrained("nano").preprocess
+    images = [np.full((40, 60, 3), value, np.uint8) for value in (0, 255)]
+    found = preprocess(images)
+    assert found.shape == (2, 3, 256, 256) and torch.equal(found[1], preprocess(images[1]))
+    assert "different grids" in complaint(
+        InputError, lambda: preprocess.with_options(fit="native")([images[0], images[0].transpose(1, 0, 2)])
+    )
+    assert "got no" in complaint(InputError, lambda: preprocess([]))

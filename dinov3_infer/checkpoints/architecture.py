@@ -1,7 +1,7 @@
 """Which network a stored backbone needs, as the config of a ViT or a ConvNeXt.
 
 The tensors say nearly all.  What they cannot say (number of heads, epsilon of the norms, base of the RoPE) comes from
-config.json, else from the row of the zoo that has the same shape, else from what all released models share.
+the caller, from config.json, or from a named architecture; heads that nobody states are an error, never a guess.
 """
 
 import math
@@ -13,74 +13,97 @@ from ..errors import CheckpointError, UnsupportedError
 from ..model.convnext import ConvNeXtConfig
 from ..model.layers import PositionResize, ViTConfig
 from ..zoo import ARCHITECTURES, MODELS, Config, ModelInfo
-from .layouts import Layout
+from .layouts import Layout, Parts
 from .reading import Checkpoint
 from .recognise import HF_EPS, Stored
 from .stages import stage_eps, stages_shown
+from .stated import Statement, stated
 
 __all__ = ["architecture", "looks_like", "reading_differs", "rows_like", "same_architecture"]
 
 _LONGEST = 2**18  # of any dimension: a position table of 512 x 512 has as many rows
-_LARGEST = 10**9  # of any number in config.json: more overflows somewhere
 
 
 def architecture(
-    stored: Stored, checkpoint: Checkpoint, expected: ModelInfo | None, like: ModelInfo | None
-) -> tuple[Config, str | None]:
-    """The config of a backbone, and a sentence about what had to be assumed, if anything.
+    stored: Stored,
+    checkpoint: Checkpoint,
+    expected: ModelInfo | None,
+    like: ModelInfo | None,
+    num_heads: int | None = None,
+) -> tuple[Config, dict[str, str]]:
+    """The config of a backbone, and for heads and epsilon where they were found.
 
     `expected`: the row that the caller asked for.
     `like`: the row whose heads and epsilon it has where neither a live module nor config.json states them.
+    `num_heads`: what the caller says.
 
-    Raises: CheckpointError for tensors that are no whole ViT, or not the one that config.json or the caller speaks of;
-    InputError for numbers that do not go together; UnsupportedError for other networks.
+    Raises: CheckpointError for tensors that are no whole ViT, not the one that config.json or the caller speaks of, or
+    whose heads nobody states; InputError for numbers that do not go together; UnsupportedError for other networks.
     """
     in_stages = stored.layout.family == "convnext"
-    shown = stages_shown(stored, checkpoint.config) if in_stages else _shown(stored)
+    shown = stages_shown(stored, checkpoint.config) if in_stages else _shown(stored, checkpoint.config)
+    if stored.layout.name == "hf" and not in_stages:
+        _refuse_contradictions(shown, checkpoint.config)
     if expected is not None and not same_architecture(expected.config, shown):
         raise CheckpointError(f"it {looks_like(shown)}; you asked for {expected.name} {_size(vars(expected.config))}")
     if in_stages:
-        return ConvNeXtConfig(**(shown | stage_eps(checkpoint))), None
-    known = checkpoint.known or _stated(checkpoint.config)
-    if not known and like is not None and isinstance(like.config, ViTConfig):
-        known = {name: getattr(like.config, name) for name in ("num_heads", "norm_eps", "rope_base")}
-    if stored.layout.name == "hf":
-        _refuse_contradictions(shown, checkpoint.config)
-    fields = {**shown, **known}
-    twin = next((c for c in ARCHITECTURES.values() if same_architecture(c, shown)), None)
-    heads = twin.num_heads if isinstance(twin, ViTConfig) else max(1, shown["embed_dim"] // 64)
-    eps = _usual_eps(stored.layout, shown["key_bias"])
-    said = {"num_heads": f"{heads} heads of width 64", "norm_eps": f"a norm epsilon of {eps:g}"}
-    assumed = [words for name, words in said.items() if twin is None and name not in fields]
-    note = f"the file does not state everything; taken: {', '.join(assumed)}" if assumed else None
-    return ViTConfig(**{"num_heads": heads, "norm_eps": eps, **fields}), note
-
-
-def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a ViTConfig that a config.json of transformers states and that no tensor shows."""
-    kind = str(config.get("model_type"))
-    if kind not in HF_EPS:
-        return {}
-    activation = config.get("hidden_act", "gelu")
-    if activation != "gelu" and not config.get("use_gated_mlp", config.get("use_swiglu_ffn", False)):
-        raise UnsupportedError(
-            f"config.json asks for the activation {reprlib.repr(activation)}; DINO models use the exact 'gelu'"
+        eps = stage_eps(checkpoint)
+        return ConvNeXtConfig(**(shown | eps)), {"norm_eps": "config.json" if eps else "released ConvNeXts"}
+    said = _statements(stored, checkpoint, shown, like, num_heads)
+    fields, origin = dict(shown), dict[str, str]()
+    for name in _STATED:
+        values = [(found[name], where) for found, where in said if name in found]
+        if values:
+            fields[name], origin[name] = values[0]
+    heads = [(found["num_heads"], where) for found, where in said if "num_heads" in found and where not in _LIKENESS]
+    other = next(((value, where) for value, where in heads if value != fields["num_heads"]), None)
+    if other is not None and not checkpoint.known:
+        raise CheckpointError(
+            f"{origin['num_heads']} gives {fields['num_heads']} heads and {other[1]} gives {other[0]}; mend one of them"
         )
-    rope = config.get("rope_parameters")
-    theta = config.get("rope_theta", rope.get("rope_theta") if isinstance(rope, dict) else None)
-    found = {
-        "num_heads": _positive("num_attention_heads", config.get("num_attention_heads"), int),
-        "norm_eps": _positive("layer_norm_eps", config.get("layer_norm_eps", HF_EPS[kind]), (int, float)),
-        "rope_base": _positive("rope_theta", theta, (int, float)) if kind == "dinov3_vit" else None,
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    if "num_heads" not in fields:
+        raise CheckpointError(
+            f"nothing states how many heads its attention of width {shown['embed_dim']} has; "
+            "pass num_heads=, as its authors give it"
+        )
+    if "norm_eps" not in fields:
+        fields["norm_eps"] = _usual_eps(stored.layout, shown["key_bias"])
+        likeness = any(where == _LIKENESS[0] for _, where in said)
+        origin["norm_eps"] = _LIKENESS[0] if likeness else f"the default of the {stored.layout.label} layout"
+    if shown["position_grid"] is None and "rope_base" not in origin:
+        periods = stored.parts["rope_periods"].names[0] in stored.shapes if "rope_periods" in stored.parts else False
+        family = f"released models of the {stored.layout.label} layout, which have one base"
+        origin["rope_base"] = "the RoPE periods in the file" if periods else family
+    return ViTConfig(**fields), origin
 
 
-def _positive(name: str, value: Any, kind: Any) -> Any:
-    """The value, if it is none or a number of this kind above 0 that a float can hold."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or not 0 < value <= _LARGEST):
-        raise CheckpointError(f"config.json gives {name} as {reprlib.repr(value)}, which should be a number above 0")
-    return value
+_LIKENESS = ("models of the same shape", "the default of models of the same width, depth and MLP")
+
+
+def _statements(
+    stored: Stored, checkpoint: Checkpoint, shown: Mapping[str, Any], like: ModelInfo | None, num_heads: int | None
+) -> list[Statement]:
+    """What is said of heads and epsilon, the strongest first."""
+    periods = {"num_heads": shown["num_heads"]} if "num_heads" in shown else {}
+    said: list[Statement] = [({"num_heads": num_heads}, "num_heads=")] if num_heads is not None else []
+    said += [(dict(checkpoint.known), "the live module")] if checkpoint.known else []
+    said += [(periods, "the RoPE periods in the file")] if periods else []
+    said += stated(checkpoint.config, shown["embed_dim"], shown["gated"])
+    if like is not None and isinstance(like.config, ViTConfig) and not checkpoint.known:
+        names = _STATED[1:] if any("num_heads" in found for found, _ in said) else _STATED
+        said.append(({name: getattr(like.config, name) for name in names}, like.name))
+    known = [c for c in ARCHITECTURES.values() if isinstance(c, ViTConfig)]
+    twin = next((c for c in known if same_architecture(c, shown)), None)
+    if twin is not None:
+        said.append(({"num_heads": twin.num_heads}, _LIKENESS[0]))
+    near = {c.num_heads for c in known if all(getattr(c, n) == shown[n] for n in _NEAR)}
+    if len(near) == 1:
+        said.append(({"num_heads": near.pop()}, _LIKENESS[1]))
+    return said
+
+
+_STATED = ("num_heads", "norm_eps", "rope_base")  # what no tensor shows
+_NEAR = ("embed_dim", "depth", "ffn_dim", "gated")
 
 
 def _refuse_contradictions(shown: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
@@ -90,21 +113,29 @@ def _refuse_contradictions(shown: Mapping[str, Any], stated: Mapping[str, Any]) 
         "num_register_tokens": "num_registers",
     }  # fmt: skip
     for name, ours in names.items() if str(stated.get("model_type")) in HF_EPS else ():
-        if stated.get(name, shown[ours]) != shown[ours]:
+        if stated.get(name, shown[ours]) not in (shown[ours], [shown[ours]] * 2):  # a patch size may be a pair
             raise CheckpointError(
                 f"config.json says {name} {reprlib.repr(stated[name])} and the tensors {shown[ours]}; "
                 "is the file whole?"
             )
 
 
-def _shown(stored: Stored) -> dict[str, Any]:
+def _shown(stored: Stored, config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a ViTConfig that the tensors in a file show.
+
+    `config`: config.json, for what of a position table belongs to which token.
 
     Raises: CheckpointError where they are no whole ViT.
     """
     layout, depth = stored.layout, stored.depth
     if not depth:
         raise CheckpointError(f"the names look like layout {layout.label}, but there are no blocks; is the file whole?")
+
+    there = sum(
+        any(name in stored.shapes for name in stored.parts[f"blocks.{n}.norm1.weight"].names) for n in range(depth)
+    )
+    if depth > 2 * there + 8:  # of a smaller gap the reader says what is missing
+        raise CheckpointError(f"the names number {depth} blocks, of which {there} are there; is the file whole?")
 
     def shape(ours: str) -> tuple[int, ...] | None:
         """Of the first part of a row, in the first block that has all its parts: a gap is for the reader to find."""
@@ -144,7 +175,7 @@ def _shown(stored: Stored) -> dict[str, Any]:
         gated=gated,
         patch_size=conv[2],
         num_registers=num_registers,
-        position_grid=None if positions is None else _grid_side(stored, positions),
+        position_grid=None if positions is None else _grid_side(stored, positions, num_registers, config),
         position_resize=_resize_rule(layout, num_registers),
         qkv_bias=qkv_bias,
         key_bias=_key_bias(stored) if qkv_bias else positions is not None,
@@ -167,14 +198,30 @@ def _key_bias(stored: Stored) -> bool:
     return present if optional and stored.parts["blocks.0.attn.qkv.bias"].form == "joined" else not present
 
 
-def _grid_side(stored: Stored, positions: tuple[int, ...]) -> int:
-    count = positions[1] - (0 if stored.parts["pos_embed"].form == "folded" else 1)
-    side = math.isqrt(max(count, 0))
-    if side == 0 or side * side != count:
+def _grid_side(stored: Stored, positions: tuple[int, ...], registers: int, config: Mapping[str, Any]) -> int:
+    """The side of the grid of a position table, which has rows for no token before the patches, for one, or for all.
+
+    Changes where `stored` has the table and the registers, if these have positions too.
+    """
+    parts, count = stored.parts["pos_embed"], positions[1]
+    usual = 0 if parts.form == "folded" else 1
+    sides = {before: math.isqrt(max(count - before, 0)) for before in dict.fromkeys((usual, 1 + registers, 0))}
+    fits = [before for before, side in sides.items() if side and side * side == count - before]
+    arguments = config.get("model_args")
+    if isinstance(arguments, Mapping) and arguments.get("no_embed_class") is False:
+        fits = fits[::-1]
+    if not fits:
         raise UnsupportedError(
-            f"the position table has shape {list(positions)}, which is not a square grid; load a model at a square size"
+            f"the position table has shape {list(positions)}, which is not a square grid with {usual} or "
+            f"{1 + registers} tokens before it; load a model at a square size"
         )
-    return side
+    if fits[0] == 0:
+        stored.parts["pos_embed"] = Parts("folded", parts.names, parts.optional)
+    elif registers and fits[0] == 1 + registers:
+        stored.parts["pos_embed"] = Parts("cut", (*parts.names, stored.parts["register_tokens"].names[0]), frozenset())
+        names = (*stored.parts["register_tokens"].names, *parts.names)
+        stored.parts["register_tokens"] = Parts("placed", names, frozenset())
+    return sides[fits[0]]
 
 
 def _resize_rule(layout: Layout, num_registers: int) -> PositionResize:

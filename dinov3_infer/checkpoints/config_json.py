@@ -1,16 +1,16 @@
 """A config and its transform as the JSON files that transformers and timm read."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import UnsupportedError
 from ..images.preprocess import Preprocess
 from ..model.convnext import ConvNeXtConfig
 from ..zoo import OWN, Config, ModelInfo, preprocess_of, timm_model
-from .architecture import same_architecture
+from .architecture import rows_like, same_architecture
 from .stages import hf_stages
 
-__all__ = ["hf_config", "hf_processor_config", "timm_config"]
+__all__ = ["hf_config", "hf_processor_config", "is_default", "timm_config"]
 
 
 def hf_config(config: Config) -> dict[str, Any]:
@@ -64,15 +64,34 @@ def hf_config(config: Config) -> dict[str, Any]:
     return common | {"architectures": ["Dinov2Model"], "model_type": "dinov2", "use_mask_token": config.mask_token}
 
 
-def hf_processor_config(config: Config, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-    """The preprocessor_config.json of transformers: what its processor of this family does by default."""
+def is_default(preprocess: Preprocess, info: ModelInfo | None) -> bool:
+    """Whether, but for mean and std, this is the transform that a row of the zoo has here."""
+    return info is not None and replace(preprocess_of(info), mean=preprocess.mean, std=preprocess.std) == preprocess
+
+
+def hf_processor_config(config: Config, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, Any]:
+    """The preprocessor_config.json of transformers: what its processor of this family does by default.
+
+    A transform of one's own is written as it is, where transformers has it.
+    """
     common: dict[str, Any] = {
-        "image_mean": list(mean), "image_std": list(std), "rescale_factor": 1 / 255,
+        "image_mean": list(preprocess.mean), "image_std": list(preprocess.std), "rescale_factor": 1 / 255,
         "do_resize": True, "do_rescale": True, "do_normalize": True,
     }  # fmt: skip
-    if isinstance(config, ConvNeXtConfig) or config.position_grid is None or not config.layerscale:
-        dinov3 = isinstance(config, ConvNeXtConfig) or config.position_grid is None
-        side = 224 if isinstance(config, ConvNeXtConfig) or not dinov3 else 14 * config.patch_size
+    side = preprocess.size
+    if isinstance(side, int) and preprocess.fit in ("squash", "crop") and not is_default(preprocess, info):
+        fast = "" if preprocess.engine == "pil" else "Fast"
+        common["resample"] = 3 if preprocess.filter == "bicubic" else 2
+        if preprocess.fit == "squash":
+            kind = "DINOv3ViTImageProcessorFast" if preprocess.engine == "float" else f"ViTImageProcessor{fast}"
+            return common | {"image_processor_type": kind, "size": {"height": side, "width": side}}
+        return common | {
+            "image_processor_type": f"BitImageProcessor{fast}", "do_convert_rgb": True, "do_center_crop": True,
+            "size": {"shortest_edge": preprocess.resize_to or side}, "crop_size": {"height": side, "width": side},
+        }  # fmt: skip
+    if config.position_grid is None or not config.layerscale:
+        dinov3 = config.position_grid is None
+        side = 14 * min(16, config.patch_size) if dinov3 else 224
         return common | {
             "image_processor_type": "DINOv3ViTImageProcessorFast" if dinov3 else "ViTImageProcessor",
             "resample": 2,
@@ -86,22 +105,26 @@ def hf_processor_config(config: Config, mean: Sequence[float], std: Sequence[flo
 
 def timm_config(config: Config, info: ModelInfo | None, preprocess: Preprocess, with_bias: bool) -> dict[str, Any]:
     """The config.json of timm, whose architectures are names.  Raises UnsupportedError where none fits."""
-    if info is None or info.timm_id is None or not same_architecture(info.config, config):
+    row = info or next((row for row in rows_like(config) if row.timm_id), None)  # of which the name alone is taken
+    if row is None or row.timm_id is None or not same_architecture(row.config, config):
         raise UnsupportedError(
             "timm reads models of known names only, and this architecture has none; write the 'hf' or 'meta' layout"
         )
-    architecture, _, tag = timm_model(info).partition(".")
-    if with_bias and info.family == "dinov3":
+    architecture, _, tag = timm_model(row).partition(".")
+    if with_bias and row.family == "dinov3":
         architecture = architecture.replace("_dinov3", "_dinov3_qkvb")
-    theirs = preprocess_of(info, "timm")
+    theirs = preprocess_of(row, "timm")
     side = theirs.size
     assert isinstance(side, int)
-    origin = {} if info.licence == OWN else {"tag": tag, "license": info.licence.lower().replace(" ", "-")}
+    named = info is not None and info.licence != OWN
+    origin = {"license": row.licence.lower().replace(" ", "-")} if named else {}
+    if named and not row.derived:
+        origin["tag"] = tag
     stages = isinstance(config, ConvNeXtConfig)
     grid = [side // config.patch_size] * 2
     return {
         "architecture": architecture, "num_classes": 0, "num_features": config.embed_dim,
-        "global_pool": "avg" if stages or info.family == "dinov3" else "token",
+        "global_pool": "avg" if stages or row.family in ("dinov3", "eupe") else "token",
         "pretrained_cfg": {
             **origin, "input_size": [3, side, side], "fixed_input_size": not stages, "interpolation": theirs.filter,
             "crop_pct": round(side / (theirs.resize_to or side), 3),

@@ -2,22 +2,23 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..images.preprocess import Preprocess
-from ..zoo import MODELS, OWN, Config, ModelInfo, Style, find_architecture, preprocess_of
-from .architecture import architecture, rows_like
+from ..zoo import Config, ModelInfo, Style, find_architecture
+from .architecture import architecture, looks_like
+from .identity import identify, our_block
 from .layouts import LayoutName
-from .reading import CONFIG, PROCESSOR, Checkpoint, TensorsInMemory
+from .reading import Checkpoint, TensorsInMemory
 from .recognise import Stored, layout_hint, recognise
+from .transforms import shown, stated_transform
 
-__all__ = ["Description", "describe", "identity", "open_module", "transform_of"]
+__all__ = ["Description", "describe", "open_module"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -29,9 +30,10 @@ class Description:
     path: str
     stored: Stored  # its tensors
     config: Config
-    info: ModelInfo | None  # the row of the zoo, with the licence; None for an architecture of one's own
+    info: ModelInfo | None  # whose weights these are, with the licence; None where nothing names them
     preprocess: Preprocess
     rope_periods: Any  # what our block of config.json says of them, if anything
+    origin: dict[str, str]  # field -> what was taken, and from where
 
 
 def describe(
@@ -40,79 +42,49 @@ def describe(
     layout: LayoutName | None = None,
     expected: ModelInfo | None = None,
     preprocessing: Style | None = None,
+    num_heads: int | None = None,
 ) -> Description:
     """What a checkpoint is.
 
     `expected` is what the caller asked for: a file of another size is refused with both names.
+    `num_heads` is what the caller says where nothing in or beside the file does.
 
     Raises: CheckpointError for tensors and configs that do not fit, UnsupportedError for networks that are not here,
     InputError for a `preprocessing` that this model does not have.
     """
-    stored = recognise(checkpoint, layout or checkpoint.layout)
+    stored = recognise(checkpoint, layout or checkpoint.layout, named=expected is not None)
     like = find_architecture(str(checkpoint.config.get("architecture"))) or expected
     try:
-        config, note = architecture(stored, checkpoint, expected, like)
+        config, origin = architecture(stored, checkpoint, expected, like, num_heads)
     except (CheckpointError, InputError) as error:
         raise CheckpointError(f"'{checkpoint.path}' does not fit: {error}") from None
     except UnsupportedError as error:
         raise UnsupportedError(f"'{checkpoint.path}': {error}") from None
-    if note:
-        log.warning("%s: %s", checkpoint.path, note)
-    rows = rows_like(config)
-    info = expected or identity(rows, checkpoint)
-    periods = _our_block(checkpoint).get("rope_periods")
-    preprocess = _with_stored_statistics(transform_of(config, info, preprocessing), checkpoint)
-    return Description(checkpoint.path, stored, config, info, preprocess, periods)
+    info, named_by = identify(checkpoint, config, expected)
+    ours = our_block(checkpoint)
+    preprocess, of_transform = stated_transform(checkpoint, config, info, preprocessing, ours)
+    found = {name: f"{getattr(config, name)}, from {where}" for name, where in origin.items()}
+    levels = of_transform["mean and std"]
+    found |= {"transform": f"{shown(preprocess)}, from {of_transform['transform']}"}
+    found |= {"mean and std": f"{_numbers(preprocess.mean)} and {_numbers(preprocess.std)}, from {levels}"}
+    origin = {
+        "layout": f"{stored.layout.label}, from {'layout=' if layout else 'the names of the tensors'}",
+        "architecture": f"{looks_like(vars(config)).removeprefix('looks like ')}, from the shapes of the tensors",
+        **found,
+        "name": f"{info.title}, from {named_by}" if info is not None else f"none: {named_by}",
+        "licence": f"{info.licence}, from the name" if info is not None else "not stated",
+    }
+    unsaid = {name: text for name, text in origin.items() if "default" in text}
+    if unsaid:
+        log.warning(
+            "%s: nothing states the %s; taken: %s",
+            checkpoint.path, " and the ".join(unsaid), "; ".join(unsaid.values()),
+        )  # fmt: skip
+    return Description(checkpoint.path, stored, config, info, preprocess, ours.get("rope_periods"), origin)
 
 
-def identity(rows: Sequence[ModelInfo], checkpoint: Checkpoint) -> ModelInfo | None:
-    """Of rows with one architecture that which config.json or the file's name speaks of, else the first.
-
-    Of weights that began as random ones, as config.json says, it has no licence.
-    """
-    ours, timm = _our_block(checkpoint), checkpoint.config.get("pretrained_cfg")
-    stem, tag = Path(checkpoint.path).stem, f".{timm.get('tag')}" if isinstance(timm, dict) else "."
-    if ours.get("from_scratch") is True:
-        rows = [replace(row, licence=OWN) for row in rows]
-    named = (
-        row
-        for row in rows
-        if row.name == ours.get("name") or (row.timm_id or "").endswith(tag) or row.meta_file == stem
-    )
-    return next(named, rows[0] if rows else None)
-
-
-def _our_block(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """What `save_pretrained` writes into the configs of others."""
-    ours = checkpoint.config.get("dinov3_infer")
-    return ours if isinstance(ours, dict) else {}
-
-
-def transform_of(config: Config, info: ModelInfo | None, style: Style | None = None) -> Preprocess:
-    """That of a row; for an architecture of one's own ImageNet's mean and std, and 16 patches of a ViT a side."""
-    if info is not None:
-        return preprocess_of(info, style)
-    if style is not None:
-        raise InputError(
-            f"preprocessing={style!r} needs a known architecture, and this model has its own; leave it out"
-        )
-    first = next(iter(MODELS.values()))
-    return Preprocess(first.mean, first.std, config.patch_size, size=16 * min(16, config.patch_size))
-
-
-def _with_stored_statistics(transform: Preprocess, checkpoint: Checkpoint) -> Preprocess:
-    """The same with mean and std of what lies beside the weights, where that says so."""
-    timm = checkpoint.config.get("pretrained_cfg")
-    sources = (checkpoint.processor, timm if isinstance(timm, Mapping) else {}, checkpoint.config)
-    for source in sources:
-        mean, std = source.get("image_mean", source.get("mean")), source.get("image_std", source.get("std"))
-        if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) == 3:
-            try:
-                return replace(transform, mean=tuple(mean), std=tuple(std))
-            except InputError as error:
-                file = PROCESSOR if source is checkpoint.processor else CONFIG
-                raise CheckpointError(f"{file} of '{checkpoint.path}' is wrong: {error}; mend it") from None
-    return transform
+def _numbers(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
 
 
 def open_module(model: nn.Module) -> Checkpoint:

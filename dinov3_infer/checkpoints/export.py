@@ -10,6 +10,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,9 +109,9 @@ def _grid(model: Network, size: int | tuple[int, int] | None) -> tuple[int, int]
 def _facts(model: Network, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, str]:
     """What whoever finds the file has to know."""
     found: dict[str, Any] = dict(dinov3_infer=__version__, patch_size=model.patch_size)
-    found |= dict(mean=list(preprocess.mean), std=list(preprocess.std))
+    found |= dict(mean=list(preprocess.mean), std=list(preprocess.std), preprocess=asdict(preprocess))
     if info is not None:
-        found |= dict(architecture=info.name, licence_of_the_weights=info.licence)
+        found |= dict(architecture=info.name, weights=info.title, licence_of_the_weights=info.licence)
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
 
 
@@ -233,7 +234,7 @@ def _inputs(model: Network, grid: tuple[int, int], dynamic: Dynamic) -> Iterator
         grids *= 2
     for i, sides in enumerate(grids):
         shape = (1 + i % 2, 3, *(side * model.patch_size for side in sides))
-        yield torch.randn(shape, generator=draw)
+        yield torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ from ..errors import InputError
 from ..model.convnext import ConvNeXtConfig
 from ..zoo import Config
 
-__all__ = ["LAYOUTS", "Layout", "LayoutName", "Parts", "Row", "layout_for"]
+__all__ = ["LAYOUTS", "OURS", "Layout", "LayoutName", "Parts", "Row", "layout_for"]
 
 LayoutName = Literal["hf", "meta", "timm"]
-Form = Literal["copied", "joined", "masked", "nested", "folded", "twice"]
+Form = Literal["copied", "joined", "masked", "nested", "folded", "cut", "placed", "twice"]
 
 ZEROS = "?"  # a part that no file holds; its name is ""
 
@@ -34,6 +34,8 @@ class Row:
     "nested": a copy that has one leading dimension more in the file.
     "twice": a tensor that the file holds under two names.
     "folded": a position table without a row for the class token, whose position the file has added to the class token.
+    "cut": a position table with rows for the registers too, which are left out, since they are
+    "placed": registers, plus their rows of the position table, the second name.
     """
 
     form: Form
@@ -119,6 +121,7 @@ _PLAIN: dict[str, str | Row] = {  # names that Meta and timm share; ours are Met
 _LS: dict[str, str | Row] = {f"blocks.#.ls{i}.gamma": f"blocks.#.ls{i}.gamma" for i in (1, 2)}
 _HF_LS: dict[str, str] = {f"blocks.#.ls{i}.gamma": f"layer.#.layer_scale{i}.lambda1" for i in (1, 2)}
 _CHUNKS = ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),)  # a training run with block_chunks > 0
+_TIMM_HEADS = {r"(head|fc_norm)\..*": "a classifier, and the norm of what it pools"}
 _HEADS = {r"(dino_|ibot_)?head\..*": "a head, not the backbone"}
 
 META_V3 = Layout(
@@ -250,7 +253,7 @@ TIMM_V3 = Layout(
         **_both("blocks.#.mlp.gate_up", _joined("blocks.#.mlp.fc1_g", "blocks.#.mlp.fc1_x")),
         **_both("blocks.#.mlp.down", "blocks.#.mlp.fc2"),
     },
-    unused={r"blocks\.\d+\.attn\.k_bias": "timm's zero key bias"},
+    unused={r"blocks\.\d+\.attn\.k_bias": "timm's zero key bias"} | _TIMM_HEADS,
 )  # fmt: skip
 
 TIMM_V2 = Layout(
@@ -261,6 +264,7 @@ TIMM_V2 = Layout(
         **_both("blocks.#.mlp.gate_up", "blocks.#.mlp.fc1"),
         **_both("blocks.#.mlp.down", "blocks.#.mlp.fc2"),
     },
+    unused=_TIMM_HEADS,
 )  # fmt: skip
 
 TIMM_V2_REG = replace(
@@ -269,51 +273,44 @@ TIMM_V2_REG = replace(
     rows=TIMM_V2.rows | {"register_tokens": "reg_token", "pos_embed": Row("folded", ("pos_embed",))},
 )
 
-TIMM_V1 = Layout(
-    "timm", "dino", has=META_V1.has, lacks=META_V1.lacks, rows=META_V1.rows, unused={r"head\..*": "a classifier"}
-)
+TIMM_V1 = Layout("timm", "dino", has=META_V1.has, lacks=META_V1.lacks, rows=META_V1.rows, unused=_TIMM_HEADS)
 
 
-def _convnext(down: Callable[[int], str], block: str, parts: tuple[str, str, str, str]) -> dict[str, str | Row]:
-    """Rows of the four stages; `down` gives where the two modules before a stage are."""
+def _convnext(down: str, block: str, parts: tuple[str, ...], stem: str | None = None) -> dict[str, str | Row]:
+    """Rows of the four stages, for whose number an S stands; `down`: where the two modules before a stage are."""
     rows: dict[str, str | Row] = {}
-    for stage in range(4):
+    for stage in "0123":
+        before = stem if stem is not None and stage == "0" else down.replace("S", stage)
         for number in (0, 1):
-            rows |= _both(f"downsample_layers.{stage}.{number}", f"{down(stage)}.{number}")
-        ours, theirs = f"stages.{stage}.#.", block.replace("S", str(stage))
-        for part, name in zip(("dwconv", "norm", "pwconv1", "pwconv2"), parts, strict=True):
+            rows |= _both(f"downsample_layers.{stage}.{number}", f"{before}.{number}")
+        ours, theirs = f"stages.{stage}.#.", block.replace("S", stage)
+        for part, name in zip(_CONV_PARTS, parts, strict=True):
             rows |= _both(ours + part, theirs + name)
         rows[f"{ours}gamma"] = f"{theirs}gamma"
     return rows
 
 
+_CONV_PARTS = ("dwconv", "norm", "pwconv1", "pwconv2")
+
 META_CONVNEXT = Layout(
     "meta", "convnext",
     has=(r"downsample_layers\.0\.0\.weight", r"stages\.0\.0\.dwconv\.weight"), lacks=(),
-    rows=_convnext(
-        lambda stage: f"downsample_layers.{stage}",
-        "stages.S.#.", ("dwconv", "norm", "pwconv1", "pwconv2"),
-    ) | _both("norm", lambda kind: Row("twice", (f"norm.{kind}", f"?norms.3.{kind}"))),
+    rows=_convnext("downsample_layers.S", "stages.S.#.", _CONV_PARTS)
+    | _both("norm", lambda kind: Row("twice", (f"norm.{kind}", f"?norms.3.{kind}"))),
     unused=_HEADS | {r"projectors\..*": "EUPE's projections to its teachers", r"norms\..*": "norms of those"},
 )  # fmt: skip
 
+_HF_PARTS = ("depthwise_conv", "layer_norm", "pointwise_conv1", "pointwise_conv2")
 HF_CONVNEXT = Layout(
-    "hf", "convnext",
-    has=(r"(model\.)?stages\.0\.layers\.0\.depthwise_conv\.weight",), lacks=(),
-    rows=_convnext(
-        lambda stage: f"stages.{stage}.downsample_layers",
-        "stages.S.layers.#.", ("depthwise_conv", "layer_norm", "pointwise_conv1", "pointwise_conv2"),
-    ) | _both("norm", "layer_norm"),
+    "hf", "convnext", has=(r"(model\.)?stages\.0\.layers\.0\.depthwise_conv\.weight",), lacks=(),
+    rows=_convnext("stages.S.downsample_layers", "stages.S.layers.#.", _HF_PARTS) | _both("norm", "layer_norm"),
     spellings=((r"^model\.stages\.", "stages."),),
 )  # fmt: skip
 
 TIMM_CONVNEXT = Layout(
-    "timm", "convnext",
-    has=(r"stem\.0\.weight", r"stages\.0\.blocks\.0\.conv_dw\.weight"), lacks=(),
-    rows=_convnext(
-        lambda stage: f"stages.{stage}.downsample" if stage else "stem",
-        "stages.S.blocks.#.", ("conv_dw", "norm", "mlp.fc1", "mlp.fc2"),
-    ) | _both("norm", "head.norm"),
+    "timm", "convnext", has=(r"stem\.0\.weight", r"stages\.0\.blocks\.0\.conv_dw\.weight"), lacks=(),
+    rows=_convnext("stages.S.downsample", "stages.S.blocks.#.", ("conv_dw", "norm", "mlp.fc1", "mlp.fc2"), stem="stem")
+    | _both("norm", "head.norm"),
     unused={r"head\.fc\..*": "a classifier"},
 )  # fmt: skip
 
@@ -322,6 +319,20 @@ LAYOUTS = (
     META_V3, META_V2, META_V1, HF_V3, HF_V2_GATED_LIVE, HF_V2, HF_V1, TIMM_V3, TIMM_V2_REG, TIMM_V2, TIMM_V1,
     META_CONVNEXT, HF_CONVNEXT, TIMM_CONVNEXT,
 )  # fmt: skip
+
+
+# A Backbone's own state_dict, which says nothing of its config: read where the caller gives a name.
+_OURS: dict[str, str | Row] = {
+    **_PLAIN, **_LS, **{name: name for name in ("register_tokens", "mask_token", "rope_periods", "pos_embed")},
+    **_both("blocks.#.mlp.gate_up"), **_both("blocks.#.mlp.down"), **_both("cls_norm"), **_both("local_cls_norm"),
+}  # fmt: skip
+OURS = tuple(
+    Layout("meta", family, has=(has,), lacks=lacks, rows=_OURS, unused=_HEADS)
+    for family, has, lacks in (
+        ("dinov3", "rope_periods", ("rope_embed.periods",)),
+        ("dinov2", r"blocks\.0\.mlp\.gate_up\.weight", ()),
+    )
+)
 
 
 def layout_for(config: Config, name: LayoutName) -> Layout:

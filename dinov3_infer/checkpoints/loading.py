@@ -110,6 +110,11 @@ def _shape(parts: Parts, stored: Stored) -> tuple[int, ...]:
         return ()
     if parts.form == "folded":
         return (first[0], first[1] + 1, *first[2:]) if len(first) > 1 else ()
+    if parts.form in ("cut", "placed"):
+        other = stored.shapes.get(parts.names[1], ())
+        if len(first) != 3 or len(other) != 3 or other[2] != first[2]:
+            return ()
+        return (first[0], first[1] - other[1], first[2]) if parts.form == "cut" else first
     return first[1:] if parts.form == "nested" and first[:1] == (1,) else first
 
 
@@ -170,6 +175,11 @@ def _read(parts: Parts, stored: Stored, dtype: torch.dtype, device: torch.device
         tensor = tensor * mask.to(tensor.dtype)
     elif parts.form == "nested":
         tensor = tensor.squeeze(0)
+    elif parts.form == "cut":
+        registers = stored.shapes[names[1]][1]
+        tensor = torch.cat((tensor[:, :1], tensor[:, 1 + registers :]), dim=1)
+    elif parts.form == "placed":
+        tensor = tensor + _tensor(stored, names[1])[:, 1 : 1 + tensor.shape[1]]
     elif parts.form == "folded":
         tensor = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
     return tensor.to(device, dtype)

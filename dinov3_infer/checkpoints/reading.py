@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import mmap
 import os
 import pickle
+import re
 import stat
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +17,13 @@ from torch import Tensor
 
 from ..errors import CheckpointError, Dinov3Error, MissingFileError
 from .layouts import LayoutName
+from .pickled import NotPlainError, check_calls
 
-__all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "open_checkpoint", "read_index"]
+__all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "holds_weights", "kind_of", "open_checkpoint", "read_index"]
 
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+METADATA = "dinov3_infer"  # in the header of a safetensors file: what config.json would say
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _NAMES = (WEIGHTS, PICKLED, "open_clip_model.safetensors")
 MAX_JSON = 2**22  # bytes of a config, an index, a header: fifty times those of the largest model here
@@ -62,6 +63,7 @@ class SafetensorsFiles:
         self._path_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype | None] = {}
+        self.metadata = ""
         for path in paths:
             with open(path, "rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
@@ -71,6 +73,7 @@ class SafetensorsFiles:
                 )
             try:
                 self._handles[path] = handle = safe_open(path, framework="pt")
+                self.metadata = (handle.metadata() or {}).get(METADATA, "")  # of what `save_pretrained` wrote
                 for name in handle.keys():  # noqa: SIM118  (a handle is no mapping)
                     if name in self.shapes:
                         raise CheckpointError(
@@ -104,6 +107,12 @@ class Checkpoint:
     layout: LayoutName | None = None  # where whoever opened it knows whose names these are
     known: Mapping[str, Any] = field(default_factory=dict)  # fields of a ViTConfig, known better than from config.json
 
+    @property
+    def repository(self) -> str:
+        """The hub id of what lies in the hub's cache; "" for anything else."""
+        found = re.search(r"models--([^/]+?)--([^/]+)/snapshots(/|$)", Path(self.path).as_posix())
+        return f"{found[1]}/{found[2]}" if found else ""
+
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """A directory (Hugging Face, timm), a shard index, a safetensors file or a file of torch.save.
@@ -132,7 +141,23 @@ def _open(path: Path) -> Checkpoint:
     described = file is not path or file.name in (*_NAMES, INDEX)  # a file of any other name may lie in any company
     beside = (file.parent / CONFIG, file.parent / PROCESSOR)
     config, processor = (_read_json(p) if described and p.is_file() else {} for p in beside)
-    return Checkpoint(str(path), _open_tensors(file), config, processor)
+    tensors = _open_tensors(file)
+    if not config and isinstance(tensors, SafetensorsFiles) and tensors.metadata:
+        return Checkpoint(str(path), tensors, _parsed(tensors.metadata, f"the header of '{file}'"), processor)
+    return Checkpoint(str(path), tensors, config, processor)
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a file or folder is meant as a checkpoint, whole or not; True where that cannot be looked at."""
+    try:
+        if path.is_dir():
+            return any(p.name in (INDEX, ".metadata") or p.suffix in SUFFIXES for p in path.iterdir())
+        _kind_of(path)
+    except CheckpointError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _open_tensors(file: Path) -> TensorSource:
@@ -197,22 +222,27 @@ def _read_json(path: Path) -> dict[str, Any]:
         text = stream.read(MAX_JSON + 1)
     if len(text) > MAX_JSON:
         raise CheckpointError(f"'{path}' is longer than what such a file holds, {MAX_JSON:,} bytes; download it again")
+    return _parsed(text, f"'{path}'")
+
+
+def _parsed(text: bytes | str, where: str) -> dict[str, Any]:
     try:
-        content = json.loads(text.decode("utf-8"))
+        content = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"'{path}' is not valid JSON ({error}); download it again") from None
+        raise CheckpointError(f"{where} is not valid JSON ({error}); download it again") from None
     if not isinstance(content, dict):
-        raise CheckpointError(
-            f"'{path}' should hold a JSON object, holds a {type(content).__name__}; download it again"
-        )
+        raise CheckpointError(f"{where} should hold a JSON object, holds a {type(content).__name__}; download it again")
     return content
 
 
 def _kind_of(file: Path) -> str:
     """Looks at the first bytes, since what a loader says of a wrong file is no help."""
-    size = file.stat().st_size
     with open(file, "rb") as stream:
-        head = stream.read(64)
+        return kind_of(stream.read(64), file.stat().st_size, str(file))
+
+
+def kind_of(head: bytes, size: int, shown: str) -> str:
+    """safetensors, zip or pickle, by the first 64 bytes.  Raises: CheckpointError for anything else."""
     if head.startswith(b"PK\x03\x04"):
         return "zip"
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
@@ -228,20 +258,20 @@ def _kind_of(file: Path) -> str:
         (True, f"it starts with {head[:5]!r}"),
     )
     what = next(words for fits, words in others if fits)
-    raise CheckpointError(f"'{file}' is not a checkpoint: {what} ({size:,} bytes); download it again")
+    raise CheckpointError(f"'{shown}' is not a checkpoint: {what} ({size:,} bytes); download it again")
 
 
 def _read_torch(file: Path, zipped: bool) -> TensorsInMemory:
     """Every tensor of a file of torch.save under its dotted name, so that nested checkpoints look like flat ones."""
     try:
-        if _may_unpack_more(file, zipped):
-            raise pickle.UnpicklingError
+        check_calls(file, zipped)
         with torch.serialization.safe_globals([argparse.Namespace]):  # main_dino.py keeps its arguments, plain values
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        named = f" ({error})" if isinstance(error, NotPlainError) else ""
         raise CheckpointError(
-            f"'{file}' holds Python objects besides tensors, which could run code when loaded; "
-            "save its state dict alone, with torch.save(model.state_dict(), ...)"
+            f"'{file}' holds Python objects besides tensors{named}, which could run code or take all memory "
+            "when loaded; save its state dict alone, with torch.save(model.state_dict(), ...)"
         ) from None
     except Exception as error:  # of a damaged one torch raises anything
         raise CheckpointError(
@@ -263,19 +293,6 @@ def _read_torch(file: Path, zipped: bool) -> TensorsInMemory:
     found = TensorsInMemory(tensors)
     found.dtypes |= {name: None for name, tensor in tensors.items() if not _is_stored(tensor)}
     return found
-
-
-def _may_unpack_more(file: Path, zipped: bool) -> bool:
-    """Whether a file asks for more memory than it has bytes; torch.save compresses nothing and writes no bytearray."""
-    if not zipped:
-        with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(b"bytearray") >= 0
-    with zipfile.ZipFile(file) as archive:
-        return any(
-            member.compress_type != zipfile.ZIP_STORED
-            or (member.filename.lower().endswith(".pkl") and b"bytearray" in archive.read(member))
-            for member in archive.infolist()
-        )
 
 
 def _is_stored(tensor: Tensor) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from .layouts import LAYOUTS, Layout, LayoutName
+from .layouts import LAYOUTS, OURS, Layout, LayoutName
 from .reading import Checkpoint, TensorSource
+from .refusals import refuse_config, refuse_tensors
 
 __all__ = ["HF_EPS", "Stored", "layout_hint", "normalise", "recognise", "some"]
 
@@ -21,6 +22,11 @@ _REFUSED = {
     "convnextv2": "a ConvNeXt of the second version, which has another normalisation in its blocks",
 }
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+# what a training run keeps beside its teacher, and a classifier or pooler on top
+_OF_TRAINING = re.compile(
+    r"((model|module)\.)*(student|teacher|ema|gram|head|dino_|ibot_|optimizer|classifier|pooler)\w*(\.|$)"
+)
+_ADAPTERS = re.compile(r"(^|[._])(lora_[a-zA-Z]|base_layer|hada_w|lokr_w|ia3_l|oft_[rs]|modules_to_save|vera_lambda)")
 _ANCHORS = re.compile(
     r"^(.*?)(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?"
     r"|(?:model\.)?stages\.0\.(?:blocks\.|layers\.)?0\.(?:dwconv|conv_dw|depthwise_conv))\.weight$"
@@ -39,11 +45,16 @@ class Stored:
         self.parts = layout.parts(self.depth)
 
 
-def recognise(checkpoint: Checkpoint, layout: LayoutName | None = None) -> Stored:
+def recognise(checkpoint: Checkpoint, layout: LayoutName | None = None, named: bool = False) -> Stored:
     """The backbone in a file: by its names, else by its config, else Meta's, said in one line.
+
+    `named`: the caller says which model it is, so the state_dict of a Backbone will do.
 
     Raises: CheckpointError for names of no known layout or of two backbones, UnsupportedError for other networks.
     """
+    _refuse_adapters(checkpoint)
+    _refuse_windows(checkpoint.config)
+    refuse_config(checkpoint.config, checkpoint.path)
     groups = normalise(checkpoint.tensors.shapes)
     if not groups:
         raise CheckpointError(
@@ -51,12 +62,15 @@ def recognise(checkpoint: Checkpoint, layout: LayoutName | None = None) -> Store
         )
     prefix = _choose_prefix(checkpoint, list(groups))
     group = groups[prefix]
-    candidates = _layouts_of(group, layout)
-    if not candidates:
-        if "rope_periods" in group:
+    tokens = (checkpoint.tensors.shapes.get(group.get(name, "")) for name in ("cls_token", "embeddings.cls_token"))
+    refuse_tensors(group, next(filter(None, tokens), None), checkpoint.path)
+    own = _layouts_of(group, None, OURS)
+    candidates = own[:1] if named and own else _layouts_of(group, layout)
+    if own and not named or not candidates:
+        if own:
             raise CheckpointError(
                 f"'{checkpoint.path}' is the state_dict of a Backbone, without its config; "
-                "save it with save_pretrained, or give it to load_state_dict"
+                "give the name of the model too, as from_pretrained(name, weights=...), or save it with save_pretrained"
             )
         kinds = "layout" if layout is None else f"layout {layout!r}"
         raise CheckpointError(f"the names in '{checkpoint.path}' are those of no known {kinds}: {some(group)}")
@@ -71,16 +85,41 @@ def recognise(checkpoint: Checkpoint, layout: LayoutName | None = None) -> Store
                 checkpoint.path, chosen.name, others, chosen.name, others,
             )  # fmt: skip
     if prefix:
-        log.info(
-            "%s: took %d tensors under '%s', left %d others aside",
-            checkpoint.path, len(group), prefix, len(checkpoint.tensors.shapes) - len(group),
+        left = {original for original in checkpoint.tensors.shapes if original not in set(group.values())}
+        larger = [name for name in left if not _OF_TRAINING.match(name)]
+        log.log(
+            logging.WARNING if larger else logging.INFO,
+            "%s: took the %d tensors under '%s', left %d others aside%s",
+            checkpoint.path, len(group), prefix, len(left),
+            f"; they are of a larger model ({some(sorted(larger), 3)}), and what that does besides is not done here"
+            if larger else "",
         )  # fmt: skip
+    if "fc_norm.weight" in group and "norm.weight" not in group:  # of timm's models that pool before their norm
+        log.warning(
+            "%s: its norm follows the mean of the patches; here every token gets it, so a mean differs from timm's",
+            checkpoint.path,
+        )
+        group = {re.sub(r"^fc_norm\.", "norm.", name): original for name, original in group.items()}
     spelled: dict[str, str] = {}
     for name, original in group.items():
         for pattern, replacement in chosen.spellings:
             name = re.sub(pattern, replacement, name)
         spelled[name] = original
     return Stored(chosen, checkpoint.tensors, spelled)
+
+
+def _refuse_adapters(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for adapters, with or without the model that they were injected into."""
+    names = checkpoint.tensors.shapes
+    found = next((name for name in names if _ADAPTERS.search(name)), None)
+    if found is None:
+        return
+    whole = any(re.search(r"patch_embed", name) for name in names)
+    what = "a model with an adapter that is not merged" if whole else "an adapter without its model"
+    raise CheckpointError(
+        f"'{checkpoint.path}' is {what} ('{found}'); merge it (peft: PeftModel.from_pretrained(model, adapter)"
+        ".merge_and_unload()), and save the result"
+    )
 
 
 def normalise(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -100,6 +139,17 @@ def normalise(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return {p: {name[len(p) :]: clean[name] for name in under(p)} for p in sorted(prefixes)}
 
 
+def _refuse_windows(config: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError for a config, at any depth, of a backbone whose attention stays inside windows."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _refuse_windows(value)
+        elif re.fullmatch("num_windows|window_size|window_block_indexes|window_block_indices", str(name)) and value:
+            raise UnsupportedError(
+                f"config.json states {name}: its attention stays inside windows, and that is not here"
+            )
+
+
 def _choose_prefix(checkpoint: Checkpoint, prefixes: list[str]) -> str:
     teachers = [p for p in prefixes if re.search(r"(^|\.|_)(teacher|ema)", p) and "gram" not in p]
     chosen = prefixes if len(prefixes) == 1 else teachers
@@ -111,7 +161,7 @@ def _choose_prefix(checkpoint: Checkpoint, prefixes: list[str]) -> str:
     return chosen[0]
 
 
-def _layouts_of(names: Collection[str], layout: LayoutName | None) -> list[Layout]:
+def _layouts_of(names: Collection[str], layout: LayoutName | None, known: tuple[Layout, ...] = LAYOUTS) -> list[Layout]:
     """The layouts that these names (without prefix) can be, of the kind `layout` if given."""
 
     def any_matches(pattern: str) -> bool:
@@ -119,7 +169,7 @@ def _layouts_of(names: Collection[str], layout: LayoutName | None) -> list[Layou
 
     return [
         candidate
-        for candidate in LAYOUTS
+        for candidate in known
         if layout in (None, candidate.name)
         and all(any_matches(p) for p in candidate.has)
         and not any(any_matches(p) for p in candidate.lacks)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from ..system import whole
 from ..zoo import OWN, Config, ModelInfo
 from . import layouts
 from .architecture import reading_differs
-from .config_json import hf_config, hf_processor_config, timm_config
+from .config_json import hf_config, hf_processor_config, is_default, timm_config
 from .layouts import Layout, LayoutName, Parts, layout_for
-from .reading import INDEX, WEIGHTS, read_index
+from .reading import INDEX, METADATA, WEIGHTS, read_index
+from .transforms import transform_of
 
 __all__ = ["restore", "save_checkpoint"]
 
@@ -57,7 +59,7 @@ def restore(
         else:
             tensors.update(_write(parts, ours, tensor, config))
     if layout is layouts.HF_V3 and "register_tokens" not in state:
-        tensors["embeddings.register_tokens"] = torch.zeros(1, 0, config.embed_dim)
+        tensors["embeddings.register_tokens"] = torch.zeros(1, 0, config.embed_dim, dtype=torch.float32, device="cpu")
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, [
         note for note in dict.fromkeys(notes) if note
     ]
@@ -123,22 +125,27 @@ def save_checkpoint(
         name.endswith("qkv.bias") and bool(tensor.any()) for name, tensor in state.items()
     )
     files: dict[str, Mapping[str, Any]] = {}
-    block = _our_block(model, info)
+    block = _our_block(model, info, preprocess)
     if layout == "hf":
         dtype = str(model.main_weight.dtype).removeprefix("torch.")
         files["config.json"] = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": block}
-        files["preprocessor_config.json"] = hf_processor_config(model.config, preprocess.mean, preprocess.std)
+        files["preprocessor_config.json"] = hf_processor_config(model.config, preprocess, info)
     elif layout == "timm":
-        ours = {"dinov3_infer": block} if "from_scratch" in block else {}
-        files["config.json"] = timm_config(model.config, info, preprocess, with_bias) | ours
+        stated = timm_config(model.config, info, preprocess, with_bias)
+        tagged = "tag" in stated["pretrained_cfg"] and block.keys() == {"name"}
+        files["config.json"] = stated if tagged else stated | {"dinov3_infer": block}
     tensors, notes = restore(state, model.config, table, with_bias)
-    if layout == "meta" and info is not None and (preprocess.mean, preprocess.std) != (info.mean, info.std):
-        notes.append("the meta layout holds no mean and std, and those of this model are its own")
+    if target.suffix == ".pth" and (info is not None or preprocess != transform_of(model.config, info)):
+        notes.append("a .pth holds no name, no transform, no mean and std; a .safetensors file does")
     for note in notes + reading_differs(model.config, table):
         log.warning("%s: %s", target, note)
     weights = target if layout == "meta" else target / WEIGHTS
     weights.parent.mkdir(parents=True, exist_ok=True)
-    _write_tensors(weights, tensors)
+    facts: dict[str, Any] = dict(layer_norm_eps=model.config.norm_eps)
+    if isinstance(model.config, ViTConfig):
+        facts["num_attention_heads"] = model.config.num_heads
+    facts |= dict(dinov3_infer=block | {"preprocess": asdict(preprocess)})
+    _write_tensors(weights, tensors, facts)
     for name, content in files.items():
         with whole(target / name) as path:
             path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -147,13 +154,17 @@ def save_checkpoint(
     return target
 
 
-def _our_block(model: Network, info: ModelInfo | None) -> dict[str, Any]:
+def _our_block(model: Network, info: ModelInfo | None, preprocess: Preprocess) -> dict[str, Any]:
     """What the configs of others have no field for."""
     block: dict[str, Any] = {"name": info.name if info else None}
     if info is not None and info.licence == OWN:
         block["from_scratch"] = True
+    if info is not None and info.derived:
+        block["derived"] = True
     if model.rope_periods is not None and not _are_exact(model.rope_periods, model.config):
         block["rope_periods"] = model.rope_periods.tolist()
+    if not is_default(preprocess, info):
+        block["preprocess"] = asdict(preprocess)
     return block
 
 
@@ -173,10 +184,11 @@ def _remove_shards(folder: Path) -> None:
             (folder / shard).unlink(missing_ok=True)
 
 
-def _write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_tensors(target: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """`facts`: what the tensors do not show, for the header of a safetensors file."""
     with whole(target) as path:
         if target.suffix == ".pth":
             torch.save(tensors, path)
         else:  # which refuses tensors that share memory, as the parts of a split do
             own = {n: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for n, t in tensors.items()}
-            save_file(own, path, metadata={"format": "pt"})
+            save_file(own, path, metadata={"format": "pt", METADATA: json.dumps(facts)})

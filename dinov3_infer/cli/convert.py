@@ -24,11 +24,14 @@ def run(args: argparse.Namespace) -> int:
         out = check_folder(args.out, args.overwrite)
     path, info = locate(args.source, HubOptions())
     dtype = _dtype(path)
-    bb = Backbone.from_pretrained(args.source if info else path, device="cpu", dtype=dtype, layout=args.layout)
+    bb = Backbone.from_pretrained(
+        args.source if info else path, device="cpu", dtype=dtype, layout=args.layout, num_heads=args.num_heads
+    )
     expected = bb.fingerprint()
     bb.save_pretrained(out, args.to)
+    heads = bb.config.num_heads if args.to == "meta" else None  # which that layout does not state
     del bb
-    found = Backbone.from_pretrained(out, device="cpu", dtype=dtype, layout=args.to).fingerprint()
+    found = Backbone.from_pretrained(out, device="cpu", dtype=dtype, layout=args.to, num_heads=heads).fingerprint()
     if found != expected:
         raise CheckpointError(f"'{out}' was written, but what it holds differs from '{args.source}'; please report it")
     tell(f"wrote '{out}', layout {args.to}; read back, its fingerprint is that of '{args.source}': {found[:16]}")

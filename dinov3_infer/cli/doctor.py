@@ -12,16 +12,19 @@ from pathlib import Path
 import torch
 
 from .. import __file__ as package_file
+from ..backbone import Backbone, why_not_mps
 from ..checkpoints.reading import CONFIG
+from ..devices import mps_available
 from ..errors import Dinov3Error
 from ..hub.answers import HubOptions, explain
 from ..model.attention import why_not_triton
 from ..model.cpu.compiled import why_not_compiled
 from ..model.cpu.linear import why_not_int8, why_not_packed
+from ..recorded import compute, difference, known
 from ..version import __version__
 from ..web import client_error, queries_cut, reach, reason, without_query
 from ..zoo import MODELS
-from .golden import FORMULA, by_formula, compute, difference, known
+from .golden import FORMULA, by_formula
 from .main import FAILED, OK, say
 from .models import cached
 
@@ -39,16 +42,17 @@ CLOSE = {"cpu": 2e-5, "cuda": 2e-2}  # relative distance from the recorded vecto
 _GATED = "dinov3_vits16"
 
 
-def run(_: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     faults = 0
-    for title, check in _CHECKS:
+    checks = [*_CHECKS, *([("model", lambda: _model(args.model))] if args.model else [])]
+    for title, check in checks:
         try:
             for line in check():
                 say(f"{title:<13} {line}")
         except Exception as error:  # one thing that is broken must not hide the others
             faults += 1
             say(f"{title:<13} FAILED: {error if isinstance(error, Dinov3Error) else repr(error)}")
-    say(f"{'verdict':<13} {f'{faults} of {len(_CHECKS)} checks failed' if faults else 'works'}")
+    say(f"{'verdict':<13} {f'{faults} of {len(checks)} checks failed' if faults else 'works'}")
     return FAILED if faults else OK
 
 
@@ -69,7 +73,10 @@ def version_of(name: str) -> str | None:
 def _devices() -> Iterator[str]:
     yield f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    if not torch.cuda.is_available():
+    if mps_available():
+        reason = why_not_mps()
+        yield "mps: Apple GPU, its features are the recorded ones" if reason is None else f"mps is not used: {reason}"
+    elif not torch.cuda.is_available():
         yield f"no GPU; this torch was built with {built}"
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
@@ -133,6 +140,13 @@ def _hub() -> Iterator[str]:
 def _environment() -> Iterator[str]:
     shown = (f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ)
     yield " ".join(shown) or "none of the variables that matter is set"
+
+
+def _model(name: str) -> Iterator[str]:
+    """What of a model is taken from where."""
+    bb = Backbone.from_pretrained(name, device="cpu")
+    yield bb.extra_repr()
+    yield from (f"{field}: {text}" for field, text in bb.origin.items())
 
 
 def _forward() -> Iterator[str]:

@@ -22,6 +22,8 @@ def run(args: argparse.Namespace) -> int:
     count, skipped = report.shape[0], len(report.failures)
     numbers = f" of {math.prod(report.shape[1:])} numbers" if len(report.shape) > 1 else ""
     resumed = f", of which {report.resumed} were there" if report.resumed else ""
+    resumed += f"; {report.changed} computed again, whose source has changed" if report.changed else ""
+    resumed += f"; {report.retried} tried again, which had failed" if report.retried else ""
     lists = target.path if target.is_folder or not target.format.sides else target.path.with_suffix(".jsonl")
     left_out = (
         f"; {skipped} could not be read, {'its row is' if skipped == 1 else 'their rows are'} NaN, see '{lists}'"

@@ -1,66 +1,14 @@
-"""Vectors that were recorded, to tell whether weights and arithmetic are what they should be.
-
-The pictures are parts of Chelsea the cat by Stefan van der Walt and of a cup of coffee by Rachel Michetti, both CC0,
-and of a rocket by SpaceX, in the public domain.  They have 112 pixels a side, whole patches of 8, 14 and 16, so that
-nothing is resized.  tests/support/make_golden.py wrote them and the vectors.
-"""
-
-import json
-from copy import copy
-from dataclasses import dataclass, replace
-from pathlib import Path
+"""A small model whose weights are a formula, to check the arithmetic of an installation without any file."""
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from ..backbone import Backbone
-from ..images.preprocess import Preprocess
 from ..model.vit import ViTConfig
-from ..zoo import MODELS
 
-__all__ = ["FORMULA", "PICTURES", "Known", "by_formula", "compute", "difference", "known"]
+__all__ = ["FORMULA", "by_formula"]
 
-_DATA = Path(__file__).parent.parent / "data" / "samples"
-PICTURES = [_DATA / f"{name}.png" for name in ("cat", "coffee", "rocket")]
-SIDE = 112  # pixels
 FORMULA = "weights by formula"  # the record of `by_formula`
-
-
-@dataclass(frozen=True)
-class Known:
-    """Weights that were seen."""
-
-    what: str  # in words
-    model: str  # name of the zoo, "" for none
-    fingerprint: str
-    vectors: Tensor  # [3, 2C] float32, as `compute` gives
-
-
-def known(file: Path = _DATA / "golden.safetensors") -> list[Known]:
-    with safe_open(file, framework="pt") as content:
-        records = json.loads(content.metadata()["records"])
-        return [Known(**record, vectors=content.get_tensor(record["fingerprint"])) for record in records]
-
-
-def compute(bb: Backbone) -> Tensor:
-    """Class token and mean of the patches of the three pictures, [3, 2C] float32.
-
-    The same for the same weights in every layout: pixels are normalised by ImageNet's mean and std, and positions are
-    resized by one rule.
-    """
-    first = next(iter(MODELS.values()))
-    same = copy(bb)  # with the parameters of `bb`, and settings of its own
-    same.preprocess = Preprocess(first.mean, first.std, bb.patch_size, SIDE)
-    if isinstance(bb.config, ViTConfig):
-        same.config = replace(bb.config, position_resize="antialias")
-    return same.extract_features(PICTURES, pooling="cls_mean").embedding.cpu()
-
-
-def difference(found: Tensor, recorded: Tensor) -> float:
-    """Largest distance of a vector from its record, over the length of the record."""
-    return float(((found - recorded).norm(dim=-1) / recorded.norm(dim=-1)).max())
 
 
 def by_formula() -> Backbone:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from ..errors import Dinov3Error, InputError, MissingFileError, ModelNotFoundError
+from ..images.levels import Levels, as_levels
 from ..images.preprocess import Fit
 from ..images.sources import Source
 from .main import FAILED, OK, SKIPPED
@@ -25,13 +26,14 @@ class Geometry(TypedDict):
 
     size: int | tuple[int, int] | None
     fit: Fit | None
+    levels: Levels | None
 
 
 def geometry(args: argparse.Namespace) -> Geometry:
-    """Raises InputError for the picture's own size where the fit needs another."""
+    """Raises InputError for the picture's own size where the fit needs another, and for levels that are none."""
     if args.size == "own" and args.fit != "native":
         raise InputError(f"--size own goes with --fit native; with --fit {args.fit or 'of the model'} give pixels")
-    return Geometry(size=None if args.size == "own" else args.size, fit=args.fit)
+    return Geometry(size=None if args.size == "own" else args.size, fit=args.fit, levels=as_levels(args.levels))
 
 
 def load_backbone(args: argparse.Namespace) -> "Backbone":

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TextIO
 
 from ..errors import Dinov3Error
+from ..system import disk_error
 from .parser import parse
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "SKIPPED", "main", "printable", "say", "tell"]
@@ -19,6 +20,7 @@ OK, FAILED, SKIPPED, INTERRUPTED = 0, 1, 3, 130  # argparse ends with 2
 _TYPED = {  # what an error of the package says for Python, as one types it here
     "list_models()": "'dinov3-infer models'",
     "weights=PATH": "the path of a file",
+    "pass num_heads=": "give it to 'dinov3-infer convert' with --num-heads",
     "or overwrite it": "or --overwrite",
     ", and extract_features(fit='native') goes there by itself": "",
 }
@@ -67,6 +69,8 @@ def _sentence(error: Exception) -> str:
         for python, typed in _TYPED.items():
             text = text.replace(python, typed)
         return _OPTION.sub(lambda found: " ".join(filter(None, (f"--{found[1]}", found[2], found[3]))), text)
+    if (problem := disk_error(error)) is not None:
+        return str(problem)
     if isinstance(error, OSError) and error.strerror:
         at = f" '{os.fsdecode(error.filename)}'" if isinstance(error.filename, (str, bytes)) else ""
         return f"{error.strerror[0].lower()}{error.strerror[1:]}{at}"

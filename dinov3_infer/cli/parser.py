@@ -6,6 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..version import __version__
+from .values import (
+    count as _count,
+    numbers as _numbers,
+    pixels as _pixels,
+    point as _point,
+    size as _size,
+    whole as _whole,
+)
 
 __all__ = ["parse"]
 
@@ -63,11 +71,13 @@ def _make_parser() -> argparse.ArgumentParser:
     _curate(command("embed curate", "a list that is balanced over what there is, or like seed pictures"))
     _features(command("features", "dense feature maps, one file per picture", (_sources(), _model(), _batches(32))))
     _show(command("show", "a picture of what the features hold"))
+    _explore(command("explore", "a page that shows which patches of images are similar", (_sources(), _model())))
     _models(command("models", "the models that can be named"))
     _convert(command("convert", "weights in the layout of another library"))
     _export(command("export", "a file for another engine, checked in that engine"))
     _bench(command("bench", "how fast this is here, beside everything else that is installed"))
-    command("doctor", "what this installation is and whether it works: for bug reports")
+    doctor = command("doctor", "what this installation is and whether it works: for bug reports")
+    doctor.add_argument("model", nargs="?", metavar="MODEL", help="what of it is taken from where: " + _MODEL)
     _verify(command("verify", "whether weights are what they claim to be"))
     train = commands.add_parser(
         "train", help="train a backbone on pictures without labels", add_help=False, prefix_chars="\0"
@@ -123,13 +133,18 @@ def _batches(default: int | None) -> _Parser:
 def _geometry(found: argparse.ArgumentParser, dense: bool) -> None:
     default = "768 pixels" if dense else "that of the model"
     found.add_argument(
-        "--size", type=_size, default=768 if dense else None, help=f"SIDE or HEIGHTxWIDTH in pixels, or own ({default})"
+        "--size",
+        type=_size,
+        default=768 if dense else None,
+        help=f"SIDE or HEIGHTxWIDTH in pixels, or own ({default})",
     )
     found.add_argument(
         "--fit", choices=("squash", "crop", "pad", "native"), default="native" if dense else None,
         help="squash: to a square; crop: the centre; pad: filled up to a square; native: with its own aspect ratio "
         f"({'native' if dense else 'that of the model'})",
     )  # fmt: skip
+    text = "of images of more than 8 bits what is black and white; or full (of their type), or percentile (their own)"
+    found.add_argument("--levels", metavar="LOW,HIGH", help=text)
 
 
 def _out(found: argparse.ArgumentParser, text: str, metavar: str) -> None:
@@ -167,6 +182,10 @@ def _embed(found: argparse.ArgumentParser) -> None:
         help="fast: large JPEGs are made smaller by their decoder, which changes vectors a little (exact)",
     )  # fmt: skip
     found.add_argument("--shard-size", type=_count, metavar="N", help="pictures written at a time (10,000 or 256 MiB)")
+    found.add_argument(
+        "--trust-names", action="store_true",
+        help="a rerun does not look whether size, time or address of an image differ from before",
+    )  # fmt: skip
     _on_error(found)
 
 
@@ -247,6 +266,11 @@ def _show(found: argparse.ArgumentParser) -> None:
     similarity.add_argument("--point", type=_point, required=True, metavar="X,Y", help="pixel of the first picture")
 
 
+def _explore(found: argparse.ArgumentParser) -> None:
+    _out(found, "page to write, one file that needs no network", "OUT.html")
+    _geometry(found, dense=True)
+
+
 def _models(found: argparse.ArgumentParser) -> None:
     found.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of a name, or with * and ?")
     found.add_argument("--json", action="store_true", help="as a JSON list")
@@ -257,6 +281,7 @@ def _convert(found: argparse.ArgumentParser) -> None:
     found.add_argument("out", metavar="OUT", help="folder; for meta a file that ends in .pth or .safetensors")
     found.add_argument("--to", choices=_FORMATS, required=True, help="whose layout to write")
     found.add_argument("--layout", choices=_FORMATS, help="whose layout IN is, where its names do not tell")
+    found.add_argument("--num-heads", type=_count, metavar="N", help="of IN, where its files do not state it")
     _overwrite(found)
 
 
@@ -299,48 +324,3 @@ def _bench(found: argparse.ArgumentParser) -> None:
 def _verify(found: argparse.ArgumentParser) -> None:
     found.add_argument("weights", metavar="WEIGHTS", help=_MODEL.removesuffix(" (nano)"))
     found.add_argument("--model", metavar="NAME", help="the model that it should be")
-
-
-# --- values --------------------------------------------------------------------------------------------------------
-
-
-def _size(text: str) -> int | tuple[int, int] | str:
-    """The side, (height, width), or "own"."""
-    if text == "own":
-        return text
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
-        raise argparse.ArgumentTypeError(f"a size is SIDE or HEIGHTxWIDTH in pixels, or own; got {text!r}")
-    sides = [int(side) for side in text.split("x")]
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def _pixels(text: str) -> int | tuple[int, int]:
-    """The side, or (height, width)."""
-    found = _size(text)
-    if isinstance(found, str):
-        raise argparse.ArgumentTypeError(f"a size is SIDE or HEIGHTxWIDTH in pixels; got {text!r}")
-    return found
-
-
-def _numbers(text: str) -> list[int]:
-    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
-        raise argparse.ArgumentTypeError(f"blocks are numbers with commas between them, as in -1,-4; got {text!r}")
-    return [int(number) for number in text.split(",")]
-
-
-def _point(text: str) -> tuple[float, float]:
-    try:
-        x, y = (float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"a point is X,Y in pixels from the upper left corner; got {text!r}") from None
-    return x, y
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _whole(text: str, least: int = 0) -> int:
-    if not re.fullmatch(r"\d+", text) or int(text) < least:
-        raise argparse.ArgumentTypeError(f"give a whole number from {least} on; got {text!r}")
-    return int(text)

@@ -11,6 +11,7 @@ from ..errors import Dinov3Error, InputError
 from ..features.disk.lists import write_list
 from ..features.disk.store import Store
 from ..images.decode import ImageLike
+from ..images.levels import Levels, as_levels
 from ..images.opening import open_names
 from ..images.paths import is_collection, list_images
 from ..images.preprocess import Preprocess
@@ -30,8 +31,11 @@ def run(args: argparse.Namespace) -> int:
     store = Store(args.vectors)
     queries = list_images(args.query) if is_collection(args.query) else [args.query]
     vectors = _embedded(store, queries, args)
+    levels = as_levels(store.recipe.preprocess.get("levels"))
     scores, numbers = search(store, vectors, args.count, _device())
-    best = torch.full((len(store),), -torch.inf).scatter_reduce(0, numbers.flatten(), scores.flatten(), "amax")
+    best = torch.full((len(store),), -torch.inf, dtype=torch.float32, device="cpu").scatter_reduce(
+        0, numbers.flatten(), scores.flatten(), "amax"
+    )
     top = best.topk(min(args.count, int(best.isfinite().sum())))
     names = [store.paths[int(number)] for number in top.indices]
     for score, name in zip(top.values.tolist(), names, strict=True):
@@ -41,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             write_list(out, names)
         else:
             captions = ["query"] * len(queries) + [f"{score:.3f}" for score in top.values.tolist()]
-            shown = [panel(query) for query in queries] + _panels(names)
+            shown = [panel(query, levels) for query in queries] + _panels(names, levels)
             with whole(out) as path:
                 sheet([_square(picture) for picture in shown], captions).save(path)
         tell(f"wrote '{out}'")
@@ -64,13 +68,13 @@ def _embedded(
     return bb.embed(queries, pooling=recipe.pooling, decode=recipe.decode)
 
 
-def _panels(names: list[str]) -> list[Image.Image]:
+def _panels(names: list[str], levels: Levels | None) -> list[Image.Image]:
     """Pictures that have gone since are left grey."""
     source = open_names(names, "the results")
     found = []
     for i in range(len(source)):
         try:
-            picture: ImageLike = source.load(i).image
+            picture: ImageLike = source.load(i, levels=levels).image
             found.append(panel(picture))
         except Dinov3Error:
             found.append(Image.new("RGB", (512, 512), "grey"))

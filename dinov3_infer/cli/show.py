@@ -10,6 +10,7 @@ from ..backbone import Backbone
 from ..errors import InputError
 from ..features.result import Features
 from ..images.decode import ImageLike, load_image
+from ..images.levels import as_levels
 from ..images.opening import find_images
 from ..system import whole
 from ..tasks.overlay import attention_picture, overlay, panel, sheet
@@ -29,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     if len(images) > MOST:
         raise InputError(f"{len(images)} pictures do not fit on one sheet; give {MOST} at most")
     out = check_file(args.out, args.overwrite, (".png", ".jpg", ".jpeg", ".webp"))
+    if args.levels is not None:  # so that what is shown is what the model sees
+        paths = [load_image(path, levels=as_levels(args.levels)) for path in paths]
     rows = _KINDS[args.kind](load_backbone(args), paths, args)
     with whole(out) as path:
         _together(rows).save(path, quality=92)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..backbone import Backbone
 from ..hub.locate import HubOptions, locate
+from ..recorded import compute, difference, known
 from ..system import sha256
 from ..zoo import MODELS, ModelInfo, find
-from .golden import compute, difference, known
 from .main import FAILED, OK, SKIPPED, say
 
 __all__ = ["run"]
@@ -33,11 +33,13 @@ def run(args: argparse.Namespace) -> int:
     name, weights = (path, None) if asked is None else (asked.name, path)
     bb = Backbone.from_pretrained(name, weights=weights, device="cpu", dtype="float32", rope_periods="exact")
     found = Findings()
-    found.checked.append(f"every tensor of {bb.extra_repr()} is there, and no other")
+    found.checked.append(f"every tensor of {bb.summary()} is there, and no other")
     _check_numbers(bb, found)
     _check_file(path, bb, asked, found)
     _check_weights(bb, asked, found)
     say(f"weights      {path}")
+    for name, text in bb.origin.items():
+        say(f"{'taken':<12} {name}: {text}")
     for title in ("checked", "not_checked", "wrong"):
         for line in getattr(found, title):
             say(f"{title.replace('_', ' '):<12} {line}")
@@ -63,7 +65,7 @@ def _check_numbers(bb: Backbone, found: Findings) -> None:
 def _check_file(path: Path, bb: Backbone, asked: ModelInfo | None, found: Findings) -> None:
     """The SHA-256 of Meta's DINOv3 files begins with what their names end in."""
     published = {(row.meta_file or "").rpartition("-")[2]: row for row in MODELS.values() if row.family == "dinov3"}
-    if not path.is_file() or getattr(bb.config, "position_grid", None) is not None:
+    if not path.is_file() or bb.config.position_grid is not None:
         found.not_checked.append("the file: hashes are published of Meta's own DINOv3 files only")
         return
     digest = sha256(path)

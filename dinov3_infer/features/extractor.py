@@ -1,7 +1,8 @@
 """Batches of pixels through a network: with its plan or without, in its precision, and never NaN without a word."""
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, PrecisionError, UnsupportedError, check_choice
+from ..images.decode import ImageLike
+from ..images.levels import Levels
 from ..images.preprocess import Fit, PixelBatch, Preprocess
 from ..model.chips import lacks_bfloat16
-from ..model.dispatch import Mode, Precision, compare, plan_of
+from ..model.dispatch import Mode, Plan, Precision, Request, compare, plan_of, why_not_plan
 from ..model.introspection import Facet, attention_rows, with_facet
-from ..model.network import BackboneOutput, Network, resolve_layers
+from ..model.network import Network, Outputs, Scale, normalised, resolve_layers
 from ..model.vit import VisionTransformer
 from .result import Features, Pooling, features_of
-from .stream import MAX_TOKENS, Batcher, Decode, Reading, T
+from .stream import MAX_TOKENS, Batcher, Decode, Launch, Reading, T
 
 __all__ = ["Extractor"]
 
@@ -42,12 +45,18 @@ class Extractor:
             raise InputError(f"facet={facet!r} is that of layers; say which, e.g. layers=[-1]")
         return found
 
-    def transform(self, size: int | tuple[int, int] | None, fit: Fit | None) -> Preprocess:
+    def transform(
+        self, size: int | tuple[int, int] | None, fit: Fit | None, levels: Levels | None = None
+    ) -> Preprocess:
         """The transform with another size or fit.  Raises: UnsupportedError for padding that the network would see."""
-        found = self.preprocess.with_options(size, fit)
+        found = self.preprocess.with_options(size, fit, levels)
         if found.fit == "pad" and (reason := self.network.why_not_padded) is not None:
             raise UnsupportedError(f"fit='pad' is not for this network: {reason}; use 'native', 'crop' or 'squash'")
         return found
+
+    def batch(self, transform: Preprocess, images: Iterable[ImageLike]) -> PixelBatch:
+        """Images that come out at one size, in the form that is best for this device."""
+        return transform.batch(images, for_gpu=self.on_gpu)
 
     def features(
         self,
@@ -57,24 +66,70 @@ class Extractor:
         facet: Facet = "token",
     ) -> list[Features]:
         """One for each batch; all of them in one pass where the network can."""
-        pixels = [batch.pixels.to(self.network.device) for batch in batches]
-        with self._inference():
-            outputs = self._outputs(pixels, layers, facet)
-        found = []
-        for output, batch in zip(outputs, batches, strict=True):
-            grids = [self.network.grid_of(batch.pixels, layer) for layer in (-1, *layers)]
-            found.append(features_of(output, batch, grids, pooling))
-        self._check_finite(*(t for f in found for t in (f.cls_token, f.patch_tokens, f.register_tokens)))
+        found, total = self.launched(batches, layers, pooling, facet)
+        self.check_finite(total)
         return found
 
-    def _outputs(self, pixels: list[Tensor], layers: Sequence[int], facet: Facet) -> list[BackboneOutput]:
+    def launched(
+        self,
+        batches: Sequence[PixelBatch],
+        layers: Sequence[int] = (),
+        pooling: Pooling = "cls",
+        facet: Facet = "token",
+        class_only: bool = False,  # registers and patches may have no rows
+    ) -> tuple[list[Features], Tensor]:
+        """As `features`, which a GPU may still be computing, and the sum of all tokens, for `check_finite`."""
+        pixels = [batch.pixels.to(self.network.device, non_blocking=True) for batch in batches]
+        with self._inference():
+            outputs = self._outputs(pixels, layers, facet, class_only)
+            found = []
+            for output, batch in zip(outputs, batches, strict=True):
+                found.append(features_of(output, batch, self._grids(batch, layers), pooling))
+            total = outputs.total
+            if total is None:
+                each = (t.sum() for f in found for t in (f.cls_token, f.patch_tokens, f.register_tokens))
+                total = torch.stack(list(each)).sum()
+        return found, total
+
+    def landing(self) -> Callable[[], None]:
+        """What waits until all that was asked of the GPU up to now is done, and for nothing that is asked later."""
+        if not self.on_gpu:
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
+
+    def _outputs(self, pixels: list[Tensor], layers: Sequence[int], facet: Facet, class_only: bool = False) -> Outputs:
+        """`pixels`: uint8, or float and normalised."""
         if facet != "token":
             vit = self._transformer(f"facet={facet!r}")
-            return [with_facet(vit, p, layers, facet) for p in pixels]
-        plan = plan_of(self.network, self.mode, self.samples)
+            return Outputs([with_facet(vit, normalised(p, self.scale), layers, facet) for p in pixels])
+        plan = self.plan(pixels)
         if plan is None:
-            return self.network.forward_sizes(pixels, layers)
-        return plan(self.network, pixels, layers)  # type: ignore[arg-type]  # it was made for this network
+            return Outputs(self.network.forward_sizes([normalised(p, self.scale) for p in pixels], layers))
+        found = plan(self.network, pixels, layers, self.scale, class_only)
+        return found if isinstance(found, Outputs) else Outputs(found)
+
+    def plan(self, pixels: Sequence[Tensor] = ()) -> Plan | None:
+        """For images of these sizes, [B, 3, H_px, W_px] each; None where the network has to run as it is written."""
+        return plan_of(self.network, self.mode, self._request(pixels))
+
+    def why_not_plan(self) -> str | None:
+        """Why there is no plan, or None."""
+        if self.network.device.type == "meta":
+            return "the model is on 'meta' and holds no numbers"
+        with self._inference():
+            return why_not_plan(self.network, self.mode, self._request())
+
+    def _request(self, pixels: Sequence[Tensor] = ()) -> Request:
+        weight = self.network.main_weight.dtype
+        half = torch.bfloat16 if self._autocasts() else weight if weight.itemsize == 2 else None
+        return Request(self.samples, half, self.scale, tuple((p.shape[2], p.shape[3]) for p in pixels))
+
+    def _grids(self, batch: PixelBatch, layers: Sequence[int]) -> list[tuple[int, int]]:
+        """(h, w) in patches of the last layer, then of each layer asked for."""
+        like = torch.empty(batch.pixels.shape, dtype=torch.float32, device="meta")
+        return [self.network.grid_of(like, layer) for layer in (-1, *layers)]
 
     def attention_maps(
         self,
@@ -84,28 +139,31 @@ class Extractor:
     ) -> Tensor:
         """[B, H, h, w], see `Backbone.attention_maps`."""
         vit = self._transformer("an attention map")
-        grid, prefix = vit.grid_of(batch.pixels), vit.num_prefix_tokens
+        grid, prefix = self._grids(batch, ())[0], vit.num_prefix_tokens
         tokens = [0] * len(batch.placements)
         if query is not None:
             patches = (placement.to_patch(*query, grid) for placement in batch.placements)
             tokens = [prefix + row * grid[1] + column for row, column in patches]
         with self._inference():
-            rows = attention_rows(vit, batch.pixels.to(vit.device), block, torch.tensor(tokens))
-        self._check_finite(rows)
+            asked = torch.tensor(tokens, dtype=torch.int64, device="cpu")
+            rows = attention_rows(vit, self._normalised(batch), block, asked)
+        self.check_finite(rows.sum())
         return rows[:, :, 0, prefix:].unflatten(-1, grid)  # type: ignore[no-any-return]
 
     def precision(self, batch: PixelBatch) -> Precision:
         """How near the tokens of a batch are to those of the plain network in float32."""
-        pixels = batch.pixels.to(self.network.device)
         with self._inference():
-            (found,) = self._outputs([pixels], [], "token")
+            (found,) = self._outputs([batch.pixels.to(self.network.device)], [], "token")
         with torch.no_grad(), torch.autocast(self.network.device.type, enabled=False):
-            return compare(found, self.network(pixels, layers=[]))
+            return compare(found, self.network(self._normalised(batch), layers=[]))
+
+    def _normalised(self, batch: PixelBatch) -> Tensor:
+        return normalised(batch.pixels.to(self.network.device), self.scale)
 
     def batcher(
         self,
         transform: Preprocess,
-        forward: Callable[[list[PixelBatch]], list[Sequence[T]]],
+        launch: Launch[T],
         batch_size: int,
         *,
         num_workers: int | None = None,
@@ -114,9 +172,9 @@ class Extractor:
         shard_size: int | None = None,
         halves: bool = True,
     ) -> Batcher[T]:
-        """A stream of images through `forward`, read by as many threads as this device is good for."""
-        reading = self.reading(num_workers, decode)
-        return Batcher(transform, forward, batch_size, max_tokens or self.max_tokens, reading, shard_size, halves)
+        """A stream of images through `launch`, read by as many threads as this device is good for."""
+        tokens, reading = max_tokens or self.max_tokens, self.reading(num_workers, decode)
+        return Batcher(transform, launch, batch_size, tokens, reading, shard_size, halves, self.on_gpu)
 
     def reading(self, num_workers: int | None, decode: Decode = "exact") -> Reading:
         """How images become pixels beside this network."""
@@ -135,17 +193,30 @@ class Extractor:
     def arithmetic(self) -> str:
         """The dtype of the parameters, and what the products are computed in where that differs."""
         dtype = str(self.network.main_weight.dtype).removeprefix("torch.")
-        if self._autocasts():
-            return f"{dtype}, products in bfloat16"
-        if self.mode in ("exact", "plain") or self.network.device.type != "cpu":
+        if not self.on_gpu and self.mode in ("exact", "plain"):
             return dtype
         with self._inference():  # the plan knows whether another mode had to take its place
-            plan = plan_of(self.network, self.mode, self.samples)
-        return dtype if plan is None or plan.mode == "exact" else f"{dtype}, mode {plan.mode}"
+            plan = self.plan()
+        mode = "" if plan is None or plan.mode == "exact" else f", mode {plan.mode}"
+        if not self.on_gpu:
+            return f"{dtype}{mode}"
+        products = ", products in bfloat16" if self._autocasts() else ""
+        return f"{dtype}{products}{'' if plan is None else ', by a plan'}{mode}"
 
-    def samples(self) -> Tensor:
-        """Pixels of the images that come with the package, [3, 3, H_px, W_px]."""
-        return self.preprocess.batch([_SAMPLES / f"{name}.png" for name in ("cat", "coffee", "rocket")]).pixels
+    def samples(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Pixels of the images that come with the package, [3, 3, H_px, W_px]; `size`: (height, width), or default."""
+        transform = self.preprocess if size is None else self.preprocess.with_options(size, "squash")
+        return self.batch(transform, [_SAMPLES / f"{name}.png" for name in ("cat", "coffee", "rocket")]).pixels
+
+    @property
+    def scale(self) -> Scale:
+        """Mean and standard deviation of the colours."""
+        return self.preprocess.mean, self.preprocess.std
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the network runs beside the host, and images have a way to go."""
+        return self.network.device.type == "cuda"
 
     def _transformer(self, what: str) -> VisionTransformer:
         if not isinstance(self.network, VisionTransformer):
@@ -162,8 +233,12 @@ class Extractor:
         mixed = self.mixed_precision and weight.is_cuda and weight.dtype == torch.float32
         return mixed and not lacks_bfloat16(weight.device)
 
-    def _check_finite(self, *tensors: Tensor) -> None:
-        if all(bool(t.isfinite().all()) for t in tensors):
+    def check_finite(self, total: Tensor) -> None:
+        """`total`: [] a sum of what was computed; waits for it.
+
+        Raises: PrecisionError where the sum is not finite.
+        """
+        if math.isfinite(total.item()):
             return
         dtype = torch.bfloat16 if self._autocasts() else self.network.main_weight.dtype
         if dtype in (torch.float16, torch.bfloat16):

@@ -1,20 +1,28 @@
 """What `extract_features` returns: named tokens, the grid they lie on, and the way back to the picture."""
 
+import base64
+import io
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError, check_choice
 from ..images.preprocess import PixelBatch, Placement
-from ..model.network import BackboneOutput, as_map
+from ..model.network import BackboneOutput, as_map, shapes
+from .components import colours, project
 
 __all__ = ["Features", "LayerFeatures", "Pooling", "features_of", "pool", "pooled_width"]
 
 Pooling = Literal["cls", "mean", "cls_mean"]
+_TOKENS = ("cls_token", "register_tokens", "patch_tokens")
+_NAMES = ("embedding", *_TOKENS, "feature_map")
+_SHOWN = 8  # images of a batch that a notebook shows
 
 
 def pool(cls_token: Tensor, patch_tokens: Tensor, pooling: Pooling, valid: Tensor | None = None) -> Tensor:
@@ -35,7 +43,7 @@ def pooled_width(width: int, pooling: Pooling) -> int:
     return width * (2 if pooling == "cls_mean" else 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class LayerFeatures:
     """One layer: its tokens after the final norm, or the facet asked for (see `extract_features`)."""
 
@@ -49,8 +57,16 @@ class LayerFeatures:
         """[B, C, h, w], a view of the patch tokens."""
         return as_map(self.patch_tokens, self.grid)
 
+    def __repr__(self) -> str:
+        return f"LayerFeatures({shapes(self, (*_TOKENS, 'feature_map'))}, grid {self.grid})"
 
-@dataclass(frozen=True, repr=False)
+    def __eq__(self, other: object) -> bool:
+        return _same(self, other, _TOKENS) if isinstance(other, LayerFeatures) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # equal by value, and tensors can change
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class Features:
     """Features of a batch of pictures, float32, all after the final norm."""
 
@@ -89,9 +105,37 @@ class Features:
         return self.cls_token
 
     def __repr__(self) -> str:
-        names = ("embedding", "cls_token", "register_tokens", "patch_tokens", "feature_map")
-        shapes = ", ".join(f"{name} {list(getattr(self, name).shape)}" for name in names)
-        return f"Features({shapes}, grid {self.grid}, {len(self.layers)} layers)"
+        return f"Features({shapes(self, _NAMES)}, grid {self.grid}, {len(self.layers)} layers)"
+
+    def _repr_html_(self) -> str:
+        """A table of shapes with the principal components of the first images in colours, for notebooks."""
+        rows = [(name, str(list(getattr(self, name).shape))) for name in _NAMES]
+        rows += [("grid", str(self.grid)), ("layers", str(len(self.layers)))]
+        if min(self.grid) * len(self) >= 3 and self.patch_tokens.isfinite().all():
+            shown = self.patch_tokens[:_SHOWN].detach().cpu().float()
+            pixels = colours(project(shown.flatten(0, 1), 3)).reshape(len(shown), *self.grid, 3)
+            rows.append(("PCA", "".join(_thumbnail(one) for one in pixels)))
+        cells = "".join(f"<tr><th>{name}</th><td>{cell}</td></tr>" for name, cell in rows)
+        return f"<table>{cells}</table>"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all tensors, and where the images went, are the same."""
+        if not isinstance(other, Features):
+            return NotImplemented
+        return (
+            _same(self, other, ("embedding", *_TOKENS))
+            and self.placements == other.placements
+            and ((self.valid is None) == (other.valid is None))
+            and (self.valid is None or torch.equal(self.valid, other.valid))  # type: ignore[arg-type]
+            and self.layers == other.layers
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # equal by value, and tensors can change
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The embedding, for `np.asarray(features)`; `numpy()` gives every tensor."""
+        found: np.ndarray = self.embedding.detach().cpu().numpy()
+        return found.astype(dtype or found.dtype, copy=bool(copy))
 
     def __len__(self) -> int:
         return len(self.placements)
@@ -107,18 +151,17 @@ class Features:
     def __iter__(self) -> Iterator["Features"]:
         return (self[i] for i in range(len(self)))
 
-    def to(self, device: str | torch.device) -> "Features":
-        """The same on another device."""
-        return self._each(lambda t: t.to(device))
+    def to(self, device: str | torch.device, non_blocking: bool = False) -> "Features":
+        """The same on another device; `non_blocking` as torch has it."""
+        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Features":
         def changed(part: Any, *names: str) -> dict[str, Any]:
             return {name: change(getattr(part, name)) for name in names}
 
-        tokens = ("cls_token", "register_tokens", "patch_tokens")
-        layers = tuple(replace(layer, **changed(layer, *tokens)) for layer in self.layers)
+        layers = tuple(replace(layer, **changed(layer, *_TOKENS)) for layer in self.layers)
         valid = None if self.valid is None else change(self.valid)
-        return replace(self, **changed(self, "embedding", *tokens), valid=valid, layers=layers)
+        return replace(self, **changed(self, "embedding", *_TOKENS), valid=valid, layers=layers)
 
     def _number(self, index: int) -> int:
         if not hasattr(index, "__index__"):
@@ -162,11 +205,23 @@ class Features:
         def arrays(part: Any, *names: str) -> dict[str, Any]:
             return {name: getattr(part, name).detach().cpu().numpy() for name in names}
 
-        tokens = ("cls_token", "register_tokens", "patch_tokens", "feature_map")
-        found = arrays(self, "embedding", *tokens)
+        found = arrays(self, *_NAMES)
         if self.valid is not None:
             found |= arrays(self, "valid")
-        return found | {"layers": [arrays(layer, *tokens) for layer in self.layers]} if self.layers else found
+        return found | {"layers": [arrays(layer, *_NAMES[1:]) for layer in self.layers]} if self.layers else found
+
+
+def _same(one: Any, other: Any, names: Sequence[str]) -> bool:
+    pairs = [(getattr(one, name), getattr(other, name)) for name in names]
+    same = all(a.device == b.device and torch.equal(a, b) for a, b in pairs)
+    return same and bool(one.grid == other.grid)
+
+
+def _thumbnail(pixels: np.ndarray) -> str:  # [h, w, 3] uint8
+    packed = io.BytesIO()
+    Image.fromarray(pixels).save(packed, "PNG")
+    data = base64.b64encode(packed.getvalue()).decode()
+    return f'<img style="height: 96px; image-rendering: pixelated" src="data:image/png;base64,{data}">'
 
 
 def features_of(

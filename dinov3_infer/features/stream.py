@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ..errors import Dinov3Error, InputError, InputTypeError, check_choice
 from ..images.decode import Decoded, ImageLike, TargetSize, decode
+from ..images.levels import Levels
 from ..images.paths import name_of
+from ..images.pixels import own
 from ..images.preprocess import PixelBatch, Placement, Preprocess
 from ..images.sources import Items, Source
 
@@ -26,6 +28,7 @@ __all__ = [
     "Batcher",
     "Decode",
     "Item",
+    "Launch",
     "OnError",
     "Reading",
     "Result",
@@ -43,6 +46,7 @@ Decode = Literal["exact", "fast"]
 MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 
 T = TypeVar("T")
+Launch = Callable[[list[PixelBatch]], Callable[[], list[Sequence[T]]]]
 
 
 class Item(NamedTuple):
@@ -50,7 +54,7 @@ class Item(NamedTuple):
 
     number: int  # in the input, from 0
     path: str | None  # None for pictures that came as objects
-    load: Callable[[TargetSize | None], Decoded]
+    load: Callable[[TargetSize | None, Levels | None], Decoded]
     alone: bool = False  # not in a thread: an open picture or stream may come twice, and cannot be read twice at once
 
 
@@ -61,6 +65,7 @@ class Result(Generic[T]):
     number: int
     path: str | None
     found: T | Dinov3Error  # the error says why it could not be read
+    ends: bool = True  # the last one of its pass
 
 
 @dataclass(frozen=True)
@@ -85,23 +90,31 @@ class _Read(NamedTuple):
 
 
 def items_of(pictures: Source | Iterable[ImageLike], numbers: Iterable[int] | None = None) -> Iterator[Item]:
-    """All pictures, or of a source those with these numbers."""
+    """All images, or of a source those with these numbers.
+
+    An array or tensor that does not lie in a list is copied when it is pulled: a stream may fill one again and again.
+    """
     if isinstance(pictures, Source):
         numbers = range(len(pictures)) if numbers is None else numbers
         if not isinstance(pictures, Items):
             yield from (Item(n, pictures.key(n), partial(pictures.load, n)) for n in numbers)
             return
-        listed = list(numbers)
+        listed, kept = list(numbers), pictures.kept
         chosen: Iterable[tuple[int, ImageLike]] = zip(listed, map(pictures.picture, listed), strict=True)
     else:
-        chosen = enumerate(pictures)
+        chosen, kept = enumerate(pictures), isinstance(pictures, (list, tuple))
     for n, image in chosen:
+        if not kept:
+            image = own(image)
         alone = not isinstance(image, (str, os.PathLike, bytes, np.ndarray, Tensor))
         yield Item(n, name_of(image), partial(decode, image, f"item {n}"), alone)
 
 
 class Batcher(Generic[T]):
-    """Runs `forward` over a stream of pictures.
+    """Runs `launch` over a stream of pictures.
+
+    `launch` is given a batch for each size, and returns what waits for one result per picture: beside a GPU, which goes
+    on meanwhile, the next pass is launched before the results of the one before are waited for.
 
     A pass takes neighbours only, `batch_size` pictures and `max_tokens` patches at most, grouped by size, and none of
     two shards: so what runs together is a function of the pictures of a shard and of these numbers alone.  Where the
@@ -112,30 +125,38 @@ class Batcher(Generic[T]):
     def __init__(
         self,
         transform: Preprocess,
-        forward: Callable[[list[PixelBatch]], list[Sequence[T]]],  # one batch per size -> one result per picture
+        launch: Launch[T],
         batch_size: int,
         max_tokens: int,
         reading: Reading,
         shard_size: int | None = None,  # pictures
         halves: bool = True,
+        for_gpu: bool = False,  # see `Preprocess.place`
     ) -> None:
-        self.transform, self.forward, self.max_tokens, self.reading = transform, forward, max_tokens, reading
+        self.transform, self.launch, self.max_tokens, self.reading = transform, launch, max_tokens, reading
         self.batch_size = count_of("batch_size", batch_size, 1)
-        self.shard_size, self.halves = shard_size, halves
+        self.shard_size, self.halves, self.for_gpu = shard_size, halves, for_gpu
 
     def __call__(self, items: Iterable[Item]) -> Iterator[Result[T]]:
         """One result per picture, in order."""
+        flying: deque[_Flight[T]] = deque()
+        for reads in self._passes(items):
+            yield from self._run(reads, flying)
+        while flying:
+            yield from flying.popleft().landed()
+
+    def _passes(self, items: Iterable[Item]) -> Iterator[list[_Read]]:
         waiting: list[_Read] = []
         tokens = 0
         for read in self._read(items):
             more = read.tokens(self.transform.patch_size)
             full = len(waiting) >= self.batch_size or tokens + more > self.max_tokens
             if waiting and (full or self._shard(read) != self._shard(waiting[0])):
-                yield from self._run(waiting)
+                yield waiting
                 waiting, tokens = [], 0
             waiting.append(read)
             tokens += more
-        yield from self._run(waiting)
+        yield waiting
 
     def _shard(self, read: _Read) -> int:
         return read.item.number // self.shard_size if self.shard_size else 0
@@ -167,8 +188,8 @@ class Batcher(Generic[T]):
 
     def _in_rounds(self, pool: ThreadPoolExecutor, items: Iterator[Item]) -> Iterator[_Read]:
         """A model on the CPU uses every core: threads that decode meanwhile would only make it wait for its slowest."""
-        while batch := list(itertools.islice(items, self.batch_size)):
-            yield from [future.result() for future in [self._submit(pool, item) for item in batch]]
+        while batch := [self._submit(pool, item) for item in itertools.islice(items, self.batch_size)]:
+            yield from (future.result() for future in batch)
 
     def _submit(self, pool: ThreadPoolExecutor, item: Item) -> Future[_Read]:
         if not item.alone:
@@ -181,45 +202,65 @@ class Batcher(Generic[T]):
         label = f"item {item.number}"
         wanted = (lambda h, w: self.transform.plan(h, w, label).resized) if self.reading.decode == "fast" else None
         try:
-            image, original = item.load(wanted)
-            return _Read(item, self.transform.place(image, label, original))
+            image, original = item.load(wanted, self.transform.levels)
+            return _Read(item, self.transform.place(image, label, original, self.for_gpu))
         except Dinov3Error as error:
             return _Read(item, error)
 
     # --- running ----------------------------------------------------------------------------------------------------
 
-    def _run(self, reads: list[_Read]) -> Iterator[Result[T]]:
+    def _run(self, reads: list[_Read], flying: "deque[_Flight[T]]") -> Iterator[Result[T]]:
+        """Launches a pass, and gives the results of those that are not to fly beside it."""
         while reads:
             part = reads[: self.batch_size]
-            done = self._results(part)
-            if done is None:
+            flight = self._launched(part, alone=not flying)
+            if flight is None and flying:  # which hold memory
+                yield from flying.popleft().landed()
+                continue
+            if flight is None:
                 self.batch_size = len(part) // 2
                 log.warning("out of memory with %d pictures in one pass; going on with %d", len(part), self.batch_size)
                 continue
-            for item, placed in part:
-                found = placed if isinstance(placed, Dinov3Error) else done[item.number]
-                yield Result(item.number, item.path, found)
+            flying.append(flight)
             reads = reads[len(part) :]
+            while len(flying) > self.for_gpu:
+                yield from flying.popleft().landed()
 
-    def _results(self, reads: list[_Read]) -> dict[int, T] | None:
-        """By number of the picture; None where the memory did not do."""
+    def _launched(self, reads: list[_Read], alone: bool) -> "_Flight[T] | None":
+        """None where the memory did not do."""
         groups: dict[tuple[int, ...], list[tuple[int, tuple[Tensor, Placement]]]] = {}
         for item, placed in reads:
             if not isinstance(placed, Dinov3Error):
                 groups.setdefault(tuple(placed[0].shape), []).append((item.number, placed))
         if not groups:
-            return {}
-        batches = [self.transform.collate([placed for _, placed in group]) for group in groups.values()]
+            return _Flight(reads, [], list)
+        batches = [self.transform.collate([placed for _, placed in group], self.for_gpu) for group in groups.values()]
         try:
-            done = self.forward(batches)
+            wait = self.launch(batches)
         except torch.OutOfMemoryError as error:
-            if len(reads) > 1 and self.halves:
+            if not alone or (len(reads) > 1 and self.halves):
                 return None
             if len(reads) == 1:
                 error.add_note(f"item {reads[0].item.number} alone is too large for the memory; give a smaller size=")
             raise
-        numbers = [[number for number, _ in group] for group in groups.values()]
-        return {n: one for group, batch in zip(numbers, done, strict=True) for n, one in zip(group, batch, strict=True)}
+        return _Flight(reads, [[number for number, _ in group] for group in groups.values()], wait)
+
+
+@dataclass(frozen=True)
+class _Flight(Generic[T]):
+    """A pass that was launched."""
+
+    reads: list[_Read]
+    numbers: list[list[int]]  # of the pictures of each batch
+    wait: Callable[[], list[Sequence[T]]]
+
+    def landed(self) -> Iterator[Result[T]]:
+        """What became of each picture, when the results are there."""
+        batches = zip(self.numbers, self.wait(), strict=True)
+        done = {n: one for numbers, batch in batches for n, one in zip(numbers, batch, strict=True)}
+        for item, placed in self.reads:
+            found = placed if isinstance(placed, Dinov3Error) else done[item.number]
+            yield Result(item.number, item.path, found, item is self.reads[-1].item)
 
 
 def in_order(results: Iterable[Result[T]], on_error: OnError) -> Iterator[T | Dinov3Error | None]:

@@ -1,16 +1,19 @@
 """Vectors of many pictures in one array."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..errors import Dinov3Error, InputError, check_choice
+from ..images.levels import Levels, as_levels
 from ..images.preprocess import Fit, PixelBatch
+from ..model.network import as_map
 from .extractor import Extractor
 from .result import Features, Pooling
 from .stream import Decode, Result, count_of
@@ -38,6 +41,7 @@ class EmbedOptions:
     out_dtype: OutDtype = "float32"
     size: int | tuple[int, int] | None = None  # pixels
     fit: Fit | None = None
+    levels: Levels | None = None  # of images of more than 8 bits
     decode: Decode = "exact"
     # how they are made
     batch_size: int | None = None  # images; None for what is found to be fastest
@@ -45,11 +49,13 @@ class EmbedOptions:
     num_workers: int | None = None  # threads that read images
     on_error: Literal["raise", "skip"] = "raise"
     overwrite: bool = False
+    trust_names: bool = False  # a rerun does not look whether images are those that had their names
     progress: bool | None = None  # None: where stderr is a terminal
 
     def __post_init__(self) -> None:
         for name, kind in (("pooling", Pooling), ("kind", Kind), ("out_dtype", OutDtype), ("decode", Decode)):
             check_choice(name, getattr(self, name), kind)
+        object.__setattr__(self, "levels", as_levels(self.levels))
         check_choice("on_error", self.on_error, ("raise", "skip"))
         for name, least in (("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
             if (value := getattr(self, name)) is not None:
@@ -74,6 +80,8 @@ class EmbedReport:
     failures: tuple[Failure, ...]  # whose rows are NaN
     batch_size: int  # in the end: smaller than asked for where the memory did not do
     resumed: int  # rows that were there before
+    changed: int = 0  # rows computed again, because their source is another one now
+    retried: int = 0  # rows that had failed before, and were tried again
 
 
 class Vector(NamedTuple):
@@ -83,17 +91,28 @@ class Vector(NamedTuple):
     grid: tuple[int, int]  # (h, w) in patches
 
 
-def vectors_of(extractor: Extractor, batches: list[PixelBatch], options: EmbedOptions) -> list[Sequence[Vector]]:
-    """For each batch one vector per image, with memory of its own."""
-    return [_kept(features, options) for features in extractor.features(batches, pooling=options.pooling)]
+def vectors_of(
+    extractor: Extractor, batches: list[PixelBatch], options: EmbedOptions
+) -> Callable[[], list[Sequence[Vector]]]:
+    """For each batch one vector per image, with memory of its own; what is returned waits for them."""
+    class_only = options.kind == "embedding" and options.pooling == "cls"
+    found, total = extractor.launched(batches, pooling=options.pooling, class_only=class_only)
+    tensors = [(_kept(features, options).to("cpu", non_blocking=True), features.grid) for features in found]
+    total = total.to("cpu", non_blocking=True)  # torch takes pinned memory for both
+    landed = extractor.landing()
+
+    def wait() -> list[Sequence[Vector]]:
+        landed()
+        extractor.check_finite(total)
+        return [[Vector(row.copy(), grid) for row in tensor.numpy()] for tensor, grid in tensors]
+
+    return wait
 
 
-def _kept(features: Features, options: EmbedOptions) -> list[Vector]:
+def _kept(features: Features, options: EmbedOptions) -> Tensor:
     tensor = features.embedding if options.kind == "embedding" else features.patch_tokens
     tensor = F.normalize(tensor, dim=-1) if options.normalize else tensor
-    if options.kind == "map":
-        tensor = tensor.unflatten(1, features.grid).permute(0, 3, 1, 2)
-    return [Vector(array.copy(), features.grid) for array in tensor.cpu().numpy()]
+    return tensor if options.kind != "map" else as_map(tensor, features.grid)
 
 
 def collect(

@@ -5,6 +5,7 @@ import binascii
 import hashlib
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -12,14 +13,25 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from ..checkpoints.reading import SUFFIXES
-from ..errors import CheckpointError, Dinov3Error, GatedModelError, InputError, ModelNotFoundError, OfflineError
+from ..checkpoints.reading import SUFFIXES, kind_of
+from ..errors import (
+    CheckpointError,
+    Dinov3Error,
+    DiskError,
+    GatedModelError,
+    InputError,
+    ModelNotFoundError,
+    OfflineError,
+)
 from ..system import whole
-from ..web import client_error, client_tools, get, queries_cut, reason, without_query
+from ..web import client_error, client_errors, client_tools, get, queries_cut, reason, without_query
 
 __all__ = ["download"]
 
 _TRIES, _PAUSE_S = 4, 1.0
+MAX_BYTES = 2**36  # of a file: twice those of the largest model in float32
+_HEAD = 64  # bytes that tell what a file is
+_SPARE = 2**30  # of a disk, which a file without a stated size does not take
 
 
 def download(
@@ -34,7 +46,8 @@ def download(
     Files are known by their link without its query, so that a link signed anew finds what an older one brought.
     `not_asked` is why nothing may be downloaded, None if it may.  `check` raises for a file that is not to be kept.
 
-    Raises: InputError, GatedModelError where access is refused, ModelNotFoundError, OfflineError, CheckpointError.
+    Raises: InputError, GatedModelError where access is refused, ModelNotFoundError, OfflineError, CheckpointError,
+    DiskError.
     """
     from huggingface_hub import cached_assets_path
 
@@ -69,7 +82,7 @@ def download(
         return target, True
     except Dinov3Error:
         raise
-    except (OSError, client_error(), ValueError) as error:  # ValueError: a host that no client can write
+    except client_errors() as error:
         raise OfflineError(
             f"download of '{shown}' failed ({reason(error)}); try again, or give the path of the file"
         ) from None
@@ -79,7 +92,7 @@ def _receive(link: str, shown: str, file: BinaryIO, name: str) -> None:
     """Writes the whole file; where a connection breaks it goes on from there, unless nothing comes any more."""
     total: int | None = None
     version: str | None = None
-    done, without_progress, answered = 0, 0, False
+    done, without_progress, answered, head = 0, 0, False, b""
     with client_tools().tqdm(desc=name, unit="B", unit_scale=True, disable=None) as bar:  # on a terminal only
         while True:
             before = done
@@ -96,9 +109,16 @@ def _receive(link: str, shown: str, file: BinaryIO, name: str) -> None:
                     total = done + int(length) if length else total
                     version = response.headers.get("ETag")
                     bar.total, bar.n = total, done
+                    if total is not None:
+                        _check_room(total, total - done, file, shown)
                     for chunk in chunks:
+                        if total is None and done < _HEAD <= done + len(chunk):  # it may be noise without an end
+                            kind_of((head + chunk)[:_HEAD], MAX_BYTES, shown)
+                        head = (head + chunk[:_HEAD])[:_HEAD] if done else chunk[:_HEAD]
                         file.write(chunk)
                         done += len(chunk)
+                        if total is None or done > total:
+                            _check_room(done, _SPARE, file, shown)
                         bar.update(len(chunk))
                 if total is None or done == total:
                     return
@@ -112,6 +132,19 @@ def _receive(link: str, shown: str, file: BinaryIO, name: str) -> None:
                     f"download of '{shown}' stopped at {done:,} of {total or 0:,} bytes ({problem}); try again"
                 )
             time.sleep(_PAUSE_S)
+
+
+def _check_room(size: int, more: int, file: BinaryIO, shown: str) -> None:
+    """Raises for a file larger than any model, or than the disk; one without a stated size leaves 1 GiB free."""
+    if size > MAX_BYTES:
+        raise CheckpointError(f"'{shown}' has more than {MAX_BYTES >> 30} GiB, which no model has; check the link")
+    folder = os.path.dirname(file.name)
+    free = shutil.disk_usage(folder).free
+    if free < more:
+        raise DiskError(
+            f"'{shown}' needs {more >> 20:,} MiB more on the disk of '{folder}', where {free >> 20:,} are free; make "
+            "room, or give another cache_dir"
+        )
 
 
 def _check(response: Any, link: str, shown: str) -> None:

@@ -13,11 +13,22 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
-from ..checkpoints.reading import CONFIG, INDEX, PICKLED, PROCESSOR, SUFFIXES, WEIGHTS, open_checkpoint, read_index
+from ..checkpoints.reading import (
+    CONFIG,
+    INDEX,
+    PICKLED,
+    PROCESSOR,
+    SUFFIXES,
+    WEIGHTS,
+    holds_weights,
+    open_checkpoint,
+    read_index,
+)
+from ..checkpoints.refusals import refuse_id
 from ..errors import CheckpointError, Dinov3Error, InputError, InputTypeError, ModelNotFoundError
 from ..system import sha256
 from ..web import client_error, is_link, queries_cut, reach, without_query
-from ..zoo import MODELS, ModelInfo, find
+from ..zoo import MODELS, ModelInfo, find, row_of_repository
 from .answers import HubOptions, explain, not_cached
 from .download import download
 
@@ -33,7 +44,7 @@ def locate(
 ) -> tuple[Path, ModelInfo | None]:
     """The path of a model's weights, and its row of the zoo if it was called by a name.
 
-    What can only be a path is returned as one, there or not.
+    What can only be a path is returned as one, there or not; a name of the zoo is one where weights lie there.
 
     `weights`: where they lie if not where the name leads to; a file that is named as that of another model is refused.
 
@@ -53,15 +64,16 @@ def locate(
     if is_link(name):
         page = _of_hub(text)
         if page is None or page[2] is not None:
-            return locate_file(name, options), None
+            return locate_file(name, options), row_of_repository(page[0]) if page else None
         text, options = page[0], replace(options, revision=page[1] or options.revision)
-    elif _only_a_path(name) or path.suffix in SUFFIXES or path.exists():
+    elif _only_a_path(name) or path.suffix in SUFFIXES or (path.exists() and not _is_named_like_a_model(text, path)):
         return path, None
     _refuse_half_a_link(text)
     bare = text.removeprefix("hf-hub:").removeprefix("hf_hub:")
     try:
         info = find(text)
     except ModelNotFoundError:
+        refuse_id(bare)
         if text.count("/") != 1:
             raise
         info = None
@@ -74,6 +86,8 @@ def locate(
         repository = f"{home}/{model}" if "." in model else info.timm_id
     if repository is None:
         return _in_the_package(info), info
+    if repository == info.hub_id and info.timm_id and _cached_weights(repository, options) is None:
+        repository = info.timm_id if _cached_weights(info.timm_id, options) else repository  # the same weights
     return _repository(repository, options, info), info
 
 
@@ -85,6 +99,15 @@ def _in_the_package(info: ModelInfo) -> Path:
             f"or take random ones with Backbone.from_config({info.name!r})"
         )
     return folder
+
+
+def _is_named_like_a_model(text: str, path: Path) -> bool:
+    """Whether something that lies here has the name of a model and no weights, as what a model was made to write."""
+    try:
+        find(text)
+    except ModelNotFoundError:
+        return False
+    return not holds_weights(path)
 
 
 def _only_a_path(name: str | os.PathLike[str]) -> bool:
@@ -157,7 +180,24 @@ def _cached_weights(repository: str, options: HubOptions) -> Path | None:
         shards = set(read_index(path).values()) if path is not None and name == INDEX else ()
         if path is not None and all(_cached(repository, shard, options) for shard in shards):
             return path.parent
-    return None
+    return _cached_by_itself(repository, options)
+
+
+def _cached_by_itself(repository: str, options: HubOptions) -> Path | None:
+    """The folder of the cache with the one weights file of a repository that has none of a usual name."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
+
+    home = Path(options.folder or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    revision = options.revision or "main"
+    branch = home / "refs" / revision
+    folder = home / "snapshots" / (branch.read_text().strip() if branch.is_file() else revision)
+    for name in (WEIGHTS, INDEX, PICKLED):  # known not to be there, or nobody has looked yet
+        found = try_to_load_from_cache(repository, name, cache_dir=options.folder, revision=folder.name)
+        if found is None or isinstance(found, str):
+            return None
+    files = [path for path in folder.iterdir() if path.suffix in SUFFIXES] if folder.is_dir() else []
+    return folder if len(files) == 1 else None
 
 
 def _repository(repository: str, options: HubOptions, info: ModelInfo | None) -> Path:
@@ -211,6 +251,9 @@ def _get_weights(repository: str, options: HubOptions) -> Path:
         return weights.parent
     listed = HfApi().list_repo_files(repository, revision=options.revision, token=options.token)
     found = [name for name in listed if Path(name).suffix in SUFFIXES]
+    if len(found) == 1:
+        path = _get_one(repository, found[0], options)
+        return path if "/" in found[0] else path.parent
     what = "nor any other weights file; give it with weights="
     if found:
         what = f"but {', '.join(found[:4])}; give the link of one of these with weights="
@@ -267,7 +310,8 @@ def _check_file(link: str, path: Path) -> None:
         raise CheckpointError(str(error).replace(str(path), shown)) from None
     stem = Path(shown).stem
     row = _row_of_file(stem)
-    expected = stem.rpartition("-")[2] if row is not None and "-" in stem else ""
+    ends = re.search(r"-([0-9a-f]{8})$", stem)
+    expected = ends[1] if row is not None and ends else ""
     found = sha256(path) if expected else ""
     if not found.startswith(expected):
         raise CheckpointError(

@@ -1,6 +1,7 @@
 """Sharing a model on the hub, with a card that says what it is, whose weights it began with and how to load it."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..checkpoints.reading import INDEX
@@ -18,17 +19,19 @@ __all__ = ["model_card", "push"]
 # What a card's header says of a licence: the hub's name of it, or "other" with name and link.
 _LICENCES = {
     "Apache-2.0": "license: apache-2.0",
-    "FAIR Noncommercial Research License": "license: other\nlicense_name: fair-noncommercial-research-license",
+    "FAIR Noncommercial Research License": "license: fair-noncommercial-research-license",
     "DINOv3 License": "license: other\nlicense_name: dinov3-license\n"
     "license_link: https://ai.meta.com/resources/models-and-libraries/dinov3-license/",
 }
 
 
-def model_card(model: Network, repository: str, info: ModelInfo | None) -> str:
+def model_card(model: Network, repository: str, info: ModelInfo | None, origin: Mapping[str, str] | None = None) -> str:
     """README.md of a repository that holds `model` in the layout of transformers.
 
-    The licence and the base model are those of the row of the zoo with this architecture; without a row, and for
-    weights that began as random ones, neither is stated.
+    The licence and the base model are those of the row of the zoo that names the weights, or that they were trained on
+    from; without a row, and for weights that began as random ones, neither is stated.
+
+    `origin`: what of the model was taken from where.
     """
     config = model.config
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -37,7 +40,7 @@ def model_card(model: Network, repository: str, info: ModelInfo | None) -> str:
     kind, licence = f"A {noun}", ""
     if info is not None:
         lines.append(f"- {info.family}")
-        kind = f"A {noun} with the architecture of `{info.name}`"
+        kind = f"A {noun} with the architecture of `{info.name}`{', derived from it' if info.derived else ''}"
         licence = (
             "\n## Licence\n\nThe weights were trained from random ones, and no released weights went into them: their "
             "licence is\nthe author's choice.\n"
@@ -58,6 +61,10 @@ def model_card(model: Network, repository: str, info: ModelInfo | None) -> str:
             f"{config.depth} blocks of width {config.embed_dim}, {config.num_heads} heads,\npatches of "
             f"{config.patch_size} pixels, {config.num_registers} registers, {positions}, {parameters:,.1f} M parameters"
         )
+    facts = "".join(
+        f"| {name} | {text} |\n" for name, text in (origin or {}).items() if name not in ("name", "licence")
+    )
+    sources = f"\n## What was taken from where\n\n| field | value |\n|---|---|\n{facts}" if facts else ""
     return f"""---
 {header}
 ---
@@ -91,7 +98,7 @@ with torch.inference_mode():
     outputs = model(**processor(images=Image.open("photo.jpg"), return_tensors="pt"))
 outputs.last_hidden_state[:, 0]  # class token
 ```
-{licence}"""
+{licence}{sources}"""
 
 
 def push(
@@ -99,6 +106,7 @@ def push(
     repository: str,
     info: ModelInfo | None,
     preprocess: Preprocess,
+    origin: Mapping[str, str] | None = None,
     *,
     private: bool | None = None,
     revision: str | None = None,
@@ -128,7 +136,9 @@ def push(
             if revision is not None:
                 api.create_branch(repository, branch=revision, exist_ok=True)
             if card is not None or not api.file_exists(repository, "README.md", revision=revision):
-                (Path(folder) / "README.md").write_text(card or model_card(model, repository, info), encoding="utf-8")
+                (Path(folder) / "README.md").write_text(
+                    card or model_card(model, repository, info, origin), encoding="utf-8"
+                )
             commit = api.upload_folder(
                 repo_id=repository,
                 folder_path=folder,

@@ -13,13 +13,35 @@ from torch import Tensor
 
 from ..errors import InputError, InputTypeError, MissingFileError
 from .containers import Dataset, Table, Tar, streamed
-from .decode import ImageLike
-from .paths import address_scheme, fixed_part, is_collection, list_images, read_labelled_list, read_list
+from .decode import ImageLike, why_no_image
+from .paths import (
+    address_scheme,
+    fixed_part,
+    image_suffixes,
+    is_collection,
+    list_images,
+    read_labelled_list,
+    read_list,
+)
 from .sources import Files, Items, Numbered, Picked, Source, chained
 
 __all__ = ["ARCHIVES", "LISTS", "as_source", "each_image", "find_images", "open_all", "open_images", "open_names"]
 
 LISTS, ARCHIVES = (".txt", ".lst", ".tsv"), (".tar", ".parquet")
+_ZIPPED = (".zip", ".7z", ".rar")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".gz", ".bz2", ".xz", ".zst")
+_OTHERS = {  # what people have their images in, and what to give in its place
+    _ZIPPED: "an archive; unpack it, and give the folder",
+    _COMPRESSED: "compressed; decompress it (gunzip, bunzip2, unxz, unzstd), and give the .tar",
+    (".csv", ".json", ".jsonl", ".xlsx", ".xml"): (
+        "a table; give a .txt list with a path per line, and a label behind a tab if there are any"
+    ),
+    (".npy", ".npz", ".h5", ".hdf5", ".mat", ".arrow", ".lmdb", ".mdb", ".tfrecord", ".safetensors", ".pt", ".pkl"): (
+        "a file of arrays or records; read it in Python, and give the arrays to Backbone.embed"
+    ),
+    (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"): "a video; give its frames",
+    (".pdf", ".svg", ".eps", ".ps", ".ai"): "a document or drawing; make an image of each page",
+}
 
 
 def open_images(images: ImageLike | Iterable[ImageLike] | Source | Numbered) -> Source | Iterable[ImageLike]:
@@ -61,14 +83,17 @@ def find_images(given: list[str]) -> Source:
 
     Raises: as `as_source`; MissingFileError, InputError for a list.
     """
+    if len(given) == 1 and not given[0].startswith("@"):
+        return as_source(given[0])
     return open_all(Files(read_list(text[1:])) if text.startswith("@") else text for text in given)
 
 
 def _is_file(given: str | Source) -> bool:
-    """One image: an address, or a file that is no list and no archive."""
+    """One image: an address, or a file that is no list, and no archive, read or refused."""
     if isinstance(given, Source):
         return False
-    return bool(address_scheme(given)) or (os.path.isfile(given) and not given.lower().endswith((*LISTS, *ARCHIVES)))
+    others = (*LISTS, *ARCHIVES, *_ZIPPED, *_COMPRESSED)
+    return bool(address_scheme(given)) or (os.path.isfile(given) and not given.lower().endswith(others))
 
 
 def as_source(spec: Any) -> Source:
@@ -77,7 +102,7 @@ def as_source(spec: Any) -> Source:
     A list file has a path per line, from where the list lies, and a label after a tab if there are any; what this
     package calls a picture of an archive or a table ("ARCHIVE.tar#MEMBER") may stand there too.
 
-    Raises: MissingFileError, InputError (no pictures, damaged archive), InputTypeError.
+    Raises: MissingFileError, InputError (no images, damaged archive, what is neither), InputTypeError.
     """
     if not isinstance(spec, (str, os.PathLike)):
         return _open_dataset(spec)
@@ -102,6 +127,11 @@ def as_source(spec: Any) -> Source:
         return Tar(path)
     if suffix == ".parquet":
         return Table(path)
+    for suffixes, what in _OTHERS.items():
+        if path.name.lower().endswith(suffixes):
+            raise InputError(f"'{path}' is {what}")
+    if suffix not in image_suffixes() and (reason := why_no_image(path)):
+        raise InputError(f"'{path}' {reason}")
     return Files([text])
 
 

@@ -2,6 +2,8 @@
 
 import base64
 import glob
+import hashlib
+import logging
 import os
 import re
 import sys
@@ -16,23 +18,28 @@ from PIL import Image
 
 from .. import web
 from ..errors import Dinov3Error, ImageError, InputError, MissingFileError
+from ..system import unmarked
 
 __all__ = [
     "FORMATS",
     "address_scheme",
     "fetched",
     "fixed_part",
+    "identity_of",
     "image_suffixes",
     "is_collection",
     "list_images",
     "name_of",
     "read_labelled_list",
     "read_list",
+    "tell_left_out",
     "walk",
 ]
 
+log = logging.getLogger("dinov3_infer")
+
 # What is decoded, and the names of such files.  A table of our own, since Pillow's needs all of Pillow to be loaded, as
-# all formats do but the first five.  HEIF and JXL are there if their plugin is, and so are the suffixes that it brings.
+# all formats do but the first five.  HEIF and JXL need a plugin (see `foreign`), which may bring more suffixes.
 # Pillow reads more kinds: one runs a program (EPS), one unpacks whatever there is (FITS), most are hardly ever tried.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
@@ -44,8 +51,8 @@ FORMATS = {
     "TIFF": (".tif", ".tiff"),
     "AVIF": (".avif", ".avifs"),
     "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
-    "HEIF": (),
-    "JXL": (),
+    "HEIF": (".heic", ".heif", ".hif"),
+    "JXL": (".jxl",),
 }
 MAX_BYTES, MAX_SECONDS = 2**27, 60  # of one download
 
@@ -59,7 +66,8 @@ def image_suffixes() -> tuple[str, ...]:
 def list_images(source: str | os.PathLike[str]) -> list[str]:
     """Paths of all images under a folder, or of all files that a pattern ("photos/**/*.jpg") fits, sorted.
 
-    A folder is searched to the bottom by `image_suffixes`; hidden files and folders are left out, see `walk`.
+    A folder is searched to the bottom by `image_suffixes`; hidden files and folders are left out, see `walk`, and
+    a line in the log counts the others.
 
     Raises: MissingFileError where there is nothing, InputError for a folder without an image.
     """
@@ -72,14 +80,26 @@ def list_images(source: str | os.PathLike[str]) -> list[str]:
     suffixes = image_suffixes()
     files = list(walk(path))
     images = sorted(name for name in files if name.lower().endswith(suffixes))
+    kinds = Counter(os.path.splitext(name)[1].lower() for name in files if not name.lower().endswith(suffixes))
     if not images:
-        kinds = Counter(os.path.splitext(name)[1] or "no extension" for name in files)
-        held = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3)) or "no files"
+        held = _counted(kinds) or "no files"
         raise InputError(
             f"no pictures under '{path}' (looked for {' '.join(suffixes)}; {len(files)} other files), which holds "
             f"{held}; give a folder of pictures, or its tar files"
         )
+    tell_left_out(path, kinds)
     return images
+
+
+def tell_left_out(where: str, kinds: "Counter[str]") -> None:
+    """A line in the log about the files of a folder or an archive that are no images by their names."""
+    if kinds:
+        log.warning("left out of '%s': %d other files (%s)", where, kinds.total(), _counted(kinds))
+
+
+def _counted(kinds: "Counter[str]") -> str:
+    shown = ", ".join(f"{count} {kind or 'without suffix'}" for kind, count in kinds.most_common(3))
+    return shown + (", ..." if len(kinds) > 3 else "")
 
 
 def fixed_part(source: str | os.PathLike[str]) -> str:
@@ -168,6 +188,10 @@ def _read_list(path: str | os.PathLike[str]) -> tuple[list[str], bool]:
                 content = stream.read()
     except OSError as error:
         raise MissingFileError(f"the list '{path}' cannot be read ({error.strerror}); check the path") from None
+    try:
+        content = unmarked(content)
+    except ValueError as error:
+        raise InputError(f"the list '{path}' is no text ({error}); save it as UTF-8") from None
     by_line = b"\0" not in content
     lines = content.splitlines() if by_line else content.split(b"\0")
     found = [os.fsdecode(line) for line in lines if line.strip()]
@@ -185,8 +209,8 @@ def is_collection(source: object) -> bool:
 
 def address_scheme(path: str) -> str:
     """http, https, file, data ... in lower case; empty for a path."""
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://|(data):", path)
-    return (found[1] or found[2]).lower() if found else ""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://|(https?)(?=:/)|(data):", path)  # a Path has lost a slash
+    return next(filter(None, found.groups())).lower() if found else ""
 
 
 def name_of(source: object) -> str | None:
@@ -197,7 +221,32 @@ def name_of(source: object) -> str | None:
     scheme = address_scheme(path)
     if scheme == "data":
         return "data:..."
-    return re.sub(r"(?<=://)[^/?#]*@|[?#].*", "", path, flags=re.DOTALL) if scheme else path
+    if not scheme:
+        return path
+    try:
+        _ = urlsplit(path).port
+    except ValueError:  # perhaps the first half of a password in which "/" or "?" was not escaped
+        return f"{scheme}://..."
+    return re.sub(r"(?<=:/)(/?)[^/?#]*@|[?#].*", r"\1", path, flags=re.DOTALL)
+
+
+def identity_of(source: object) -> str | None:
+    """What tells a file from another one of its name: its size and the time of its change; of an address a hash of it
+    all but the password, of a data address a hash of its content.  None for an object, "" for a file that cannot be
+    looked at.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    path = os.fsdecode(source)
+    scheme = address_scheme(path)
+    if scheme not in ("", "file"):
+        whole = path if scheme == "data" else re.sub(r"(?<=://)[^/?#]*@", "", path)
+        return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    try:
+        found = os.stat(url2pathname(urlsplit(path).path) if scheme else path)
+    except (OSError, ValueError):
+        return ""
+    return f"{found.st_size}-{found.st_mtime_ns}"
 
 
 def fetched(source: str) -> str | bytes:
@@ -220,7 +269,7 @@ def fetched(source: str) -> str | bytes:
             raise ImageError(f"a data: address of {len(source)} characters is no base64; encode it anew") from None
     shown, content, started = web.without_query(source), bytearray(), time.monotonic()
     try:
-        with web.queries_cut(), web.get(source) as (response, chunks):
+        with web.queries_cut(), web.get(source, seconds=MAX_SECONDS) as (response, chunks):
             if response.status_code in (404, 410):
                 raise MissingFileError(f"no picture at '{shown}' (HTTP {response.status_code}); check the address")
             if response.status_code >= 400:
@@ -233,9 +282,11 @@ def fetched(source: str) -> str | bytes:
                 if len(content) > MAX_BYTES:
                     raise ImageError(f"'{shown}' is larger than {MAX_BYTES >> 20} MiB; download it, and give the file")
                 if time.monotonic() - started > MAX_SECONDS:
-                    raise ImageError(f"'{shown}' took longer than {MAX_SECONDS} s; download it, and give the file")
+                    raise TimeoutError
     except Dinov3Error:
         raise
-    except (OSError, web.client_error()) as error:
+    except web.client_errors() as error:
+        if time.monotonic() - started > MAX_SECONDS:
+            raise ImageError(f"'{shown}' took longer than {MAX_SECONDS} s; download it, and give the file") from None
         raise ImageError(f"cannot download '{shown}' ({web.reason(error)}); check it, or give a file") from None
     return bytes(content)

@@ -7,7 +7,7 @@ of PIL pictures give (Meta's and transformers' DINOv2, timm).
 
 import math
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,8 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..arrays import PLAIN
 from ..errors import InputError, check_choice
-from .decode import ImageLike, from_hwc, load_image
+from .decode import ImageLike, load_image
+from .levels import Levels, as_levels
+from .pixels import from_hwc
 
 __all__ = ["Fit", "PixelBatch", "Placement", "Preprocess"]
 
@@ -28,6 +31,7 @@ Filter = Literal["bilinear", "bicubic"]
 Rounding = Literal["down", "even"]  # of half a pixel of crop offset: transformers rounds down, torchvision to even
 
 MAX_PIXELS = 2**26  # of a picture after resizing: 768 MiB in float32
+_FULL = torch.tensor(255.0, **PLAIN)  # by a number of Python uint8 would become torch's default dtype
 MAX_SIDE = 4096  # pixels that a picture may have without an explicit size: 65,536 patches of 16
 
 
@@ -68,7 +72,7 @@ class Placement:
 class PixelBatch:
     """What goes into the model."""
 
-    pixels: Tensor  # [B, 3, H_px, W_px] float32, normalised
+    pixels: Tensor  # [B, 3, H_px, W_px] float32 and normalised, or uint8 where that was asked for
     placements: tuple[Placement, ...]
     valid: Tensor | None  # [B, h, w] bool: patches that are picture, not padding; None where all are
 
@@ -80,6 +84,7 @@ class Preprocess:
     fit: "squash" resizes to size x size, "crop" the short side to `resize_to` or `size` and takes the centre, "pad" the
     long side to size and fills up with the mean colour, "native" keeps the aspect ratio with the long side at `size`
     (or its own), each side rounded to whole patches.
+    levels: of images of more than 8 bits what becomes black and white, see `load_image`.
     """
 
     mean: tuple[float, float, float]
@@ -91,10 +96,12 @@ class Preprocess:
     engine: Engine = "uint8"
     resize_to: int | None = None  # short side before a centre crop
     crop_rounds: Rounding = "even"
+    levels: Levels | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("fit", Fit), ("filter", Filter), ("engine", Engine), ("crop_rounds", Rounding)):
             check_choice(name, getattr(self, name), known)
+        object.__setattr__(self, "levels", as_levels(self.levels))
         for name in ("mean", "std"):
             values = getattr(self, name)
             low = 1e-6 if name == "std" else -1e6
@@ -137,8 +144,12 @@ class Preprocess:
         if self.resize_to is not None and self.resize_to < max(sides):
             raise InputError(f"resize_to {self.resize_to} is below the size {self.size} that is cut out; give more")
 
-    def with_options(self, size: int | tuple[int, int] | None = None, fit: Fit | None = None) -> "Preprocess":
-        """The same with another size or fit; `None` keeps, but "native" alone takes the picture's own size."""
+    def with_options(
+        self, size: int | tuple[int, int] | None = None, fit: Fit | None = None, levels: Levels | None = None
+    ) -> "Preprocess":
+        """The same with another size, fit or levels; `None` keeps, but "native" alone takes the image's own size."""
+        if levels is not None and (levels := as_levels(levels)) != self.levels:
+            return replace(self, levels=levels).with_options(size, fit)
         fit = self.fit if fit is None else fit
         if fit == self.fit and (size is None or size == self.size):
             return self
@@ -146,20 +157,34 @@ class Preprocess:
             size = None if fit == "native" else self.size
         return replace(self, size=size, fit=fit, resize_to=None)
 
-    def __call__(self, image: ImageLike) -> Tensor:
-        return self.place(load_image(image))[0]
+    def __call__(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Pixels of one image, [3, H_px, W_px], or of a list of images, [B, 3, H_px, W_px].
 
-    def batch(self, images: Iterable[ImageLike]) -> PixelBatch:
-        """Pictures that come out at one size, as a batch.  Raises InputError where they do not."""
-        images = list(images)
-        labels = [f"item {i}" for i in range(len(images))] if len(images) > 1 else ["the picture"]
-        placed = [self.place(load_image(image, label), label) for image, label in zip(images, labels, strict=False)]
+        Raises: ImageError, MissingFileError; InputError for images that come out at different sizes.
+        """
+        if isinstance(image, list | tuple):
+            return self.batch(image).pixels
+        return self.place(load_image(image, levels=self.levels))[0]  # type: ignore[arg-type]  # a str or bytes is a Sequence, too
+
+    def batch(self, images: Iterable[ImageLike], for_gpu: bool = False) -> PixelBatch:
+        """Pictures that come out at one size, as a batch.  Raises InputError where they do not.
+
+        `for_gpu`: see `place`.
+        """
+        several = not isinstance(images, Sized) or len(images) > 1
+        placed = []
+        for i, image in enumerate(images):  # not as a list first: a stream may fill one array again and again
+            label = f"item {i}" if several else "the picture"
+            placed.append(self.place(load_image(image, label, self.levels), label, for_gpu=for_gpu))
         if not placed:
             raise InputError("got no pictures; give at least one")
-        return self.collate(placed)
+        return self.collate(placed, for_gpu)
 
-    def collate(self, placed: Sequence[tuple[Tensor, Placement]]) -> PixelBatch:
-        """What `place` gave for several pictures, as a batch.  Raises InputError for pixels of unequal sizes."""
+    def collate(self, placed: Sequence[tuple[Tensor, Placement]], for_gpu: bool = False) -> PixelBatch:
+        """What `place` gave for several pictures, as a batch.  Raises InputError for pixels of unequal sizes.
+
+        `for_gpu`: in memory that a GPU copies from while the host goes on.
+        """
         grids = {tuple(side // self.patch_size for side in pixels.shape[1:]): None for pixels, _ in placed}
         if len(grids) > 1:
             shown = ", ".join(f"{h}x{w}" for h, w in list(grids)[:3])
@@ -167,7 +192,13 @@ class Preprocess:
                 f"the pictures give different grids ({shown} patches); use iter_features(), or fit='squash'"
             )
         placements = tuple(placement for _, placement in placed)
-        pixels = torch.stack([pixels for pixels, _ in placed])
+        each = [pixels for pixels, _ in placed]
+        if len({pixels.dtype for pixels in each}) > 1:
+            each = [self._normalised(pixels) if pixels.dtype == torch.uint8 else pixels for pixels in each]
+        # torch keeps pinned memory, and gives it out again when all copies from it are done
+        pin = for_gpu and torch.cuda.is_available()
+        whole = torch.empty((len(each), *each[0].shape), dtype=each[0].dtype, device="cpu", pin_memory=pin)
+        pixels = torch.stack(each, out=whole)
         return PixelBatch(pixels, placements, self._valid(placements))
 
     def place(
@@ -175,16 +206,27 @@ class Preprocess:
         image: Tensor,  # [3, H, W]
         label: str = "the picture",
         original: tuple[int, int] | None = None,  # (height, width) where the decoder has made it smaller
+        for_gpu: bool = False,
     ) -> tuple[Tensor, Placement]:
-        """Resize, crop or pad, normalise."""
+        """Resize, crop or pad, normalise.
+
+        `for_gpu`: an image of 8 bits stays uint8, a quarter of the bytes, and is normalised over there; unless it is
+        padded, since the mean colour is no whole number.
+        """
         placement = self.plan(*(original or (image.shape[1], image.shape[2])), label)
         resized = self._resize(image, placement.resized)
         top, left, height, width = placement.window
         resized = resized[:, top : top + height, left : left + width].contiguous()
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
-        pixels = (resized / 255.0).sub_(mean) if resized.dtype == torch.uint8 else resized - mean
-        pixels.div_(std)
+        if for_gpu and resized.dtype == torch.uint8 and tuple(resized.shape[1:]) == (height, width):
+            return resized, placement
+        pixels = self._normalised(resized)
         return F.pad(pixels, (0, width - pixels.shape[2], 0, height - pixels.shape[1])), placement
+
+    def _normalised(self, image: Tensor) -> Tensor:
+        """[3, H, W] of uint8, or of floats in 0 to 1, to float32 that the model takes."""
+        mean, std = (torch.tensor(v, **PLAIN).view(3, 1, 1) for v in (self.mean, self.std))
+        pixels = (image / _FULL).sub_(mean) if image.dtype == torch.uint8 else image - mean
+        return pixels.div_(std)
 
     def plan(self, height: int, width: int, label: str = "the picture") -> Placement:
         """Where a picture of this size goes."""
@@ -232,7 +274,7 @@ class Preprocess:
     def _resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """uint8 stays uint8 unless the engine is float; float pictures are resized in float by torch."""
         if self.engine == "float" and image.dtype == torch.uint8:  # by channel, since a large picture takes 1 GiB
-            return torch.cat([self._resize(channel[None] / 255.0, size) for channel in image])
+            return torch.cat([self._resize(channel[None] / _FULL, size) for channel in image])
         if tuple(image.shape[1:]) == size:
             return image
         if self.engine == "pil" and image.dtype == torch.uint8:
@@ -245,7 +287,7 @@ class Preprocess:
         if self.fit != "pad":
             return None
         height, width = (side // self.patch_size for side in placements[0].window[2:])
-        valid = torch.zeros(len(placements), height, width, dtype=torch.bool)
+        valid = torch.zeros(len(placements), height, width, dtype=torch.bool, device="cpu")
         for mask, placement in zip(valid, placements, strict=True):
             mask[: placement.resized[0] // self.patch_size, : placement.resized[1] // self.patch_size] = True
         return valid

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from .decode import Decoded, ImageLike, TargetSize, decode
-from .paths import address_scheme, name_of
+from .levels import Levels
+from .paths import address_scheme, identity_of, name_of
 
 __all__ = ["Files", "Items", "Names", "Numbered", "Picked", "Source", "chained", "folder_labels", "relative_names"]
 
@@ -38,6 +39,10 @@ class Source(ABC):
     def picture(self, index: int) -> ImageLike:
         """Not decoded where it lies in a file.  Raises: ImageError, MissingFileError."""
 
+    def identity(self, index: int) -> str | None:
+        """What tells an image from another one of its key, see `identity_of`; None where nothing does."""
+        return None
+
     @cached_property
     def labels(self) -> list[str] | None:
         """Class of each image, where all have one."""
@@ -51,9 +56,9 @@ class Source(ABC):
         """What messages call an image."""
         return f"item {index}" if (key := self.key(index)) is None else f"'{key}'"
 
-    def load(self, index: int, target: TargetSize | None = None) -> Decoded:
-        """Decoded; with `target` a JPEG may come smaller, see `decode`.  Raises: ImageError, MissingFileError."""
-        return decode(self.picture(index), self.label(index), target)
+    def load(self, index: int, target: TargetSize | None = None, levels: Levels | None = None) -> Decoded:
+        """Decoded; for `target` and `levels` see `decode`.  Raises: ImageError, MissingFileError."""
+        return decode(self.picture(index), self.label(index), target, levels)
 
 
 class Names(Sequence[str]):
@@ -62,7 +67,7 @@ class Names(Sequence[str]):
     def __init__(self, names: Iterable[str]) -> None:
         content, ends = bytearray(), [0]
         for name in names:
-            content += os.fsencode(name)
+            content += name.encode("utf-8", "surrogatepass")  # which takes names that no file can have too
             ends.append(len(content))
         self._content, self._ends = bytes(content), np.array(ends, np.int64)
 
@@ -70,7 +75,7 @@ class Names(Sequence[str]):
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]
-        return os.fsdecode(self._content[self._ends[index] : self._ends[index + 1]])
+        return self._content[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
 
 
 class Items(Source):
@@ -78,6 +83,7 @@ class Items(Source):
 
     def __init__(self, images: Sequence[ImageLike]) -> None:
         self._images = images
+        self.kept = isinstance(images, (list, tuple, Names))  # each image in memory of its own
 
     def __len__(self) -> int:
         return len(self._images)
@@ -87,6 +93,9 @@ class Items(Source):
 
     def picture(self, index: int) -> ImageLike:
         return self._images[index]
+
+    def identity(self, index: int) -> str | None:
+        return identity_of(self._images[index])
 
     def label(self, index: int) -> str:
         return f"item {index}"  # a path is in what is said anyway
@@ -131,6 +140,10 @@ class Picked(Source):
     def picture(self, index: int) -> ImageLike:
         source, place = self._place(index)
         return source.picture(place)
+
+    def identity(self, index: int) -> str | None:
+        source, place = self._place(index)
+        return source.identity(place)
 
     def base(self, index: int) -> str | None:
         source, place = self._place(index)

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import UnsupportedError, check_choice
-from .chips import constant_for_compilers, lacks_bfloat16
+from .chips import constant_for_compilers, lacks_bfloat16, why_distrusted
 from .rope import apply_rope
 
 __all__ = [
     "IMPLEMENTATIONS",
     "eager_attention",
+    "launch",
     "resolve_attention",
     "rope_attention",
     "sdpa_attention",
@@ -39,8 +40,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
 
 def sdpa_attention(
     qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
-    cos: Tensor | None,  # [N or T, D/2] float32, identity rows for class and register tokens; None: no rotation
-    sin: Tensor | None,  # [N or T, D/2] float32
+    cos: Tensor | None,  # [N or T, D/2], identity rows for class and register tokens; None: no rotation
+    sin: Tensor | None,  # [N or T, D/2] float32, or float16 where qkv has 16 bits
     *,
     cu_seqlens: Tensor | None = None,  # [S + 1] int32, the first token of each sequence and T; packed input only
     max_seqlen: int | None = None,  # kernels want it; nothing here does
@@ -215,12 +216,13 @@ def _rotate_shapes(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return qkv.new_empty((*lead, 2, heads, width))
 
 
-def _launch(launcher: str, *arguments: Any) -> Any:
+def launch(launcher: str, *arguments: Any) -> Any:
+    """What a launcher of the kernel package returns."""
     return getattr(_kernels(), launcher)(*arguments)
 
 
 for _name, _launcher in (("attention", "forward"), ("attention_backward", "backward"), ("rotate", "rotate")):
-    torch.library.impl(f"dinov3_infer::rope_{_name}", ("cuda", "xpu"), partial(_launch, _launcher))
+    torch.library.impl(f"dinov3_infer::rope_{_name}", ("cuda", "xpu"), partial(launch, _launcher))
 
 
 @cache
@@ -269,13 +271,15 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return "float32 tiles of 128 channels do not fit the registers of a GPU"
     if lacks_bfloat16(device):
         return "it is made for NVIDIA GPUs of compute capability 8.0 and above, and this one is older"
+    if (reason := why_distrusted(device)) is not None:
+        return reason
     return _not_installed()
 
 
 def rope_attention(
     qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
-    cos: Tensor | None,  # [N or T, D/2] float32, identity rows for class and register tokens; None: no rotation
-    sin: Tensor | None,  # [N or T, D/2] float32
+    cos: Tensor | None,  # [N or T, D/2], identity rows for class and register tokens; None: no rotation
+    sin: Tensor | None,  # [N or T, D/2] float32, or float16 where qkv has 16 bits
     *,
     cu_seqlens: Tensor | None = None,  # [S + 1] int32, the first token of each sequence and T; packed input only
     max_seqlen: int | None = None,  # tokens of the longest sequence; saves a look at cu_seqlens

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["constant_for_compilers", "lacks_bfloat16"]
+__all__ = ["constant_for_compilers", "distrust", "lacks_bfloat16", "why_distrusted"]
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -28,3 +28,17 @@ def lacks_bfloat16(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return False
     return _capability(device) < (8, 0)
+
+
+_DISTRUSTED: dict[torch.device, str] = {}  # devices on which our own kernels are not used, and why
+
+
+def distrust(device: torch.device, reason: str) -> None:
+    """From now on nothing runs our own kernels there."""
+    _DISTRUSTED[device] = reason
+
+
+@constant_for_compilers
+def why_distrusted(device: torch.device) -> str | None:
+    """Why our own kernels are not used there, or None if they are."""
+    return _DISTRUSTED.get(device)

@@ -5,7 +5,7 @@ Source: ConvNeXt (arXiv 2201.03545), DINOv3 paper (arXiv 2508.10104), section 6;
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ class ConvNeXtConfig:
     depths: tuple[int, ...]  # blocks of each stage
     widths: tuple[int, ...]  # channels of each stage
     norm_eps: float = 1e-6
+    position_grid: ClassVar[None] = None  # as of a vision transformer without learned positions
 
     def __post_init__(self) -> None:
         for name in ("depths", "widths"):

@@ -1,119 +1,92 @@
-"""The fast inference path on a CPU: a plan beside the module tree, made when a model first runs without gradients.
+"""Whether a plan computes the features of a model: when it is made, tried, dropped and refused.
 
-A plan (see `cpu.plan`) holds a second copy of the weights and is no part of the model: parameters stay what they are,
-and whatever changes or replaces one ends the plan.
+A plan (see `cpu.plan`, `cuda.cuda_plan`) is made when a model first runs without gradients.  It holds a second copy of
+the weights and is no part of the model: parameters stay what they are, and whatever changes or replaces one ends the
+plan.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules import module as _all_modules
+from torch import Tensor
 
-from .attention import rope_attention
-from .convnext import ConvBlock, ConvNeXt, Depthwise, Patches
+from .attention import why_not_triton
+from .chips import distrust
+from .convnext import ConvNeXt
 from .cpu.convnext_plan import ConvNeXtPlan
 from .cpu.linear import why_not_int8, why_not_packed
 from .cpu.plan import CpuPlan, spans_of
-from .layers import Attention, Block, GatedMlp, LayerNorm, MaskedKeyLinear, Mlp, PatchEmbed, Residual
-from .network import BackboneOutput, Network
+from .cuda.cuda_plan import CudaPlan
+from .network import BackboneOutput, Network, Scale, normalised
+from .trial import Precision, Undecided, compare, twin, why_not_trusted
 from .vit import VisionTransformer
+from .watch import Snapshot, modules_of, tensors_of, why_unknown
 
-__all__ = ["Mode", "Precision", "compare", "drop_plan", "plan_of"]
+__all__ = ["Mode", "Plan", "Precision", "Request", "compare", "drop_plan", "plan_of", "why_not_plan"]
 
 log = logging.getLogger("dinov3_infer")
 
-_PACKAGE = __name__.split(".")[0]  # whose methods a plan knows
-
 Mode = Literal["exact", "fast", "int8", "plain"]
-Plan = CpuPlan | ConvNeXtPlan
+Pictures = Callable[..., Tensor]  # (size: (height, width) or None) -> images of the package, [3, 3, H_px, W_px]
 _LEAST = (0.99, 0.98)  # cosines of int8 with float32: mean of class tokens, 1st percentile of patches
+_MANY_TOKENS = 2048  # of an image, of which a trial takes one
 
 
-class Precision(NamedTuple):
-    """Cosine similarity with the features of plain float32."""
+class Plan(Protocol):
+    @property
+    def mode(self) -> str:
+        """Which it is in the end."""
+        ...
 
-    cls_mean: float
-    cls_worst: float
-    patch_percentile: float  # 99 % of the patches are nearer
-    patch_worst: float
-
-
-def compare(found: BackboneOutput, plain: BackboneOutput) -> Precision:
-    """How near tokens are to others."""
-    pairs = ((found.cls_token, plain.cls_token), (found.patch_tokens, plain.patch_tokens))
-    cls, patches = (F.cosine_similarity(a.double(), b.double(), dim=-1).flatten().sort().values for a, b in pairs)
-    return Precision(cls.mean().item(), cls[0].item(), patches[len(patches) // 100].item(), patches[0].item())
-
-
-# --- when there is one ---------------------------------------------------------------------------------------------
-
-# Of each model the mode asked for, its state, a few values of each of its tensors (see `_values`), and the plan.
-_PLANS: WeakKeyDictionary[Network, tuple[Mode, tuple[int, ...], list[Tensor], Tensor, Plan]] = WeakKeyDictionary()
-_TOLD: WeakSet[Network] = WeakSet()  # models whose mode cannot be had, which the log says once
-# What a plan knows how to compute.  A module of any other class, such as an adapter, runs as it is written.
-_KNOWN = {
-    nn.ModuleList, nn.Conv2d, nn.Linear, MaskedKeyLinear, Attention, Block, GatedMlp, LayerNorm, Mlp, PatchEmbed,
-    Residual, nn.Sequential, ConvBlock, Depthwise, Patches,
-}  # fmt: skip
-# The methods of a network that its plan takes the place of.
-_OWN: dict[type[Network], set[str]] = {
-    ConvNeXt: {"forward", "run_stages", "output", "tokens"},
-    VisionTransformer: {
-        "forward",
-        "forward_packed",
-        "run_blocks",
-        "embed_tokens",
-        "with_prefix",
-        "positions",
-        "rope",
-        "normed",
-        "split",
-    },
-}
+    def __call__(
+        self,
+        model: Any,  # whose plan this is
+        pixels: Sequence[Tensor],  # [B_i, 3, H_i, W_i]: one tensor per size
+        indices: Sequence[int] = (),  # blocks to keep
+        scale: Scale = ...,  # of images that come as uint8
+        class_only: bool = False,  # no other tokens are wanted
+    ) -> Sequence[BackboneOutput]:
+        """What the model gives for each tensor, with the blocks asked for as its layers."""
+        ...
 
 
-def plan_of(model: Network, mode: Mode, pictures: Callable[[], Tensor]) -> Plan | None:
-    """The plan of a model as it is now; None where it has to run as it is written.
+class Request(NamedTuple):
+    """What somebody wants of a plan beside the model and its mode."""
 
-    `pictures`: normalised pixels [B, 3, H_px, W_px] to find the ranges of int8 with.
-    """
-    if mode == "plain" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    state = _state(model)
-    if state is None:
-        drop_plan(model)
-        if mode != "exact" and model.device.type == "cpu" and model not in _TOLD:
-            _TOLD.add(model)
-            reason = why_not_packed() or "it has modules, hooks or tensors that the fast path does not know"
-            log.warning("mode='%s' gives way to the model as it is written: %s", mode, reason)
-        return None
-    kept = _PLANS.get(model)
-    if kept is None or kept[:2] != (mode, state) or not torch.equal(torch.cat(kept[2]), kept[3]):
-        drop_plan(model)
-        values = _values(model)
-        kept = _PLANS[model] = (mode, state, values, torch.cat(values), _made(model, mode, pictures))
-    return kept[4]
+    pictures: Pictures
+    half: torch.dtype | None = None  # on CUDA: of the products; None for float32, which no plan is made for
+    scale: Scale = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # of images that come as uint8
+    sizes: tuple[tuple[int, int], ...] = ()  # (height, width) in pixels of the images to come; () for the default
 
 
-def drop_plan(model: Network) -> None:
-    """Frees the memory of a plan; the next one is made when it is needed."""
-    _PLANS.pop(model, None)
+# --- the devices ---------------------------------------------------------------------------------------------------
 
 
-def _made(model: Network, mode: Mode, pictures: Callable[[], Tensor]) -> Plan:
+class _Device(NamedTuple):
+    """How plans are made for a kind of device."""
+
+    why_not: Callable[[Any, Request], str | None]
+    make: Callable[[Any, Mode, Request], Plan]
+    dtypes: Callable[[Request], set[torch.dtype]]  # of the weights that a plan can be made of
+    reads_values: bool  # in each call, which costs nothing on a CPU and a wait on a GPU
+    is_tried: bool  # before it is trusted; what the CPU's is made of is tried by itself
+
+
+def _why_not_cpu(model: Any, request: Request) -> str | None:
+    return why_not_packed()
+
+
+def _made_for_cpu(model: Any, mode: Mode, request: Request) -> Plan:
     """In the mode asked for, or with a line in the log the next one that this machine and this model are good for."""
     lacking = None if mode == "exact" else why_not_packed(torch.bfloat16)
     half = torch.float32 if mode == "exact" or lacking else torch.bfloat16
     if isinstance(model, ConvNeXt):
         lacking = lacking or ("8 bits are for vision transformers" if mode == "int8" else None)
     elif mode == "int8" and (lacking := why_not_int8()) is None:
-        assert isinstance(model, VisionTransformer)
-        pixels = pictures()
+        pixels = request.pictures()
         plan, unseen = CpuPlan(model, half, spans_of(model, pixels)), pixels.flip(-1)
         found = compare(plan(model, [unseen])[0], CpuPlan(model, torch.float32)(model, [unseen])[0])
         if found.cls_mean >= _LEAST[0] and found.patch_percentile >= _LEAST[1]:
@@ -122,52 +95,169 @@ def _made(model: Network, mode: Mode, pictures: Callable[[], Tensor]) -> Plan:
             f"class tokens have a cosine of {found.cls_mean:.3f} with float32, patches {found.patch_percentile:.3f}"
         )
     if lacking is None:
-        return ConvNeXtPlan(model, half) if isinstance(model, ConvNeXt) else CpuPlan(model, half)  # type: ignore[arg-type]
+        return ConvNeXtPlan(model, half) if isinstance(model, ConvNeXt) else CpuPlan(model, half)
     other: Mode = "fast" if mode == "int8" else "exact"
     log.warning("mode='%s' gives way to '%s': %s", mode, other, lacking)
-    return _made(model, other, pictures)
+    return _made_for_cpu(model, other, request)
 
 
-def _state(model: Network) -> tuple[int, ...] | None:
-    """Changes with the parameters and buffers; None for a model that the plan does not know how to compute."""
-    own = next((names for kind, names in _OWN.items() if isinstance(model, kind)), None)
-    if own is None or why_not_packed() is not None or not own.isdisjoint(model.__dict__):
+def _why_not_cuda(model: Any, request: Request) -> str | None:
+    if not isinstance(model, VisionTransformer):
+        return "plans for CUDA are made for vision transformers, and this network is another one"
+    if request.half is None:
+        return "its products are in float32; load it with dtype='auto' or 'bfloat16' for products in 16 bits"
+    return why_not_triton(model.device, request.half, model.config.head_dim)
+
+
+def _made_for_cuda(model: VisionTransformer, mode: Mode, request: Request) -> Plan:
+    if mode == "int8":
+        log.warning("mode='int8' gives way to 'fast': products in 8 bits are made for CPUs")
+    assert request.half is not None
+    return CudaPlan(model, request.half, tanh=mode != "exact")
+
+
+_DEVICES = {
+    "cpu": _Device(_why_not_cpu, _made_for_cpu, lambda request: {torch.float32}, reads_values=True, is_tried=False),
+    "cuda": _Device(
+        _why_not_cuda, _made_for_cuda, lambda request: {torch.float32, request.half or torch.float32},
+        reads_values=False, is_tried=True,
+    ),
+}  # fmt: skip
+
+
+# --- when there is one ---------------------------------------------------------------------------------------------
+
+
+class _Kept(NamedTuple):
+    """What is known of a model."""
+
+    mode: Mode
+    half: torch.dtype | None
+    snapshot: Snapshot
+    values: list[Tensor]  # see `_values`
+    bits: Tensor | None  # the same when the plan was made
+    refused: str | None  # why its plan is not used
+    plan: Any  # Plan | None
+
+
+_PLANS: WeakKeyDictionary[Network, _Kept] = WeakKeyDictionary()
+_TOLD: WeakSet[Network] = WeakSet()  # models of which the log has said that their plan is not used
+_TRUSTED: set[tuple[Any, ...]] = set()  # devices, dtypes and kernels whose first plan gave the right numbers
+
+
+def plan_of(model: Network, mode: Mode, request: Request) -> Plan | None:
+    """The plan of a model as it is now; None where it has to run as it is written."""
+    if mode == "plain" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    if _all_modules._global_forward_hooks or _all_modules._global_forward_pre_hooks:
-        return None
-    if any(getattr(type(model), name).__module__.split(".")[0] != _PACKAGE for name in own):
-        return None
-    found: list[int] = []
-    for module in _modules(model):
-        if module is not model and type(module) not in _KNOWN or module._forward_hooks or module._forward_pre_hooks:
+    if (kept := _current(model, mode, request)) is None:
+        device = _DEVICES.get(model.device.type)
+        reason = None if device is None else _why_none(model, device, request)
+        if reason is not None or device is None:
+            drop_plan(model)
+            if mode != "exact" and device is not None and reason is not None:
+                _tell(model, f"mode='{mode}' gives way to the model as it is written: {reason}")
             return None
-        if "forward" in module.__dict__ or type(module) is Attention and module.attend is not rope_attention:
-            return None
-        for tensor in _tensors(module):
-            if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.is_inference():
-                return None
-            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-                return None  # such as quantised ones, which say that they are float32
-            found += (tensor.data_ptr(), tensor._version)
-    return tuple(found)
+        drop_plan(model)
+        values = _values(model) if device.reads_values else []
+        bits = torch.cat(values) if values else None
+        plan = device.make(model, mode, request)
+        kept = _PLANS[model] = _Kept(mode, request.half, Snapshot(model), values, bits, None, plan)
+    if kept.plan is not None and _DEVICES[model.device.type].is_tried:
+        kept = _tried(model, kept, request)
+    return kept.plan  # type: ignore[no-any-return]
+
+
+def why_not_plan(model: Network, mode: Mode, request: Request) -> str | None:
+    """Why features of this model are computed as it is written, or None if by a plan, which is made for the answer."""
+    if mode == "plain":
+        return "mode='plain' asks for the model as it is written"
+    if (device := _DEVICES.get(model.device.type)) is None:
+        return f"plans are made for CPUs and CUDA, and the model is on '{model.device.type}'"
+    if (reason := _why_none(model, device, request)) is not None:
+        return reason
+    with torch.no_grad():
+        plan = plan_of(model, mode, request)
+    if plan is None:
+        return _PLANS[model].refused if model in _PLANS else "a compiler is tracing"
+    return None
+
+
+def drop_plan(model: Network) -> None:
+    """Frees the memory of a plan; the next one is made when it is needed."""
+    _PLANS.pop(model, None)
+
+
+def _current(model: Network, mode: Mode, request: Request) -> _Kept | None:
+    """What is known, if nothing has changed."""
+    kept = _PLANS.get(model)
+    if kept is None or kept.mode != mode or kept.half != request.half or not kept.snapshot.holds(model):
+        return None
+    if kept.bits is not None and not torch.equal(torch.cat(kept.values), kept.bits):
+        return None
+    return kept
+
+
+def _why_none(model: Network, device: _Device, request: Request) -> str | None:
+    """Why no plan is made, or None if one can be."""
+    if (reason := why_unknown(model, device.dtypes(request))) is not None:
+        return reason
+    return device.why_not(model, request)
+
+
+def _tried(model: Network, kept: _Kept, request: Request) -> _Kept:
+    """The same, or refused: on each device the numbers of the first plan of a kind are compared before they are used.
+
+    A kind is an architecture in one dtype at lengths of one order, images of one size or of several, since each of
+    these has kernels of its own.
+    """
+    assert isinstance(model, VisionTransformer)
+    sizes: list[Any] = sorted(set(request.sizes)) or [None]
+    kernels = (str(model.device), request.half, model.config, kept.plan.mode)
+    if not request.sizes and any(kind[: len(kernels)] == kernels for kind in _TRUSTED):
+        return kept
+    longest = max((_patches(model, size) for size in request.sizes), default=0)
+    if (kind := (*kernels, longest.bit_length(), len(sizes) > 1)) in _TRUSTED:
+        return kept
+    few = 1 if longest > _MANY_TOKENS else 3
+    images = [request.pictures(size)[:few].to(model.device) for size in {sizes[0]: 0, sizes[-1]: 0}]
+    if not request.sizes:
+        kind = (*kernels, _patches(model, images[0].shape[2:]).bit_length(), False)
+    judge = twin(model)
+
+    def reason(run: Callable[[Sequence[Tensor]], Sequence[BackboneOutput]]) -> str | None:
+        return why_not_trusted(run, judge, images, request.scale, kept.plan.mode)
+
+    try:
+        refused = reason(lambda given: kept.plan(model, given, (), request.scale))
+    except Undecided:
+        return kept
+    if refused is None:
+        _TRUSTED.add(kind)
+        return kept
+    refused = f"the plan is not used on '{model.device}': {refused}"
+    _tell(model, f"{refused}; the model runs as it is written, which is slower")
+    found = _PLANS[model] = kept._replace(plan=None, refused=refused)
+    if (fault := reason(lambda given: [model(normalised(t, request.scale)) for t in given])) is not None:
+        distrust(model.device, f"the Triton kernel was tried on '{model.device}', and {fault}")
+    return found
+
+
+def _patches(model: VisionTransformer, size: Sequence[int]) -> int:
+    """Of an image of (height, width) pixels."""
+    return (size[0] // model.config.patch_size) * (size[1] // model.config.patch_size)
+
+
+def _tell(model: Network, line: str) -> None:
+    """Once for each model."""
+    if model not in _TOLD:
+        _TOLD.add(model)
+        log.warning("%s", line)
 
 
 def _values(model: Network) -> list[Tensor]:
-    """Views of a few values of each tensor.
+    """Views of a few values of each tensor, which show writing to `.data`.
 
-    They show what versions do not, writing to `.data`, and keep the memory from being given to another tensor.  Bits
-    are compared, since NaN is not equal to itself.
+    Bits are compared, since NaN is not equal to itself.
     """
-    flat = [tensor.detach().flatten() for module in _modules(model) for tensor in _tensors(module)]
+    flat = [tensor.detach().flatten() for module in modules_of(model) for tensor in tensors_of(module)]
     return [values[len(values) // 2 :][:4].view(torch.int32) for values in flat]
-
-
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    waiting = [model]
-    while waiting:
-        yield (module := waiting.pop())
-        waiting += (child for child in module._modules.values() if child is not None)
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)

@@ -1,4 +1,4 @@
-"""Methods that carry Meta's or timm's names give Meta's or timm's output: code written for those runs unchanged.
+"""Methods that carry Meta's, timm's or transformers' names do what those do: code written for them runs unchanged.
 
 `ViTBackbone` has these functions as its methods.
 """
@@ -14,7 +14,17 @@ from .introspection import attention_rows
 from .network import as_map, resolve_layers
 from .vit import VisionTransformer
 
-__all__ = ["forward_features", "forward_intermediates", "get_intermediate_layers", "get_last_selfattention"]
+__all__ = [
+    "FeatureInfo",
+    "feature_info",
+    "forward_features",
+    "forward_intermediates",
+    "get_intermediate_layers",
+    "get_last_selfattention",
+    "gradient_checkpointing_disable",
+    "gradient_checkpointing_enable",
+    "set_grad_checkpointing",
+]
 
 
 def forward_features(
@@ -122,3 +132,55 @@ def forward_intermediates(
         prefix = torch.cat((cls_token[:, None], registers), dim=1)
         results.append((patches, prefix) if return_prefix_tokens else patches)
     return results if intermediates_only else (model.normed(stream), results)
+
+
+class FeatureInfo(list[dict[str, Any]]):
+    """timm's: for each block its "module", "num_chs" and "reduction".
+
+    Source: timm/models/_features.py, `FeatureInfo`, release 1.0.31.
+    """
+
+    def channels(self, idx: int | Sequence[int] | None = None) -> Any:
+        """C of every block, or of those in `idx`."""
+        return self._get("num_chs", idx)
+
+    def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
+        """Pixels of a side of a patch."""
+        return self._get("reduction", idx)
+
+    def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
+        """Such as "blocks.0"."""
+        return self._get("module", idx)
+
+    def _get(self, key: str, idx: int | Sequence[int] | None) -> Any:
+        if isinstance(idx, int):
+            return self[idx][key]
+        return [self[i][key] for i in (range(len(self)) if idx is None else idx)]
+
+
+def feature_info(model: VisionTransformer) -> FeatureInfo:
+    """timm's description of what `forward_intermediates` gives."""
+    return FeatureInfo(
+        {"module": f"blocks.{i}", "num_chs": model.width(i), "reduction": model.stride(i)}
+        for i in range(model.n_blocks)
+    )
+
+
+def set_grad_checkpointing(model: VisionTransformer, enable: bool = True) -> None:
+    """timm's: the backward pass computes each block anew instead of keeping its activations.
+
+    `forward_packed` with `drop_path` keeps them, since its draws would differ the second time.
+    """
+    model.grad_checkpointing = bool(enable)
+
+
+def gradient_checkpointing_enable(
+    model: VisionTransformer, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+) -> None:
+    """transformers' name for `set_grad_checkpointing`; the non-reentrant kind of torch is always taken."""
+    set_grad_checkpointing(model)
+
+
+def gradient_checkpointing_disable(model: VisionTransformer) -> None:
+    """transformers' name for `set_grad_checkpointing(False)`."""
+    set_grad_checkpointing(model, enable=False)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .layers import entering
 from .network import BackboneOutput, LayerOutput
 from .rope import apply_rope
 from .vit import VisionTransformer
@@ -19,14 +20,14 @@ _THIRD = {"query": 0, "key": 1, "value": 2}
 def _qkv(model: VisionTransformer, stream: Tensor, number: int) -> Tensor:
     """The projection that a block makes of the stream [B, N, C] that enters it, [B, N, 3, H, D], not rotated."""
     block: Any = model.blocks[number]
-    x = block.norm1(stream).to(block.attn.qkv.weight.dtype)
+    x = entering(block.norm1(stream), block.attn.qkv)
     return block.attn.qkv(x).unflatten(-1, (3, model.num_heads, -1))  # type: ignore[no-any-return]
 
 
 def with_facet(model: VisionTransformer, pixels: Tensor, blocks: Sequence[int], facet: Facet) -> BackboneOutput:
     """The output of a model whose layers are queries, keys or values: heads side by side, [B, *, C], not rotated."""
-    last, entering = model.run_blocks(pixels, indices=[block - 1 for block in blocks])
-    layers = (_qkv(model, entering[block - 1], block)[:, :, _THIRD[facet]].flatten(2) for block in blocks)
+    last, before = model.run_blocks(pixels, indices=[block - 1 for block in blocks])
+    layers = (_qkv(model, before[block - 1], block)[:, :, _THIRD[facet]].flatten(2) for block in blocks)
     return BackboneOutput(*model.split(model.normed(last)), tuple(LayerOutput(*model.split(x)) for x in layers))
 
 

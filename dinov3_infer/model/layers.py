@@ -24,6 +24,7 @@ __all__ = [
     "PatchEmbed",
     "PositionResize",
     "ViTConfig",
+    "entering",
     "project",
     "resize_positions",
     "with_enough_rows",
@@ -117,16 +118,23 @@ def resize_positions(
     return table.flatten(2).transpose(1, 2).to(positions.dtype)
 
 
-def _autocast_narrows(x: Tensor, linear: nn.Module) -> bool:
-    """Whether to widen x would cost two passes over memory and change no bit: autocast narrows it again."""
-    widens = x.itemsize == 2 and linear.weight.dtype == torch.float32
-    return widens and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+def entering(x: Tensor, module: nn.Module) -> Tensor:
+    """x in the dtype of the weights that it meets; as it is where a quantiser has left no floats of 16 bits or more.
+
+    Where autocast is to narrow it again it stays too: to widen it would cost two passes over memory and change no bit.
+    """
+    weight = module.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize < 2:
+        return x
+    widens = x.itemsize == 2 and weight.dtype == torch.float32
+    if widens and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
     """Calls a linear in the dtype of its weights; always as a module, so that adapters and quantisers take part."""
-    x = x if _autocast_narrows(x, linear) else x.to(linear.weight.dtype)  # type: ignore[arg-type]
-    return with_enough_rows(linear, x)
+    return with_enough_rows(linear, entering(x, linear))
 
 
 def with_enough_rows(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -165,9 +173,13 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
+        # timm's names; the grid is that of learned positions, or DINOv3's 16 patches a side
+        self.patch_size = (config.patch_size, config.patch_size)
+        self.grid_size = (config.position_grid or 16, config.position_grid or 16)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+        return self.proj(entering(pixels, self.proj)).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 class MaskedKeyLinear(nn.Linear):

@@ -6,14 +6,26 @@ maps, packed crops) is asked of a `VisionTransformer` by name, and refused in on
 
 from collections.abc import Callable, Sequence
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputTypeError, LayerError, UnsupportedError
 
-__all__ = ["BackboneOutput", "LayerOutput", "Network", "as_map", "resolve_layers"]
+__all__ = [
+    "BackboneOutput",
+    "LayerOutput",
+    "Network",
+    "Outputs",
+    "Scale",
+    "as_map",
+    "normalised",
+    "resolve_layers",
+    "shapes",
+]
+
+Scale: TypeAlias = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std of red, green, blue
 
 
 class LayerOutput(NamedTuple):
@@ -23,6 +35,9 @@ class LayerOutput(NamedTuple):
     register_tokens: Tensor  # [B, R, C]
     patch_tokens: Tensor  # [B, P, C]
 
+    def __repr__(self) -> str:
+        return f"LayerOutput({shapes(self, self._fields)})"
+
 
 class BackboneOutput(NamedTuple):
     """Tokens after the last layer and the final norm, and those of the layers asked for."""
@@ -31,6 +46,22 @@ class BackboneOutput(NamedTuple):
     register_tokens: Tensor  # [B, R, C]
     patch_tokens: Tensor  # [B, P, C]
     layers: tuple[LayerOutput, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"BackboneOutput({shapes(self, self._fields[:3])}, {len(self.layers)} layers)"
+
+
+def shapes(holder: object, names: Sequence[str]) -> str:
+    """The shapes of tensors, in one line: a notebook shows it instead of the numbers."""
+    return ", ".join(f"{name} {list(getattr(holder, name).shape)}" for name in names)
+
+
+class Outputs(list[BackboneOutput]):
+    """One for each tensor of a pass, with the sum of all tokens, which is not finite where one of them is not."""
+
+    def __init__(self, outputs: Sequence[BackboneOutput], total: Tensor | None = None) -> None:
+        super().__init__(outputs)
+        self.total = total  # [] float32; None where nobody has computed it
 
 
 class Network(nn.Module):
@@ -111,6 +142,10 @@ class Network(nn.Module):
         return self.main_weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.main_weight.dtype
+
+    @property
     def embed_dim(self) -> int:
         return self.width()
 
@@ -127,6 +162,19 @@ class Network(nn.Module):
     why_not_padded: str | None = None  # why an image cannot be filled up with a mean colour
     num_register_tokens = 0  # R
     num_prefix_tokens = 1  # class token and registers, which stand before the patches
+
+
+def normalised(
+    pixels: Tensor,  # [B, 3, H_px, W_px] uint8, or float and normalised already
+    scale: Scale,
+) -> Tensor:
+    """What a network takes, [B, 3, H_px, W_px] float, on the device of the pixels."""
+    if pixels.dtype != torch.uint8:
+        return pixels
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1).to(pixels.device) for values in scale
+    )
+    return (pixels / 255.0).to(torch.float32).sub_(mean).div_(std)
 
 
 def as_map(

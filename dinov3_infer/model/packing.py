@@ -29,7 +29,7 @@ class Packing:
     def cu_seqlens(self) -> Tensor:
         """The first token of each picture, and the number of tokens, [S + 1] int32."""
         lengths = [length for count, length in self.groups for _ in range(count)]
-        return torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
+        return torch.tensor([0, *lengths], dtype=torch.int64, device=self.device).cumsum(0).to(torch.int32)
 
     def table(self, tables: Sequence[RopeTable]) -> RopeTable:
         """One rope table per group -> one row per token, cos and sin [T, D/2]."""
@@ -55,7 +55,7 @@ class Packing:
         rows, factors, groups, start = [], [], [], 0
         for count, length in self.groups:
             kept = max(1, int(count * (1.0 - drop_path)))
-            chosen = torch.randperm(count, generator=generator, device=generator.device if generator else None)[:kept]
+            chosen = torch.randperm(count, generator=generator, device=generator.device if generator else "cpu")[:kept]
             first = start + chosen.to(self.device) * length
             rows.append((first[:, None] + torch.arange(length, device=self.device)).flatten())
             factors.append(torch.full((kept * length, 1), count / kept, dtype=torch.float64, device=self.device))

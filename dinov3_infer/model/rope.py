@@ -50,7 +50,7 @@ def rope_periods(
     base: float = 100.0,
 ) -> Tensor:
     """Wavelengths of the rotation, [D/4] float32, in units of the normalised coordinates: base^(4i/D)."""
-    exponents = torch.arange(head_dim // 4, dtype=torch.float32) * (4.0 / head_dim)
+    exponents = torch.arange(head_dim // 4, dtype=torch.float32, device="cpu") * (4.0 / head_dim)
     return base**exponents
 
 
@@ -74,7 +74,8 @@ def augment_coordinates(
     """One draw, shared by all patches of a picture size, [P, 2]."""
 
     def uniform(count: int, limit: float) -> Tensor:  # [count] in [-limit, limit]
-        draw = torch.rand(count, generator=generator, device=generator.device if generator else None)
+        device = generator.device if generator else "cpu"
+        draw = torch.rand(count, generator=generator, dtype=torch.float32, device=device)
         return ((2.0 * draw - 1.0) * limit).to(coordinates.device)
 
     if augmentation.shift is not None:
@@ -107,11 +108,11 @@ def rope_table(
 
 def apply_rope(
     x: Tensor,  # [..., N, H, D]
-    cos: Tensor,  # [N, D/2] float32
-    sin: Tensor,  # [N, D/2] float32
+    cos: Tensor,  # [N, D/2] float32, or float16 for x of 16 bits
+    sin: Tensor,  # [N, D/2], likewise
 ) -> Tensor:
     """Rotates every token of every head, [..., N, H, D] in the dtype of x; computed in float32 at least."""
-    wide = torch.promote_types(x.dtype, cos.dtype)
+    wide = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
     first, second = x.to(wide).chunk(2, dim=-1)
     cos, sin = cos.to(wide)[:, None], sin.to(wide)[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -4,11 +4,12 @@ Source: DINOv3 paper (arXiv 2508.10104), DINOv2 (2304.07193), registers (2309.16
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError, InputTypeError, UnsupportedError
 from .attention import resolve_attention, triton_attention, why_not_triton
@@ -23,7 +24,7 @@ __all__ = ["ViTConfig", "VisionTransformer"]
 class VisionTransformer(Network):
     """Pre-norm ViT; parameter names are Meta's, but for `register_tokens` and the gated FFN's `gate_up` and `down`."""
 
-    config: ViTConfig
+    grad_checkpointing = False  # see `dropin.set_grad_checkpointing`
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class VisionTransformer(Network):
         self.patch_embed = PatchEmbed(config)
         if config.position_grid is None:
             self.pos_embed = None
-            self.register_buffer("rope_periods", torch.empty(config.head_dim // 4))
+            self.register_buffer("rope_periods", torch.empty(config.head_dim // 4, dtype=torch.float32))
         else:
             self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.position_grid**2, width))
             self.register_buffer("rope_periods", None)
@@ -47,6 +48,16 @@ class VisionTransformer(Network):
         self.local_cls_norm = LayerNorm(width, config.norm_eps) if config.local_cls_norm else None
         if not self.cls_token.is_meta:  # where there is nothing to fill, and trying imports 75 MB of meta kernels
             self.init_weights()
+
+    @property
+    def config(self) -> ViTConfig:
+        """What it was built as, with the blocks that it has now: some may have been deleted or added since."""
+        depth = len(self.blocks)
+        return self._built if depth == self._built.depth else replace(self._built, depth=depth)
+
+    @config.setter
+    def config(self, config: ViTConfig) -> None:
+        self._built = config
 
     @torch.no_grad()
     def init_weights(self, layerscale: float = 1e-5) -> None:
@@ -171,17 +182,25 @@ class VisionTransformer(Network):
         taken = {-1: x} if -1 in indices else {}
         end = max(indices) + 1 if stop_early and indices else self.config.depth
         for i, block in enumerate(self.blocks[:end]):
-            x = block(x, rope)
+            x = self._through(block, x, rope)
             if i in indices:
                 taken[i] = x
         return x, taken
+
+    def _through(self, block: nn.Module, *given: Any) -> Tensor:
+        found: Tensor = (
+            checkpoint(block, *given, use_reentrant=False)
+            if self.grad_checkpointing and torch.is_grad_enabled()
+            else block(*given)
+        )
+        return found
 
     def forward_packed(
         self,
         crops: Sequence[Tensor],  # [B_i, 3, H_i, W_i] float, normalised: one tensor per size
         masks: Sequence[Tensor | None] | None = None,  # [B_i, P_i] bool each
         rope: RopeAugmentation | None = None,  # drawn anew for every block and group of crops
-        drop_path: float = 0.0,  # share of pictures that skip a branch
+        drop_path: float | Sequence[float] = 0.0,  # share of images that skip a branch; one, or one for each block
         generator: torch.Generator | None = None,  # of the two draws above
         layers: int | Sequence[int] | None = None,  # as in `forward`
     ) -> list[BackboneOutput]:
@@ -201,11 +220,15 @@ class VisionTransformer(Network):
             )
         if not crops:
             raise InputError("forward_packed got no crops; give at least one tensor")
-        if not 0.0 <= drop_path < 1.0:
-            raise InputError(f"drop_path is a share of pictures, got {drop_path}; give 0 to below 1")
+        depth = self.config.depth
+        shares = list(drop_path) if isinstance(drop_path, Sequence) else [drop_path] * depth
+        if len(shares) != depth:
+            raise InputError(f"drop_path has {len(shares)} shares for {depth} blocks; give one, or one for each block")
+        if wrong := [share for share in shares if not 0.0 <= share < 1.0]:
+            raise InputError(f"drop_path is a share of images, got {wrong[0]}; give 0 to below 1")
         if rope is not None and self.rope_periods is None:
             raise InputError("this model has learned positions, so there is no RoPE to augment; leave rope out")
-        indices = resolve_layers(layers, self.config.depth)
+        indices = resolve_layers(layers, depth)
         streams = [self.embed_tokens(pixels, mask) for pixels, mask in zip(crops, masks, strict=True)]
         grids = [self.grid_of(pixels) for pixels in crops]
         packing = Packing(tuple((s.shape[0], s.shape[1]) for s in streams), streams[0].device)
@@ -217,10 +240,10 @@ class VisionTransformer(Network):
             if self.rope_periods is not None and (tables is None or rope is not None):
                 tables = [rope_table(g, self.rope_periods, self.config.num_prefix, rope, generator) for g in grids]
                 joined = packing.table(tables)
-            if drop_path > 0.0:
-                x = block.forward_dropped(x, tables, packing, drop_path, generator)  # type: ignore[operator]
+            if shares[i] > 0.0:
+                x = block.forward_dropped(x, tables, packing, shares[i], generator)  # type: ignore[operator]
             else:
-                x = block(x, joined, cu_seqlens, longest)
+                x = self._through(block, x, joined, cu_seqlens, longest)
             if i in indices:
                 taken[i] = packing.split(x)
 
@@ -260,6 +283,8 @@ class VisionTransformer(Network):
     ) -> Tensor:
         """Class token, registers and patches, [B, N, C], with learned positions where the model has them."""
         prefix = self.cls_token.to(x.dtype)
+        if self.mask_token is not None and torch.is_grad_enabled() and self.mask_token.requires_grad:
+            prefix = prefix + self.mask_token[:0].sum()  # nothing, with a gradient: DDP wants one without masks too
         if self.pos_embed is not None:
             x = x + (self.positions(grid, x.dtype) if positions is None else positions).to(x.dtype)
             prefix = prefix + self.pos_embed[:, :1].to(x.dtype)

@@ -12,9 +12,9 @@ from ..hub.answers import HubOptions
 from ..hub.download import download
 from ..hub.locate import locate_file
 from .catalogue import HeadInfo, find_head
-from .classifier import Classifier
 from .depth import Depth
 from .head import Released, refuse_other_backbone
+from .imagenet import Classifier
 
 __all__ = ["load_head"]
 

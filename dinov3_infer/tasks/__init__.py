@@ -1,19 +1,21 @@
 """What people do with the features: on what the backbone gave once, in the field's terms.
 
-Labels are whole numbers from 0; in masks 0 is the background and 255 is left out.  All that is fitted has `fit`,
-`predict`, `save` and `load`, and goes with the weights of one backbone.
+Probes take class names or whole numbers.  Labels of masks are whole numbers: 0 is the background, 255 is left out.
+All that is fitted has `fit`, `predict`, `save` and `load`, and goes with the weights of one backbone.
 """
 
 from .attentive import AttentiveProbe
+from .classifier import Probe
 from .clusters import Hierarchy, hierarchy, retrieve
 from .dense import dense_features
+from .explore import explore
 from .neighbours import Duplicates, duplicates, search
 from .overlay import at_pixels, attention_picture, overlay, panel, sheet
 from .pca import foreground, pca_picture, pca_rgb
-from .probes import KNN, LinearProbe, LogisticProbe, Probe, nearest
+from .probes import KNN, LinearProbe, LogisticProbe, nearest
 from .pyramid import Pyramid
 from .segmentation import OneShotSegmenter, SegmentationHead
-from .similarity import patch_weights, region_vector, similarity_map
+from .similarity import patch_weights, region_vector, similarity_map, similarity_picture
 
 __all__ = [
     "KNN",
@@ -30,6 +32,7 @@ __all__ = [
     "attention_picture",
     "dense_features",
     "duplicates",
+    "explore",
     "foreground",
     "hierarchy",
     "nearest",
@@ -43,4 +46,5 @@ __all__ = [
     "search",
     "sheet",
     "similarity_map",
+    "similarity_picture",
 ]

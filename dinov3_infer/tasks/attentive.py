@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from .classifier import Probe
 from .fitted import descend
-from .probes import Probe, best, held_out
+from .probes import best, held_out
 
 __all__ = ["AttentiveProbe"]
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class AttentiveProbe(Probe):
     """One learned query attends to the patches [N, P, C] by several heads; a norm and a linear layer follow.
 
@@ -48,7 +49,7 @@ class AttentiveProbe(Probe):
             logits = []
             for one in self.learning_rates:
                 self.tensors = self._train(features[part], targets[part], num_classes, one)
-                logits.append(self.predict_proba(features[held]).log())
+                logits.append(self._proba(features[held]).log())
             rate = self.learning_rates[best(torch.stack(logits), targets[held])]
         found = self._train(features, targets, num_classes, rate)
         return found | {"learning_rate": found["bias"].new_tensor([rate])}
@@ -58,22 +59,26 @@ class AttentiveProbe(Probe):
         generator = torch.Generator().manual_seed(self.seed)
 
         def drawn(*shape: int, std: float) -> Tensor:
-            return (torch.randn(shape, generator=generator) * std).to(features.device)
+            return (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * std).to(
+                features.device
+            )
 
         made = {
             "query": drawn(heads, width, std=0.02),
             "value": drawn(heads, width // heads, width, std=width**-0.5),
-            "norm": torch.ones(width, device=features.device),
-            "shift": torch.zeros(width, device=features.device),
+            "norm": torch.ones(width, dtype=torch.float32, device=features.device),
+            "shift": torch.zeros(width, dtype=torch.float32, device=features.device),
             "weight": drawn(num_classes, width, std=0.01),
-            "bias": torch.zeros(num_classes, device=features.device),
+            "bias": torch.zeros(num_classes, dtype=torch.float32, device=features.device),
         }
         for tensor in made.values():
             tensor.requires_grad_()
         batches = (
             rows
             for _ in range(self.epochs)
-            for rows in torch.randperm(len(features), generator=generator).to(features.device).split(self.batch_size)
+            for rows in torch.randperm(len(features), generator=generator, device="cpu")
+            .to(features.device)
+            .split(self.batch_size)
         )
 
         def loss() -> Tensor:

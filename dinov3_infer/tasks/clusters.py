@@ -165,9 +165,9 @@ def _first_centres(points: Points, k: int, generator: torch.Generator) -> Tensor
     For a large k many at a time, as in k-means|| (Bahmani et al., arXiv 1203.6402): one by one takes hours.
     """
     rows = torch.cat(list(_sampled(points, generator, max(SAMPLE, 4 * k))))
-    chosen = torch.randint(len(rows), (1,), generator=generator)
+    chosen = torch.randint(len(rows), (1,), generator=generator, device="cpu")
     new, step = chosen, -(-k // STEPS)
-    distance = torch.full((len(rows),), torch.inf, device=rows.device)
+    distance = torch.full((len(rows),), torch.inf, dtype=rows.dtype, device=rows.device)
     same = 1e-6 * rows.square().sum(1).mean()  # to rounding
     while len(chosen) < k:
         distance = torch.minimum(distance, _nearest_centres(rows, rows[new])[1])
@@ -185,7 +185,11 @@ def _sampled(points: Points, generator: torch.Generator, most: int) -> Iterator[
     total = sum(len(block) for block in points())
     for block in points():
         share = -(-len(block) * most // total)
-        yield block if share >= len(block) else block[torch.randperm(len(block), generator=generator)[:share]]
+        yield (
+            block
+            if share >= len(block)
+            else block[torch.randperm(len(block), generator=generator, device="cpu")[:share]]
+        )
 
 
 def _closest(rows: Tensor, centres: Tensor, above: Array, most: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arrays import PLAIN
 from ..errors import InputError
 from ..features.result import Features
 from ..images.decode import ImageLike, load_image
@@ -55,7 +56,7 @@ def dense_features(
         raise InputError(
             f"layers={layers!r} have maps of {len(strides)} sizes, which cannot lie side by side; give one"
         )
-    picture = load_image(image)
+    picture = load_image(image, levels=backbone.preprocess.levels)
     own = size if size is not None else max(picture.shape[1:])
     shown = replace(backbone.preprocess.with_options(own, "native"), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     pixels, placement = shown.place(picture)
@@ -74,7 +75,9 @@ def dense_features(
             prefixes.append(prefix)
     dense, prefix = torch.stack(maps).mean(dim=0)[None], torch.stack(prefixes).mean(dim=0)[None]
     if upsampler is not None:
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (backbone.preprocess.mean, backbone.preprocess.std))
+        mean, std = (
+            torch.tensor(v, **PLAIN).view(3, 1, 1) for v in (backbone.preprocess.mean, backbone.preprocess.std)
+        )
         dense = _upsampled(upsampler, dense.to(backbone.device), ((pixels - mean) / std)[None].to(backbone.device))
     cls_token, registers = prefix[:, 0], prefix[:, 1:]
     tokens = dense.flatten(2).mT.contiguous()
@@ -110,9 +113,13 @@ def _in_tiles(
         for top, left in corners
     )
     h, w = (side * fine for side in sides)
-    down, across = (_fade(n) if len(s) > 1 else torch.ones(n) for n, s in zip((h, w), starts, strict=True))
+    down, across = (_fade(n) if len(s) > 1 else torch.ones(n, **PLAIN) for n, s in zip((h, w), starts, strict=True))
     fade = down[:, None] * across
-    total, weights, prefix = torch.empty(0), torch.zeros(*(side * fine for side in grid)), torch.empty(0)
+    total, weights, prefix = (
+        torch.empty(0, **PLAIN),
+        torch.zeros(*(side * fine for side in grid), **PLAIN),
+        torch.empty(0, **PLAIN),
+    )
     found = backbone.iter_features(windows, size=max(sides) * patch, fit="native", layers=layers)
     for (top, left), one in zip(corners, found, strict=True):
         parts = one.layers or (one,)
@@ -136,7 +143,7 @@ def _starts(length: int, side: int, overlap: float) -> list[int]:
 
 def _fade(side: int) -> Tensor:
     """Weight of each patch along a tile: most in the middle, never nothing."""
-    return torch.sin(math.pi * (torch.arange(side) + 0.5) / side) ** 2
+    return torch.sin(math.pi * (torch.arange(side, **PLAIN) + 0.5) / side) ** 2
 
 
 def _upsampled(upsampler: Upsampler, dense: Tensor, pixels: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ __all__ = ["Fitted", "descend"]
 _KEY = "dinov3_infer"  # of our entry in the metadata of the file
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Fitted:
     """Base of all that has `fit` and `predict`.  Fields that a constructor takes are settings; `fit` sets `tensors`."""
 
@@ -47,6 +47,7 @@ class Fitted:
                 dict(
                     kind=type(self).__name__, settings=self.settings(), options=options,
                     backbone=backbone.fingerprint(), model=backbone.info.name if backbone.info else None,
+                    **self._stored(),
                 )
             )  # fmt: skip
         except TypeError as error:
@@ -72,6 +73,8 @@ class Fitted:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             kind = next((one for one in _derived(cls) if one.__name__ == stored["kind"]), None)
             found: Self | None = None if kind is None else kind(**stored["settings"])
+            if found is not None:
+                found._restore(stored)
             options, made_with, model = dict(stored["options"]), stored["backbone"], stored["model"]
         except (SafetensorError, KeyError, TypeError, ValueError):
             raise CheckpointError(f"'{path}' was not written by save(), or is damaged; fit and save anew") from None
@@ -95,6 +98,13 @@ class Fitted:
     def settings(self) -> dict[str, Any]:
         """What the constructor took."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def _stored(self) -> dict[str, Any]:
+        """What the file holds beside tensors and settings; `_restore` reads it."""
+        return {}
+
+    def _restore(self, stored: dict[str, Any]) -> None:
+        pass
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())

@@ -36,7 +36,7 @@ def search(
             f"queries have {queries.shape[1]} numbers and '{store.path}' has {store.width}; use one model and pooling"
         )
     asked = torch.nn.functional.normalize(torch.from_numpy(queries).float(), dim=1).to(device)
-    scores = torch.empty(len(asked), 0, device=device)
+    scores = torch.empty(len(asked), 0, dtype=torch.float32, device=device)
     numbers = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
     for first, block in store.blocks():
         found = (asked @ torch.from_numpy(block).to(device).T).nan_to_num(nan=-torch.inf)

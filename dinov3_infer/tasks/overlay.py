@@ -9,12 +9,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..arrays import as_tensor
 from ..errors import InputError
+from ..features.result import Features
 from ..images.decode import ImageLike, load_image
+from ..images.levels import Levels
 from ..images.preprocess import Placement
 from ..model.layers import cubic_kernel
 
-__all__ = ["at_pixels", "attention_picture", "heat_colours", "overlay", "panel", "sheet"]
+__all__ = ["at_pixels", "attention_picture", "heat_colours", "overlay", "panel", "placement_of", "sheet"]
 
 SIDES = 512, 1024  # pixels: the long side of a shown picture lies between
 GAP = 8  # pixels between pictures of a sheet
@@ -42,7 +45,9 @@ def at_pixels(
     placement = placement or Placement((1, 1), (1, 1), (0, 0, 1, 1))
     weights = []
     for axis in (0, 1):
-        centres = (torch.arange(size[axis], dtype=torch.float64) + 0.5) / size[axis] * placement.resized[axis]
+        centres = (
+            (torch.arange(size[axis], dtype=torch.float64, device="cpu") + 0.5) / size[axis] * placement.resized[axis]
+        )
         count, extent = maps.shape[axis + 1], placement.window[axis + 2]
         weights.append(_cubic((centres - placement.window[axis]) / extent * count, count))
     return (weights[0] @ maps.cpu().double() @ weights[1].T).float()
@@ -53,7 +58,7 @@ def _cubic(positions: Tensor, count: int) -> Tensor:
 
     Cubic convolution with a = -0.5, which keeps straight lines straight; edges are repeated, NaN outside.
     """
-    weights = torch.zeros(len(positions), count, dtype=positions.dtype)
+    weights = torch.zeros(len(positions), count, dtype=positions.dtype, device=positions.device)
     first = (positions - 0.5).floor().long()
     for tap in range(-1, 3):
         index = (first + tap).clamp(0, count - 1)[:, None]
@@ -62,9 +67,9 @@ def _cubic(positions: Tensor, count: int) -> Tensor:
     return weights
 
 
-def panel(image: ImageLike) -> Image.Image:
-    """The picture upright, in a size to look at."""
-    pixels = load_image(image)
+def panel(image: ImageLike, levels: Levels | None = None) -> Image.Image:
+    """The image upright, in a size to look at."""
+    pixels = load_image(image, levels=levels)
     if pixels.dtype != torch.uint8:
         pixels = (pixels * 255).round().to(torch.uint8)
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -90,7 +95,7 @@ def overlay(
 
     Raises: InputError for values of another shape.
     """
-    maps = torch.as_tensor(values)
+    maps = as_tensor(values, "the map")
     if maps.ndim != 2:
         raise InputError(f"overlay takes one map [h, w], got {list(maps.shape)}; give one, or the mean over heads")
     base = panel(image)
@@ -109,15 +114,37 @@ def overlay(
     return shown
 
 
+def placement_of(image: ImageLike, features: Features) -> Placement:
+    """Where the one image of these features went.
+
+    Raises: InputError for features of several images, or of an image of another size.
+    """
+    if len(features) != 1:
+        raise InputError(f"these are features of {len(features)} images, and one is drawn; give features[0]")
+    placement, size = features.placements[0], tuple(load_image(image).shape[1:])
+    if placement.original != size:
+        raise InputError(
+            f"the image is {size[1]} wide and {size[0]} high, and the features are of one {placement.original[1]} wide "
+            f"and {placement.original[0]} high; give the image that they were made from"
+        )
+    return placement
+
+
 def attention_picture(
     image: ImageLike,
-    maps: Tensor,  # [H, h, w], as `attention_maps` gives for one picture
+    maps: Tensor,  # [H, h, w], as `attention_maps` gives for one image, or [1, H, h, w]
     placement: Placement | None = None,
     mark: tuple[float, float] | None = None,  # the point that asked
 ) -> Image.Image:
-    """The picture, the mean over heads, and every head, each by its own range, up to the 99.5th percentile."""
+    """The image, the mean over heads, and every head, each by its own range, up to the 99.5th percentile.
+
+    Example:
+        >>> attention_picture("cat.jpg", bb.attention_maps("cat.jpg")).save("attention.png")
+    """
+    if maps.ndim == 4 and len(maps) == 1:
+        maps = maps[0]
     if maps.ndim != 3:
-        raise InputError(f"attention_picture takes the maps of one picture [heads, h, w], got {list(maps.shape)}")
+        raise InputError(f"attention_picture takes the maps of one image [heads, h, w], got {list(maps.shape)}")
     every = [maps.float().mean(dim=0), *maps.float()]
     heads = [
         overlay(image, m, placement, limits=(float(m.min()), float(np.quantile(m.cpu(), 0.995))), mark=mark)

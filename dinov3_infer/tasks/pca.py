@@ -7,11 +7,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..arrays import as_tensor
 from ..errors import InputError
+from ..features.components import colours, project
 from ..features.result import Features
 from ..images.decode import ImageLike
 from ..images.preprocess import Placement
-from .overlay import at_pixels, panel, sheet
+from .overlay import at_pixels, panel, placement_of, sheet
 from .similarity import each
 
 __all__ = ["foreground", "pca_picture", "pca_rgb"]
@@ -30,10 +32,8 @@ def pca_rgb(
     Source: DINOv2 paper (arXiv 2304.07193), section 7.5.
     """
     counted = _counted(features, masks)
-    projected = _components(features, counted, 3).numpy()
-    low, high = np.quantile(projected, (0.01, 0.99), axis=0)
-    colours = (((projected - low) / np.maximum(high - low, 1e-12)).clip(0, 1) * 255).round().astype(np.uint8)
-    return [picture.numpy() for picture in _on_grids(torch.from_numpy(colours), counted)]
+    found = torch.from_numpy(colours(_components(features, counted, 3)))
+    return [image.numpy() for image in _on_grids(found, counted)]
 
 
 def foreground(features: Features | Sequence[Features]) -> list[np.ndarray]:
@@ -79,40 +79,39 @@ def _on_grids(values: Tensor, counted: Sequence[Tensor]) -> list[Tensor]:
 
 def _counted(features: Features | Sequence[Features], masks: Sequence[Tensor | np.ndarray] | None) -> list[Tensor]:
     """One bool [h, w] per picture."""
-    every = [torch.ones(f.grid, dtype=torch.bool) if f.valid is None else f.valid[0].cpu() for f in each(features)]
+    every = [
+        torch.ones(f.grid, dtype=torch.bool, device="cpu") if f.valid is None else f.valid[0].cpu()
+        for f in each(features)
+    ]
     if not every:
         raise InputError("there are no features; give the result of extract_features")
     if masks is None:
         return every
-    given = [torch.as_tensor(mask) for mask in masks]
+    given = [as_tensor(mask, "a mask").cpu() for mask in masks]
     if [m.shape for m in given] != [m.shape for m in every] or any(m.dtype != torch.bool for m in given):
         raise InputError(
             f"masks are bool, one for each of {len(every)} pictures, of the shapes {[tuple(m.shape) for m in every]}; "
             f"got {[(str(m.dtype), tuple(m.shape)) for m in given]}"
         )
-    return [a & b.cpu() for a, b in zip(every, given, strict=True)]
+    return [a & b for a, b in zip(every, given, strict=True)]
 
 
-def project(tokens: Tensor, count: int) -> Tensor:  # [P, C]
-    """Onto the first principal components, [P, count] float32.
+def pca_picture(
+    image: ImageLike,
+    features: Features | np.ndarray,  # of this image alone, or its colours [h, w, 3] uint8
+    placement: Placement | None = None,  # of the image, for colours; None where they cover all of it
+) -> Image.Image:
+    """The image and the colours of its patches, smoothly enlarged, side by side.
 
-    A component has no sign of its own.  Here its large loadings are positive, by the sum of their cubes: that stays
-    the same when a picture comes in another size (71 of 72 on four photographs; the single largest loading, 67).
+    Raises: InputError for features of several images, or of an image of another size.
+
+    Example:
+        >>> pca_picture("cat.jpg", bb.extract_features("cat.jpg", size=768, fit="native")).save("pca.png")
     """
-    centred = (tokens - tokens.mean(dim=0)).double()
-    if len(centred) >= centred.shape[1]:
-        _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
-        components = vectors[:, -count:].flip(1)
-    else:  # of the smaller matrix
-        _, vectors = torch.linalg.eigh(centred @ centred.T)
-        components = torch.nn.functional.normalize(centred.T @ vectors[:, -count:].flip(1), dim=0)
-    projected: Tensor = centred @ (components * (components**3).sum(dim=0).sign())
-    return projected.float()
-
-
-def pca_picture(image: ImageLike, colours: np.ndarray, placement: Placement | None = None) -> Image.Image:
-    """The picture and its colours [h, w, 3] uint8, smoothly enlarged, side by side."""
+    if isinstance(features, Features):
+        placement = placement_of(image, features)
+        features = pca_rgb(features)[0]
     shown = panel(image)
-    enlarged = at_pixels(torch.from_numpy(colours).permute(2, 0, 1), placement, (shown.height, shown.width))
+    enlarged = at_pixels(torch.from_numpy(features).permute(2, 0, 1), placement, (shown.height, shown.width))
     pixels = enlarged.nan_to_num(0).clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return sheet([shown, Image.fromarray(pixels)], columns=2)

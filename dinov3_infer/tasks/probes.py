@@ -3,21 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeAlias
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from .fitted import Fitted
+from .classifier import CELLS, Probe, Vectors, as_features
 
-__all__ = ["KNN", "LinearProbe", "LogisticProbe", "Probe", "nearest"]
+__all__ = ["KNN", "LinearProbe", "LogisticProbe", "nearest"]
 
-Vectors: TypeAlias = Tensor | np.ndarray
-CELLS = 2**26  # numbers of one matrix of cosines
-MOST_CLASSES = 2**16
 HELD_OUT = 0.1  # share of the examples that choose a learning rate or a penalty
 
 
@@ -45,48 +40,7 @@ def weighted_votes(cosines: Tensor, classes: Tensor, num_classes: int, temperatu
     return votes.scatter_add_(1, classes, (cosines / temperature).softmax(dim=-1))
 
 
-class Probe(Fitted):
-    """Base of the classifiers.  Classes are whole numbers from 0; K is one more than the largest."""
-
-    dims: ClassVar[int] = 2  # of the features
-
-    def fit(self, features: Vectors, targets: Vectors | Sequence[int]) -> Self:
-        """Learns from features [N, C] (`AttentiveProbe`: [N, P, C]) and their classes [N].
-
-        Raises: InputError for other shapes, features that are not finite, classes out of range, or only one class.
-        """
-        known = as_features(features, "features", self.dims)
-        classes = as_targets(targets, len(known))
-        if len(classes.unique()) < 2:
-            raise InputError(f"all {len(classes)} targets are class {int(classes[0])}; a classifier needs two or more")
-        self.tensors = self._fit(known, classes.to(known.device), int(classes.max()) + 1)
-        return self
-
-    def predict(self, features: Vectors) -> Tensor:
-        """The class of each, [N] int64."""
-        return self.predict_proba(features).argmax(dim=-1)
-
-    def predict_proba(self, features: Vectors) -> Tensor:
-        """How probable each class is, [N, K] float32."""
-        asked = as_features(features, "features", self.dims)
-        self._check(asked.shape[-1])
-        rows = max(1, CELLS // 16 // asked[0].numel())
-        with torch.no_grad():
-            return torch.cat([self._probabilities(part.to(self._device).float()) for part in asked.split(rows)])
-
-    def score(self, features: Vectors, targets: Vectors | Sequence[int]) -> float:
-        """The share of them that is told right, 0 to 1."""
-        found = self.predict(features)
-        return float((found == as_targets(targets, len(found)).to(found.device)).double().mean())
-
-    def _fit(self, features: Tensor, targets: Tensor, num_classes: int) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def _probabilities(self, features: Tensor) -> Tensor:
-        return F.linear(features, self.tensors["weight"], self.tensors["bias"]).softmax(dim=-1)
-
-
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class KNN(Probe):
     """The classes of the k nearest examples by cosine, weighted by a softmax over them.
 
@@ -109,7 +63,7 @@ class KNN(Probe):
         return weighted_votes(cosines, targets[rows], int(targets.max()) + 1, self.temperature)
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class LinearProbe(Probe):
     """A linear layer by SGD, momentum 0.9, cosine decay to 0: one for each learning rate, side by side.
 
@@ -140,8 +94,9 @@ class LinearProbe(Probe):
     def _train(
         self, features: Tensor, targets: Tensor, num_classes: int, rates: Tensor
     ) -> tuple[Tensor, Tensor]:  # [L, K, C], [L, K] for L rates
-        generator = torch.Generator().manual_seed(self.seed)
-        weight = torch.randn(num_classes, features.shape[1] + 1, generator=generator).to(features.device) * 0.01
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        weight = torch.randn(num_classes, features.shape[1] + 1, generator=generator, dtype=torch.float32, device="cpu")
+        weight = weight.to(features.device) * 0.01
         weight[:, -1] = 0  # the bias
         weight = weight.repeat(len(rates), 1)  # [L * K, C + 1]
         momentum = torch.zeros_like(weight)
@@ -150,7 +105,7 @@ class LinearProbe(Probe):
         for step in range(self.steps):
             start = step % (len(features) // size) * size
             if start == 0:
-                order = torch.randperm(len(features), generator=generator).to(features.device)
+                order = torch.randperm(len(features), generator=generator, device="cpu").to(features.device)
             rows = order[start : start + size]
             x, y = F.pad(features[rows], (0, 1), value=1.0), targets[rows]
             error = (x @ weight.T).view(size, len(rates), num_classes).softmax(dim=-1)
@@ -161,7 +116,7 @@ class LinearProbe(Probe):
         return found[..., :-1], found[..., -1]
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class LogisticProbe(Probe):
     """Logistic regression with an L2 penalty by L-BFGS in float64: the minimum of C * sum of losses + |weight|^2 / 2.
 
@@ -184,7 +139,7 @@ class LogisticProbe(Probe):
         chosen, start = self.C, x.new_zeros(num_classes, x.shape[1])
         if chosen is None:
             part, held = held_out(len(x), self.seed)
-            sweep = torch.logspace(-6, 5, 45, dtype=torch.float64).tolist()
+            sweep = torch.logspace(-6, 5, 45, dtype=torch.float64, device="cpu").tolist()
             fits = [start := self._minimum(x[part], targets[part], start, C, min(100, self.max_iter)) for C in sweep]
             number = best(torch.stack([x[held] @ fit.T for fit in fits]), targets[held])
             chosen, start = sweep[number], fits[number]
@@ -213,7 +168,7 @@ class LogisticProbe(Probe):
 
 def held_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows to learn from, and a tenth of them, at least one, to choose by."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     held = max(1, round(count * HELD_OUT))
     return order[held:], order[:held]
 
@@ -226,34 +181,3 @@ def best(logits: Tensor, targets: Tensor) -> int:  # [L, N, K], [N]
         raise InputError("no learning rate converged; the features are very large, so bring them to length 1 before")
     hits = hits.masked_fill(~losses.isfinite(), -1.0)
     return int(torch.where(hits == hits.max(), losses, torch.inf).argmin())
-
-
-def as_features(given: Any, what: str, dims: int = 2) -> Tensor:
-    """A float tensor of so many dimensions with something in it, finite; float32 where it has two.
-
-    Raises: InputError for anything else.
-    """
-    tensor = torch.as_tensor(given).detach()
-    shape = ("[N, C]", "[N, P, C]")[dims - 2]
-    if tensor.ndim != dims or not tensor.numel() or not tensor.is_floating_point():
-        raise InputError(f"{what} are float {shape}, one row for each, got {tensor.dtype} {list(tensor.shape)}")
-    finite = tensor.flatten(1).sum(dim=1, dtype=torch.float32).isfinite()
-    if not finite.all():
-        raise InputError(
-            f"{int((~finite).sum())} of {len(finite)} rows of the {what} are not finite, the first is number "
-            f"{int(finite.int().argmin())}; drop the pictures that could not be read"
-        )
-    return tensor.float() if dims == 2 else tensor
-
-
-def as_targets(given: Any, count: int) -> Tensor:
-    """One class for each of `count` rows, [N] int64.  Raises InputError for anything else."""
-    tensor = torch.as_tensor(given)
-    if tensor.ndim != 1 or len(tensor) != count or tensor.is_floating_point() or tensor.dtype == torch.bool:
-        raise InputError(
-            f"targets are whole numbers, one for each of {count} rows, got {tensor.dtype} {list(tensor.shape)}"
-        )
-    low, high = int(tensor.min()), int(tensor.max())
-    if low < 0 or high >= MOST_CLASSES:
-        raise InputError(f"targets reach from {low} to {high}; number the classes from 0 on, below {MOST_CLASSES:,}")
-    return tensor.long()

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from ..arrays import PLAIN, as_tensor
 from ..errors import InputError
 from ..features.result import Features
 from .fitted import Fitted, descend
@@ -43,7 +45,7 @@ class Segmenter(Fitted):
         for one in each(features):
             maps = self._maps(one)
             size = one.placements[0].original
-            best, labels = torch.full(size, -torch.inf), torch.full(size, IGNORE)
+            best, labels = torch.full(size, -torch.inf, **PLAIN), torch.full(size, IGNORE, device="cpu")
             for start in range(0, len(maps), CHUNK):
                 values, index = at_pixels(maps[start : start + CHUNK], one.placements[0], size).max(dim=0)
                 better = values > best  # never of NaN
@@ -67,7 +69,7 @@ class Segmenter(Fitted):
         raise NotImplementedError
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class OneShotSegmenter(Segmenter):
     """Finds what is marked in one or a few reference pictures in others.
 
@@ -90,7 +92,7 @@ class OneShotSegmenter(Segmenter):
         return found.masked_fill(~prototypes.any(dim=1), -1.0)  # a number between two classes that is in no mask
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class SegmentationHead(Segmenter):
     """A linear layer on each patch, trained on pixels.
 
@@ -120,7 +122,9 @@ class SegmentationHead(Segmenter):
         seen = tokens[torch.cat([_shares(f, m, num_classes).any(dim=1) for f, m in zip(features, masks, strict=True)])]
         mean, std = seen.mean(dim=0), seen.std(dim=0, correction=0).clamp(min=1e-5)
         draw = _Pixels(features, masks)
-        weight = (torch.randn(num_classes, len(mean), generator=generator) * 0.01).to(mean.device).requires_grad_()
+        weight = (
+            (torch.randn(num_classes, len(mean), generator=generator, **PLAIN) * 0.01).to(mean.device).requires_grad_()
+        )
         bias = torch.zeros_like(weight[:, 0]).requires_grad_()
 
         def loss() -> Tensor:
@@ -142,8 +146,8 @@ class _Pixels:
 
     def __init__(self, features: list[Features], masks: list[Tensor]) -> None:
         self.labels = torch.cat([mask.flatten().to(torch.uint8) for mask in masks])
-        first = torch.tensor([0, *(mask.numel() for mask in masks[:-1])]).cumsum(0)
-        patches = torch.tensor([0, *(math.prod(one.grid) for one in features[:-1])]).cumsum(0)
+        first = torch.tensor([0, *(mask.numel() for mask in masks[:-1])], device="cpu").cumsum(0)
+        patches = torch.tensor([0, *(math.prod(one.grid) for one in features[:-1])], device="cpu").cumsum(0)
         rows = []
         for one in features:  # for both axes: start, length and share seen of the window, size before it, size, patches
             place = one.placements[0]
@@ -152,13 +156,13 @@ class _Pixels:
                 seen = min(length, resized - start) / length
                 rows.append((start, length, seen, resized, place.original[axis], one.grid[axis]))
         self.first, self.patches = first, patches
-        self.axes = torch.tensor(rows, dtype=torch.float64).view(len(features), 2, 6)
+        self.axes = torch.tensor(rows, dtype=torch.float64, device="cpu").view(len(features), 2, 6)
 
     def __call__(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """The 4 patches around each pixel [count, 4], counted over all pictures, their weights, and the labels."""
-        picture = torch.randint(len(self.axes), (count,), generator=generator)
+        picture = torch.randint(len(self.axes), (count,), generator=generator, device="cpu")
         start, length, seen, resized, size, patches = self.axes[picture].unbind(-1)  # [count, 2] each
-        at = torch.rand(count, 2, generator=generator, dtype=torch.float64) * seen
+        at = torch.rand(count, 2, generator=generator, dtype=torch.float64, device="cpu") * seen
         pixel = ((at * length + start) / resized * size).floor().clamp(max=size - 1).long()
         labels = self.labels[self.first[picture] + pixel[:, 0] * size[:, 1].long() + pixel[:, 1]].long()
         place = (at * patches - 0.5).clamp(min=0)
@@ -181,11 +185,13 @@ def _shares(features: Features, mask: Tensor, num_classes: int) -> Tensor:
 def _examples(features: Features | Sequence[Features], masks: Masks) -> tuple[list[Features], list[Tensor], int]:
     """One picture and one mask [height, width] of whole numbers each, and the number of classes with the background."""
     pictures = list(each(features))
-    given = [masks] if isinstance(masks, (Tensor, np.ndarray)) and masks.ndim == 2 else list(masks)
+    single = isinstance(masks, Image.Image) or (isinstance(masks, (Tensor, np.ndarray)) and masks.ndim == 2)
+    given: list[Any] = [masks] if single else list(masks)
     if len(given) != len(pictures) or not pictures:
         raise InputError(f"there are {len(pictures)} pictures and {len(given)} masks; give one mask for each picture")
     found = []
-    for number, (one, mask) in enumerate(zip(pictures, map(torch.as_tensor, given), strict=True)):
+    for number, (one, given_mask) in enumerate(zip(pictures, given, strict=True)):
+        mask = as_tensor(given_mask, f"mask {number}")
         size = one.placements[0].original
         if tuple(mask.shape) != size:
             raise InputError(
@@ -201,6 +207,12 @@ def _examples(features: Features | Sequence[Features], masks: Masks) -> tuple[li
     labels = torch.cat([mask.unique() for mask in found]).unique()
     labels = labels[labels != IGNORE].tolist()
     if len(labels) < 2:
-        held = f"are {labels[0] if labels else IGNORE} at every pixel"
+        only = labels[0] if labels else IGNORE
+        if IGNORE in torch.cat([mask.unique() for mask in found]) and labels == [0]:
+            raise InputError(
+                f"the masks hold 0 and {IGNORE} alone, and {IGNORE} is what is left out; give mask > 0 where it marks "
+                "the thing"
+            )
+        held = f"are {only} at every pixel"
         raise InputError(f"the masks {held}; mark a part of a picture, and leave the rest 0")
     return pictures, found, labels[-1] + 1

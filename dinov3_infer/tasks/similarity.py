@@ -5,13 +5,17 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from ..arrays import as_tensor
 from ..errors import InputError
 from ..features.result import Features
+from ..images.decode import ImageLike
 from ..images.preprocess import Placement
+from .overlay import overlay, panel, placement_of, sheet
 
-__all__ = ["each", "patch_weights", "region_vector", "similarity_map"]
+__all__ = ["each", "patch_weights", "region_vector", "similarity_map", "similarity_picture"]
 
 
 def each(features: Features | Sequence[Features]) -> Iterator[Features]:
@@ -33,6 +37,28 @@ def similarity_map(features: Features, vector: Tensor) -> Tensor:
     cosine = F.normalize(features.patch_tokens, dim=-1) @ F.normalize(vector.to(features.patch_tokens), dim=-1)
     maps: Tensor = cosine.unflatten(1, features.grid)
     return maps if features.valid is None else maps.masked_fill(~features.valid, -1.0)
+
+
+def similarity_picture(
+    image: ImageLike,
+    features: Features,  # of this image alone
+    point: tuple[float, float] | None = None,
+    *,
+    vector: Tensor | None = None,  # [C], such as `region_vector` of another image's features
+) -> Image.Image:
+    """The image, and over it in colours the cosine of every patch with the one at `point` (x, y), or with a vector.
+
+    Raises: InputError for none or both of them, features of several images, or of an image of another size.
+
+    Example:
+        >>> similarity_picture("cat.jpg", bb.extract_features("cat.jpg", size=768, fit="native"), point=(300, 200))
+    """
+    placement = placement_of(image, features)
+    if (point is None) == (vector is None):
+        raise InputError("similarity_picture takes a point (x, y) or a vector; give exactly one")
+    asked = region_vector(features, point=point) if vector is None else vector
+    shown = overlay(image, similarity_map(features, asked)[0], placement, mark=point)
+    return sheet([panel(image), shown], columns=2)
 
 
 def region_vector(
@@ -58,7 +84,7 @@ def region_vector(
         return F.normalize(features.feature_map[index, :, row, column], dim=0)
     if box is not None:
         mask = _mask_of(box, placement.original)
-    weights = patch_weights(torch.as_tensor(mask), placement, features.grid).to(features.patch_tokens)
+    weights = patch_weights(as_tensor(mask, "the mask").cpu(), placement, features.grid).to(features.patch_tokens)
     if features.valid is not None:
         weights = weights * features.valid[index]
     if not weights.any():
@@ -87,6 +113,6 @@ def _mask_of(box: Sequence[float], size: tuple[int, int]) -> Tensor:
         raise InputError(
             f"a box is (left, top, right, bottom) in a picture {size[1]} wide and {size[0]} high, got {tuple(box)}"
         )
-    mask = torch.zeros(size)
+    mask = torch.zeros(size, dtype=torch.float32, device="cpu")
     mask[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = 1.0
     return mask

@@ -5,10 +5,10 @@
 Reading order: losses, method, loop; then config, views, batches, pictures; blocks for the speed.
 """
 
+from ..errors import DiskError
 from .config import PRESETS, TrainConfig
 from .health import TrainingStopped
 from .loop import train
 from .pictures import Data, open_data
-from .run_state import DiskError
 
 __all__ = ["PRESETS", "Data", "DiskError", "TrainConfig", "TrainingStopped", "open_data", "train"]

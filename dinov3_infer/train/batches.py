@@ -154,7 +154,7 @@ def _tasks(
 
     @lru_cache(maxsize=4)
     def shuffled(stream: int, epoch: int, length: int) -> Tensor:
-        return torch.randperm(length, generator=generator(seed, epoch, "order", stream))
+        return torch.randperm(length, generator=generator(seed, epoch, "order", stream), device="cpu")
 
     # Each source of pure batches is a stream of its own, the others are one together.
     pictures: dict[int, list[range]] = {}
@@ -191,7 +191,9 @@ def _pick(chances: Sequence[float], seed: int, step: int, purpose: str) -> int:
     if len(chances) == 1:
         return 0
     ends = list(itertools.accumulate(chances))
-    drawn = float(torch.rand((), generator=generator(seed, step, purpose), dtype=torch.float64)) * ends[-1]
+    drawn = (
+        float(torch.rand((), generator=generator(seed, step, purpose), dtype=torch.float64, device="cpu")) * ends[-1]
+    )
     return min(bisect.bisect_right(ends, drawn), len(ends) - 1)
 
 
@@ -233,7 +235,9 @@ class _Prepared(Dataset[Chunk]):
     def _read(self, index: int, step: int, slot: int, short_px: int, broken: dict[int, str]) -> tuple[int, Tensor]:
         """The picture, or another one of its source that is drawn for this slot."""
         wanted = self._data.range_of(self._data.source_of(index))
-        others = torch.randint(len(wanted), (REPLACEMENTS,), generator=generator(self._seed, step, "instead", slot))
+        others = torch.randint(
+            len(wanted), (REPLACEMENTS,), generator=generator(self._seed, step, "instead", slot), device="cpu"
+        )
         for candidate in (index, *(wanted[i] for i in others.tolist())):
             try:
                 return candidate, self._data.read(candidate, short_px)

@@ -26,9 +26,16 @@ def parser() -> argparse.ArgumentParser:
         prog="dinov3-infer train", description="Trains a backbone on pictures without labels.", allow_abbrev=False,
         usage="dinov3-infer train --data SRC [SRC ...] --model MODEL --out RUN [options]",
         epilog="In brackets the default of preset 'adapt'.  'v3' marks the value of DINOv3's published configurations. "
-        "An option that ends in -share is a part of the run, from 0 to 1, unless it says of what.",
+        "An option that ends in -share is a part of the run, from 0 to 1, unless it says of what.  Which recipe for "
+        "what: examples/configs of the repository has small_folder (images of another kind, one GPU), short_cpu (the "
+        "same, 38 minutes on one core for a ViT-S/14), nano (a distillation), and as published dino_v1, dinov2 and the "
+        "stages of DINOv3's 7B: dinov3_pretrain, dinov3_gram, dinov3_high_resolution.",
     )  # fmt: skip
-    found.add_argument("--preset", choices=list(PRESETS), help="what the defaults are (adapt)")
+    found.add_argument(
+        "--preset", choices=list(PRESETS),
+        help="what the defaults are (adapt).  adapt: released weights go on with images of another kind.  dinov3: "
+        "its recipe of a ViT-L from random weights.  distill: a small backbone from a large one, --teacher",
+    )  # fmt: skip
     found.add_argument("--config", metavar="FILE", help="settings as TOML; those of the command line come on top")
     found.add_argument("--resume", action="store_true", help="go on with the run in --out")
     found.add_argument("--dry-run", action="store_true", help="say what would be done")
@@ -77,7 +84,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[TrainConfig, argparse.Name
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         found: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise InputError(f"the settings '{path}' cannot be read: {error}") from None

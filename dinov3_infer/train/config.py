@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_origin
 from ..errors import InputError, check_choice
 from ..model.rope import RopeAugmentation
 from .blocks import Recompute
-from .losses import GramNegatives, GramOf
+from .losses import GramOf
 from .views import ViewConfig
 
 __all__ = ["PRESETS", "TrainConfig"]
@@ -72,6 +72,9 @@ class TrainConfig:
     accumulate: Count = option(1, "parts that the batch of a process is computed in: memory against time, same result")
     seed: int = option(0, "of every random draw")
 
+    levels: str = option(
+        "", 'of images of more than 8 bits what is black and white: "LOW,HIGH", "full" or "percentile"'
+    )
     global_px: Count = option(224, "side of the two global crops", heading="views (see views.ViewConfig)")
     local_px: CountFrom0 = option(96, "side of a local crop")
     num_local: CountFrom0 = option(8, "local crops of each picture; v3")
@@ -88,34 +91,33 @@ class TrainConfig:
     mask_ratio: Shares = option((0.1, 0.5), "share of the patches of a masked crop; v3")
 
     dino_weight: Weight = option(1.0, "class tokens of different crops say the same; v3", heading="objectives")
-    local_weight: Weight = option(1.0, "of the local crops' part; v3, 0.5 in the Gram and high-resolution stages")
+    local_weight: Weight = option(1.0, "of the local crops' part; v3, 0.5 in the high-resolution stage")
     ibot_weight: Weight = option(1.0, "hidden patches are told from the others; v3")
     koleo_weight: Weight = option(0.1, "pictures keep apart; v3")
     sigreg_weight: Weight = option(0.0, "likewise, instead of KoLeo; FINO 0.05")
-    sigreg_slices: Count = option(1024, "FINO")
     spread_group: Count = option(16, "pictures among which KoLeo and SIGReg look; DINOv3 paper, section 3.2")
     gram: Literal["off", "start", "ema", "renew"] = option("off", "the teacher: start weights, EMA, a copy of the EMA")
     gram_weight: Weight = option(2.0, "v3")
     gram_begin_share: Share = option(0.0, "of the run, before Gram anchoring begins")
-    gram_ramp_share: Share = option(0.0, "of the run, until it has its whole weight")
+    gram_ramp_share: Share = option(0.0, "of the run, until it has its whole weight, by half a cosine; v3 0.005")
+    gram_local_weight: Weight = option(1.0, "times local_weight, once Gram anchoring has its whole weight; v3 0.5")
     gram_renew_steps: Count = option(10_000, '"renew": copied from the EMA every so often; v3')
+    gram_renewals: CountFrom0 = option(0, '"renew": so many times, then never again; 0: to the end; v3 3')
     gram_of: GramOf = option("patches", "similarities between these; v3")
-    gram_normalise: bool = option(True, "cosines, not dot products; v3")
-    gram_per_image: bool = option(True, "else among the patches of the whole batch; v3")
-    gram_negatives: GramNegatives = option("keep", "v3")
     feature_weight: Weight = option(0.0, "distillation: the teacher's features, without heads")
     relation_weight: Weight = option(
         0.0, "distillation: the teacher's similarities between pictures and between patches"
     )
 
     dino_prototypes: Count = option(16_384, heading="heads and targets")
-    ibot_prototypes: Count = 16_384
-    head_hidden: Count = option(2048, "v3")
-    head_bottleneck: Count = option(256, "v3")
+    ibot_prototypes: CountFrom0 = option(16_384, "0: DINO's head scores the patches too; DINOv2")
+    head_hidden: Count = option(2048, "v3, the 7B 8192")
+    head_bottleneck: Count = option(256, "v3, the 7B 512")
+    ibot_hidden: CountFrom0 = option(0, "of iBOT's head; 0: as above; v3, the 7B 4096")
+    ibot_bottleneck: CountFrom0 = option(0, "likewise; v3, the 7B 384")
     unit_prototypes: bool = option(True, "DINO v1; free ones (v3) take thousands of steps to say anything")
     standardise: bool = option(True, "the heads see tokens of mean 0 and variance 1")
     centring: Literal["sinkhorn", "centre"] = option("sinkhorn", "v3")
-    centre_momentum: Share = option(0.9, "DINO v1")
     student_temperature: Positive = option(0.1, "v3")
     teacher_temperature_start: Positive = option(0.04, "at first; v3")
     teacher_temperature: Positive = option(0.04, "v3 0.07")
@@ -128,9 +130,9 @@ class TrainConfig:
     ramp_share: Share = option(0.05, "until the backbone learns at full rate; FINO 0.04")
     freeze_prototypes_share: Share = option(0.0, "of the run, while they stay; v3 0.005 to 0.01, from scratch")
     drop_path: Share = option(0.0, "share of the pictures that a block leaves out; v3 0.3 to 0.4, from scratch")
-    rope_shift: float = option(0.0, "off; see rope.RopeAugmentation")
-    rope_jitter: float = option(1.0, "off")
-    rope_rescale: float = option(2.0, "v3; 1 is off")
+    drop_path_grows: bool = option(False, "from 0 in the first block to that in the last; DINO v1")
+    local_cls_norm: bool = option(False, "a final norm for local crops, where the weights have none; v3, the 7B")
+    rope_rescale: float = option(2.0, "of the coordinates, drawn between 1/2 and 2; v3; 1 is off")
 
     lr_at_1024: Positive = option(
         4e-4,
@@ -140,6 +142,7 @@ class TrainConfig:
     lr_end_share: Weight = option(1.0, "of the last learning rate: 1 is constant after the warm-up; v3")
     head_lr: Positive = option(5.0, "of the heads, over that of the backbone: they are new")
     warmup_share: Share = option(0.1, "until the learning rate is whole; v3")
+    warmup: Literal["line", "cosine"] = option("line", "its form; v3, the high-resolution stage by half a cosine")
     weight_decay: Weight = option(0.04, "v3")
     weight_decay_end: Weight = option(0.04, "v3")
     betas: Pair = option((0.9, 0.99), "v3")
@@ -192,13 +195,23 @@ class TrainConfig:
         return self.ibot_weight > 0
 
     @property
+    def looks_at_local_crops(self) -> bool:
+        return self.num_local > 0 and self.dino_weight > 0
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether DINO's head scores the masked patches."""
+        return self.masks and not self.ibot_prototypes
+
+    def drop_paths(self, depth: int) -> float | list[float]:
+        """One share for all blocks, or one for each of `depth`."""
+        if not self.drop_path_grows:
+            return self.drop_path
+        return [self.drop_path * block / max(1, depth - 1) for block in range(depth)]
+
+    @property
     def rope(self) -> RopeAugmentation | None:
-        steps = RopeAugmentation(
-            self.rope_shift or None,
-            self.rope_jitter if self.rope_jitter != 1 else None,
-            self.rope_rescale if self.rope_rescale != 1 else None,
-        )
-        return None if steps == RopeAugmentation() else steps
+        return None if self.rope_rescale == 1 else RopeAugmentation(rescale=self.rope_rescale)
 
     def view_configs(self, patch_size: int, teacher_patch: int, mean: Any, std: Any) -> list[tuple[float, ViewConfig]]:
         """(probability, views) for each resolution; sides are rounded to whole patches of the student."""
@@ -244,13 +257,19 @@ class TrainConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "adapt": {},
-    # v3, ssl_default_config.yaml with the RoPE and registers of the released models: its ViT-L recipe on ImageNet
+    # v3, ssl_default_config.yaml: its ViT-L recipe on ImageNet, for the architecture of the released models
+    # differs: model.num_registers: source 0; ours 4; the released models have them
+    # differs: model.key_bias: source true; ours false; likewise, they have none
+    # differs: model.norm_eps: source 1e-06; ours 1e-05; likewise
+    # differs: rope_rescale: source 1; ours 2; likewise, they were trained with it
+    # differs: precision: source parameters, tokens and RoPE in bfloat16; ours products alone; weights stay float32
+    # differs: schedules: source warm-up whole a step earlier, cosine not quite ended; ours ends; 1e-4 of the peak apart
     "dinov3": dict(
-        from_scratch=True, steps=125_000, batch_size=2048, dino_prototypes=65_536, ibot_prototypes=65_536,
-        freeze_share=0.0, ramp_share=0.0, freeze_prototypes_share=0.01, drop_path=0.3, lr_at_1024=4e-3,
-        lr_end_share=1.8e-4, weight_decay_end=0.4, betas=(0.9, 0.999), layer_decay=0.9, ema_momentum=0.992,
-        ema_momentum_end=1.0, teacher_temperature=0.07, teacher_temperature_share=0.3, head_lr=1.0,
-        unit_prototypes=False, standardise=False,
+        from_scratch=True, model="vitl16", steps=125_000, batch_size=2048, dino_prototypes=65_536,
+        ibot_prototypes=65_536, spread_group=64, freeze_share=0.0, ramp_share=0.0, freeze_prototypes_share=0.01,
+        drop_path=0.3, lr_at_1024=4e-3, lr_end_share=1.767767e-4, weight_decay_end=0.4, betas=(0.9, 0.999),
+        layer_decay=0.9, ema_momentum=0.992, ema_momentum_end=1.0, teacher_temperature=0.07,
+        teacher_temperature_share=0.3, head_lr=1.0, unit_prototypes=False, standardise=False,
     ),
     # Feature form, AM-RADIO (arXiv 2312.06709): released teachers have no heads, without which the published form
     # (DINOv3 paper, section 5.2: the student's own heads against the teacher's) cannot be computed.
@@ -295,8 +314,14 @@ def check(config: TrainConfig) -> None:
         raise InputError("gram='start' holds on to the start weights, and these are random; use 'renew' or 'ema'")
     if config.tune == "lora" and config.engine == "fsdp":
         raise InputError("adapters are small enough for engine='ddp'; 'fsdp' does not split them")
-    if not config.gram_per_image and (config.gram != "off") and config.accumulate > 1:
-        raise InputError("gram_per_image=False compares patches of the whole batch, so it takes accumulate=1")
+    if config.local_cls_norm and not config.looks_at_local_crops:
+        raise InputError("local_cls_norm is for local crops, which DINO's loss looks at; set num_local and dino_weight")
+    if config.shares_head and (config.ibot_hidden or config.ibot_bottleneck):
+        raise InputError(
+            "with ibot_prototypes=0 the patches have DINO's head; leave ibot_hidden and ibot_bottleneck out"
+        )
+    if config.gram_renewals and config.gram != "renew":
+        raise InputError(f"gram_renewals counts the copies of gram='renew', and gram is {config.gram!r}; leave it out")
     if config.ibot_weight and not config.mask_share:
         raise InputError("ibot_weight is above 0 and mask_share is 0, so that nothing is masked; set ibot_weight=0")
     if not any((config.dino_weight, config.ibot_weight, config.feature_weight, config.relation_weight)):

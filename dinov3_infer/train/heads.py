@@ -74,8 +74,8 @@ class Standardise(nn.Module):
     def __init__(self, embed_dim: int, window: int | None = None) -> None:
         super().__init__()
         self.window = window
-        self.register_buffer("mean", torch.zeros(embed_dim))
-        self.register_buffer("variance", torch.zeros(embed_dim))
+        self.register_buffer("mean", torch.zeros(embed_dim, dtype=torch.float32))
+        self.register_buffer("variance", torch.zeros(embed_dim, dtype=torch.float32))
 
     @torch.no_grad()
     def learn(self, tokens: Tensor, step: int) -> None:

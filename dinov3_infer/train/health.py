@@ -57,7 +57,7 @@ class Health:
     def __init__(self, config: TrainConfig, data: Data, backbone: Backbone) -> None:
         self.config = config
         count = min(config.health_pictures, len(data))
-        chosen = torch.randperm(len(data), generator=generator(config.seed, 0, "health"))[:count].tolist()
+        chosen = torch.randperm(len(data), generator=generator(config.seed, 0, "health"), device="cpu")[:count].tolist()
         self.pictures = [i for i in chosen if _readable(data, i)]
         if len(self.pictures) < 2:
             raise InputError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..backbone import Backbone, ViTBackbone
-from ..errors import InputError, UnsupportedError
+from ..errors import DiskError, InputError, UnsupportedError
 from ..model.chips import lacks_bfloat16
 from ..system import whole
 from ..zoo import OWN
@@ -85,6 +85,8 @@ def _build(config: TrainConfig, device: torch.device, backbone: Backbone | None)
                 f"the weights are {backbone.main_weight.dtype}, in which small steps are lost; load them "
                 "with dtype='auto', the arithmetic is bfloat16 all the same"
             )
+        if backbone.info is not None and backbone.info.licence != OWN:
+            backbone.info = dataclasses.replace(backbone.info, derived=True)
         if not isinstance(backbone, ViTBackbone):
             raise UnsupportedError(f"a {backbone.summary()} cannot be trained here; train takes vision transformers")
         method = Method(config, backbone.to(device), teacher)
@@ -116,7 +118,11 @@ class Run:
         self.folder = Path(config.out).expanduser()
         self.checkpoints = self.folder / "checkpoints"
         found = self._check(resume, dry)
-        self.data: Data = data if isinstance(data, Data) else open_data(list(config.data) if data is None else data)
+        self.data: Data = (
+            data
+            if isinstance(data, Data)
+            else open_data(list(config.data) if data is None else data, config.levels or None)
+        )
         if len(self.data) < config.batch_size:
             raise InputError(
                 f"there are {len(self.data)} pictures and batch_size is {config.batch_size}; give more or a smaller one"
@@ -131,7 +137,7 @@ class Run:
         self.unwritten = ""
         if dry:
             return
-        probe = open_data(config.health_data) if config.health_data else self.data
+        probe = open_data(config.health_data, self.data.levels) if config.health_data else self.data
         self.health = Health(config, probe, self.method.average)
         if found is not None:
             self.step = run_state.load(found, self.method, self.optimizer)["step"]
@@ -304,7 +310,7 @@ class Run:
         """A run outlives a disk that is full for a while, but does not end on one."""
         try:
             yield
-        except run_state.DiskError as error:
+        except DiskError as error:
             if self.step == self.config.steps:
                 raise
             log.warning("step %d goes on: %s", self.step, error)
@@ -317,9 +323,9 @@ class Run:
                 _write_model(backbone.float(), self.folder / "backbone")
                 draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
             except OSError as error:
-                raise run_state.DiskError(
-                    f"the result could not be written to '{self.folder}' ({error.strerror}); make room and resume, the "
-                    "checkpoint of the last step is whole"
+                raise DiskError(
+                    f"the result could not be written to '{self.folder}' ({error.strerror or error}); make room and "
+                    "resume, the checkpoint of the last step is whole"
                 ) from None
         return backbone
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -17,11 +18,13 @@ from .config import TrainConfig
 from .distributed import group, local, mean_over
 from .draws import generator
 from .heads import ProjectionHead, Standardise, linear_projection
-from .optim import ramp, warmup_cosine
+from .optim import ema_momentum, gram_weight, local_weight, renews_gram, teacher_temperature
 from .views import Batch
 
 __all__ = ["Method", "Targets", "split_batch"]
 
+CENTRE_MOMENTUM = 0.9  # DINO v1 and DINOv2
+SLICES = 1024  # directions of SIGReg; FINO
 M = TypeVar("M", bound=nn.Module)
 Add = Callable[[str, float, Tensor], None]  # takes a term: name, weight, value
 
@@ -70,14 +73,13 @@ class Method(nn.Module):
         super().__init__()
         self.config = config
         width = backbone.embed_dim
+        if config.local_cls_norm and backbone.local_cls_norm is None:
+            add_local_norm(backbone)
         parts: dict[str, nn.Module] = {"backbone": backbone.train()}
-        prototypes = {"dino_head": config.dino_weight and config.dino_prototypes,
-                      "ibot_head": config.ibot_weight and config.ibot_prototypes}  # fmt: skip
-        for name, count in prototypes.items():
-            if count:
-                parts[name] = ProjectionHead(
-                    width, config.head_hidden, config.head_bottleneck, int(count), config.unit_prototypes
-                )
+        sizes = head_sizes(config)
+        for name, size in sizes.items():
+            if (part := self.head_of(name)) not in parts:
+                parts[part] = ProjectionHead(width, *size, config.unit_prototypes)
         if teacher is not None and config.feature_weight:
             parts["cls_projection"] = linear_projection(width, teacher.embed_dim)
             parts["patch_projection"] = linear_projection(width, teacher.embed_dim)
@@ -87,10 +89,9 @@ class Method(nn.Module):
         self.teacher = None if teacher is None else frozen(teacher)
         self.gram_teacher = frozen(copy.deepcopy(backbone)) if config.gram in ("start", "renew") else None
         if config.centring == "centre":
-            for name, count in prototypes.items():
-                self.register_buffer(f"{name}_centre", torch.zeros(int(count)))
-        heads = [head for head, count in prototypes.items() if count and config.standardise]
-        scales = {head: Standardise(width, window=100) for head in heads}
+            for name, (*_, prototypes) in sizes.items():
+                self.register_buffer(f"{name}_centre", torch.zeros(prototypes, dtype=torch.float32))
+        scales = {name: Standardise(width, window=100) for name in sizes if config.standardise}
         if teacher is not None:
             scales |= {name: Standardise(teacher.embed_dim) for name in ("teacher_cls", "teacher_patches")}
         self.scales = nn.ModuleDict(scales)
@@ -112,14 +113,15 @@ class Method(nn.Module):
             add_adapters(backbone, config.lora_rank)
         if config.tune == "last":
             backbone.requires_grad_(False)
-            for module in (*backbone.blocks[-config.tune_blocks :], backbone.norm, backbone.cls_norm):
+            norms = (backbone.norm, backbone.cls_norm, backbone.local_cls_norm)
+            for module in (*backbone.blocks[-config.tune_blocks :], *norms):
                 if module is not None:
                     module.requires_grad_(True)
         if backbone.mask_token is None and config.masks:
             raise InputError("this model has no mask token, which iBOT needs; set ibot_weight=0")
         if backbone.mask_token is not None and not config.masks:
             backbone.mask_token.requires_grad_(False)
-        if backbone.local_cls_norm is not None and not config.num_local:
+        if backbone.local_cls_norm is not None and not config.looks_at_local_crops:
             backbone.local_cls_norm.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Method":
@@ -147,7 +149,7 @@ class Method(nn.Module):
                 if config.gram == "ema":
                     gram.append(out.patch_tokens)
             crops = batch.global_crops if batch.gram_crops is None else batch.gram_crops
-            if self.gram_teacher is not None and self.gram_weight(step):
+            if self.gram_teacher is not None and gram_weight(config, step):
                 grid = self.backbone.grid_of(batch.global_crops)
                 gram.append(resize_tokens(self.gram_teacher(crops), self.gram_teacher.grid_of(crops), grid))
             if self.teacher is not None:
@@ -173,24 +175,28 @@ class Method(nn.Module):
         self.learn(head, tokens, step)
         scores = [self.scores(self.ema, head, part) for part in tokens]
         joined = torch.cat(scores)
-        temperature = self.teacher_temperature(step)
+        temperature = teacher_temperature(config, step)
         if config.centring == "sinkhorn":
             found = losses.sinkhorn_knopp(joined, temperature, group=group())
         else:
             centre = self.get_buffer(f"{head}_centre")
             found = losses.centred_softmax(joined, centre, temperature)
-            centre.lerp_(mean_over(joined.to(centre.dtype)), 1.0 - config.centre_momentum)
+            centre.lerp_(mean_over(joined.to(centre.dtype)), 1.0 - CENTRE_MOMENTUM)
         return list(found.split([len(part) for part in scores]))
 
     def learn(self, scale: str, parts: list[Tensor], step: int) -> None:
         if scale in self.scales:
             cast(Standardise, self.scales[scale]).learn(torch.cat(parts), step)
 
+    def head_of(self, objective: str) -> str:
+        """The part that scores an objective's tokens, where both may have the same one."""
+        return "dino_head" if self.config.shares_head else objective
+
     def scores(self, model: nn.ModuleDict, head: str, tokens: Tensor) -> Tensor:
         """[..., K] of a head of student or moving average."""
         if head in self.scales:
             tokens = self.scales[head](tokens)
-        return model[head](tokens)  # type: ignore[no-any-return]
+        return model[self.head_of(head)](tokens)  # type: ignore[no-any-return]
 
     # --- the student ---------------------------------------------------------------------------------------------
 
@@ -205,9 +211,8 @@ class Method(nn.Module):
             crops, masks = [*crops, batch.local_crops], [*masks, None]
         learns = torch.is_grad_enabled() and step >= config.share(config.freeze_share)
         with torch.set_grad_enabled(learns):
-            outputs = self.backbone.forward_packed(
-                crops, masks, config.rope, config.drop_path, generator(config.seed, step, "student")
-            )
+            left_out, drawn = config.drop_paths(len(self.backbone.blocks)), generator(config.seed, step, "student")
+            outputs = self.backbone.forward_packed(crops, masks, config.rope, left_out, drawn)
         terms: dict[str, Tensor] = {}
         total: list[Tensor] = []
 
@@ -217,7 +222,7 @@ class Method(nn.Module):
 
         seen = outputs[0]
         if targets.dino is not None:
-            self.add_dino(outputs, targets.dino, add)
+            self.add_dino(outputs, targets.dino, step, add)
             terms["teacher_entropy"] = losses.share_of_entropy(targets.dino)
         if targets.ibot is not None:
             scores = self.scores(self.student, "ibot_head", seen.patch_tokens[batch.masks])
@@ -229,19 +234,17 @@ class Method(nn.Module):
             add("koleo", 2 * config.koleo_weight, losses.koleo(seen.cls_token, size))  # summed over the two crops
         if config.sigreg_weight:
             drawn = generator(config.seed, step, "slices")
-            slices = torch.randn(seen.cls_token.shape[1], config.sigreg_slices, generator=drawn)
+            width = seen.cls_token.shape[1]
+            slices = torch.randn(width, SLICES, generator=drawn, dtype=torch.float32, device="cpu")
             add("sigreg", config.sigreg_weight, losses.sigreg(seen.cls_token, slices.to(seen.cls_token.device), size))
         if targets.gram is not None:
-            gram = losses.gram_loss(seen.patch_tokens, targets.gram, of=config.gram_of,
-                                    normalise=config.gram_normalise, per_image=config.gram_per_image,
-                                    negatives=config.gram_negatives)  # fmt: skip
-            add("gram", self.gram_weight(step), gram)
+            add("gram", gram_weight(config, step), losses.gram_loss(seen.patch_tokens, targets.gram, of=config.gram_of))
         if targets.cls is not None and targets.patches is not None:
             self.add_distillation(seen, targets.cls, targets.patches, add)
         terms["loss"] = torch.stack(total).sum()
         return terms
 
-    def add_dino(self, outputs: Sequence[BackboneOutput], targets: Tensor, add: Add) -> None:
+    def add_dino(self, outputs: Sequence[BackboneOutput], targets: Tensor, step: int, add: Add) -> None:
         """Global crops against the other one, local crops against both, each pair counting alike."""
         config, batch = self.config, targets.shape[1]
         tokens = torch.cat([out.cls_token for out in outputs])
@@ -251,7 +254,7 @@ class Method(nn.Module):
         add("dino_global", config.dino_weight * 2 / of_all,
             losses.dino_loss(scores[:2], targets, config.student_temperature, ignore_diagonal=True))  # fmt: skip
         if num_local:
-            add("dino_local", config.dino_weight * config.local_weight * 2 * num_local / of_all,
+            add("dino_local", config.dino_weight * local_weight(config, step) * 2 * num_local / of_all,
                 losses.dino_loss(scores[2:], targets, config.student_temperature))  # fmt: skip
 
     def add_distillation(self, seen: BackboneOutput, cls: Tensor, patches: Tensor, add: Add) -> None:
@@ -273,34 +276,33 @@ class Method(nn.Module):
             groups = (seen.cls_token.unflatten(0, (-1, size)), cls.unflatten(0, (-1, size)))
             add("relation_cls", config.relation_weight, losses.gram_loss(*groups))
 
-    # --- schedules and updates -----------------------------------------------------------------------------------
-
-    def gram_weight(self, step: int) -> float:
-        config = self.config
-        begin = config.share(config.gram_begin_share)
-        return config.gram_weight * ramp(step, begin, config.share(config.gram_ramp_share))
-
-    def teacher_temperature(self, step: int) -> float:
-        config = self.config
-        peak = config.teacher_temperature
-        return warmup_cosine(step, start=config.teacher_temperature_start, peak=peak, end=peak,
-                             warmup=config.share(config.teacher_temperature_share), total=config.steps)  # fmt: skip
+    # --- after a step --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def update_ema(self, step: int) -> None:
         """After the optimiser's step: the moving average follows, and the Gram teacher where it is due."""
-        config = self.config
-        momentum = warmup_cosine(step, start=config.ema_momentum, peak=config.ema_momentum,
-                                 end=config.ema_momentum_end, warmup=0, total=config.steps)  # fmt: skip
         ours: list[Tensor] = [local(p) for p in self.student.parameters() if p.requires_grad]
         pairs = zip(self.ema.parameters(), self.student.parameters(), strict=True)
         averages: list[Tensor] = [local(average) for average, p in pairs if p.requires_grad]
-        torch._foreach_lerp_(averages, ours, 1.0 - momentum)
-        since = step + 1 - config.share(config.gram_begin_share)
-        if config.gram == "renew" and since >= 0 and since % config.gram_renew_steps == 0:
+        torch._foreach_lerp_(averages, ours, 1.0 - ema_momentum(self.config, step))
+        if self.config.gram == "renew" and renews_gram(self.config, step):
             assert self.gram_teacher is not None
             for copied, average in zip(self.gram_teacher.parameters(), self.average.parameters(), strict=True):
                 local(copied).copy_(local(average))
+
+
+def head_sizes(config: TrainConfig) -> dict[str, tuple[int, int, int]]:
+    """Hidden width, bottleneck and prototypes of what scores the tokens of each objective that has a weight."""
+    dino = (config.head_hidden, config.head_bottleneck, config.dino_prototypes)
+    ibot = (config.ibot_hidden or dino[0], config.ibot_bottleneck or dino[1], config.ibot_prototypes)
+    sizes = {"dino_head": dino} if config.dino_weight else {}
+    return sizes | ({"ibot_head": dino if config.shares_head else ibot} if config.ibot_weight else {})
+
+
+def add_local_norm(backbone: ViTBackbone) -> None:
+    """A final norm of the local crops' class tokens that gives what the present one gives, until it learns."""
+    backbone.local_cls_norm = copy.deepcopy(backbone.cls_norm or backbone.norm)
+    backbone.config = replace(backbone.config, local_cls_norm=True)
 
 
 def frozen(module: M) -> M:

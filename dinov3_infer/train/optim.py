@@ -1,4 +1,6 @@
-"""Which parameter learns how fast, and when; values that change in the course of a run."""
+"""Values that change in the course of a run, which are functions of its settings and the step; and which parameter
+learns how fast.
+"""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +12,21 @@ from torch import Tensor, nn
 from .config import TrainConfig
 from .distributed import whole
 
-__all__ = ["clip_gradients", "make_optimizer", "parameter_groups", "ramp", "set_rates", "warmup_cosine"]
+__all__ = [
+    "clip_gradients",
+    "ema_momentum",
+    "gram_weight",
+    "learning_rate",
+    "local_weight",
+    "make_optimizer",
+    "parameter_groups",
+    "ramp",
+    "renews_gram",
+    "set_rates",
+    "teacher_temperature",
+    "warmup_cosine",
+    "weight_decay",
+]
 
 
 def warmup_cosine(
@@ -45,6 +61,57 @@ def ramp(
     if step < begin:
         return 0.0
     return min(1.0, (step - begin + 1) / (length + 1))
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of what learns at full rate."""
+    warmup = config.share(config.warmup_share)
+    if config.warmup == "cosine" and step < warmup:
+        return warmup_cosine(step, start=0.0, peak=0.0, end=config.lr, warmup=0, total=warmup)
+    return warmup_cosine(step, start=0.0, peak=config.lr, end=config.lr * config.lr_end_share,
+                         warmup=warmup, total=config.steps)  # fmt: skip
+
+
+def weight_decay(config: TrainConfig, step: int) -> float:
+    return warmup_cosine(step, start=0.0, peak=config.weight_decay, end=config.weight_decay_end,
+                         warmup=0, total=config.steps)  # fmt: skip
+
+
+def ema_momentum(config: TrainConfig, step: int) -> float:
+    return warmup_cosine(step, start=0.0, peak=config.ema_momentum, end=config.ema_momentum_end,
+                         warmup=0, total=config.steps)  # fmt: skip
+
+
+def teacher_temperature(config: TrainConfig, step: int) -> float:
+    peak = config.teacher_temperature
+    return warmup_cosine(step, start=config.teacher_temperature_start, peak=peak, end=peak,
+                         warmup=config.share(config.teacher_temperature_share), total=config.steps)  # fmt: skip
+
+
+def _gram_ramp(config: TrainConfig, step: int) -> float:
+    """0 before Gram anchoring begins, then half a cosine to 1."""
+    begin = config.share(config.gram_begin_share)
+    return warmup_cosine(step, start=0.0, peak=0.0, end=1.0,
+                         warmup=begin, total=begin + config.share(config.gram_ramp_share))  # fmt: skip
+
+
+def gram_weight(config: TrainConfig, step: int) -> float:
+    return 0.0 if config.gram == "off" else config.gram_weight * _gram_ramp(config, step)
+
+
+def local_weight(config: TrainConfig, step: int) -> float:
+    ramp = 0.0 if config.gram == "off" else _gram_ramp(config, step)
+    return config.local_weight * (1.0 + (config.gram_local_weight - 1.0) * ramp)
+
+
+def renews_gram(config: TrainConfig, step: int) -> bool:
+    """Whether the Gram teacher is copied from the moving average after this step: where anchoring begins, which counts
+    as no renewal, and then at each of the renewals that there are.
+
+    Source: dinov3/train/train.py at 6876159.
+    """
+    number, left = divmod(step + 1 - config.share(config.gram_begin_share), config.gram_renew_steps)
+    return left == 0 and 0 <= number <= (config.gram_renewals or config.steps)
 
 
 def parameter_groups(student: nn.ModuleDict, config: TrainConfig) -> list[dict[str, Any]]:
@@ -87,10 +154,7 @@ def make_optimizer(student: nn.ModuleDict, config: TrainConfig) -> torch.optim.A
 
 def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
     """Learning rate and weight decay of every group at this step; returns the full rate."""
-    total = config.steps
-    rate = warmup_cosine(step, start=0.0, peak=config.lr, end=config.lr * config.lr_end_share,
-                         warmup=config.share(config.warmup_share), total=total)  # fmt: skip
-    decay = warmup_cosine(step, start=0.0, peak=config.weight_decay, end=config.weight_decay_end, warmup=0, total=total)
+    rate, decay = learning_rate(config, step), weight_decay(config, step)
     thaw = ramp(step, config.share(config.freeze_share), config.share(config.ramp_share))
     for group in optimizer.param_groups:
         held = group["prototypes"] and step < config.share(config.freeze_prototypes_share)

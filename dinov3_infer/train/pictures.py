@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, MissingFileError
+from ..images.levels import Levels, as_levels
 from ..images.opening import ARCHIVES, LISTS, as_source
 from ..images.paths import image_suffixes
 from ..images.sources import Source
@@ -23,14 +24,17 @@ Spec: TypeAlias = Any  # a path, "PATH:PROBABILITY:pure", a torch Dataset, or a 
 class Data:
     """Pictures of all sources under one numbering; what `open_data` gives."""
 
-    def __init__(self, sources: Sequence[Source], pure: Sequence[float]) -> None:
-        """`pure`: for each source the probability of a batch out of it alone; 0 where it is one of the mixed ones."""
+    def __init__(self, sources: Sequence[Source], pure: Sequence[float], levels: Levels | str | None = None) -> None:
+        """`pure`: for each source the probability of a batch out of it alone; 0 where it is one of the mixed ones.
+
+        `levels`: of images of more than 8 bits, see `load_image`.
+        """
         if sum(pure) > 1 or (not all(pure) and sum(pure) == 1) or (all(pure) and sum(pure) < 1):
             raise InputError(
                 f"pure batches have probabilities {', '.join(f'{p:g}' for p in pure if p)}; they add up to less than 1 "
                 "beside a source without one, else to 1"
             )
-        self.sources, self.pure = tuple(sources), tuple(pure)
+        self.sources, self.pure, self.levels = tuple(sources), tuple(pure), as_levels(levels)
         self._ends = np.cumsum([len(source) for source in sources])
 
     def __len__(self) -> int:
@@ -47,7 +51,7 @@ class Data:
         """The same; with `short_px` a JPEG may come smaller, by a power of two, while no side is below that."""
         which = self.source_of(index)
         target = (lambda _height, _width: (short_px, short_px)) if short_px else None
-        image = self.sources[which].load(index - self.range_of(which)[0], target).image
+        image = self.sources[which].load(index - self.range_of(which)[0], target, self.levels).image
         return image if image.dtype == torch.uint8 else image.mul(255.0).round_().to(torch.uint8)
 
     def source_of(self, index: int) -> int:
@@ -76,10 +80,10 @@ class Data:
         number = {name: i for i, name in enumerate(self.classes)}
         if len(number) < 2:
             return None
-        return torch.tensor([number[label] for source in self.sources for label in source.labels or ()])
+        return torch.tensor([number[label] for source in self.sources for label in source.labels or ()], device="cpu")
 
 
-def open_data(specs: Spec | Sequence[Spec]) -> Data:
+def open_data(specs: Spec | Sequence[Spec], levels: Levels | str | None = None) -> Data:
     """One source or a list of them: a folder (looked through to the bottom), a list file (.txt: a path per line, from
     where the list lies, and a label after a tab if you have one), a tar archive, a Parquet table, or a Dataset.
 
@@ -92,7 +96,7 @@ def open_data(specs: Spec | Sequence[Spec]) -> Data:
     if not given:
         raise InputError("no data was given; give a folder of pictures")
     pairs = [_probability(spec) for spec in given]
-    return Data([_open(spec) for spec, _ in pairs], [probability for _, probability in pairs])
+    return Data([_open(spec) for spec, _ in pairs], [probability for _, probability in pairs], levels)
 
 
 def _is_pair(spec: Any) -> bool:

@@ -74,6 +74,6 @@ def _masked(crops: Tensor, masks: Tensor, patch_size: int) -> Tensor:
 
 
 def _picture(pixels: Tensor, views: ViewConfig) -> Image.Image:
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (views.mean, views.std))
+    mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu").view(3, 1, 1) for v in (views.mean, views.std))
     shown = ((pixels.detach().cpu().float() * std + mean) * 255.0).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(shown.permute(1, 2, 0).numpy())

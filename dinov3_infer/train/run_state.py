@@ -17,18 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..errors import CheckpointError, Dinov3Error
+from ..errors import CheckpointError, DiskError
 from .distributed import group, is_main, whole
 from .method import Method
 
-__all__ = ["DiskError", "append", "latest", "load", "save"]
+__all__ = ["append", "latest", "load", "save"]
 
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-
-class DiskError(Dinov3Error, OSError):
-    """The disk refuses to take something."""
 
 
 def append(path: Path, text: str) -> None:

@@ -30,7 +30,8 @@ NEGLIGIBLE = 1e-4  # weight of a tap that moves no pixel by a tenth of a grey le
 
 # Of hue h in 0..6, the share of the chroma that each channel gets is clamp(sign * |h - centre| + offset, 0, 1).
 _CENTRE, _SIGN, _OFFSET = (
-    torch.tensor(v).view(3, 1, 1) for v in ((3.0, 2.0, 4.0), (1.0, -1.0, -1.0), (-1.0, 2.0, 2.0))
+    torch.tensor(v, dtype=torch.float32, device="cpu").view(3, 1, 1)
+    for v in ((3.0, 2.0, 4.0), (1.0, -1.0, -1.0), (-1.0, 2.0, 2.0))
 )
 
 
@@ -125,7 +126,9 @@ def collate(
 
     Pixels are normalised there.
     """
-    mean, std = (255.0 * torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (config.mean, config.std))
+    mean, std = (
+        255.0 * torch.tensor(v, dtype=torch.float32, device=device).view(1, 3, 1, 1) for v in (config.mean, config.std)
+    )
 
     def gather(parts: Sequence[Tensor]) -> Tensor:
         together = torch.cat([part.to(device, non_blocking=True) for part in parts])
@@ -147,8 +150,10 @@ def make_views(image: Tensor, config: ViewConfig, generator: torch.Generator) ->
     draw = _uniform(generator)
     image = torch.stack(image.unbind(0), -1).permute(2, 0, 1) if image.stride(0) != 1 else image
     large = max(config.global_px, config.gram_px or 0) if config.gram_distortions else config.global_px
-    crops = torch.empty(2, 3, config.global_px, config.global_px, dtype=torch.uint8)
-    gram = None if config.gram_px is None else torch.empty(2, 3, config.gram_px, config.gram_px, dtype=torch.uint8)
+    crops = torch.empty(2, 3, config.global_px, config.global_px, dtype=torch.uint8, device="cpu")
+    gram = None
+    if config.gram_px is not None:
+        gram = torch.empty(2, 3, config.gram_px, config.gram_px, dtype=torch.uint8, device="cpu")
     for k in range(2):
         region, flip = _region(image, config.global_scale, draw), next(draw) < config.flip
         crop = _cut(image, region, flip, large)
@@ -157,7 +162,7 @@ def make_views(image: Tensor, config: ViewConfig, generator: torch.Generator) ->
         if gram is not None:
             seen = distorted if config.gram_distortions else _cut(image, region, flip, gram.shape[-1])
             gram[k] = _resize(seen, gram.shape[-1])
-    local = torch.empty(config.num_local, 3, config.local_px, config.local_px, dtype=torch.uint8)
+    local = torch.empty(config.num_local, 3, config.local_px, config.local_px, dtype=torch.uint8, device="cpu")
     for k in range(config.num_local):
         region, flip = _region(image, config.local_scale, draw), next(draw) < config.flip
         local[k] = _distort(_cut(image, region, flip, config.local_px), config, draw, config.local_blur, 0.0)
@@ -167,7 +172,7 @@ def make_views(image: Tensor, config: ViewConfig, generator: torch.Generator) ->
 def _uniform(generator: torch.Generator) -> Iterator[float]:
     """Numbers in [0, 1): one call of torch for many of them."""
     while True:
-        yield from torch.rand(256, generator=generator).tolist()
+        yield from torch.rand(256, generator=generator, dtype=torch.float32, device="cpu").tolist()
 
 
 def _between(low: float, high: float, draw: Iterator[float]) -> float:
@@ -301,7 +306,7 @@ def masked_counts(
     masked = int(crops * probability)
     low, high = ratio
     ladder = [int(patches * (high - (high - low) * i / masked)) for i in range(masked)] + [0] * (crops - masked)
-    return [ladder[i] for i in torch.randperm(crops, generator=generator).tolist()]
+    return [ladder[i] for i in torch.randperm(crops, generator=generator, device="cpu").tolist()]
 
 
 def block_mask(grid: tuple[int, int], count: int, generator: torch.Generator) -> Tensor:
@@ -311,7 +316,7 @@ def block_mask(grid: tuple[int, int], count: int, generator: torch.Generator) ->
     """
     rows, columns = grid
     draw = _uniform(generator)
-    mask = torch.zeros(rows, columns, dtype=torch.bool).numpy()
+    mask = torch.zeros(rows, columns, dtype=torch.bool, device="cpu").numpy()
     left = count
     tries = 0
     while left > 0 and tries < 10:
@@ -329,5 +334,5 @@ def block_mask(grid: tuple[int, int], count: int, generator: torch.Generator) ->
             tries = 0
     flat = torch.from_numpy(mask.reshape(-1))
     free = (~flat).nonzero().flatten()
-    flat[free[torch.randperm(len(free), generator=generator)[:left]]] = True
+    flat[free[torch.randperm(len(free), generator=generator, device="cpu")[:left]]] = True
     return flat

@@ -2,6 +2,10 @@
 
 It takes a C compiler (`cc`, or what CC names).  The library is compared with the plain form before it is used.
 DINOV3_INFER_COMPILE=0 starts no compiler.
+
+What is kept is code, in ~/.cache/dinov3_infer or below XDG_CACHE_HOME.  Its name records its hash; it is loaded if
+that is the hash of what is in it, it belongs to the user of the process, and nobody else can write to it or its folder.
+A library of which that is not true is removed and made anew.
 """
 
 import ctypes
@@ -10,8 +14,10 @@ import os
 import platform
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
+from contextlib import suppress
 from ctypes import c_double, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -151,7 +157,7 @@ def _pairs() -> list[tuple[Tensor, Tensor, float]]:
 @cache
 def _loaded() -> tuple[Any, int | None]:
     """The library, and what runs a function in the threads that torch computes with."""
-    library = ctypes.CDLL(str(_made()))
+    library = ctypes.CDLL(_made().address)
     library.fused.restype = None
     parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
     return library, None if parallel is None else ctypes.cast(parallel, c_void_p).value
@@ -164,10 +170,34 @@ def _multiplies_bfloat16() -> bool:
 # --- the compiler --------------------------------------------------------------------------------------------------
 
 
+class _Library(NamedTuple):
+    """One that may be loaded: what was read and found right is what the descriptor shows, whatever its path becomes."""
+
+    descriptor: int
+    path: Path
+
+    @property
+    def address(self) -> str:
+        """For the loader, which knows no descriptors, and remembers names: ours has the process in it."""
+        shown = f"/proc/{os.getpid()}/fd/{self.descriptor}"
+        return shown if os.path.exists(shown) else str(self.path)
+
+
 class _Compiler(NamedTuple):
     process: subprocess.Popen[str]
     folder: Any  # what it writes to, gone after it
-    library: Path  # where that belongs
+    place: Path  # where that belongs, up to the hash in its name
+    alive: Any  # open as long as this process lives
+
+
+# Runs a command, and ends it with all that it has started when the pipe at stdin is closed, as it is when the process
+# that holds the other end goes, in whatever way.
+_WATCHED = """exec 3<&0 </dev/null
+"$@" & command=$!
+{ read -r _ <&3; kill -9 0; } 2>/dev/null & watch=$!
+wait $command; status=$?
+kill -9 $watch
+exit $status"""
 
 
 def start_compiler() -> None:
@@ -178,32 +208,35 @@ def start_compiler() -> None:
         return  # which `why_not_fused` tells
 
 
-def _made() -> Path:
+def _made() -> _Library:
     """The library of this source, compiler and CPU."""
     found = _started()
-    if isinstance(found, Path):
+    if isinstance(found, _Library):
         return found
-    if found.library.exists():  # by now: another process was first
-        return found.library
+    if (there := _kept(found.place)) is not None:  # by now: another process was first
+        return there
     try:
         said = found.process.communicate(timeout=_SECONDS)[1]
     except subprocess.TimeoutExpired:
         os.killpg(found.process.pid, signal.SIGKILL)  # with what it started
         found.process.wait()
         raise OSError(f"the C compiler takes more than {_SECONDS} s") from None
+    finally:
+        found.alive.close()
     if found.process.returncode:
         raise OSError(f"the C compiler fails: {said.strip()}")
     try:
-        (Path(found.folder.name) / found.library.name).replace(found.library)
+        content = Path(found.folder.name, _OUTPUT).read_bytes()
     except FileNotFoundError:
-        if not found.library.exists():  # it does where a fork of this process was first
-            raise OSError("the C compiler made no library") from None
+        if (there := _kept(found.place)) is not None:  # it is where a fork of this process was first
+            return there
+        raise OSError("the C compiler made no library") from None
     found.folder.cleanup()
-    return found.library
+    return _keep(content, found.place)
 
 
 @cache
-def _started() -> Path | _Compiler:
+def _started() -> _Library | _Compiler:
     if os.environ.get("DINOV3_INFER_COMPILE") == "0":
         raise OSError("DINOV3_INFER_COMPILE=0 starts no compiler")
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
@@ -214,16 +247,69 @@ def _started() -> Path | _Compiler:
     lines = info.read_text(errors="replace").splitlines() if info.exists() else [platform.processor()]
     cpu = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), *(part.encode() for part in (*command[:-1], cpu)))))
-    library = _private_folder() / f"fused_{key.hexdigest()[:20]}.so"
-    if library.exists():
-        return library
-    folder = tempfile.TemporaryDirectory(dir=library.parent)
-    command += ["-o", f"{folder.name}/{library.name}", "-lm"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
-        start_new_session=True,
-    )  # fmt: skip
-    return _Compiler(process, folder, library)
+    place = _private_folder() / f"fused_{key.hexdigest()[:20]}"
+    if (there := _kept(place)) is not None:
+        return there
+    folder = tempfile.TemporaryDirectory(prefix="dinov3_infer_")
+    command += ["-o", f"{folder.name}/{_OUTPUT}", "-lm"]
+    theirs, ours = os.pipe()  # not stdin=PIPE, which communicate() closes
+    try:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCHED, "sh", *command], stdin=theirs, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, errors="replace", start_new_session=True,
+        )  # fmt: skip
+    finally:
+        os.close(theirs)
+    return _Compiler(process, folder, place, os.fdopen(ours, "wb"))
+
+
+# --- the library on disk -------------------------------------------------------------------------------------------
+
+_OUTPUT = "fused.so"
+
+
+def _kept(place: Path) -> _Library | None:
+    """The library that lies there and can be trusted; what cannot goes."""
+    for path in sorted(place.parent.glob(f"{place.name}_*.so")):
+        descriptor = _trusted(path)
+        if descriptor is not None:
+            return _Library(descriptor, path)
+        with suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _trusted(path: Path) -> int | None:
+    """An open descriptor, if the user of this process alone has written what its name says."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    state = os.fstat(descriptor)
+    alone = state.st_uid == os.geteuid() and state.st_nlink == 1 and not state.st_mode & 0o022
+    if alone and stat.S_ISREG(state.st_mode):
+        with open(descriptor, "rb", closefd=False) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == path.stem.rpartition("_")[2]:
+                return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _keep(content: bytes, place: Path) -> _Library:
+    """Writes a library where `_kept` finds it: whole, and on the disk before its name is."""
+    descriptor, beside = tempfile.mkstemp(dir=place.parent)  # which nobody else may read or write
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(beside, f"{place}_{hashlib.sha256(content).hexdigest()}.so")
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(beside)
+    if (there := _kept(place)) is None:
+        raise OSError(f"what was written to '{place.parent}' is not what is read there")
+    return there
 
 
 def _private_folder() -> Path:
@@ -234,6 +320,6 @@ def _private_folder() -> Path:
         raise OSError("nobody's home directory is here to keep the library in: set XDG_CACHE_HOME") from None
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = folder.stat()
-    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+    if state.st_uid != os.geteuid() or state.st_mode & 0o022:
         raise OSError(f"others can write to '{folder}': chmod go-w on it")
     return folder

@@ -41,7 +41,7 @@ def shards(out: str) -> list[Path]:
     """Those that are whole."""
     path = Path(out)
     folder = path if out.endswith("/") else path.with_name(f"{path.name}.parts")
-    return sorted(folder.glob("[0-9]*" + (path.suffix or ".npy")))
+    return sorted(folder.glob("[0-9]" * 6 + (path.suffix or ".npy")))
 
 
 def killed(call: list[str], out: str, rng: random.Random, at_most: float = 2.0) -> int:
@@ -65,11 +65,10 @@ def contents(out: str) -> dict[str, tuple[bytes, str]]:
     form = FORMATS[path.suffix or ".npy"]()
     found: dict[str, tuple[bytes, str]] = {}
     for file in shards(out) if out.endswith("/") else [path]:
-        rows = zip(form.vectors(file), form.listing(file), strict=True)
-        for vector, (name, error) in rows:
-            if name in found:
-                raise ValueError(f"'{name}' comes twice")
-            found[str(name)] = vector.tobytes(), error
+        for vector, line in zip(form.vectors(file), form.lines(file), strict=True):
+            if line.path in found:
+                raise ValueError(f"'{line.path}' comes twice")
+            found[str(line.path)] = vector.tobytes(), line.error
     return found
 
 

@@ -3,45 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from layouts import meta_named
 from oracles import SMALL, hf_model
 
-from dinov3_infer import Backbone, CheckpointError, InputError, ViTConfig
-from dinov3_infer.checkpoints.architecture import rows_like
-from dinov3_infer.checkpoints.describe import describe, identity
+from dinov3_infer import Backbone, CheckpointError, InputError
+from dinov3_infer.checkpoints.describe import describe
 from dinov3_infer.checkpoints.reading import Checkpoint, TensorsInMemory, open_checkpoint
-from dinov3_infer.zoo import ARCHITECTURES, MODELS, ModelInfo
-
-
-def row_of(config: ViTConfig, path: str = "", stated: dict[str, Any] | None = None) -> ModelInfo | None:
-    return identity(rows_like(config), Checkpoint(path, TensorsInMemory({}), stated or {}))
-
-
-@pytest.mark.parametrize(
-    "architecture, path, stored, name",
-    [
-        ("dinov3_vits16", None, {}, "dinov3_vits16"),
-        ("dinov3_vits16", None, {"dinov3_infer": {"name": "lingbot_vits16"}}, "lingbot_vits16"),
-        ("dinov3_vits16", None, {"pretrained_cfg": {"tag": "robbyant"}}, "lingbot_vits16"),
-        ("dinov3_vits16", None, {"pretrained_cfg": {"tag": "lvd1689m"}}, "dinov3_vits16"),
-        ("dinov3_vitl16", None, {"pretrained_cfg": {"tag": "sat493m"}}, "dinov3_vitl16_sat493m"),
-        ("dinov3_vitl16", "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth", {}, "dinov3_vitl16_sat493m"),
-        ("dinov3_vitl16", "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", {}, "dinov3_vitl16"),
-        ("dinov2_vitb14_reg", None, {"dinov3_infer": {"name": 3}, "pretrained_cfg": []}, "dinov2_vitb14_reg"),
-    ],
-)  # fmt: skip
-def test_models_of_one_shape_are_told_apart(architecture: str, path: str | None, stored: Any, name: str) -> None:
-    """By our own config.json, by timm's tag, or by the name of Meta's file."""
-    row = row_of(ARCHITECTURES[architecture], path or "", stored)
-    assert row is not None and row.name == name
-
-
-def test_the_norm_for_local_crops_tells_the_satellite_model() -> None:
-    row = row_of(replace(ARCHITECTURES["dinov3_vitl16"], local_cls_norm=True))
-    assert row is not None and row.name == "dinov3_vitl16_sat493m"
+from dinov3_infer.zoo import MODELS
 
 
 def test_a_saved_model_keeps_its_name_and_its_mean(tmp_path: Path) -> None:

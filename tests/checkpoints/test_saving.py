@@ -74,7 +74,7 @@ def test_round_trip(layout: str, key: str, tmp_path: Path, caplog: pytest.LogCap
     if model.config.position_grid and not model.config.num_registers:
         changed["position_resize"] = style
     assert again.config == replace(model.config, **changed)
-    said = [r.getMessage() for r in caplog.records]
+    said = [r.getMessage() for r in caplog.records if "nothing states the" not in r.getMessage()]
     expected = ["mask_token"] if "mask_token" in lost and model.config.mask_token else []
     expected += ["position"] if "pos_embed" in lost else []
     expected += ["another rule"] if again.config.position_resize != model.config.position_resize else []
@@ -225,7 +225,7 @@ def test_norm_for_local_crops_is_left_out_with_a_word(
 
 
 def test_rounded_periods_survive(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Periods that are not the exact ones: in our block of config.json, in bfloat16 in Meta's file, lost with timm."""
+    """Periods that are not the exact ones: in our block of config.json, in bfloat16 in Meta's file; timm reads none."""
     model = model_of(SOURCES["dinov3"])
     exact = rope_periods(16)
     rounded = exact.bfloat16().float()
@@ -235,7 +235,7 @@ def test_rounded_periods_survive(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         assert torch.equal(load(save(model, tmp_path, layout)).rope_periods, rounded)
     assert torch.load(tmp_path / "m.pth", weights_only=True)["rope_embed.periods"].dtype == torch.bfloat16
     caplog.clear()
-    assert torch.equal(load(save(model, tmp_path, "timm")).rope_periods, exact)
+    assert torch.equal(load(save(model, tmp_path, "timm")).rope_periods, rounded)
     assert sum("RoPE periods" in r.getMessage() for r in caplog.records) == 1
     model.rope_periods.copy_(exact)
     save(model, tmp_path / "exact", "meta.pth")
@@ -283,11 +283,10 @@ def test_a_failed_write_leaves_the_old_file(layout: str, tmp_path: Path, monkeyp
         Path(target).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "save_file", full)
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(saving, "save_file", full)
+        patch.setattr(torch, "save", full)
         save(model_of(SOURCES["dinov3"], seed=1), tmp_path, layout)
-    monkeypatch.undo()
     assert load(path).config.depth == 2
     assert load(path).fingerprint() == before
     assert sorted(os.listdir(path if path.is_dir() else tmp_path)) == names
@@ -377,7 +376,9 @@ def test_mean_and_std_go_where_there_is_a_place(tmp_path: Path, caplog: pytest.L
     again = load(tmp_path / "hf" / "model.safetensors")
     assert again.preprocess.mean == (0.1, 0.2, 0.3)
     caplog.clear()
-    model.save_pretrained(tmp_path / "m.safetensors", layout="meta")
+    again = load(model.save_pretrained(tmp_path / "m.safetensors", layout="meta"))
+    assert again.preprocess == model.preprocess and again.info == model.info and not caplog.records
+    model.save_pretrained(tmp_path / "m.pth", layout="meta")
     assert "no mean and std" in caplog.text
 
 

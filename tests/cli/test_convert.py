@@ -48,8 +48,9 @@ def test_convert_by_the_layout_that_is_told(tmp_path: Path) -> None:
     """Meta and timm have the same names for DINO, and other rules for positions."""
     config = replace(ARCHITECTURES["dino_vits16"], embed_dim=64, depth=2, num_heads=1, ffn_dim=128, position_grid=4)
     source = Backbone.from_config(config, seed=0).save_pretrained(tmp_path / "m.pth", layout="meta")
-    guessed = run("convert", source, tmp_path / "guessed", "--to", "hf")
-    told = run("convert", source, tmp_path / "told", "--to", "hf", "--layout", "timm")
+    refused(1, "convert' with --num-heads", "convert", source, tmp_path / "x", "--to", "hf", "--layout", "timm")
+    guessed = run("convert", source, tmp_path / "guessed", "--to", "hf", "--num-heads", 1)
+    told = run("convert", source, tmp_path / "told", "--to", "hf", "--layout", "timm", "--num-heads", 1)
     assert guessed.status == told.status == 0
     assert "use the same names here; taken as 'meta'" in guessed.err and "same names" not in told.err
 

@@ -40,6 +40,19 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict(ran) == "works"
 
 
+def test_doctor_says_what_of_a_model_is_taken_from_where() -> None:
+    ran = run("doctor", "nano")
+    assert ran.status == 0
+    for words in (
+        "nano: 4 blocks",
+        "num_heads: 3, from config.json",
+        "licence: Apache-2.0, from",
+        "transform: squash 256",
+    ):
+        assert re.search(rf"model +{re.escape(words)}", ran.out), words
+    assert run("doctor", "absent.pth").status == 1
+
+
 def test_doctor_goes_on_after_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_command, "difference", lambda *_: 0.3)
     monkeypatch.setattr(doctor_command.shutil, "disk_usage", lambda _: 1 / 0)

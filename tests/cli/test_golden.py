@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from dinov3_infer.cli import doctor as doctor_command, verify as verify_command
-from dinov3_infer.cli.golden import FORMULA, PICTURES, by_formula, compute, difference, known
+from dinov3_infer.cli.golden import FORMULA, by_formula
+from dinov3_infer.recorded import PICTURES, compute, difference, known
 
 
 def test_the_shipped_data() -> None:

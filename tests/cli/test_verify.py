@@ -11,7 +11,8 @@ from cli_runs import refused, run, small_model, verdict
 from safetensors.torch import load_file, save_file
 
 from dinov3_infer.cli import verify as verify_command
-from dinov3_infer.cli.golden import by_formula, compute
+from dinov3_infer.cli.golden import by_formula
+from dinov3_infer.recorded import compute
 from dinov3_infer.zoo import MODELS
 
 
@@ -26,7 +27,8 @@ def test_verify_known_weights(formula: Path, tmp_path: Path) -> None:
     for path in (formula, tmp_path / "m.pth"):
         ran = run("verify", path)
         assert (ran.status, verdict(ran)) == (0, "these are weights by formula"), ran
-        assert "every tensor of nano:" in ran.out and "features of three pictures, " in ran.out
+        assert "every tensor of 4 blocks of width 192" in ran.out and "features of three pictures, " in ran.out
+        assert re.search(r"taken +num_heads: 3, from .+", ran.out) and "taken        licence: not stated" in ran.out
 
 
 def test_verify_unknown_weights() -> None:

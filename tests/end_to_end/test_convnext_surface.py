@@ -15,7 +15,6 @@ from PIL import Image
 
 from dinov3_infer import Backbone, ConvNeXtConfig, InputError, UnsupportedError
 from dinov3_infer.model.cpu.linear import why_not_packed
-from dinov3_infer.model.dispatch import plan_of
 from dinov3_infer.tasks import LinearProbe, Pyramid, dense_features
 from dinov3_infer.torchhub import HubBackbone
 
@@ -156,7 +155,7 @@ def test_modes_on_a_cpu(bb: Backbone, saved: Path, mode: Any, caplog: pytest.Log
 
 def plan_of_(model: Backbone) -> Any:
     with torch.no_grad():
-        return plan_of(model, model.mode, lambda: torch.empty(0))
+        return model.extractor.plan()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -214,7 +213,7 @@ def test_commands(saved: Path, tmp_path: Path) -> None:
     """`verify`, `features` and `show`; what is about attention is refused."""
     picture = Path(__file__).parents[2] / "dinov3_infer/data/samples/cat.png"
     ran = run("verify", saved)
-    assert "every tensor of own architecture: ConvNeXt" in ran.out and "nothing speaks against" in ran.out
+    assert "ConvNeXt with stages of 2 1 3 1 blocks" in ran.out and "nothing speaks against" in ran.out
     assert run("features", picture, "-m", saved, "--out", tmp_path / "a", "--layers", "0,1", "--size", "64").status == 0
     assert json.loads((tmp_path / "a/index.jsonl").read_text())["error"] == ""
     words = "maps of several sizes, and an .npy file holds one array"

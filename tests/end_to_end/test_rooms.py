@@ -14,12 +14,12 @@ KERNELS = ROOT / "kernels" / "dinov3_infer_kernels"
 # A room imports from lines above its own only.
 ROOMS = (
     "errors version",
-    "system web",
+    "arrays system locks web devices",
     "model",
     "images",
     "zoo",
     "checkpoints",
-    "hub features",
+    "hub features recorded",
     "backbone",
     "released",
     "tasks",

@@ -1,5 +1,9 @@
-"""`Features` as an object: parts of a batch, devices, arrays."""
+"""`Features` as an object: parts of a batch, devices, arrays, notebooks."""
 
+import base64
+import io
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,8 +11,9 @@ import pytest
 import torch
 from oracles import SMALL, randomise
 from pictures import complaint, photo
+from PIL import Image
 
-from dinov3_infer import Backbone, Features, InputError, InputTypeError
+from dinov3_infer import Backbone, Features, InputError, InputTypeError, Store
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +70,66 @@ def test_arrays_lose_nothing(features: Features) -> None:
     for ours, theirs in zip(arrays["layers"], features.layers, strict=True):
         assert set(ours) == names and all(np.array_equal(ours[n], getattr(theirs, n).numpy()) for n in names)
     assert arrays["valid"].dtype == bool and np.array_equal(arrays["valid"], features.valid)  # type: ignore[arg-type]
+
+
+# --- notebooks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["features", "layers", "output", "store"])
+def test_what_a_notebook_prints_is_one_line(part: str, tmp_path: Path) -> None:
+    bb = Backbone.from_pretrained("nano")
+    images = np.zeros((2, 64, 96, 3), np.uint8)
+    if part == "store":
+        bb.embed(list(images), tmp_path / "v.npy")
+        shown: Any = Store(tmp_path / "v.npy")
+    else:
+        found = bb.extract_features(images, layers=[0, -1], size=64)
+        shown = {"features": found, "layers": found.layers, "output": bb(torch.zeros(1, 3, 64, 64), layers=2)}[part]
+    text = repr(shown)
+    assert "\n" not in text and len(text) < 500 and "tensor(" not in text and "192" in text
+
+
+def test_features_have_a_table_with_colours() -> None:
+    bb = Backbone.from_pretrained("nano")
+    found = bb.extract_features(np.random.default_rng(0).integers(0, 255, (3, 64, 96, 3), np.uint8), size=64)
+    table = found._repr_html_()
+    assert table.count("<img") == 3 and "<th>embedding</th><td>[3, 192]</td>" in table
+    png = base64.b64decode(table.split("base64,")[1].split('"')[0])
+    image = Image.open(io.BytesIO(png))
+    assert image.size == (4, 4) and len(set(map(tuple, np.asarray(image).reshape(-1, 3)))) > 8
+    assert "<img" not in bb.extract_features(np.zeros((16, 16, 3), np.uint8), size=16)._repr_html_()  # one patch
+    lost = replace(found, patch_tokens=found.patch_tokens * torch.nan)
+    assert "<img" not in lost._repr_html_() and "[3, 16, 192]" in lost._repr_html_()
+
+
+def test_features_compare_by_value() -> None:
+    bb = Backbone.from_pretrained("nano")
+    images = np.random.default_rng(0).integers(0, 255, (2, 64, 96, 3), np.uint8)
+
+    def make(**options: Any) -> Any:
+        return bb.extract_features(images, **{"size": 64, "layers": 2, **options})
+
+    found = make()
+    assert (found == make()) is True and (found != make()) is False and found == found.to("cpu")
+    others = [
+        make(size=48),
+        make(layers=1),
+        make(layers=None),
+        make(pooling="mean"),
+        make(fit="pad"),
+        found[0],
+        None,
+        3,
+    ]
+    assert not any(found == other for other in others)
+    assert found.layers[0] == make().layers[0] and found.layers[0] != found.layers[1] and found.layers[0] != "a"
+
+
+def test_numpy_takes_the_embedding() -> None:
+    found = Backbone.from_pretrained("nano").extract_features(np.zeros((2, 32, 32, 3), np.uint8), pooling="cls_mean")
+    array = np.asarray(found)
+    assert array.dtype == np.float32 and (array == found.embedding.numpy()).all()
+    assert np.array(found, dtype=np.float64).dtype == np.float64 and np.stack([found, found]).shape == (2, 2, 384)
+    copied = np.array(found)
+    copied[:] = 7
+    assert not (found.embedding == 7).any()

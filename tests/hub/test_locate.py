@@ -34,7 +34,11 @@ OWNERS = "facebook/dinov3-vits16-pretrain-lvd1689m"
         ("vit_base_patch16_dinov3.lvd1689m", "timm/vit_base_patch16_dinov3.lvd1689m"),
         ("vit_small_patch14_reg4_dinov2", "timm/vit_small_patch14_reg4_dinov2.lvd142m"),
         ("timm/vit_small_patch16_lingbot.robbyant", "belfner/vit_small_patch16_lingbot.robbyant"),
-        ("lingbot_vits16", "belfner/vit_small_patch16_lingbot.robbyant"),
+        ("lingbot_vits16", "robbyant/lingbot-vision-vit-small"),
+        ("robbyant/lingbot-vision-vit-giant", "robbyant/lingbot-vision-vit-giant"),
+        ("eupe_vitt16", "facebook/EUPE-ViT-T"),
+        ("facebook/EUPE-ViT-B", "facebook/EUPE-ViT-B"),
+        ("timm/vit_base_patch16_dinov3_qkvb.eupe_lvd1689m", "timm/vit_base_patch16_dinov3_qkvb.eupe_lvd1689m"),
         ("someone/dinov3-linear-finetune", "someone/dinov3-linear-finetune"),
         ("hf-hub:someone/some-dino", "someone/some-dino"),
         ("https://huggingface.co/facebook/dinov2-small", "facebook/dinov2-small"),
@@ -74,6 +78,39 @@ def test_a_path_wins_over_a_name(tmp_path: Path, small: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     loaded = Backbone.from_pretrained("vits16")
     assert loaded.embed_dim == 64 and torch.equal(loaded.cls_token, Backbone.from_pretrained(small).cls_token)
+
+
+@pytest.mark.parametrize("name", ["nano", "vits16", OWNERS])
+@pytest.mark.parametrize("there", ["empty", "vectors", "a file"])
+def test_what_holds_no_weights_does_not_take_the_place_of_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, there: str
+) -> None:
+    asked = []
+    monkeypatch.setattr("dinov3_infer.hub.locate._repository", lambda name, *_: asked.append(name) or Path(name))
+    monkeypatch.setattr("dinov3_infer.hub.locate._in_the_package", lambda info: asked.append(info.name) or Path("x"))
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / name
+    place.parent.mkdir(exist_ok=True)
+    if there == "a file":
+        place.write_text("notes")
+    else:
+        place.mkdir()
+        if there == "vectors":
+            (place / "shard_0.npy").write_bytes(b"x")
+            (place / "config.json").write_text("{}")
+    locate(name, HubOptions())
+    assert asked == [name if name != "vits16" else OWNERS]
+    assert locate(f"./{name}", HubOptions()) == (Path(name), None)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "x.pth", "model.safetensors.index.json"])
+def test_a_folder_with_weights_takes_the_place_of_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vits16").mkdir()
+    (tmp_path / "vits16" / file).write_bytes(b"damaged")
+    assert locate("vits16", HubOptions()) == (Path("vits16"), None)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

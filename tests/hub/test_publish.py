@@ -47,10 +47,8 @@ def test_the_header_of_a_card(name: str) -> None:
     if info.licence == "DINOv3 License":
         link = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
         expected |= dict(license="other", license_name="dinov3-license", license_link=link)
-    elif info.family == "eupe":
-        expected |= dict(license="other", license_name="fair-noncommercial-research-license")
     else:
-        expected |= dict(license="apache-2.0")
+        expected |= dict(license={"eupe": "fair-noncommercial-research-license"}.get(info.family, "apache-2.0"))
     if info.hub_id:
         expected |= dict(base_model=info.hub_id)
     assert header == expected

@@ -1,6 +1,10 @@
 """Numbered images in archives, tables and Datasets, for embed and the trainer alike."""
 
+import io
 import pickle
+import shutil
+import subprocess
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,8 @@ import pytest
 import torch
 from archives import CONTENT, same, write_table, write_tar
 from oracles import SMALL, randomise
-from pictures import complaint
+from pictures import complaint, photo
+from PIL import Image
 
 from dinov3_infer import Backbone, ImageError, InputError, MissingFileError, load_image
 from dinov3_infer.images.opening import as_source, open_images
@@ -88,3 +93,96 @@ def test_a_table_names_no_files(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
     source = as_source(tmp_path / "a.parquet")
     assert "holds no bytes" in complaint(ImageError, lambda: source.load(0))
+
+
+def test_sparse_members_are_what_they_hold(tmp_path: Path) -> None:
+    """GNU tar leaves runs of zeros out with -S, in three ways; what lies behind is the next member."""
+    picture = np.zeros((400, 400, 3), np.uint8)
+    picture[:30], picture[300:310] = photo(30, 400), photo(10, 400, seed=1)
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "BMP")
+    contents = [stream.getvalue(), CONTENT[0]]
+    with open(tmp_path / "0.bmp", "wb") as file:
+        for start in range(0, len(contents[0]), 4096):
+            block = contents[0][start : start + 4096]
+            file.seek(start)
+            if any(block):
+                file.write(block)
+        file.truncate(len(contents[0]))
+    (tmp_path / "1.png").write_bytes(contents[1])
+    for form in ("gnu", "posix", "pax --sparse-version=0.0", "pax --sparse-version=0.1"):
+        options = [*f"--format={form}".split(), "-S", "-cf", f"{tmp_path}/s.tar", "-C", str(tmp_path), "0.bmp", "1.png"]
+        if shutil.which("tar") is None or subprocess.run(["tar", *options], capture_output=True).returncode:
+            pytest.skip("no GNU tar here")
+        source = as_source(tmp_path / "s.tar")
+        assert source._pieces or form == "gnu"  # type: ignore[attr-defined]  # not every disk keeps holes
+        assert same(source, contents) and same(pickle.loads(pickle.dumps(source)), contents)
+
+
+def test_what_is_left_out_of_a_folder_or_an_archive_is_counted(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("0.png", "1.PNG", "a.txt", "b.txt", "c.psd", "none"):
+        (tmp_path / "in" / name).write_bytes(CONTENT[0])
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        archive.add(tmp_path / "in", "in")
+    for given in (tmp_path / "in", tmp_path / "in.tar"):
+        caplog.clear()
+        assert len(as_source(given)) == 2
+        assert "4 other files (2 .txt, 1 " in caplog.text and caplog.text.count("left out") == 1
+
+
+# --- archives that lead nowhere --------------------------------------------------------------------------------------
+
+
+def header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
+    """One of a tar, with a size that may be negative or of any length."""
+    found = bytearray(512)
+    found[: len(name)] = name
+    found[100:108] = found[108:116] = found[116:124] = b"0000644\0"
+    plain = 0 <= size < 8**11
+    found[124:136] = (
+        b"%011o\0" % size if plain else bytes((0x80 if size >= 0 else 0xFF,)) + size.to_bytes(11, "big", signed=True)
+    )
+    found[136:148], found[156:157], found[257:265], found[148:156] = b"00000000000\0", kind, b"ustar\00000", b" " * 8
+    found[148:156] = b"%06o\0 " % sum(found)
+    return bytes(found)
+
+
+def record(name: str, value: str) -> bytes:
+    """A block of a pax header."""
+    line = f" {name}={value}\n".encode()
+    length = len(line) + 2
+    return (str(length).encode() + line).ljust(512, b"\0")
+
+
+AHEAD = header(b"a.png", 0) + header(b"b.png", 0)
+LOST: dict[str, bytes] = {
+    "a member that goes back": AHEAD + header(b"c.png", -1024) + bytes(1024),
+    "a member that goes back to the start": header(b"c.png", -512) + bytes(1024),
+    "a folder that goes back": AHEAD + header(b"c/", -1024, b"5") + bytes(1024),
+    "a pax size that goes back": AHEAD + header(b"x", 17, b"x") + record("size", "-1536") + header(b"c.png", 0),
+    "a pax header of no length": AHEAD + header(b"x", -1, b"x") + bytes(1024),
+    "a pax header of 1 TiB": AHEAD + header(b"x", 2**40, b"x") + bytes(1024),
+    "a pax header for all of 16 GiB": AHEAD + header(b"x", 2**34, b"g") + bytes(1024),
+    "a long name of 64 GiB": AHEAD + header(b"x", 2**36, b"L") + bytes(1024),
+    "a long link of -1": AHEAD + header(b"x", -(2**40), b"K") + bytes(1024),
+    "names without an end": header(b"x", 5, b"L") * 20_000 + bytes(1024),
+    "a member of 2^80": AHEAD + header(b"c.png", 2**80) + bytes(1024),
+    "an old sparse member that goes back": AHEAD + header(b"c.png", -2048, b"S") + bytes(1024),
+    "nothing but zeros": bytes(10_240),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_an_archive_that_leads_nowhere_ends(case: str, tmp_path: Path) -> None:
+    """In a sentence, or with the images before that place; never round and round, nor with all memory."""
+    path = tmp_path / "a.tar"
+    path.write_bytes(LOST[case])
+    try:
+        source = as_source(path)
+    except InputError as error:
+        assert str(path) in str(error)
+        return
+    assert len(source) <= 3
+    for number in range(len(source)):
+        complaint(ImageError, lambda number=number: source.load(number))

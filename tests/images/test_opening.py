@@ -78,7 +78,7 @@ def test_every_door_takes_the_same_files(tmp_path: Path) -> None:
         path = tmp_path / f"set/{i % 3}/{i:02}{suffix.upper() if i % 2 else suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(CONTENT[0])
-    for name in ("0/a.eps", "1/b.heic", "2/c.npy", "0/none", ".d.png", "0/.e/f.png"):
+    for name in ("0/a.eps", "1/b.psd", "2/c.npy", "0/none", ".d.png", "0/.e/f.png"):
         (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "set" / name).write_bytes(CONTENT[0])
     folder = tmp_path / "set"

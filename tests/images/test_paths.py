@@ -23,7 +23,8 @@ from repository import ROOT
 
 from dinov3_infer import Backbone, ImageError, InputError, MissingFileError, load_image
 from dinov3_infer.images import paths as places
-from dinov3_infer.images.paths import FORMATS, image_suffixes, list_images, name_of, walk
+from dinov3_infer.images.opening import as_source
+from dinov3_infer.images.paths import FORMATS, image_suffixes, list_images, name_of, read_list, walk
 
 _stream = io.BytesIO()
 Image.fromarray(photo(20, 30)).save(_stream, "png")
@@ -93,7 +94,7 @@ def test_file_and_data_addresses(tmp_path: Path) -> None:
     "path, error, said",
     [
         ("404", MissingFileError, "(HTTP 404)"), ("403", ImageError, "(HTTP 403)"), ("500", ImageError, "(HTTP 500)"),
-        ("page", ImageError, "not a picture that Pillow can read"), ("slow", ImageError, "took longer than"),
+        ("page", ImageError, "is a page, as a server sends it"), ("slow", ImageError, "took longer than"),
         ("endless", ImageError, "is larger than"), ("cut", ImageError, "cannot download"),
     ],
 )  # fmt: skip
@@ -251,10 +252,10 @@ def test_suffixes_are_those_of_pillow() -> None:
 
 
 def test_suffixes_of_plugins_count_where_they_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ".heic" not in image_suffixes()
-    monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")
+    assert ".heic" in image_suffixes() and ".heics" not in image_suffixes()
+    monkeypatch.setitem(Image.EXTENSION, ".heics", "HEIF")
     monkeypatch.setitem(Image.EXTENSION, ".eps", "EPS")
-    assert ".heic" in image_suffixes() and ".eps" not in image_suffixes()
+    assert ".heics" in image_suffixes() and ".eps" not in image_suffixes()
 
 
 def test_looking_for_suffixes_does_not_load_all_of_pillow() -> None:
@@ -262,3 +263,23 @@ def test_looking_for_suffixes_does_not_load_all_of_pillow() -> None:
     script = "import sys; from dinov3_infer.images.paths import image_suffixes; image_suffixes()"
     script += "; assert 'PIL.TiffImagePlugin' not in sys.modules and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+
+
+# --- encodings of lists -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_list_is_read_by_its_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    """As Windows' Notepad and PowerShell write it."""
+    (tmp_path / "bücher.png").write_bytes(PNG)
+    (tmp_path / "list.txt").write_text("bücher.png\tcat\r\n", encoding=encoding)
+    source = as_source(tmp_path / "list.txt")
+    assert len(source) == 1 and source.labels == ["cat"]
+    assert source.load(0).image.shape == (3, 20, 30)
+    assert read_list(tmp_path / "list.txt") == ["bücher.png\tcat"]
+
+
+@pytest.mark.parametrize("content", ["a.png\nb.png\n".encode("utf-16-le"), b"\xff\xfea"])
+def test_a_list_that_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "list.txt").write_bytes(content)
+    assert "save it as UTF-8" in complaint(InputError, lambda: read_list(tmp_path / "list.txt"))

@@ -1,11 +1,13 @@
 """The compiled passes of a plan: their numbers, their threads, and who does without them for which reason."""
 
+import io
 import os
 import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -209,16 +211,16 @@ def test_a_compiler_that_hangs_is_ended(fresh: pytest.MonkeyPatch, tmp_path: Pat
     fresh.setattr(fused, "_SECONDS", 2)
     with pytest.raises(OSError, match="^the C compiler takes more than 2 s$"):
         fused._made()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    _wait_for_the_end(int((tmp_path / "pid").read_text()))
 
 
 def test_a_fork_that_was_first(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It moved the library that both waited for."""
-    library = tmp_path / "fused.so"
-    process: Any = SimpleNamespace(communicate=lambda timeout: (library.touch(), ""), returncode=0)
-    fresh.setattr(fused, "_started", lambda: fused._Compiler(process, TemporaryDirectory(dir=tmp_path), library))
-    assert fused._made() == library
+    place = tmp_path / "fused_key"
+    process: Any = SimpleNamespace(communicate=lambda timeout: (fused._keep(b"code", place), ""), returncode=0)
+    waiting = fused._Compiler(process, TemporaryDirectory(dir=tmp_path), place, io.BytesIO())
+    fresh.setattr(fused, "_started", lambda: waiting)
+    assert fused._made().path.read_bytes() == b"code"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere nothing is compiled")
@@ -251,7 +253,125 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
     before = library.stat().st_mtime_ns
     start = "from dinov3_infer_kernels.cpu import start_compiler, _started; start_compiler(); print(_started())"
-    assert asked(tmp_path, start) == str(library) and library.stat().st_mtime_ns == before
+    assert str(library) in asked(tmp_path, start) and library.stat().st_mtime_ns == before
+
+
+def _replaced(library: Path, content: bytes) -> None:
+    library.unlink()
+    library.write_bytes(content)
+
+
+def _fifo(library: Path) -> None:
+    library.unlink()
+    os.mkfifo(library)
+
+
+def _link(library: Path) -> None:
+    library.rename(library.parent.parent / "elsewhere.so")
+    library.symlink_to(library.parent.parent / "elsewhere.so")
+
+
+def _named_otherwise(library: Path) -> None:
+    library.rename(library.with_name(f"{library.stem[:-1]}{'01'[library.stem[-1] == '0']}.so"))
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "half": lambda library: _replaced(library, library.read_bytes()[: library.stat().st_size // 2]),
+    "empty": lambda library: _replaced(library, b""),
+    "a page of zeros": lambda library: _replaced(
+        library, library.read_bytes()[:4096] + bytes(4096) + library.read_bytes()[8192:]
+    ),
+    "longer": lambda library: _replaced(library, library.read_bytes() + b"x"),
+    "text": lambda library: _replaced(library, b"/* no library */"),
+    "the group writes": lambda library: library.chmod(0o620),
+    "all write": lambda library: library.chmod(0o602),
+    "a link": _link,
+    "a second name": lambda library: os.link(library, library.parent.parent / "other.so"),
+    "a pipe": _fifo,
+    "the hash of something else": _named_otherwise,
+    "another owner": lambda library: os.chown(library, 65534, 65534),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere nothing is compiled")
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_cannot_be_trusted_goes(damage: str, tmp_path: Path) -> None:
+    """It is not opened to be loaded, and what takes its place is."""
+    if damage == "another owner" and os.geteuid():
+        pytest.skip("only root can give files away")
+    (tmp_path / "cache").mkdir()
+    content, place = os.urandom(10_000), tmp_path / "cache" / "fused_key"
+    library = fused._keep(content, place)
+    assert fused._kept(place) is not None
+    DAMAGE[damage](library.path)
+    assert fused._kept(place) is None and list(place.parent.iterdir()) == []
+    again = fused._keep(content, place)
+    state = again.path.lstat()
+    assert os.pread(again.descriptor, 20_000, 0) == content and stat.S_ISREG(state.st_mode)
+    assert state.st_uid == os.geteuid() and state.st_nlink == 1 and not state.st_mode & 0o022
+
+
+@compiled
+def test_a_damaged_library_is_made_anew(tmp_path: Path) -> None:
+    """No process dies of it, and the next one finds a whole one there."""
+    assert asked(tmp_path) == "None"
+    (library,) = (tmp_path / "dinov3_infer").iterdir()
+    good = library.read_bytes()
+    _replaced(library, good[:4096] + bytes(4096) + good[8192:])
+    assert asked(tmp_path) == "None" and library.read_bytes() == good
+
+
+@compiled
+def test_what_was_checked_is_what_is_loaded(tmp_path: Path) -> None:
+    """Though somebody puts another library in its place between the two."""
+    assert asked(tmp_path) == "None"
+    swap = """
+import os
+from dinov3_infer_kernels import cpu
+found = cpu._made()
+os.unlink(found.path)
+found.path.write_bytes(b"no library")
+print(cpu.why_not_fused())
+"""
+    assert asked(tmp_path, swap) == "None"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script stands in for the compiler")
+@pytest.mark.parametrize(
+    "end", ["pass", "os._exit(3)", "os.kill(os.getpid(), 9)", "1 / 0", "os.execv('/bin/true', ['x'])"]
+)
+def test_a_compiler_ends_with_its_process(end: str, tmp_path: Path) -> None:
+    """Whatever ends the process; also what the compiler itself has started."""
+    compiler = script(tmp_path / "slow", f"sleep 60 & echo $! $$ > {tmp_path}/ids; wait")
+    code = f"""
+import os, pathlib, time
+from dinov3_infer_kernels.cpu import start_compiler
+start_compiler()
+while not pathlib.Path({str(tmp_path / "ids")!r}).exists() or not pathlib.Path({str(tmp_path / "ids")!r}).read_text():
+    time.sleep(0.01)
+{end}
+"""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CC": compiler, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=False)
+    ids = [int(number) for number in (tmp_path / "ids").read_text().split()]
+    _wait_for_the_end(*ids)
+    assert list((tmp_path / "cache" / "dinov3_infer").iterdir()) == []
+
+
+def _wait_for_the_end(*ids: int) -> None:
+    until = time.monotonic() + 10
+    while any(map(_runs, ids)):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def _runs(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{number}/stat")
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 @compiled

@@ -17,7 +17,7 @@ import bf16_interpreter
 import pytest
 import torch
 from oracles import SMALL, randomise, tokens
-from qkv import GRIDS, PREFIX, grid_table, offsets, poison, rms  # noqa: F401  (a fixture)
+from qkv import GRIDS, PREFIX, angles, grid_table, offsets, poison, rms  # noqa: F401  (a fixture)
 from repository import ROOT
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from dinov3_infer.model.attention import sdpa_attention
 
 pytest.importorskip("triton")
 from dinov3_infer_kernels import gpu as shipped  # after the check
+from dinov3_infer_kernels.gpu.short import segments
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter, which is off beside a GPU"
@@ -86,6 +87,50 @@ def test_pictures_of_many_sizes(lengths: list[int], dtype: torch.dtype, width: i
     angle = torch.rand(sum(lengths), width // 2) * 6 - 3
     heads = 1 if max(lengths) > 500 else 2
     judge(shipped, torch.randn(sum(lengths), 3, heads, width).to(dtype), (angle.cos(), angle.sin()), offsets(lengths))
+
+
+@WIDTHS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("packed", [False, True], ids=["fixed", "packed"])
+def test_float16_tables(packed: bool, dtype: torch.dtype, width: int) -> None:
+    """Half of what the kernels read of a table; the judge has the table of float64, which float16 rounds."""
+    lead, grids = ((76,), [(5, 13), (1, 1)]) if packed else ((2, 70), [(5, 13)])
+    wide, cu_seqlens = grid_table(grids, width), offsets([70, 6]) if packed else None
+    qkv, grad = torch.randn(*lead, 3, 2, width).to(dtype), torch.randn(*lead, 2 * width).to(dtype)
+    exact, own = qkv.double().requires_grad_(), qkv.clone().requires_grad_()
+    expected, torchs = (sdpa_attention(x, *wide, cu_seqlens=cu_seqlens) for x in (exact, own))
+    expected.backward(grad.double())
+    torchs.backward(grad)
+    rest = (*(t.half() for t in wide), cu_seqlens, 70, width**-0.5)
+    out, lse = shipped.forward(qkv, *rest)
+    close(out, expected, torchs)
+    close(shipped.backward(grad, qkv, *rest, out, lse), exact.grad, own.grad)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "table_dtype"),
+    [(torch.float16, torch.float16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)],
+    ids=["fp16", "bf16", "bf16_tables_fp16"],
+)
+@pytest.mark.parametrize("tokens", [129, 201, 255, 256, 288])
+def test_one_program_a_head(tokens: int, dtype: torch.dtype, table_dtype: torch.dtype) -> None:
+    """Every way to split the keys, strided input, another scale; result and sums of weights."""
+    table, factor = angles(tokens, 64, PREFIX), 0.2
+    qkv = torch.randn(1, tokens, 3 * 2 * 64 + 40)[..., 8 : 8 + 384].unflatten(-1, (3, 2, 64)).to(dtype)
+    exact, torchs = (sdpa_attention(x, *table, scale=factor) for x in (qkv.double(), qkv))
+    config = next(c for limit, c in shipped.configs.SHORT["sm90"] if tokens <= limit)
+    given = (*(t.to(table_dtype) for t in table), None, tokens, factor)
+    out, lse = shipped.forward(qkv, *given, config=config)
+    close(out, exact, torchs)
+    torch.testing.assert_close(lse, torch.ops.dinov3_infer.rope_attention(qkv.float(), *given)[1], rtol=0, atol=0.03)
+
+
+def test_segments_cover_the_keys() -> None:
+    """Parts without a mask hold only keys, and the last one reaches the end; none is longer than there is room for."""
+    for count in range(1, 289):
+        keys, middle, rest = segments(count)
+        assert keys + middle <= count <= keys + middle + rest <= 288
+        assert rest in (0, 16, 32, 64) and middle in (0, 64) and keys & (keys - 1) == 0
 
 
 @WIDTHS
@@ -181,8 +226,10 @@ def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
         (dict(qkv=torch.zeros(2, 7, 2, 2, 64)), r"\[B, N, 3, H, D\]"),
         (dict(qkv=torch.zeros(7, 192)), r"\[B, N, 3, H, D\]"),
         (dict(qkv=torch.zeros(2, 7, 3, 2, 128)[..., ::2]), "stride 2"),
-        (dict(cos=torch.ones(6, 32)), r"\[7, 32\]; got \[6, 32\]"),
-        (dict(sin=torch.ones(7, 32).half()), "float32"),
+        (dict(cos=torch.ones(6, 32)), r"\[7, 32\] in float32, .* got \[6, 32\]"),
+        (dict(cos=torch.ones(7, 32).half(), sin=torch.ones(7, 32).half()), "float32"),
+        (dict(qkv=torch.zeros(2, 7, 3, 2, 64).half(), sin=torch.ones(7, 32).half()), "one dtype"),
+        (dict(qkv=torch.zeros(2, 7, 3, 2, 64).half(), sin=torch.ones(7, 32).bfloat16()), "bfloat16"),
         (dict(cu_seqlens=offsets([7])), r"with cu_seqlens"),
         (dict(qkv=torch.zeros(7, 3, 2, 64), cu_seqlens=offsets([7]).long()), "int32"),
         (dict(sin=None), "come together"),

@@ -1,6 +1,7 @@
 """What the launchers decide before a kernel runs: offsets, options, measured configurations."""
 
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from dinov3_infer_kernels.gpu import configs, launch  # after the check
-from dinov3_infer_kernels.gpu.configs import TABLE, Config
+from dinov3_infer_kernels.gpu.configs import SHORT, TABLE, Config
 from dinov3_infer_kernels.gpu.forward import forward
+from dinov3_infer_kernels.gpu.short import short_kernel
 
-ROWS = sorted({c for chips in TABLE.values() for rows in chips.values() for _, c in rows}, key=str)
+ROWS = sorted({c for chips in (*TABLE.values(), SHORT) for rows in chips.values() for _, c in rows}, key=str)
 
 
 # --- offsets -------------------------------------------------------------------------------------------------------
@@ -68,6 +70,47 @@ def test_tokens_far_apart_are_right() -> None:
     table = grid_table([(5, 13)], 64)
     found, expected = (forward(x, *table, None, 70, 0.125)[0] for x in (qkv, qkv.contiguous()))
     assert torch.equal(found, expected)
+
+
+# --- one program a head -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chip", "tokens", "heads", "width", "dtype", "chosen"),
+    [
+        ("sm90", 261, 132, 64, torch.bfloat16, True),
+        ("sm90", 261, 131, 64, torch.bfloat16, False),  # too few programs to fill the chip
+        ("sm90", 288, 132, 64, torch.float16, True),
+        ("sm90", 289, 132, 64, torch.float16, False),
+        ("sm90", 128, 132, 64, torch.float16, False),
+        ("sm90", 261, 132, 128, torch.bfloat16, False),
+        ("sm90", 261, 132, 64, torch.float32, False),
+        ("sm80", 201, 132, 64, torch.bfloat16, True),
+        ("sm100", 201, 132, 64, torch.bfloat16, True),
+        ("small", 201, 132, 64, torch.bfloat16, False),
+    ],
+)
+def test_who_gets_one_program_a_head(
+    chip: str, tokens: int, heads: int, width: int, dtype: torch.dtype, chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16-bit heads of 64 channels of a few hundred tokens, on chips with the shared memory, enough of them."""
+    monkeypatch.setattr(configs, "chip_of", lambda _: chip)
+    qkv = torch.empty(1, 1, 3, 1, width, dtype=dtype)
+    found = configs.whole_heads(qkv, tokens, heads)
+    assert (found is not None) == chosen and (found is None or found.whole and tokens <= found.block_n)
+
+
+@pytest.mark.parametrize(("images", "rotated"), [(33, True), (32, True), (33, False)])
+def test_the_launcher_asks_for_it(images: int, rotated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the heads of all images, and never without a rotation."""
+    started: list[Any] = []
+    module = sys.modules[forward.__module__]
+    monkeypatch.setattr(module, "launch", lambda *given, **_: started.append(given[:3]))
+    cos, sin = (torch.ones(201, 32), torch.zeros(201, 32)) if rotated else (None, None)
+    forward(torch.empty(images, 201, 3, 4, 64, dtype=torch.bfloat16), cos, sin, None, 201, 0.125)
+    ((kernel, programs, config),) = started
+    whole = images == 33 and rotated
+    assert (kernel is short_kernel) == config.whole == whole and (programs == images * 4) == whole
 
 
 # --- options -------------------------------------------------------------------------------------------------------

@@ -54,6 +54,21 @@ def test_the_operator_equals_the_definition(packed: bool, rotated: bool, dtype: 
 
 
 @FORMS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_float16_tables_are_widened_first(packed: bool, dtype: torch.dtype) -> None:
+    """Output and gradient have the bits of the same table in float32, whatever the dtype of the tokens."""
+    qkv, (cos, sin, *rest) = arguments(packed, True, dtype)
+    halves, weights, results = (cos.half(), sin.half()), torch.randn_like(qkv[..., 0, :, :]).flatten(-2), []
+    for table in (halves, [t.float() for t in halves]):
+        qkv.grad = None
+        out, _ = OP(qkv, *table, *rest)
+        out.backward(weights)
+        turned = ROTATE(qkv.detach(), *table)
+        results.append((out, qkv.grad, turned, sdpa_attention(qkv.detach(), *table, cu_seqlens=rest[0])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@FORMS
 @ROTATED
 def test_the_gradient_equals_finite_differences(packed: bool, rotated: bool) -> None:
     """In float64."""

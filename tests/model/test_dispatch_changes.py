@@ -7,18 +7,20 @@ import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from machine import WHY_NOT
 from oracles import randomise
-from test_dispatch import PICTURES, WHY_NOT, backbone, features, plain, planned
+from test_dispatch import PICTURES, backbone, features, plain, planned
 from torch import Tensor, nn
 
 import dinov3_infer.model.dispatch
 from dinov3_infer import Backbone
 from dinov3_infer.backbone import ViTBackbone
-from dinov3_infer.model.dispatch import _PLANS, plan_of
+from dinov3_infer.model.dispatch import _PLANS
 
 pytestmark = pytest.mark.skipif(WHY_NOT["exact"] is not None, reason=f"no plan here: {WHY_NOT['exact']}")
 
@@ -61,7 +63,14 @@ def _block(bb: Backbone) -> None:
     bb.blocks[0] = copy.deepcopy(bb.blocks[1])
 
 
-CHANGES = [_in_place, _data, _replaced, _data_replaced, _loaded, _assigned, _periods, _token, _block]
+def _epsilon(bb: Backbone) -> None:
+    for block in bb.blocks:
+        block.norm1.eps = 0.5
+
+
+CHANGES = [
+    _in_place, _data, _replaced, _data_replaced, _loaded, _assigned, _periods, _token, _block, _epsilon,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__[1:])
@@ -73,6 +82,35 @@ def test_changed_parameters_are_seen(change: Callable[[Backbone], None]) -> None
     expected = plain(bb, PICTURES[0])
     assert (before - expected).abs().max() > 1e-2
     torch.testing.assert_close(features(bb, PICTURES[0]), expected, rtol=0, atol=1e-5)
+
+
+def test_refresh_is_for_writes_that_nothing_shows() -> None:
+    """To one number that no sample has; the next features come from what is there."""
+    bb = backbone()
+    before = features(bb, PICTURES[0])
+    bb.blocks[0].mlp.fc1.weight.data[0] += 100.0
+    bb.refresh()
+    assert bb not in _PLANS
+    expected = plain(bb, PICTURES[0])
+    assert (before - expected).abs().max() > 1e-2
+    torch.testing.assert_close(features(bb, PICTURES[0]), expected, rtol=0, atol=1e-5)
+
+
+def test_the_reason_for_having_no_plan_is_told() -> None:
+    """None where there is one; else a sentence that names what is in its way."""
+    bb = backbone()
+    assert bb.why_not_plan() is None and bb in _PLANS
+    bb.mode = "plain"
+    assert "mode='plain'" in str(bb.why_not_plan())
+    bb.mode = "exact"
+    _hook(bb)
+    assert bb.why_not_plan() == "'blocks.0.mlp' has a hook"
+    for change, said in [(_adapter, "Adapter"), (_patched, "forward"), (_attention, "attn_implementation")]:
+        bb = backbone()
+        change(bb)
+        assert said in str(bb.why_not_plan())
+    assert "torch.bfloat16" in str(backbone().to(torch.bfloat16).why_not_plan())
+    assert "'meta'" in str(backbone().to("meta").why_not_plan())
 
 
 class Adapter(nn.Module):
@@ -132,9 +170,9 @@ def test_only_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not with gradients, not while compiling, not for other dtypes, not for a subclass with a forward of its own."""
     bb = backbone()
     assert planned(bb) is not None
-    assert plan_of(bb, "exact", bb.extractor.samples) is None  # gradients are on
+    assert bb.extractor.plan() is None  # gradients are on
     with torch.no_grad():
-        assert plan_of(bb, "plain", bb.extractor.samples) is None
+        assert replace(bb.extractor, mode="plain").plan() is None
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert planned(bb) is None
@@ -198,7 +236,7 @@ def test_a_mode_that_cannot_be_had_is_told_once(
     monkeypatch.setattr(dinov3_infer.model.dispatch, "why_not_packed", lambda *_: "no oneDNN")
     features(backbone(mode="int8"), PICTURES[0])
     hooked, off = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert hooked.startswith("mode='fast' gives way to the model as it is written: it has modules, hooks or tensors")
+    assert hooked == "mode='fast' gives way to the model as it is written: 'blocks.0.mlp' has a hook"
     assert off.startswith("mode='int8' gives way") and off.endswith("no oneDNN")
 
 

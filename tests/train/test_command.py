@@ -38,6 +38,7 @@ def test_help_says_what_the_fields_say(capsys: pytest.CaptureFixture[str]) -> No
     said = " ".join(capsys.readouterr().out.split())
     assert all(f"--{field.name.replace('_', '-')}" in said for field in fields(TrainConfig))
     assert "optimiser (AdamW): --lr-at-1024 X times sqrt(batch_size / 1024)" in said
+    assert all(path.stem in said for path in (ROOT / "examples" / "configs").glob("*.toml"))  # and for what each is
     assert "--global-scale X X share of the picture's area; v3 (0.32 1.0)" in said
 
 

@@ -32,7 +32,9 @@ def test_presets_are_whole(name: str) -> None:
         (dict(feature_weight=1.0), "teacher="),
         (dict(teacher="dinov2_vits14"), "no distillation weight"),
         (dict(tune="lora", engine="fsdp"), "ddp"),
-        (dict(gram="ema", gram_per_image=False, accumulate=2), "accumulate=1"),
+        (dict(gram="ema", gram_renewals=3), "gram='renew'"),
+        (dict(ibot_prototypes=0, ibot_hidden=8), "DINO's head"),
+        (dict(local_cls_norm=True, num_local=0), "num_local"),
         (dict(sizes=("512x112",)), "global/local/gram"),
         (dict(colour=1), "'colour' is not a setting"),
         (dict(rope_rescale=0.5), "rescale"),
@@ -46,7 +48,7 @@ def test_settings_that_cannot_be_meant(changes: dict, words: str) -> None:
 def test_every_number_says_which_values_it_takes() -> None:
     """In its type; any whole number is a seed, and `RopeAugmentation` and AdamW check their own."""
     bare = {field.name for field in fields(TrainConfig) if field.type in (int, float, tuple[float, float])}
-    assert bare == {"seed", "rope_shift", "rope_jitter", "rope_rescale", "betas"}
+    assert bare == {"seed", "rope_rescale", "betas"}
 
 
 def test_views_follow_the_patches() -> None:
@@ -63,6 +65,13 @@ def test_views_follow_the_patches() -> None:
     mixed = TrainConfig(gram="start", sizes=("512/112/768:0.3", "768/336/1152:0.05"))
     found = mixed.view_configs(16, 16, (0, 0, 0), (1, 1, 1))
     assert [(p, v.global_px, v.local_px, v.gram_px) for p, v in found] == [(0.3, 512, 112, 768), (0.05, 768, 336, 1152)]
+
+
+def test_drop_path_is_one_for_all_blocks_or_grows() -> None:
+    assert TrainConfig(drop_path=0.3).drop_paths(12) == 0.3
+    grown = TrainConfig(drop_path=0.1, drop_path_grows=True)
+    assert grown.drop_paths(11) == pytest.approx([block / 100 for block in range(11)])
+    assert grown.drop_paths(1) == [0.0]
 
 
 def test_the_learning_rate_follows_the_batch() -> None:

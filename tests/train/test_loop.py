@@ -110,14 +110,26 @@ def test_accumulation_recomputation_and_workers_change_nothing(world: Path, prec
     same(world / f"{precision}-parts", world / f"{precision}-one", tolerance)
 
 
+OTHER_RECIPE = dict(
+    ibot_prototypes=0, centring="centre", local_cls_norm=True, gram="renew", gram_begin_share=0.2, gram_ramp_share=0.4,
+    gram_local_weight=0.5, gram_renew_steps=1, gram_renewals=2,
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "changes"),
+    [("float64", 1e-10, {}), ("float32", 1e-5, {}), ("float64", 1e-10, OTHER_RECIPE)],
+    ids=["float64", "float32", "other recipe"],
+)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_two_processes_change_nothing(world: Path, engine: str, precision: str, tolerance: float) -> None:
+def test_two_processes_change_nothing(
+    world: Path, engine: str, precision: str, tolerance: float, changes: dict
+) -> None:
     """torchrun with gloo; weights, average and moments are the same too, in one file for all."""
-    alone, together = (f"{engine}-{precision}-{n}" for n in (1, 2))
-    run(settings(world, alone, precision=precision, accumulate=2))
-    run(settings(world, together, precision=precision, engine=engine), processes=2)
+    alone, together = (f"{engine}-{precision}-{len(changes)}-{n}" for n in (1, 2))
+    run(settings(world, alone, precision=precision, accumulate=2, **changes))
+    run(settings(world, together, precision=precision, engine=engine, **changes), processes=2)
     same(world / together, world / alone, tolerance)
     ours, theirs = (
         load_file(run_state.latest(world / n / "checkpoints") / "tensors.safetensors") for n in (together, alone)
@@ -130,6 +142,18 @@ def test_drop_path_is_recomputed_with_the_same_draws(world: Path) -> None:
     for recompute in ("none", "cheap", "all"):
         train(settings(world, f"drop-{recompute}", drop_path=0.5, recompute=recompute, precision="float64"))
         same(world / "drop-none", world / f"drop-{recompute}", 1e-10)
+
+
+def test_the_average_follows_the_weights_after_the_step(world: Path) -> None:
+    """With a momentum of 0 it is the student of this step, not of the one before."""
+    config = settings(world, "average", ema_momentum=0.0, ema_momentum_end=0.0, warmup_share=0.0, freeze_share=0.0,
+                      ramp_share=0.0)  # fmt: skip
+    run = Run(config, torch.device("cpu"))
+    before = {name: parameter.clone() for name, parameter in run.method.student.named_parameters()}
+    run.take_step(next(run.stream()))
+    assert all(torch.equal(run.method.ema.get_parameter(n), p) for n, p in run.method.student.named_parameters())
+    moved = [name for name, p in run.method.student.named_parameters() if not torch.equal(p, before[name])]
+    assert {name.split(".")[0] for name in moved} == {"backbone", "dino_head", "ibot_head"}
 
 
 # --- interrupted -------------------------------------------------------------------------------------------------
@@ -210,6 +234,15 @@ def test_a_result_that_transformers_cannot_hold_is_written_all_the_same(world: P
     made = train(settings(world, "unscaled"), backbone=start)
     loaded = Backbone.from_pretrained(world / "unscaled" / "backbone", device="cpu")
     assert loaded.fingerprint() == made.fingerprint() and loaded.config == made.config
+
+
+def test_a_norm_for_local_crops_leaves_a_plain_model(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It has learnt, and transformers' layout says that it has no place for it; the features are all there."""
+    made = train(settings(world, "local-norm", local_cls_norm=True))
+    assert made.config.local_cls_norm and not torch.equal(made.local_cls_norm.weight, made.norm.weight)
+    loaded = Backbone.from_pretrained(world / "local-norm" / "backbone", device="cpu")
+    assert not loaded.config.local_cls_norm and loaded.fingerprint() == made.fingerprint()
+    assert "local_cls_norm" in caplog.text
 
 
 def test_adapters_are_merged_into_the_result(world: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dinov3_infer import Backbone, ViTConfig
-from dinov3_infer.errors import CheckpointError, InputError, MissingFileError
+from dinov3_infer.errors import CheckpointError, DiskError, InputError, MissingFileError
 from dinov3_infer.train import run_state
 from dinov3_infer.train.command import main
 from dinov3_infer.train.config import TrainConfig
@@ -222,7 +222,7 @@ def test_a_disk_that_stays_full(pictures: Path, monkeypatch: pytest.MonkeyPatch)
         plain(*args, **kwargs) if len(calls) == 1 else refuse()
 
     monkeypatch.setattr(run_state, "save_file", full_later)
-    assert "No space left" in complaint(run_state.DiskError, lambda: go(settings(pictures)))
+    assert "No space left" in complaint(DiskError, lambda: go(settings(pictures)))
     monkeypatch.undo()
     assert run_state.latest(pictures.parent / "run" / "checkpoints").name == "00000002"
     go(settings(pictures), resume=True)

@@ -1,13 +1,26 @@
 """Schedules, and groups of parameters."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from dinov3_infer import Backbone
+from dinov3_infer import Backbone, ViTConfig
 from dinov3_infer.train.config import TrainConfig
 from dinov3_infer.train.heads import ProjectionHead
-from dinov3_infer.train.optim import parameter_groups, ramp, set_rates, warmup_cosine
+from dinov3_infer.train.optim import (
+    gram_weight,
+    learning_rate,
+    local_weight,
+    make_optimizer,
+    parameter_groups,
+    ramp,
+    set_rates,
+    warmup_cosine,
+)
+
+TINY = ViTConfig(8, 1, 2, 8)
 
 
 def test_golden_schedule() -> None:
@@ -20,6 +33,44 @@ def test_golden_schedule() -> None:
 def test_ramp() -> None:
     assert [ramp(step, 2, 3) for step in range(7)] == [0, 0, 0.25, 0.5, 0.75, 1, 1]
     assert [ramp(step, 0, 0) for step in range(2)] == [1, 1]
+
+
+def test_ramps_by_half_a_cosine() -> None:
+    """Gram anchoring's weight, that of the local crops with it, and a warm-up: from its first step to its last."""
+    half = [0, 0.25, 0.75, 1]  # (1 - cos(pi k / 3)) / 2
+    config = TrainConfig(steps=10, gram="start", gram_begin_share=0.2, gram_ramp_share=0.4, gram_local_weight=0.5,
+                         local_weight=0.8)  # fmt: skip
+    assert [gram_weight(config, s) for s in range(8)] == pytest.approx([0, 0, *(2 * h for h in half), 2, 2])
+    assert [local_weight(config, s) for s in range(8)] == pytest.approx(
+        [0.8, 0.8, *(0.8 * (1 - h / 2) for h in half), 0.4, 0.4]
+    )
+    at_once = TrainConfig(steps=10, gram="start")
+    assert [gram_weight(at_once, step) for step in (0, 9)] == [2, 2]
+    assert gram_weight(TrainConfig(steps=10), 5) == 0.0 and local_weight(TrainConfig(gram_local_weight=0.5), 5) == 1.0
+    rising = TrainConfig(steps=10, batch_size=1024, lr_at_1024=1.0, warmup="cosine", warmup_share=0.4, lr_end_share=0.5)
+    expected = [*half, *(0.5 + 0.25 * (1 + math.cos(math.pi * k / 5)) for k in range(6))]
+    assert [learning_rate(rising, step) for step in range(10)] == pytest.approx(expected)
+
+
+def test_adamw_has_the_betas_of_the_settings() -> None:
+    """Three steps from their formulas; the first of a run does not depend on the betas."""
+    betas, rate, decay = (0.5, 0.7), 0.1, 0.04
+    config = TrainConfig(betas=betas, batch_size=1024, lr_at_1024=rate, warmup_share=0.0, head_lr=1.0, freeze_share=0.0,
+                         ramp_share=0.0)  # fmt: skip
+    head = ProjectionHead(4, 4, 2, 3)
+    optimizer = make_optimizer(nn.ModuleDict({"backbone": Backbone.from_config(TINY), "dino_head": head}), config)
+    weight = head.prototypes.weight
+    expected, first, second = weight.detach().double(), 0.0, 0.0
+    for step in range(3):
+        gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+        weight.grad = gradient.clone()
+        set_rates(optimizer, config, step)
+        optimizer.step()
+        first = betas[0] * first + (1 - betas[0]) * gradient.double()
+        second = betas[1] * second + (1 - betas[1]) * gradient.double() ** 2
+        mean, square = first / (1 - betas[0] ** (step + 1)), second / (1 - betas[1] ** (step + 1))
+        expected = expected * (1 - rate * decay) - rate * mean / (square.sqrt() + 1e-8)
+        assert torch.allclose(weight.double(), expected, rtol=1e-5, atol=1e-6), step
 
 
 def student() -> nn.ModuleDict:

@@ -53,7 +53,7 @@ class Setup:
     @property
     def resized(self) -> bool:
         """Whether learned positions are needed for another grid than their own."""
-        side, patch = getattr(self.model.config, "position_grid", None), self.model.patch_size
+        side, patch = self.model.config.position_grid, self.model.patch_size
         return side is not None and (side * patch, side * patch) != self.size
 
     def written(self, layout: Literal["hf", "meta", "timm"]) -> Path:

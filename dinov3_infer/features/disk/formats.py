@@ -1,7 +1,9 @@
 """Rows of vectors in files: .npy, .safetensors, .parquet.
 
-One schema: path, embedding, grid, error.  In Parquet these are columns; beside the other two a .jsonl holds a line
-with row, path, grid and error for each.  A picture that could not be read has a row of NaN.
+One schema: path, embedding, grid, error, source (see `Source.identity`).  In Parquet these are columns; beside the
+other two a .jsonl holds a line with row, path, grid, error and source for each.  An image that could not be read has a
+row of NaN.  Every file says how it was made and what its bytes are, see `seals`: Parquet and safetensors inside, .npy
+in a .json beside it.
 
 What is read again is the name of the file, whatever bytes it has.  JSON escapes those that are not UTF-8; in Parquet
 each of them is written as \\x and two digits, and in such a path, or one that holds \\x itself, so is the backslash.
@@ -11,11 +13,10 @@ import contextlib
 import json
 import os
 import re
-import shutil
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,75 +26,31 @@ from safetensors.numpy import save_file
 
 from ...errors import InputError
 from ...images.containers import pyarrow
-from ...system import whole as _whole
+from ...system import together as _together
 from ..vectors import Array
+from .recipe import Recipe
+from .rows import Format, Line, Piece, Rows
+from .seals import Seal, stamp
 
-__all__ = ["FORMATS", "Format", "Rows", "whole"]
+__all__ = ["FORMATS", "Format", "Line", "Piece", "Rows"]
 
-KEY = "dinov3_infer"  # of the recipe in a file's metadata
-whole = partial(_whole, flush=True)  # a run goes on with the shards that it finds
-
-
-@dataclass
-class Rows:
-    """Neighbours, of which the first is picture number `first`."""
-
-    first: int
-    vectors: Array | list[Array | None]  # [n, *shape]; a list where each row has a shape of its own
-    dtype: str
-    paths: list[str | None] = field(default_factory=list)
-    grids: list[tuple[int, int] | None] = field(default_factory=list)  # (h, w) in patches
-    errors: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.paths)
+KEY = "dinov3_infer"  # of the record in a file's metadata
+_Put = Callable[..., None]
+together = partial(_together, flush=True)  # a run goes on with the shards that it finds
 
 
-class Format(ABC):
-    """A kind of file.  The file with the vectors is written last, so that where it is, all is."""
-
-    suffix: str
-    sides: tuple[str, ...] = ()  # suffixes of what lies beside a file
-    ragged = False  # whether rows may differ in shape
-
-    @abstractmethod
-    def write(self, target: Path, rows: Rows, recipe: str) -> None: ...
-
-    @abstractmethod
-    def join(self, target: Path, parts: Sequence[Path], count: int, recipe: str) -> None:
-        """One file of all rows, `count` in all."""
-
-    @abstractmethod
-    def vectors(self, path: Path) -> Array:
-        """[n, *shape], mapped and not read where the format allows it."""
-
-    @abstractmethod
-    def recipe(self, path: Path) -> str | None:
-        """As it was given to `join`; None where there is none."""
-
-    def listing(self, path: Path) -> Iterator[tuple[str | None, str]]:
-        """(path, error) of every row."""
-        with open(path.with_suffix(".jsonl"), encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                yield row["path"], row["error"]
-
-    def remove(self, path: Path) -> None:
-        for name in (path, *(path.with_suffix(side) for side in self.sides)):
-            name.unlink(missing_ok=True)
+def _write_lines(rows: Rows, target: Path) -> None:
+    with open(target, "w", encoding="utf-8") as lines:
+        for i, line in enumerate(rows.lines):
+            entry = dict(row=rows.first + i, path=line.path, grid=line.grid, error=line.error, source=line.source)
+            lines.write(json.dumps(entry) + "\n")
 
 
-def _write_listing(target: Path, rows: Rows) -> None:
-    with whole(target.with_suffix(".jsonl")) as beside, open(beside, "w", encoding="utf-8") as lines:
-        for i, (path, grid, error) in enumerate(zip(rows.paths, rows.grids, rows.errors, strict=True)):
-            lines.write(json.dumps(dict(row=rows.first + i, path=path, grid=grid, error=error)) + "\n")
-
-
-def _join_listings(target: Path, parts: Sequence[Path]) -> None:
-    with whole(target.with_suffix(".jsonl")) as beside, open(beside, "wb") as lines:
-        for part in parts:
-            with open(part.with_suffix(".jsonl"), "rb") as found:
-                shutil.copyfileobj(found, lines)
+def _join_lines(pieces: Sequence[Piece], target: Path) -> None:
+    with open(target, "wb") as lines:
+        for path, start, stop in pieces:
+            with open(path.with_suffix(".jsonl"), "rb") as found:
+                lines.writelines(islice(found, start, stop))
 
 
 def _append(stream: BinaryIO, vectors: Array) -> None:
@@ -103,86 +60,222 @@ def _append(stream: BinaryIO, vectors: Array) -> None:
         stream.write(np.ascontiguousarray(vectors[first : first + step]).data)
 
 
-class Npy(Format):
-    suffix, sides = ".npy", (".jsonl", ".json")
+class _Listed(Format):
+    """Vectors in one file, and a list beside it."""
 
-    def write(self, target: Path, rows: Rows, recipe: str) -> None:
-        _write_listing(target, rows)
-        with whole(target) as beside, open(beside, "wb") as stream:
-            np.save(stream, np.asarray(rows.vectors), allow_pickle=False)
+    def write(self, target: Path, rows: Rows, recipe: Recipe) -> None:
+        vectors = np.ascontiguousarray(rows.vectors)
+        put = partial(self._put, [vectors], vectors)
+        images = range(rows.first, rows.first + len(rows))
+        self._make(target, recipe, images, partial(_write_lines, rows), put)
 
-    def join(self, target: Path, parts: Sequence[Path], count: int, recipe: str) -> None:
-        _join_listings(target, parts)
-        with whole(target.with_suffix(".json")) as beside:
-            beside.write_text(recipe, encoding="utf-8")
-        first = self.vectors(parts[0])
-        header = dict(descr=first.dtype.str, fortran_order=False, shape=(count, *first.shape[1:]))
-        with whole(target) as beside, open(beside, "wb") as stream:
+    def join(self, target: Path, pieces: Sequence[Piece], recipe: Recipe) -> None:
+        parts = (self.vectors(path)[start:stop] for path, start, stop in pieces)
+        first, count = self.vectors(pieces[0].path), sum(stop - start for _, start, stop in pieces)
+        self._make(target, recipe, range(count), partial(_join_lines, pieces), partial(self._put, parts, first))
+
+    @abstractmethod
+    def _make(self, target: Path, recipe: Recipe, images: range, lines: _Put, vectors: _Put) -> None: ...
+
+    @abstractmethod
+    def _put(self, parts: Any, like: Array, target: Path, count: int, record: str) -> None:
+        """Writes arrays end to end; `like`: one of their dtype and shape of rows."""
+
+
+class Npy(_Listed):
+    suffix, sides, sealed = ".npy", (".jsonl", ".json"), (".json", ".npy", ".jsonl")
+
+    def _make(self, target: Path, recipe: Recipe, images: range, lines: _Put, vectors: _Put) -> None:
+        names = [target.with_suffix(suffix) for suffix in (".jsonl", ".json", ".npy")]
+        with together(*names) as (listing, record, made):
+            lines(listing)
+            vectors(made, len(images), "")
+            seal = Seal.of(images, {".npy": made, ".jsonl": listing}, ".json")
+            record.write_text(recipe.to_json(seal), encoding="utf-8")
+            stamp(record, self.region(record))
+
+    def _put(self, parts: Any, like: Array, target: Path, count: int, record: str) -> None:
+        header = dict(descr=like.dtype.str, fortran_order=False, shape=(count, *like.shape[1:]))
+        with open(target, "wb") as stream:
             np.lib.format.write_array_header_1_0(stream, header)
             for part in parts:
-                _append(stream, self.vectors(part))
+                _append(stream, part)
 
     def vectors(self, path: Path) -> Array:
         try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-        except (ValueError, EOFError, OSError):
+            found: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(found, np.ndarray) or not found.ndim:
+                raise ValueError
+        except (ValueError, EOFError, OSError, SyntaxError, TypeError, OverflowError, MemoryError):
             raise InputError(f"'{path}' is no whole .npy file; remove it and run embed again") from None
+        return found
 
-    def recipe(self, path: Path) -> str | None:
+    def count(self, path: Path) -> int:
+        return len(self.vectors(path))
+
+    def stated(self, path: Path) -> bytes | None:
         record = path.with_suffix(".json")
-        return record.read_text(encoding="utf-8") if record.is_file() else None
+        return record.read_bytes() if record.is_file() else None
+
+    def region(self, path: Path) -> tuple[int, bytes]:
+        return 0, path.with_suffix(".json").read_bytes()
 
 
-class Safetensors(Format):
-    suffix, sides = ".safetensors", (".jsonl",)
+class Safetensors(_Listed):
+    suffix, sides, sealed = ".safetensors", (".jsonl",), (".safetensors", ".jsonl")
 
-    def write(self, target: Path, rows: Rows, recipe: str) -> None:
-        _write_listing(target, rows)
-        with whole(target) as beside:
-            save_file({"embedding": np.ascontiguousarray(rows.vectors)}, beside, {KEY: recipe})
+    def _make(self, target: Path, recipe: Recipe, images: range, lines: _Put, vectors: _Put) -> None:
+        with together(target.with_suffix(".jsonl"), target) as (listing, made):
+            lines(listing)
+            vectors(made, len(images), recipe.to_json(Seal.of(images, {".jsonl": listing}, self.suffix)))
+            stamp(made, self.region(made))
 
-    def join(self, target: Path, parts: Sequence[Path], count: int, recipe: str) -> None:
-        _join_listings(target, parts)
-        with safe_open(parts[0], "np") as first:
-            found = first.get_slice("embedding")
-            kind, shape = found.get_dtype(), [count, *found.get_shape()[1:]]
-        length = int(np.prod(shape)) * (2 if kind == "F16" else 4)
-        entry = dict(dtype=kind, shape=shape, data_offsets=[0, length])
-        header = json.dumps({"__metadata__": {KEY: recipe}, "embedding": entry}).encode()
+    def _put(self, parts: Any, like: Array, target: Path, count: int, record: str) -> None:
+        if isinstance(parts, list):
+            save_file({"embedding": parts[0]}, target, {KEY: record})
+            return
+        kind = "F16" if like.dtype == np.float16 else "F32"
+        shape = [count, *like.shape[1:]]
+        entry = dict(dtype=kind, shape=shape, data_offsets=[0, int(np.prod(shape)) * like.dtype.itemsize])
+        header = json.dumps({"__metadata__": {KEY: record}, "embedding": entry}).encode()
         header += b" " * (-len(header) % 8)
-        with whole(target) as beside, open(beside, "wb") as stream:
+        with open(target, "wb") as stream:
             stream.write(len(header).to_bytes(8, "little") + header)
             for part in parts:
-                _append(stream, self.vectors(part))
+                _append(stream, part)
+
+    def _opened(self, path: Path) -> tuple[list[int], Any, str | None]:
+        """Shape and dtype of the vectors, and the record."""
+        try:
+            with safe_open(path, "np") as content:
+                found, metadata = content.get_slice("embedding"), content.metadata() or {}
+                kind = {"F16": np.float16, "F32": np.float32}[found.get_dtype()]
+                return list(found.get_shape()), kind, metadata.get(KEY)
+        except (SafetensorError, OSError, LookupError, ValueError):
+            raise InputError(f"'{path}' holds no vectors of embed; give what it has written") from None
 
     def vectors(self, path: Path) -> Array:
-        try:
-            with safe_open(path, "np") as content:
-                found = content.get_slice("embedding")
-                shape, kind = found.get_shape(), np.float16 if found.get_dtype() == "F16" else np.float32
-            with open(path, "rb") as stream:
-                offset = 8 + int.from_bytes(stream.read(8), "little")
-        except (SafetensorError, OSError):
-            raise InputError(f"'{path}' holds no vectors of embed; give what it has written") from None
+        shape, kind, _ = self._opened(path)
+        offset = 8 + len(self.region(path)[1])
         return np.memmap(path, kind, "r", offset, tuple(shape)) if shape[0] else np.zeros(shape, kind)
 
-    def recipe(self, path: Path) -> str | None:
-        try:
-            with safe_open(path, "np") as content:
-                return (content.metadata() or {}).get(KEY)
-        except (SafetensorError, OSError):
-            return None
+    def count(self, path: Path) -> int:
+        return self._opened(path)[0][0]
+
+    def stated(self, path: Path) -> bytes | None:
+        found = self._opened(path)[2]
+        return None if found is None else found.encode()
+
+    def region(self, path: Path) -> tuple[int, bytes]:
+        with open(path, "rb") as stream:
+            return 8, stream.read(int.from_bytes(stream.read(8), "little"))
 
 
 class Parquet(Format):
-    suffix, ragged = ".parquet", True
+    suffix, sealed, ragged = ".parquet", (".parquet",), True
 
     def __init__(self) -> None:
         self._arrow = pyarrow("a .parquet file")
 
-    def write(self, target: Path, rows: Rows, recipe: str) -> None:
-        arrow, count = self._arrow, len(rows)
-        vectors = rows.vectors
+    def write(self, target: Path, rows: Rows, recipe: Recipe) -> None:
+        table = self._table(rows)
+        with together(target) as (made,):
+            schema = table.schema.with_metadata(self._metadata(recipe, range(rows.first, rows.first + len(rows))))
+            options = dict(row_group_size=max(1, len(rows))) | _AS_IT_IS
+            self._arrow.parquet.write_table(table.cast(schema), made, **options)
+            stamp(made, self.region(made))
+
+    def join(self, target: Path, pieces: Sequence[Piece], recipe: Recipe) -> None:
+        arrow, count = self._arrow, sum(stop - start for _, start, stop in pieces)
+        first = self._opened(pieces[0].path).schema_arrow
+        if "source" not in first.names:  # of a shard from before there were sources
+            first = first.append(arrow.field("source", arrow.string()))
+        schema = first.with_metadata(self._metadata(recipe, range(count)))
+        with together(target) as (made,):
+            with arrow.parquet.ParquetWriter(made, schema, **_AS_IT_IS) as writer:
+                for piece in pieces:
+                    for table in self._tables(piece):
+                        writer.write_table(table.cast(schema))
+            stamp(made, self.region(made))
+
+    def vectors(self, path: Path) -> Array:
+        content = self._opened(path)
+        try:
+            column = content.read(columns=["embedding"]).column(0).combine_chunks()
+        except (OSError, ValueError, LookupError, self._arrow.ArrowException):
+            raise _damaged(path) from None
+        if not self._arrow.types.is_fixed_size_list(column.type):
+            raise InputError(f"the rows of '{path}' differ in shape; give vectors of kind 'embedding'")
+        flat: Array = column.flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(len(column), -1)
+
+    def read(self, path: Path, start: int, stop: int) -> Rows:
+        tables = list(self._tables(Piece(path, start, stop)))
+        if not tables:
+            return Rows(start, [], "float32")
+        table = self._arrow.concat_tables(tables)
+        column, lines = table.column("embedding").combine_chunks(), list(self.lines(path, start, stop))
+        flat = column.flatten().to_numpy(zero_copy_only=False).copy()
+        if self._arrow.types.is_fixed_size_list(column.type):
+            return Rows(start, flat.reshape(len(lines), -1), str(flat.dtype), lines)
+        sizes = np.cumsum([0, *column.value_lengths().to_pylist()])
+        parts = [flat[a:b] for a, b in zip(sizes, sizes[1:], strict=False)]
+        return Rows(
+            start, [None if line.error else part for line, part in zip(lines, parts, strict=True)], str(flat.dtype),
+            lines,
+        )  # fmt: skip
+
+    def count(self, path: Path) -> int:
+        return int(self._opened(path).metadata.num_rows)
+
+    def stated(self, path: Path) -> bytes | None:
+        found: bytes | None = (self._opened(path).metadata.metadata or {}).get(KEY.encode())
+        return found
+
+    def region(self, path: Path) -> tuple[int, bytes]:
+        with open(path, "rb") as stream:
+            end = stream.seek(-8, os.SEEK_END)
+            length = int.from_bytes(stream.read(4), "little")
+            return stream.seek(max(0, end - length)), stream.read(length)
+
+    def lines(self, path: Path, start: int = 0, stop: int | None = None) -> Iterator[Line]:
+        columns = ["path", "error", "grid", "source"]
+        for table in self._tables(Piece(path, start, self.count(path) if stop is None else stop), columns):
+            for row in table.to_pylist():
+                grid = None if row["grid"] is None else (row["grid"][0], row["grid"][1])
+                yield Line(_path(row["path"]), row["error"] or "", grid, row["source"])
+
+    # --- arrow --------------------------------------------------------------------------------------------------------
+
+    def _metadata(self, recipe: Recipe, images: range) -> dict[str, str]:
+        return {KEY: recipe.to_json(Seal.of(images, {}, self.suffix))}
+
+    def _opened(self, path: Path) -> Any:
+        try:
+            found = self._arrow.parquet.ParquetFile(path)
+            _ = found.schema_arrow.names, found.metadata.num_rows
+        except (OSError, ValueError, self._arrow.ArrowException):
+            raise _damaged(path) from None
+        return found
+
+    def _tables(self, piece: Piece, columns: list[str] | None = None) -> Iterator[Any]:
+        """The rows of a piece, a group of rows at a time."""
+        content, first = self._opened(piece.path), 0
+        try:
+            for group in range(content.metadata.num_row_groups):
+                count = content.metadata.row_group(group).num_rows
+                start, stop = max(piece.start - first, 0), min(piece.stop - first, count)
+                first += count
+                if start < stop:
+                    table = content.read_row_group(group, columns=columns).slice(start, stop - start)
+                    if "source" not in table.column_names:  # of a version that kept none
+                        table = table.append_column("source", self._arrow.nulls(len(table), self._arrow.string()))
+                    yield table
+        except (OSError, ValueError, LookupError, self._arrow.ArrowException):
+            raise _damaged(piece.path) from None
+
+    def _table(self, rows: Rows) -> Any:
+        arrow, vectors, lines = self._arrow, rows.vectors, rows.lines
         if isinstance(vectors, list):
             flat = [np.zeros(0, rows.dtype) if v is None else v.ravel() for v in (*vectors, None)]
             ends = np.cumsum([0, *(v.size for v in flat[:-1])], dtype=np.int64)
@@ -190,44 +283,24 @@ class Parquet(Format):
         else:  # from the flat buffer: through Python's lists it takes ten times as long
             width = int(np.prod(vectors.shape[1:]))
             column = arrow.FixedSizeListArray.from_arrays(arrow.array(vectors.reshape(-1)), width)
-        columns = dict(
-            path=arrow.array(list(map(_spelled, rows.paths)), arrow.string()),
-            embedding=column,
-            grid=arrow.array([None if g is None else list(g) for g in rows.grids], arrow.list_(arrow.int32(), 2)),
-            error=arrow.array([e.encode("utf-8", "backslashreplace").decode() for e in rows.errors], arrow.string()),
+        errors = [line.error.encode("utf-8", "backslashreplace").decode() or None for line in lines]
+        return arrow.table(
+            dict(
+                path=arrow.array([_spelled(line.path) for line in lines], arrow.string()),
+                embedding=column,
+                grid=arrow.array([line.grid and list(line.grid) for line in lines], arrow.list_(arrow.int32(), 2)),
+                error=arrow.array(errors, arrow.string()),
+                source=arrow.array([line.source for line in lines], arrow.string()),
+            )
         )
-        table = arrow.table(columns, metadata={KEY: recipe})
-        with whole(target) as beside:
-            arrow.parquet.write_table(table, beside, row_group_size=max(1, count), **_AS_IT_IS)
-
-    def join(self, target: Path, parts: Sequence[Path], count: int, recipe: str) -> None:
-        arrow = self._arrow
-        schema = arrow.parquet.read_schema(parts[0]).with_metadata({KEY: recipe})
-        with whole(target) as beside, arrow.parquet.ParquetWriter(beside, schema, **_AS_IT_IS) as writer:
-            for part in parts:
-                writer.write_table(arrow.parquet.read_table(part, schema=schema))
-
-    def vectors(self, path: Path) -> Array:
-        column = self._arrow.parquet.read_table(path, columns=["embedding"]).column(0).combine_chunks()
-        if not self._arrow.types.is_fixed_size_list(column.type):
-            raise InputError(f"the rows of '{path}' differ in shape; give vectors of kind 'embedding'")
-        flat: Array = column.flatten().to_numpy(zero_copy_only=False)
-        return flat.reshape(len(column), -1)
-
-    def recipe(self, path: Path) -> str | None:
-        try:
-            found = self._arrow.parquet.read_schema(path).metadata or {}
-        except (OSError, self._arrow.ArrowException):
-            return None
-        return found[KEY.encode()].decode() if KEY.encode() in found else None
-
-    def listing(self, path: Path) -> Iterator[tuple[str | None, str]]:
-        for batch in self._arrow.parquet.ParquetFile(path).iter_batches(columns=["path", "error"]):
-            yield from zip(map(_path, batch.column(0).to_pylist()), batch.column(1).to_pylist(), strict=True)
 
 
 # vectors do not compress, and looking them up in a dictionary takes longer than reading them
-_AS_IT_IS: dict[str, Any] = dict(use_dictionary=["path"], compression="none")
+_AS_IT_IS: dict[str, Any] = dict(use_dictionary=["path", "source"], compression="none")
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"'{path}' is no whole .parquet file; remove it and run embed again")
 
 
 def _spelled(path: str | None) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...errors import InputError
 from ...images.paths import address_scheme, read_list
-from .formats import whole
+from ...system import whole
 from .store import Store
 
 __all__ = ["listed_in", "write_list"]

@@ -4,7 +4,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from types import NoneType
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from ...checkpoints.fingerprint import fingerprint
 from ...errors import InputError
@@ -16,10 +17,13 @@ from ..extractor import Extractor
 from ..result import pooled_width
 from ..stream import count_of
 from ..vectors import EmbedOptions
+from .seals import Seal
 
-__all__ = ["BatchPlan", "Recipe", "difference", "recipe_of"]
+__all__ = ["BatchPlan", "Recipe", "Record", "State", "check_asked", "difference", "recipe_of"]
 
-FORMAT = 1  # of what is stored
+# Of a folder of shards: what a run that overwrites, or joins shards, was doing; "" for one that adds what is missing.
+State = Literal["", "clearing", "overwriting", "joined"]
+FORMATS = (1, 2)  # of what is stored: without checksums and sources, and with them
 
 
 @dataclass(frozen=True)
@@ -56,23 +60,9 @@ class Recipe:
     inputs: str | None  # SHA-256 of their names; None for pictures without
     plan: BatchPlan
 
-    def to_json(self) -> str:
-        return json.dumps({"format": FORMAT} | asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str | bytes, origin: object) -> Self:
-        """Raises: InputError for what is no such record."""
-        try:
-            stored = json.loads(text)
-            if stored.pop("format") != FORMAT:
-                raise InputError(f"'{origin}' was written by a version of dinov3_infer with another format; use that")
-            stored["plan"] = BatchPlan(**stored["plan"])
-            stored["shape"] = None if stored["shape"] is None else tuple(stored["shape"])
-            return cls(**stored)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"the record in '{origin}' is damaged; remove it with what lies beside it") from None
+    def to_json(self, seal: Seal | None = None, state: str = "") -> str:
+        more = {} if seal is None else asdict(seal)
+        return json.dumps({"format": FORMATS[-1]} | asdict(self) | more | (dict(state=state) if state else {}))
 
     def planned(self, found: BatchPlan) -> Self:
         """The same with what is not decided yet taken from `found`."""
@@ -81,14 +71,24 @@ class Recipe:
 
     def check_continues(self, there: "Recipe", origin: object) -> None:
         """Raises InputError, in one sentence, where these vectors do not belong beside those that are there."""
+        if said := self.differs(there):
+            raise InputError(f"'{origin}' exists already and was made {said}; give another name, or overwrite it")
+
+    def differs(self, there: "Recipe") -> str | None:
+        """The first difference to what is there, as `difference` says it; None where there is none."""
         mine, theirs = (json.loads(r.to_json()) for r in (self.planned(there.plan), there))
         for name, value in theirs.items():
-            if mine[name] == value and not (name == "inputs" and value is None):
-                continue
-            raise InputError(
-                f"'{origin}' exists already and was made {difference(name, value, mine[name])}; give another name, or "
-                "overwrite it"
-            )
+            if not _same(value, mine[name]) or (name == "inputs" and value is None):
+                return difference(name, value, mine[name])
+        return None
+
+    def is_like(self, other: Self) -> bool:
+        """The same but for the number of images in a pass, which a shard may have of its own, and their count, which
+        the shards of a stream do not know.
+        """
+        plan = replace(self.plan, batch_size=other.plan.batch_size)
+        mine, theirs = (json.loads(r.to_json()) for r in (replace(self, plan=plan, count=other.count), other))
+        return _same(mine, theirs)
 
     def shards(self) -> Iterator[range]:
         """Numbers of the pictures of each."""
@@ -96,9 +96,54 @@ class Recipe:
         return (range(first, min(first + size, count)) for first in range(0, count, size))
 
 
+class Record(NamedTuple):
+    """What a file, or a folder of shards, says of itself."""
+
+    recipe: Recipe
+    seal: Seal | None = None  # None for a folder, and for files of a version that had no checksums
+    state: State = ""
+    old: bool = False  # of a version that had no checksums
+
+    @classmethod
+    def from_json(cls, text: str | bytes, origin: object) -> Self:
+        """Raises: InputError for what is no such record."""
+        try:
+            stored = json.loads(text)
+            number = stored.pop("format")
+            if number not in FORMATS:
+                raise InputError(f"'{origin}' was written by a version of dinov3_infer with another format; use that")
+            *sealed, state = (stored.pop(name, None) for name in ("first", "rows", "files", "state"))
+            stored["plan"] = BatchPlan(**stored["plan"])
+            stored["shape"] = None if stored["shape"] is None else tuple(map(_whole, stored["shape"]))
+            for name, kinds in _KINDS.items():
+                if type(stored[name]) not in kinds:
+                    raise TypeError(name)
+            if state not in (None, *get_args(State)):
+                raise ValueError
+            seal = None if sealed == [None] * 3 else Seal.read(*sealed)
+            return cls(Recipe(**stored), seal, state or "", number == 1)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, InputError) and "another format" in str(error):
+                raise
+            raise InputError(f"the record in '{origin}' is damaged; remove it with what lies beside it") from None
+
+
+_KINDS: dict[str, tuple[type, ...]] = dict(
+    version=(str,), model=(str, NoneType), fingerprint=(str,), architecture=(dict,), preprocess=(dict,), decode=(str,),
+    dtype=(str,), kind=(str,), pooling=(str,), normalize=(bool,), out_dtype=(str,), count=(int, NoneType),
+    inputs=(str, NoneType),
+)  # fmt: skip
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError
+    return value
+
+
 def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], options: EmbedOptions) -> Recipe:
     """What the vectors of these images will depend on.  It takes a while: all weights and all names are hashed."""
-    model, transform = extractor.network, extractor.transform(options.size, options.fit)
+    model, transform = extractor.network, extractor.transform(options.size, options.fit, options.levels)
     width = pooled_width(model.embed_dim, options.pooling) if options.kind == "embedding" else model.embed_dim
     info = getattr(model, "info", None)
     return Recipe(
@@ -106,18 +151,30 @@ def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], option
         model=info.name if info else None,
         fingerprint=fingerprint(model.state_dict(), model.config),
         architecture=model.description(),
-        preprocess=asdict(transform),
+        preprocess={name: v for name, v in asdict(transform).items() if name != "levels" or v is not None},
         dtype=extractor.arithmetic,
+        shape=row_shape(transform, options.kind, width),
+        **_asked(images, options),
+    )
+
+
+def _asked(images: Source | Iterable[ImageLike], options: EmbedOptions) -> dict[str, Any]:
+    """What does not depend on the model."""
+    return dict(
         decode=options.decode,
         kind=options.kind,
         pooling=options.pooling,
         normalize=options.normalize,
         out_dtype=options.out_dtype,
-        shape=row_shape(transform, options.kind, width),
         count=len(images) if isinstance(images, Source) else None,
         inputs=digest(images) if isinstance(images, Source) else None,
         plan=BatchPlan(options.shard_size, options.batch_size),
     )
+
+
+def check_asked(images: Source, options: EmbedOptions, there: Recipe, origin: object) -> None:
+    """As `check_continues`, before a model is loaded.  Raises: InputError."""
+    replace(there, **_asked(images, options)).check_continues(there, origin)
 
 
 def row_shape(transform: Preprocess, kind: str, width: int) -> tuple[int, ...] | None:
@@ -141,6 +198,13 @@ def digest(source: Source) -> str | None:
     return found.hexdigest()
 
 
+def _same(there: Any, here: Any) -> bool:
+    """None is the same as a field that a version did not have."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return all(_same(there.get(key), here.get(key)) for key in there.keys() | here.keys())
+    return bool(there == here)
+
+
 def difference(name: str, there: Any, here: Any) -> str:
     """How a field of two recipes differs, for a sentence that ends in "was made ..."."""
     if name in ("inputs", "count") and None in (there, here):
@@ -148,7 +212,7 @@ def difference(name: str, there: Any, here: Any) -> str:
     if name == "inputs":
         return "from other pictures, or from these in another order"
     if isinstance(there, dict) and isinstance(here, dict):
-        part = next(key for key in there if there[key] != here.get(key))
-        name, there, here = f"{name}.{part}", there[part], here.get(part)
+        part = next(key for key in (*there, *here) if not _same(there.get(key), here.get(key)))
+        name, there, here = f"{name}.{part}", there.get(part), here.get(part)
     shown = [str(v)[:16] if name == "fingerprint" else json.dumps(v) for v in (there, here)]
     return f"with {name} {shown[0]}, not {shown[1]}"

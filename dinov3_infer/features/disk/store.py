@@ -1,5 +1,6 @@
 """What embed has written, read without loading it all."""
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -11,30 +12,38 @@ from ...errors import InputError, MissingFileError
 from ...images.sources import Names
 from ..vectors import Array
 from .formats import FORMATS, Format
-from .recipe import Recipe, difference
+from .recipe import Recipe, Record, difference
 from .target import RECORD, Target
 
 __all__ = ["Store"]
+
+log = logging.getLogger("dinov3_infer")
 
 BLOCK = 16384  # rows that are in memory at a time
 
 
 class Store:
-    """A file or a folder of vectors, one per picture.
+    """A file or a folder of vectors, one per image.  What lies there has to have the sizes and counts of its records.
 
-    Raises: MissingFileError, InputError for what is not from embed, is not finished or holds patches or maps.
+    `verify`: reads every byte, and compares the checksums.
+
+    Raises: MissingFileError, InputError for what is not from embed, is damaged or not finished, or holds patches or
+    maps.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], verify: bool = False) -> None:
         self.path = Path(path).expanduser()
         if not self.path.exists():
             raise MissingFileError(f"no vectors at '{self.path.absolute()}'; give a file or folder of embed")
-        self._files, self._format, self.recipe = _opened(self.path)
+        self._files, self._format, self.recipe = _opened(self.path, verify)
         if self.recipe.kind != "embedding":
             raise InputError(f"'{self.path}' holds {self.recipe.kind}; make vectors of kind 'embedding' for this")
 
     def __len__(self) -> int:
         return self.recipe.count or 0
+
+    def __repr__(self) -> str:
+        return f"Store('{self.path}', {len(self):,} vectors of {self.width} numbers)"
 
     @property
     def width(self) -> int:
@@ -76,11 +85,14 @@ class Store:
 
         def names() -> Iterator[str]:
             for file in self._files:
-                for path, error in self._format.listing(file):
-                    good.append(not error)
-                    yield path or ""
+                for line in self._format.lines(file):
+                    good.append(not line.error)
+                    yield line.path or ""
 
-        return Names(names()), np.array(good, bool)
+        found = Names(names()), np.array(good, bool)
+        if len(good) != len(self):
+            raise InputError(f"the lists of '{self.path}' name {len(good)} images, and it holds {len(self)}")
+        return found
 
     @property
     def paths(self) -> Names:
@@ -93,24 +105,53 @@ class Store:
         return self._listed[1]
 
 
-def _opened(path: Path) -> tuple[list[Path], Format, Recipe]:
+def _opened(path: Path, verify: bool) -> tuple[list[Path], Format, Recipe]:
+    """Files, in order, their format, and how they were made."""
     if path.is_dir():
         record = path / RECORD
         if not record.is_file():
             raise InputError(f"the folder '{path}' is not one of embed, it has no {RECORD}; give another one")
-        recipe = Recipe.from_json(record.read_bytes(), record)
+        recipe = Record.from_json(record.read_bytes(), record).recipe
         kinds = [kind for kind in FORMATS.values() if any(path.glob(f"[0-9]*{kind.suffix}"))]
         target = Target(path, True, (kinds or [FORMATS[".npy"]])[0]())
-        files, wanted = list(target.shards()), len(list(recipe.shards()))
-        if recipe.count is None or len(files) < wanted:
-            raise InputError(f"'{path}' holds {len(files)} of {wanted} shards; run the same embed again to finish it")
-        return files, target.format, recipe
-    if path.suffix.lower() not in FORMATS:
+        wanted = list(recipe.shards())
+        files = [target.shard(number) for number in range(len(wanted))]
+        there = sum(file.is_file() for file in files)
+        if recipe.count is None or there < len(wanted):
+            raise InputError(f"'{path}' holds {there} of {len(wanted)} shards; run the same embed again to finish it")
+    elif path.suffix.lower() not in FORMATS:
         raise InputError(f"'{path}' is no file of embed, whose names end in {', '.join(FORMATS)}; give one of these")
-    found = FORMATS[path.suffix.lower()]()
-    text = found.recipe(path)
-    if text is None:
-        raise InputError(
-            f"'{path}' does not say how it was made; give what embed has written, with what lies beside it"
-        )
-    return [path], found, Recipe.from_json(text, path)
+    else:
+        target = Target(path, False, FORMATS[path.suffix.lower()]())
+        found = target.format.record(path)
+        if found is None:
+            raise InputError(
+                f"'{path}' does not say how it was made; give what embed has written, with what lies beside it"
+            )
+        recipe, files, wanted = found.recipe, [path], [range(found.recipe.count or 0)]
+    unsealed = sum(
+        _check(target.format, file, images, recipe, verify) for file, images in zip(files, wanted, strict=True)
+    )
+    if unsealed:
+        log.warning("'%s': %d of %d files have no checksums, only their rows were counted", path, unsealed, len(files))
+    return files, target.format, recipe
+
+
+def _check(form: Format, path: Path, images: range, recipe: Recipe, verify: bool) -> bool:
+    """Whether a file has no checksum.  Raises: InputError for one that is damaged."""
+    record = form.record(path)
+    seal = None if record is None else record.seal
+    strange = record is not None and verify and not record.recipe.is_like(recipe)
+    if record is not None and not record.old and (seal is None or strange):
+        wrong: str | None = f"the record of '{path}' is damaged, or not of these vectors"
+    elif seal is None and not verify:
+        wrong = None
+    else:
+        wrong = form.damage(path, seal, deep=verify)
+    if wrong is None and (there := form.count(path)) != len(images):
+        wrong = f"'{path}' holds {there} rows, and {len(images)} belong there"
+    if wrong is None and seal is not None and seal.first != images.start:
+        wrong = f"the rows of '{path}' belong elsewhere"
+    if wrong is not None:
+        raise InputError(f"{wrong}; run the same embed again, which says or mends what is damaged")
+    return seal is None

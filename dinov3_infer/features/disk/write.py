@@ -3,13 +3,10 @@
 import itertools
 import logging
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +17,14 @@ from ...errors import Dinov3Error, InputError, PrecisionError
 from ...images.decode import ImageLike
 from ...images.preprocess import PixelBatch, Placement
 from ...images.sources import Source
+from ...system import told_to_stop
 from ..extractor import Extractor
-from ..stream import Batcher, Item, items_of
+from ..stream import Batcher, Item, Result, items_of
 from ..vectors import EmbedOptions, EmbedReport, Failure, Vector, say_failures, vectors_of
-from .formats import Rows
-from .recipe import BatchPlan, Recipe, recipe_of
+from .filling import Filling
+from .recipe import BatchPlan, recipe_of
+from .rows import Line, Piece
+from .survey import Found, Survey, Work
 from .target import Target
 
 __all__ = ["Writer", "best_batch_size"]
@@ -33,18 +33,21 @@ log = logging.getLogger("dinov3_infer")
 
 MOST_PICTURES, MOST_BYTES = 10_000, 1 << 28  # of a shard, which is kept in memory until it is whole
 FEW = 256  # pictures, for which looking for the best batch size takes longer than it gains
+SECONDS = 120.0  # after which what has come of a shard is written
 
 
 class Writer:
-    """Writes the vectors of some images to a target: whole shards only, and those alone that are missing."""
+    """Writes the vectors of some images to a target: those that are missing, have failed or have another source now."""
 
     def __init__(
         self, target: Target, images: Source | Iterable[ImageLike], extractor: Extractor, options: EmbedOptions
     ) -> None:
         self.target, self.images, self.extractor, self.options = target, images, extractor, options
         self.recipe = recipe_of(extractor, images, options)
-        self.transform = extractor.transform(options.size, options.fit)
-        self.rows: Rows | None = None  # of the shard that is being filled
+        self.transform = extractor.transform(options.size, options.fit, options.levels)
+        self.filling: Filling | None = None
+        self.works: dict[int, Work] = {}  # by number of the shard
+        self.sources: dict[int, str | None] = {}  # of images that are being read
         self.failed = 0
         if self.recipe.shape is None and not target.format.ragged:
             raise InputError(
@@ -52,70 +55,102 @@ class Writer:
                 ".parquet, or use fit='squash'"
             )
 
-    def run(self, only: Sequence[int] | None = None) -> EmbedReport:
+    def run(self, only: Sequence[int] | None = None, run: str | None = None) -> EmbedReport:
         """Writes what is missing.  A stream, which has no length, is written once and cannot be gone on with.
 
         `only`: the shards of a folder to write, where others write the rest; under torchrun each process has its part.
+        `run`: a name that all processes of this run share; None for that of torchrun.
 
-        Raises: InputError where what is there was made in another way; with on_error="raise" the error of the first
-        image that cannot be read.
+        Raises: InputError where what is there was made in another way, or another run is writing it; with
+        on_error="raise" the error of the first image that cannot be read.
         """
-        target, overwrite = self.target, self.options.overwrite
+        target = self.target
         rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         shared = ranks > 1 or only is not None
-        if shared and (not target.is_folder or overwrite or self.recipe.count is None):
+        if shared and (not target.is_folder or self.options.overwrite or self.recipe.count is None):
             what = (
                 "give a folder, which is a name without suffix" if not target.is_folder
-                else "leave overwrite out, or run one process" if overwrite
+                else "leave overwrite out, or run one process" if self.options.overwrite
                 else "give a folder, a list of files or an archive in place of a stream"
             )  # fmt: skip
             raise InputError(f"several processes can only write a folder of shards, of images with a count; {what}")
-        if overwrite:
-            target.clear()
-        elif (there := target.recorded()) is not None:
-            self.recipe.check_continues(there, target.path)
-            self.recipe = there
-            if target.is_finished():
-                return _report(target, there, [target.path], there.count or 0)
-        self.recipe = target.begin(replace(self.recipe, plan=self._plan()))
+        with target.locked((run or _launch()) if shared else None):
+            try:
+                self.recipe, self.state, base = target.enter(self.recipe, self._plan, self.options.overwrite, shared)
+                shards = list(self.recipe.shards())
+                report = self._run(range(rank, len(shards), ranks) if only is None else only, base, shared, rank)
+            except BaseException:
+                if not shared:
+                    target.abandon()
+                raise
+            if not target.is_folder:
+                target.abandon()
+            return report
+
+    def _run(self, mine: Sequence[int], base: bool, shared: bool, rank: int) -> EmbedReport:
+        target, shards = self.target, list(self.recipe.shards())
         self.batch_size, self.size = self.recipe.plan.batch_size or 1, self.recipe.plan.shard_size or 1
-        shards = list(self.recipe.shards())
-        mine: Sequence[int] = range(rank, len(shards), ranks) if only is None else only
-        todo = [k for k in mine if not target.shard(k).is_file()]
-        target.forget(todo)
-        before = sum(len(shards[k]) for k in mine) - sum(len(shards[k]) for k in todo)
+        target.forget(mine if shared else None)
+        found = Found()
+        if isinstance(self.images, Source):
+            survey = Survey(target, self.recipe, self.images, self.options.trust_names, base)
+            self.works = {k: work for k in mine if (work := survey.work(k, shards[k])) is not None}
+            survey.say()
+            found = survey.found
         total = None if self.recipe.count is None else sum(len(shards[k]) for k in mine)
+        before = self.kept = (total or 0) - sum(len(work.numbers) for work in self.works.values())
         try:
-            with _ended_by_sigterm(), self._shown(total, before, self.options.progress if rank == 0 else False):
+            with told_to_stop(), self._shown(total, before, self.options.progress if rank == 0 else False):
                 if isinstance(self.images, Source):
-                    self._source(self.images, {k: shards[k] for k in todo})
+                    self._source(self.images)
                 else:
                     self._stream(self.images)
                     mine = range(len(list(self.recipe.shards())))
         except BaseException as error:
-            left = [k for k in mine if not target.shard(k).is_file()]
-            if not shared:
-                target.abandon()
-            if not isinstance(error, Exception) and self.recipe.count is not None and left:
-                log.warning(
-                    "%d of %d shards are whole; the same call goes on from there", len(mine) - len(left), len(mine)
-                )
+            if not isinstance(error, Exception):
+                self._stopped(total)
             raise
         if not target.is_folder and not mine:  # of no images there is a file too
-            self.rows = self._empty(0)
-            self._written()
+            Filling(target, self.recipe, Work(range(0), ())).write(self.batch_size)
             mine = range(1)
-        parts = [target.shard(k) for k in mine]
-        report = _report(target, self.recipe, parts, before, self.batch_size)
-        target.finish(self.recipe, parts)
+        pieces = [self._piece(k, shards) for k in mine]
+        report = _report(target, pieces, self.size, EmbedReport(
+            target.path, (self.recipe.count or 0, *(self.recipe.shape or ())), (), self.batch_size, before,
+            found.changed, found.retried,
+        ))  # fmt: skip
+        if not base or any(piece.path != target.path for piece in pieces):
+            if not target.is_folder:
+                self._check(pieces)
+            target.finish(self.recipe, pieces, self.state)
         say_failures(list(report.failures), report.shape[0])
         return report
 
+    def _piece(self, shard: int, shards: list[range]) -> Piece:
+        """Where the rows of a shard are."""
+        path = self.target.shard(shard)
+        if path.is_file() or not self.target.is_there():
+            return Piece(path, 0, self.target.format.count(path))
+        return Piece(self.target.path, shards[shard].start, shards[shard].stop)
+
+    def _check(self, pieces: list[Piece]) -> None:
+        """Raises InputError for what was damaged since it was written."""
+        form = self.target.format
+        for path in dict.fromkeys(piece.path for piece in pieces):
+            record = form.record(path)
+            if wrong := form.damage(path, None if record is None else record.seal):
+                raise InputError(f"{wrong}; call the same again, which makes it again")
+
+    def _stopped(self, total: int | None) -> None:
+        """Keeps what has come when a run is told to stop."""
+        if self.filling is not None:
+            self.kept += self.filling.keep()
+        if total is not None and self.kept:
+            log.warning("%d of %d images are kept; the same call goes on from there", self.kept, total)
+
     # --- batches --------------------------------------------------------------------------------------------------
 
-    def _plan(self) -> BatchPlan:
+    def _plan(self, plan: BatchPlan) -> BatchPlan:
         """What was asked for or recorded, and the rest decided."""
-        plan = self.recipe.plan
         if plan.batch_size and plan.max_tokens:
             return plan
         row = np.dtype(self.recipe.out_dtype).itemsize * int(np.prod(self.recipe.shape or (2304, 1024)))
@@ -129,15 +164,17 @@ class Writer:
 
     def _try(self, batch_size: int) -> None:
         """Runs a pass of images of the size to come, to see whether it fits and how long it takes."""
-        self._vectors([self.transform.collate([self._example] * batch_size)])
+        self._vectors([self.transform.collate([self._example] * batch_size, self.extractor.on_gpu)])()
 
     @property
     def _example(self) -> tuple[Tensor, Placement]:
         size = self.transform.size or 768
         height, width = (size, size) if isinstance(size, int) else size
-        return self.transform.place(torch.zeros(3, height, width, dtype=torch.uint8))
+        return self.transform.place(
+            torch.zeros(3, height, width, dtype=torch.uint8, device="cpu"), for_gpu=self.extractor.on_gpu
+        )
 
-    def _vectors(self, batches: list[PixelBatch]) -> list[Sequence[Vector]]:
+    def _vectors(self, batches: list[PixelBatch]) -> Callable[[], list[Sequence[Vector]]]:
         return vectors_of(self.extractor, batches, self.options)
 
     def _batcher(self, halves: bool) -> Batcher[Vector]:
@@ -157,75 +194,82 @@ class Writer:
 
     # --- shards ---------------------------------------------------------------------------------------------------
 
-    def _source(self, images: Source, todo: dict[int, range]) -> None:
+    def _source(self, images: Source) -> None:
         """A shard for which the memory does not do is begun again with half the batch, so that one number tells what
         ran together in it.
         """
+        todo = dict(self.works)
         while todo:
-            numbers = itertools.chain.from_iterable(list(todo.values()))
+            numbers = itertools.chain.from_iterable([work.numbers for work in todo.values()])
             try:
-                for done in self._filled(self._batcher(halves=False), items_of(images, numbers)):
+                for done in self._filled(self._batcher(halves=False), self._items(images, numbers)):
                     del todo[done]
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
-                self._bar.update(-len(self.rows or ()))
-                self.rows = None
+                if self.filling is not None:
+                    self._bar.update(-self.filling.came)
+                    self.kept -= self.filling.stored
+                    if self.filling.rows is not None:
+                        number, whole = self.filling.number, self.filling.work.images
+                        self.target.remove_parts(number)
+                        todo[number] = self.works[number] = Work(whole, whole)
+                    self.filling = None
                 self.batch_size //= 2
                 log.warning("out of memory; going on with %d pictures in one pass", self.batch_size)
 
+    def _items(self, images: Source, numbers: Iterable[int]) -> Iterator[Item]:
+        """What tells an image from others is noted before it is read, so that a change meanwhile is seen next time."""
+        for item in items_of(images, numbers):
+            self.sources[item.number] = images.identity(item.number)
+            yield item
+
     def _stream(self, images: Iterable[ImageLike]) -> None:
-        batcher = self._batcher(halves=True)
-        self.count = 0
-        for _ in self._filled(batcher, items_of(images)):
+        batcher, count = self._batcher(halves=True), 0
+        for shard in self._filled(batcher, items_of(images)):
             self.batch_size = batcher.batch_size
-        self.recipe = replace(self.recipe, count=self.count)
-        self.target.rewrite(self.recipe)
+            count = shard * self.size + self.target.format.count(self.target.shard(shard))
+        self.recipe = replace(self.recipe, count=count)
+        self.target.rewrite(self.recipe, "overwriting" if self.state else "")
 
     def _filled(self, batcher: Batcher[Vector], items: Iterator[Item]) -> Iterator[int]:
         """Numbers of the shards as they are written."""
-        for number, path, found in ((r.number, r.path, r.found) for r in batcher(items)):
-            if self.rows is None:
-                self.rows = self._empty(number - number % self.size)
-            self._add(self.rows, number, path, found)
-            self.count = number + 1
-            if number % self.size == self.size - 1:
-                yield self._written()
-        if self.rows is not None:
-            yield self._written()
+        written = time.monotonic()
+        for result in batcher(items):
+            if self.filling is None:
+                first = result.number - result.number % self.size
+                work = self.works.get(result.number // self.size)
+                room = range(first, first + self.size)
+                self.filling = Filling(self.target, self.recipe, work or Work(room, room))
+            self._add(self.filling, result)
+            if result.ends:
+                self.filling.end_pass()
+            if self.filling.is_full:
+                yield self._written(self.filling)
+                written = time.monotonic()
+            elif result.ends and time.monotonic() - written > SECONDS:
+                self.kept += self.filling.keep()
+                written = time.monotonic()
+        if self.filling is not None:
+            yield self._written(self.filling)
 
-    def _empty(self, first: int) -> Rows:
-        size = self.size if self.recipe.count is None else min(self.size, self.recipe.count - first)
-        if self.recipe.shape is None:
-            return Rows(first, [], self.recipe.out_dtype)
-        return Rows(first, np.full((size, *self.recipe.shape), np.nan, self.recipe.out_dtype), self.recipe.out_dtype)
-
-    def _add(self, rows: Rows, number: int, path: str | None, found: Vector | Dinov3Error) -> None:
-        failed = isinstance(found, Dinov3Error)
+    def _add(self, filling: Filling, result: Result[Vector]) -> None:
+        found, vector, line = result.found, None, Line(result.path, source=self.sources.pop(result.number, None))
         if isinstance(found, Dinov3Error):
             if self.options.on_error == "raise":
                 raise found
             self.failed += 1
             self._bar.set_postfix(failed=self.failed, refresh=False)
-        vector = None if isinstance(found, Dinov3Error) else _fitting(found.array, self.recipe.out_dtype)
-        if isinstance(rows.vectors, list):
-            rows.vectors.append(vector)
-        elif vector is not None:
-            rows.vectors[number - rows.first] = vector
-        rows.paths.append(path)
-        rows.grids.append(None if isinstance(found, Dinov3Error) else found.grid)
-        rows.errors.append(str(found) if failed else "")
+            line = line._replace(error=str(found))
+        else:
+            vector, line = _fitting(found.array, self.recipe.out_dtype), line._replace(grid=found.grid)
+        filling.put(result.number, vector, line)
         self._bar.update()
 
-    def _written(self) -> int:
-        assert self.rows is not None
-        rows, self.rows = self.rows, None
-        if not isinstance(rows.vectors, list):
-            rows.vectors = rows.vectors[: len(rows)]
-        shard = rows.first // self.size
-        recipe = replace(self.recipe, plan=replace(self.recipe.plan, batch_size=self.batch_size))
-        self.target.format.write(self.target.shard(shard), rows, recipe.to_json())
-        return shard
+    def _written(self, filling: Filling) -> int:
+        self.kept += filling.write(self.batch_size)
+        self.filling = None
+        return filling.number
 
 
 def _fitting(vector: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
@@ -261,33 +305,19 @@ def best_batch_size(
     return best
 
 
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does, with threads joined and nothing half written left."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _launch() -> str:
+    """The same for all processes that torchrun has started together."""
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
+    return "torchrun " + " ".join(os.environ.get(name, "") for name in names)
 
 
-def _report(
-    target: Target, recipe: Recipe, parts: list[Path], before: int, batch_size: int | None = None
-) -> EmbedReport:
+def _report(target: Target, pieces: list[Piece], shard_size: int, report: EmbedReport) -> EmbedReport:
     failures: list[Failure] = []
-    row = count = 0
-    for part in parts:
-        row = int(part.stem) * (recipe.plan.shard_size or 1) if part != target.path else 0
-        for path, error in target.format.listing(part):
-            if error:
-                failures.append(Failure(row, path, error))
-            row, count = row + 1, count + 1
-    shape = (count, *(recipe.shape or ()))
-    return EmbedReport(target.path, shape, tuple(failures), batch_size or recipe.plan.batch_size or 1, before)
+    count = 0
+    for piece in pieces:
+        first = piece.start if piece.path == target.path else int(piece.path.stem) * shard_size
+        for row, line in enumerate(target.format.lines(*piece), first):
+            count += 1
+            if line.error:
+                failures.append(Failure(row, line.path, line.error))
+    return replace(report, shape=(count, *report.shape[1:]), failures=tuple(failures))

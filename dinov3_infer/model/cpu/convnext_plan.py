@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...system import keep_freed_memory
 from ..convnext import ConvBlock, ConvNeXt
-from ..network import BackboneOutput
+from ..network import BackboneOutput, Scale, normalised
 from .linear import PackedLinear
 
 __all__ = ["ConvNeXtPlan"]
@@ -38,9 +38,11 @@ class ConvNeXtPlan:
         model: ConvNeXt,  # whose plan this is
         pixels: Sequence[Tensor],  # [B_i, 3, H_i, W_i] float32, normalised: one tensor per size
         indices: Sequence[int] = (),  # stages to keep
+        scale: Scale = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # of images that come as uint8
+        class_only: bool = False,  # which saves nothing here
     ) -> list[BackboneOutput]:
         """What the model gives for each tensor, with the stages asked for as its layers."""
-        return [model.output(self._stages(model, batch), indices) for batch in pixels]
+        return [model.output(self._stages(model, normalised(batch, scale)), indices) for batch in pixels]
 
     def _stages(self, model: ConvNeXt, pixels: Tensor) -> list[Tensor]:
         model.grid_of(pixels)

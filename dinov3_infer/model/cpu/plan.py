@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...system import keep_freed_memory
 from ..layers import GatedMlp, MaskedKeyLinear
-from ..network import BackboneOutput, LayerOutput
+from ..network import BackboneOutput, LayerOutput, Scale
 from ..vit import VisionTransformer
 from .compiled import passes, why_not_compiled
 from .linear import PackedLinear, QuantisedLinear, smoothed
@@ -58,13 +58,19 @@ class CpuPlan:
         model: VisionTransformer,  # whose plan this is
         pixels: Sequence[Tensor],  # [B_i, 3, H_i, W_i] float32, normalised: one tensor per size
         indices: Sequence[int] = (),  # blocks to keep
+        scale: Scale | None = None,  # of uint8, which is not given to a CPU
+        class_only: bool = False,  # no other tokens are wanted, nor layers
     ) -> list[BackboneOutput]:
-        """What the model gives for each tensor, with the blocks asked for as its layers."""
+        """What the model gives for each tensor, with the blocks asked for as its layers.
+
+        With `class_only` registers and patches have no rows, and the last block computes class tokens alone, whose bits
+        are the same, since no row of a product depends on another.
+        """
         parts = [list(self._entered(model, batch)) for batch in pixels]
         kept: dict[int, list[list[Tensor]]] = {}
         for i, block in enumerate(self.blocks):
             for part in chain.from_iterable(parts):
-                block(part)
+                block(part, class_only and i + 1 == len(self.blocks))
             if i in indices:
                 kept[i] = [[part.tokens() for part in own] for own in parts]
 
@@ -124,9 +130,17 @@ class _Part:
     count: int  # pictures
     turns: Tensor | None  # of a picture
 
+    alone: bool = False  # the first rows are the class tokens, and what follows is not needed
+
     def tokens(self) -> Tensor:
         """[B, N, C], as they are now."""
-        return (self.x if self.more is None else self.x + self.more).view(self.count, -1, self.x.shape[1])
+        x = self.x if self.more is None else self.x + self.more
+        return (x[: self.count] if self.alone else x).view(self.count, -1, x.shape[1])
+
+    def class_rows(self, tokens: Tensor) -> Tensor:
+        """Those of the class tokens, filled up to as many as the products want."""
+        rows = tokens.view(self.count, -1, tokens.shape[1])[:, 0]
+        return rows.repeat(-(-_FEW_ROWS // self.count), 1)
 
 
 class _Block:
@@ -162,10 +176,13 @@ class _Block:
                 self.up.out = (size.item(), zero, torch.uint8)
         self.norms = [_norm(block.norm1, self.qkv), _norm(block.norm2, self.up if self.gate is None else self.gate)]
 
-    def __call__(self, part: _Part) -> None:
+    def __call__(self, part: _Part, class_only: bool = False) -> None:
         qkv = self.qkv(self._normed(part, 0))
         attend = _attended if self.passes is None else self.passes.attended
-        part.more = self.proj(self.proj.taken(attend(qkv, part.turns, part.count, self.heads, self.proj.takes)))
+        attended = attend(qkv, part.turns, part.count, self.heads, self.proj.takes)
+        if class_only:
+            part.x, attended, part.alone = part.class_rows(part.x), part.class_rows(attended), True
+        part.more = self.proj(self.proj.taken(attended))
         h = self._normed(part, 1)
         wide = self.up(h, "gelu") if self.gate is None else self.up.times(h, self.gate(h, "swish"))
         part.more = self.down(self.down.taken(wide))

@@ -6,6 +6,8 @@ one over keys for that of q: every element is summed by one program in a fixed o
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -146,8 +148,8 @@ def query_kernel(
 def backward(
     grad: Tensor,  # [B, N, H*D] or [T, H*D]
     qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
-    cos: Tensor | None,  # [N or T, D/2] float32; None: no rotation
-    sin: Tensor | None,  # [N or T, D/2] float32
+    cos: Tensor | None,  # [N or T, D/2] float32, or float16 for qkv of 16 bits; None: no rotation
+    sin: Tensor | None,  # [N or T, D/2], likewise
     cu_seqlens: Tensor | None,  # [S + 1] int32; None: fixed input
     max_seqlen: int,
     scale: float,
@@ -193,7 +195,7 @@ def backward(
     def queries(config: Config) -> None:
         run(query_kernel, config.block_m, config)
 
-    form = dict(packed=shape.packed, rotated=cos is not None)
+    form: Any = dict(packed=shape.packed, rotated=cos is not None)
     key_values(key_value_config or select("key_value", qkv, shape.longest, key_values, **form))
     queries(query_config or select("query", qkv, shape.longest, queries, **form))
     return dqkv

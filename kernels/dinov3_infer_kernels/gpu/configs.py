@@ -13,7 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "ROTATION", "TABLE", "WIDTHS", "Config", "chip_of", "crossover", "precision", "select"]
+__all__ = [
+    "DTYPES",
+    "ROTATION",
+    "SHORT",
+    "TABLE",
+    "WIDTHS",
+    "Config",
+    "chip_of",
+    "crossover",
+    "precision",
+    "select",
+    "whole_heads",
+]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = (64, 128)
@@ -26,6 +38,7 @@ class Config:
     warps: int
     stages: int  # tiles in flight
     max_registers: int | None = None  # of a thread, on NVIDIA: fewer registers, more programs at a time
+    whole: bool = False  # a program owns a whole head, see `short`; block_n is the most keys that it has room for
 
     def options(self) -> dict[str, Any]:
         """What a launch is given.  Newer versions of Triton fuse no multiplication with an addition unless asked."""
@@ -97,6 +110,15 @@ TABLE: dict[tuple[str, int, int], dict[str, tuple[tuple[int, Config], ...]]] = {
 }
 # fmt: on
 
+# Chip -> rows of tokens and configuration of one program a head, forward: 16-bit tokens, heads of 64 channels.
+# Smaller chips, among them those of other vendors, lack the shared memory.
+SHORT: dict[str, tuple[tuple[int, Config], ...]] = {
+    "sm80": ((272, Config(64, 272, 4, 1, whole=True)), (288, Config(32, 288, 4, 1, whole=True))),
+    "sm90": ((272, Config(64, 272, 4, 1, whole=True)), (288, Config(64, 288, 8, 1, whole=True))),
+    "sm100": ((288, Config(64, 288, 4, 1, whole=True)),),
+}
+LEAST = 129  # tokens: shorter images are two tiles or one, which the other kernel reads no more often
+
 # float32 tiles of 128 channels do not fit the registers of any chip: this row is for the interpreter
 _WIDE_SINGLE = Config(32, 32, 8, 1)
 
@@ -112,29 +134,55 @@ def chip_of(device: torch.device) -> str:
     return {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get(capability, "small")
 
 
-def select(
-    kind: str, qkv: Tensor, longest: int, run: Callable[[Config], None], *, packed: bool, rotated: bool
-) -> Config:
-    """The row of the table, or where DINOV3_INFER_AUTOTUNE=1 asks for it the fastest of all rows of this kind.
+@cache
+def processors(device: torch.device) -> int:
+    """Programs that run at a time, at the least; the interpreter takes those of an H100."""
+    if device.type == "cpu":
+        return 132
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return int(getattr(properties, "multi_processor_count", 2**31))
 
-    While a CUDA graph is captured nothing can be measured: there it is what was measured before, or the row.
+
+def whole_heads(qkv: Tensor, tokens: int, heads: int) -> Config | None:
+    """The configuration of one program a head, where it can run and keeps the chip busy.  `heads`: of all images."""
+    if qkv.element_size() != 2 or qkv.shape[-1] != 64 or tokens < LEAST:
+        return None
+    rows = SHORT.get(chip_of(qkv.device), ())
+    fitting = (config for limit, config in rows if tokens <= limit and heads >= processors(qkv.device))
+    return next(fitting, None)
+
+
+def select(
+    kind: str,
+    qkv: Tensor,
+    longest: int,
+    run: Callable[[Config], None],
+    *,
+    packed: bool,
+    rotated: bool,
+    whole: Config | None = None,
+) -> Config:
+    """`whole`, else the row of the table; the fastest of them and all rows where DINOV3_INFER_AUTOTUNE=1 asks for it.
+
+    While a CUDA graph is captured nothing can be measured: there it is what was measured before, or the first of them.
     """
     key = (kind, qkv.shape[-1], qkv.element_size())
     chips = TABLE.get(key)
     if chips is None:
         return _WIDE_SINGLE
-    row = next(config for limit, config in chips[chip_of(qkv.device)] if longest <= limit)
+    row = whole or next(config for limit, config in chips[chip_of(qkv.device)] if longest <= limit)
     if os.environ.get("DINOV3_INFER_AUTOTUNE") != "1" or qkv.device.type == "cpu":
         return row
-    place = (*key, qkv.dtype, packed, rotated, qkv.device, longest.bit_length())
+    place = (*key, qkv.dtype, packed, rotated, whole, qkv.device, longest.bit_length())
     if place not in _fastest:
         if _capturing(qkv.device):
             return row
-        _fastest[place] = _measured({config for rows in chips.values() for _, config in rows}, run)
+        _fastest[place] = _measured({row, *(config for rows in chips.values() for _, config in rows)}, run)
     return _fastest[place]
 
 
-# by kind, width, bytes and dtype of an element, packed, rotated, device and the length's power of two; once per process
+# By kind, width, bytes and dtype of an element, packed, rotated, whole, device and the length's power of two; each is
+# measured once in a process.
 _fastest: dict[tuple[Any, ...], Config] = {}
 
 

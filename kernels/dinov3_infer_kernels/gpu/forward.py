@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, precision, select
+from .configs import Config, precision, select, whole_heads
 from .launch import LOG2_E, check, launch, near, tail
+from .short import segments, short_kernel
 from .tiles import sequence, turned_columns, turned_rows
 
 __all__ = ["forward", "forward_kernel"]
@@ -109,8 +110,8 @@ def forward_kernel(
 
 def forward(
     qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]; any strides but that of D, which is 1
-    cos: Tensor | None,  # [N or T, D/2] float32; None: no rotation
-    sin: Tensor | None,  # [N or T, D/2] float32
+    cos: Tensor | None,  # [N or T, D/2] float32, or float16 for qkv of 16 bits; None: no rotation
+    sin: Tensor | None,  # [N or T, D/2], likewise
     cu_seqlens: Tensor | None,  # [S + 1] int32; None: fixed input
     max_seqlen: int,
     scale: float,
@@ -124,11 +125,19 @@ def forward(
     qkv, shape = near(qkv, check(qkv, cos, sin, cu_seqlens, max_seqlen, scale))
     out = qkv.new_empty((*shape.lead, shape.heads * shape.width))
     lse = qkv.new_empty((*shape.lead[:-1], shape.heads, shape.tokens), dtype=torch.float32)
+    heads = shape.pictures * shape.heads
 
     def run(config: Config) -> None:
-        blocks = triton.cdiv(shape.longest, config.block_m)
+        if config.whole:
+            keys, middle, rest = segments(shape.tokens)
+            launch(
+                short_kernel, heads, config,
+                qkv, cos, sin, out, lse, shape.tokens, shape.heads, *shape.strides, scale * LOG2_E,
+                D=shape.width, BLOCK_M=config.block_m, KEYS=keys, MIDDLE=middle, TAIL=rest,
+            )  # fmt: skip
+            return
         launch(
-            forward_kernel, blocks * shape.pictures * shape.heads, config,
+            forward_kernel, triton.cdiv(shape.longest, config.block_m) * heads, config,
             qkv, cos, sin, cu_seqlens, out, lse,
             shape.tokens, shape.longest, shape.heads, *shape.strides, scale * LOG2_E,
             D=shape.width, BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=tail(shape, config.block_n),
@@ -136,5 +145,7 @@ def forward(
         )  # fmt: skip
 
     if out.numel():
-        run(config or select("forward", qkv, shape.longest, run, packed=shape.packed, rotated=cos is not None))
+        whole = None if shape.packed or cos is None else whole_heads(qkv, shape.tokens, heads)
+        rotated = cos is not None
+        run(config or select("forward", qkv, shape.longest, run, packed=shape.packed, rotated=rotated, whole=whole))
     return out, lse

@@ -46,13 +46,19 @@ def check(
     if qkv.stride(-1) != 1:
         raise ValueError(f"the channels of a head lie side by side, got stride {qkv.stride(-1)}; use qkv.contiguous()")
     *lead, _, heads, width = qkv.shape
+    tables = (torch.float32, torch.float16) if qkv.element_size() == 2 else (torch.float32,)
     for table in (cos, sin):
         if table is not None and (
-            table.shape != (lead[-1], width // 2) or table.dtype != torch.float32 or not table.is_contiguous()
+            table.shape != (lead[-1], width // 2) or table.dtype not in tables or not table.is_contiguous()
         ):
-            raise ValueError(f"cos and sin are contiguous float32 {[lead[-1], width // 2]}; got {list(table.shape)}")
+            raise ValueError(
+                f"cos and sin are contiguous {[lead[-1], width // 2]} in float32, or in float16 where qkv has 16 bits; "
+                f"got {list(table.shape)} in {table.dtype}"
+            )
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin come together; one of them is None")
+    if cos is not None and sin is not None and cos.dtype != sin.dtype:
+        raise ValueError(f"cos and sin have one dtype; got {cos.dtype} and {sin.dtype}")
     if cu_seqlens is not None and (
         cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not cu_seqlens.is_contiguous()
     ):

@@ -38,8 +38,8 @@ def rotate_kernel(
 
 def rotate(
     qkv: Tensor,  # [B, N, 3, H, D], or packed [T, 3, H, D]
-    cos: Tensor,  # [N or T, D/2] float32
-    sin: Tensor,  # [N or T, D/2] float32
+    cos: Tensor,  # [N or T, D/2] float32, or float16 for qkv of 16 bits
+    sin: Tensor,  # [N or T, D/2], likewise
 ) -> Tensor:
     """Rotated q and k, [B, N, 2, H, D] or [T, 2, H, D].
 

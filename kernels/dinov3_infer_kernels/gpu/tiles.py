@@ -25,6 +25,7 @@ def sequence(CU_SEQLENS, index, tokens, stride_picture, stride_token, PACKED: tl
 @triton.jit
 def turned_rows(x, cos, sin, ROWS: tl.constexpr, D: tl.constexpr):
     """Tokens as rows, [ROWS, D], channel k turned with k + D/2, no data shuffled; cos and sin [ROWS, D/2]."""
+    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
     first, second = x.reshape(ROWS, 2, D // 2).permute(0, 2, 1).split()
     turned = tl.join(first * cos - second * sin, second * cos + first * sin)
     return turned.permute(0, 2, 1).reshape(ROWS, D)
@@ -33,6 +34,7 @@ def turned_rows(x, cos, sin, ROWS: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def turned_columns(x, cos, sin, COLUMNS: tl.constexpr, D: tl.constexpr):
     """The same for tokens as columns, [D, COLUMNS]; cos and sin [D/2, COLUMNS]."""
+    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
     first, second = x.reshape(2, D // 2, COLUMNS).permute(1, 2, 0).split()
     turned = tl.join(first * cos - second * sin, second * cos + first * sin)
     return turned.permute(2, 0, 1).reshape(D, COLUMNS)

@@ -38,7 +38,9 @@ def read_picture(source: Any, draw: random.Random) -> None:
 
 def read_checkpoint(source: Any, draw: random.Random) -> None:
     options: dict[str, Any] = {"weights": source} if draw.random() < 0.1 else {}
-    bb = Backbone.from_pretrained("vits16" if options else source, device="cpu", **options)
+    if (style := Path(source).name.removeprefix("as ")) in ("hf", "timm"):
+        options = {"preprocessing": style}
+    bb = Backbone.from_pretrained("vits16" if "weights" in options else source, device="cpu", **options)
     pixels = torch.zeros(1, 3, 2 * bb.config.patch_size, 2 * bb.config.patch_size)
     if pixels.numel() < 2**16:
         with torch.inference_mode():
@@ -181,6 +183,16 @@ def _stated(name: str = "config.json", **fields: Any) -> Make:
     return _folder(lambda files: files | {name: json.dumps(json.loads(files[name]) | fields).encode()})
 
 
+def _asked(style: str, name: str = "preprocessor_config.json", **fields: Any) -> Make:
+    """Opened with `preprocessing=style`, which makes an error of what is a warning otherwise."""
+
+    def make(folder: Path) -> Path:
+        (folder / f"as {style}").mkdir()
+        return _stated(name, **fields)(folder / f"as {style}")
+
+    return make
+
+
 def _named_like_v1(files: Files) -> Files:
     """Names that only a config.json tells apart, and one that says what they are not."""
     tensors = checkpoints.unpacked(files["v2.safetensors"])
@@ -229,6 +241,27 @@ CHECKPOINTS: dict[str, Make] = PLACES | {
     "another activation": _stated(hidden_act="relu", use_gated_mlp=False),
     "endless numbers": _stated(layer_norm_eps=10**300),
     "periods of zero": _stated(dinov3_infer={"rope_periods": [0.0, 0.0]}),
+    "two numbers of heads": _stated(vision_config={"hidden_size": 16, "num_heads": 1}, num_attention_heads=2),
+    "an adapter": _tensors(lambda t: t.update({"layer.0.attention.q_proj.lora_A.weight": ("F32", [1], bytes(4))})),
+    "a neighbour": _stated(model_type="siglip_vision_model"),
+    "norms of queries": _tensors(lambda t: t.update({"layer.0.attention.q_norm.weight": ("F32", [1], bytes(4))})),
+    "eight class tokens": _tensors(_replaced("embeddings.cls_token", [1, 8, 16])),
+    "windows": _stated(backbone_config={"num_windows": 4}),
+    "levels divided by nothing": _asked("hf", rescale_factor=0),
+    "levels without a mean": _asked("hf", rescale_factor=1, image_mean=None),
+    "levels with an offset": _asked("hf", offset=True),
+    "a resampling of lists": _asked("hf", resample=[[]]),
+    "a size of words": _asked("hf", size="large"),
+    "no resizing": _asked("hf", do_resize=False),
+    "padding": _asked("hf", do_pad=True),
+    "a crop that is larger": _asked("hf", size={"shortest_edge": 8}, crop_size={"height": 16, "width": 16}),
+    "oblong crops": _asked(
+        "timm", "config.json", pretrained_cfg={"input_size": [3, 8, 12], "crop_mode": "center", "crop_pct": 1.0}
+    ),
+    "an interpolation of lists": _asked(
+        "timm", "config.json", pretrained_cfg={"input_size": [3, 8, 8], "interpolation": []}
+    ),
+    "an input of words": _asked("timm", "config.json", pretrained_cfg={"input_size": "large"}),
     "a mean of words": _stated("preprocessor_config.json", image_mean=["a", "b", "c"]),
     "30,000 backbones": _tensors(lambda t: t.update({f"m{i}.{FLAT}": ("F32", [0], b"") for i in range(30_000)})),
     "1,000 blocks": _tensors(_replaced("layer.999.norm1.weight", [16])),
@@ -262,6 +295,6 @@ CHECKPOINTS_ONCE = tuple((1, n) for n in (16, 32, 90, 173, 236, 306, 317, 350, 4
 PICTURE = Kind("pictures", pictures.case, read_picture, PICTURES, PICTURES_ONCE, {"images/decode": ()})
 CHECKPOINT = Kind(
     "checkpoints", checkpoints.case, read_checkpoint, CHECKPOINTS, CHECKPOINTS_ONCE,
-    {f"checkpoints/{name}": () for name in ("reading", "recognise", "architecture", "loading")}
-    | {"checkpoints/describe": ("transform_of",)},
+    {f"checkpoints/{name}": () for name in ("reading", "recognise", "refusals", "architecture", "loading")}
+    | {"checkpoints/transforms": ("transform_of",)},
 )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from dinov3_infer import Backbone, CheckpointError, GatedModelError, InputError, ModelNotFoundError
 from dinov3_infer.released.attach import load_head
 from dinov3_infer.released.catalogue import HEADS, find_head
-from dinov3_infer.released.classifier import Classifier, imagenet_names
+from dinov3_infer.released.imagenet import Classifier, imagenet_names
 from dinov3_infer.zoo import MODELS
 
 pytestmark = pytest.mark.usefixtures("no_grad")

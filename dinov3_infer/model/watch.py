@@ -1,0 +1,123 @@
+"""Whether a plan can compute a model, and whether the model is still the one that its plan was made of."""
+
+from collections.abc import Iterator
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _all_modules
+
+from .attention import rope_attention
+from .convnext import ConvBlock, ConvNeXt, Depthwise, Patches
+from .layers import Attention, Block, GatedMlp, LayerNorm, MaskedKeyLinear, Mlp, PatchEmbed, Residual
+from .network import Network
+from .vit import VisionTransformer
+
+__all__ = ["Snapshot", "modules_of", "tensors_of", "why_unknown"]
+
+_PACKAGE = __name__.split(".")[0]  # whose methods a plan knows
+# What a plan knows how to compute.  A module of any other class, such as an adapter, runs as it is written.
+_KNOWN = {
+    nn.ModuleList, nn.Conv2d, nn.Linear, MaskedKeyLinear, Attention, Block, GatedMlp, LayerNorm, Mlp, PatchEmbed,
+    Residual, nn.Sequential, ConvBlock, Depthwise, Patches,
+}  # fmt: skip
+# The methods of a network that its plan takes the place of.
+_OWN: dict[type[Network], set[str]] = {
+    ConvNeXt: {"forward", "run_stages", "output", "tokens"},
+    VisionTransformer: {
+        "forward",
+        "forward_packed",
+        "run_blocks",
+        "embed_tokens",
+        "with_prefix",
+        "positions",
+        "rope",
+        "normed",
+        "split",
+    },
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HELD = ("_modules", "_parameters", "_buffers")
+
+
+def why_unknown(model: Network, dtypes: set[torch.dtype]) -> str | None:
+    """Why a plan cannot compute this model, or None if it can.
+
+    `dtypes`: those that its linears may have; all other tensors may be float32 too.
+    """
+    if not isinstance(model, tuple(_OWN)):
+        return "plans are made for vision transformers and ConvNeXts, and this network is another one"
+    if _root_is_changed(model):
+        return "a method of the model is replaced, or every module has a hook"
+    device = model.device
+    for name, module in model.named_modules():
+        if module is not model and type(module) not in _KNOWN:
+            return f"'{name}' is a {type(module).__name__}, which runs as it is written"
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            return f"'{name or 'the model'}' has a hook"
+        if "forward" in module.__dict__:
+            return f"the forward of '{name or 'the model'}' is replaced"
+        if type(module) is Attention and module.attend is not rope_attention:
+            return "attn_implementation is not 'auto'"
+        for tensor in tensors_of(module):
+            if tensor.dtype not in dtypes | {torch.float32} or tensor.device != device:
+                return f"'{name}' holds {tensor.dtype} on '{tensor.device}'"
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_inference():
+                return f"'{name}' holds a tensor that is quantised, sparse or made in inference mode"
+    return None
+
+
+class Snapshot:
+    """A model as it is now, without what would keep the model itself in memory.
+
+    Modules, their attributes and tensors are compared by identity, tensors by memory and version too.  Aliases keep the
+    memory of the tensors from being given to others.  Writing to `.data` shows in none of these.
+    """
+
+    def __init__(self, model: Network) -> None:
+        self.root = list(_held(model.__dict__))
+        modules = [module.__dict__ for module in modules_of(model) if module is not model]
+        self.modules = [(own, list(own.values()), list(_held(own))) for own in modules]
+        tensors = [tensor for module in modules_of(model) for tensor in tensors_of(module)]
+        self.tensors = [(t, t.detach(), t._version) for t in tensors]
+
+    def holds(self, model: Network) -> bool:
+        """Whether nothing of the model has changed that can be seen without reading its tensors."""
+        if _root_is_changed(model) or not _same(_held(model.__dict__), self.root):
+            return False
+        for own, values, held in self.modules:
+            if not (_same(own.values(), values) and _same(_held(own), held)):
+                return False
+            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                return False
+        return all(t._version == version and t.data_ptr() == alias.data_ptr() for t, alias, version in self.tensors)
+
+
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    waiting = [model]
+    while waiting:
+        yield (module := waiting.pop())
+        waiting += (child for child in module._modules.values() if child is not None)
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    return (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+
+
+def _root_is_changed(model: Network) -> bool:
+    if _all_modules._global_forward_hooks or _all_modules._global_forward_pre_hooks:
+        return True
+    own = next(names for kind, names in _OWN.items() if isinstance(model, kind))
+    if not own.isdisjoint(model.__dict__) or model._forward_hooks or model._forward_pre_hooks:
+        return True
+    return any(getattr(type(model), name).__module__.split(".")[0] != _PACKAGE for name in own)
+
+
+def _held(own: dict[str, Any]) -> Iterator[Any]:
+    return (value for kind in _HELD for value in own[kind].values())
+
+
+def _same(found: Any, kept: list[Any]) -> bool:
+    found = list(found)
+    return len(found) == len(kept) and all(map(is_, found, kept))
