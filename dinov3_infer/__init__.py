@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .model.network import BackboneOutput as BackboneOutput, LayerOutput as LayerOutput
     from .model.rope import RopeAugmentation as RopeAugmentation
     from .model.vit import VisionTransformer as VisionTransformer, ViTConfig as ViTConfig
+    from .released.attach import load_head as load_head
     from .zoo import MODELS as MODELS, ModelInfo as ModelInfo, list_models as list_models
 
 # Imported at first use, so that importing the package costs nothing.
@@ -56,6 +57,7 @@ _HOMES = {
     "model.rope": "RopeAugmentation",
     "model.network": "BackboneOutput LayerOutput",
     "model.vit": "VisionTransformer ViTConfig",
+    "released.attach": "load_head",
     "zoo": "MODELS ModelInfo list_models",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -222,7 +222,7 @@ _PREPROCESSING: dict[tuple[str, Style | None], dict[str, Any]] = {
 
 _ELSEWHERE = (  # (pattern, what to say)
     (r"convnext", "the ConvNeXts here are dinov3_convnext_{tiny,small,base,large} and eupe_convnext_{tiny,small,base}"),
-    (r"_lc$|linear|classifier", "classifiers are not here; load the backbone and fit a probe on its features"),
+    (r"_(lc|dd|ld|chmv2)$|linear|classifier", "that is a head on a backbone, and load_head() loads the released ones"),
     (r"vitl16plus", "dinov3_vitl16plus is in the reference code, but its weights were never released"),
     (r"resnet50|xcit", "of DINO only the vision transformers are here, dino_vit{s,b}{16,8}"),
 )  # fmt: skip

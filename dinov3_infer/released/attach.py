@@ -16,7 +16,7 @@ from .depth import Depth
 from .head import Released, refuse_other_backbone
 from .imagenet import Classifier
 
-__all__ = ["load_head"]
+__all__ = ["load_head", "random_head"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -54,6 +54,12 @@ def load_head(
         options = dict(cache_dir=cache_dir, local_files_only=local_files_only)
         backbone = Backbone.from_pretrained(info.backbone, weights=given, device=device, **options)  # type: ignore[arg-type]
     return _KINDS[info.kind].made_for(info, backbone, checkpoint).read(checkpoint)
+
+
+def random_head(name: str, variant: Any = None) -> Released:
+    """The same with random weights, the backbone's too, for tests and for whoever loads a state_dict of their own."""
+    info = find_head(name, variant)
+    return _KINDS[info.kind](info, Backbone.from_config(info.backbone)).eval()
 
 
 def _opened(info: HeadInfo, weights: str | os.PathLike[str] | None, options: HubOptions) -> Checkpoint:
