@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from .images.decode import ImageLike as ImageLike, load_image as load_image
     from .images.paths import list_images as list_images
     from .images.preprocess import Fit as Fit, Preprocess as Preprocess
+    from .model.convnext import ConvNeXt as ConvNeXt, ConvNeXtConfig as ConvNeXtConfig
     from .model.network import BackboneOutput as BackboneOutput, LayerOutput as LayerOutput
     from .model.rope import RopeAugmentation as RopeAugmentation
     from .model.vit import VisionTransformer as VisionTransformer, ViTConfig as ViTConfig
+    from .released.attach import load_head as load_head
     from .zoo import MODELS as MODELS, ModelInfo as ModelInfo, list_models as list_models
 
 # Imported at first use, so that importing the package costs nothing.
@@ -51,9 +53,11 @@ _HOMES = {
     "images.decode": "ImageLike load_image",
     "images.paths": "list_images",
     "images.preprocess": "Fit Preprocess",
+    "model.convnext": "ConvNeXt ConvNeXtConfig",
     "model.rope": "RopeAugmentation",
     "model.network": "BackboneOutput LayerOutput",
     "model.vit": "VisionTransformer ViTConfig",
+    "released.attach": "load_head",
     "zoo": "MODELS ModelInfo list_models",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

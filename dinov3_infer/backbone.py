@@ -37,8 +37,9 @@ from .images.levels import Levels
 from .images.opening import each_image
 from .images.preprocess import Fit, PixelBatch
 from .images.sources import Numbered, Source
-from .model import dropin
+from .model import dropin, dropin_convnext
 from .model.attention import resolve_attention
+from .model.convnext import ConvNeXt, ConvNeXtConfig
 from .model.cpu.compiled import start_compiler
 from .model.dispatch import Mode, Precision, drop_plan
 from .model.introspection import Facet
@@ -46,9 +47,9 @@ from .model.network import BackboneOutput, Network, resolve_layers
 from .model.vit import VisionTransformer, ViTConfig
 from .recorded import why_not
 from .system import survive_forks
-from .zoo import ModelInfo, Style, find
+from .zoo import Config, ModelInfo, Style, find
 
-__all__ = ["Backbone", "ViTBackbone"]
+__all__ = ["Backbone", "ConvNeXtBackbone", "ViTBackbone"]
 
 if TYPE_CHECKING:
     from .checkpoints.export_graph import Dynamic
@@ -94,7 +95,7 @@ class Backbone(Network):
         found = cls.networks.get(type(config), cls)
         return super().__new__(found if issubclass(found, cls) else cls)
 
-    def __init__(self, config: ViTConfig, info: ModelInfo | None = None) -> None:
+    def __init__(self, config: Config, info: ModelInfo | None = None) -> None:
         if type(config) not in self.networks:
             name = config if isinstance(config, str) else "NAME"
             raise InputTypeError(
@@ -181,16 +182,18 @@ class Backbone(Network):
         return model
 
     @classmethod
-    def from_config(cls, config: str | ViTConfig, *, seed: int | None = None) -> Self:
+    def from_config(cls, config: str | Config, *, seed: int | None = None) -> Self:
         """Random weights, for tests and for training from scratch: a name of the zoo or a config of one's own."""
         if seed is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 return cls.from_config(config)
-        if isinstance(config, ViTConfig):
+        if isinstance(config, Config):
             return cls(config).eval()
         if not isinstance(config, str):
-            raise InputTypeError(f"from_config takes a name or a ViTConfig, got {type(config).__name__}")
+            raise InputTypeError(
+                f"from_config takes a name, a ViTConfig or a ConvNeXtConfig, got {type(config).__name__}"
+            )
         info = find(config)
         return cls(info.config, info).eval()
 
@@ -259,7 +262,7 @@ class Backbone(Network):
         """
         extractor = self.extractor
         blocks = extractor.layers(layers, pooling, facet)
-        batch = extractor.batch(self.preprocess.with_options(size, fit, levels), each_image(images))
+        batch = extractor.batch(extractor.transform(size, fit, levels), each_image(images))
         return extractor.features([batch], blocks, pooling, facet)[0]
 
     @overload
@@ -315,7 +318,7 @@ class Backbone(Network):
 
             return wait
 
-        transform = self.preprocess.with_options(size, fit, levels)
+        transform = extractor.transform(size, fit, levels)
         batcher = extractor.batcher(transform, features, batch_size, num_workers=num_workers)
         return in_order(batcher(items_of(images if isinstance(images, Source) else each_image(images))), on_error)
 
@@ -389,7 +392,7 @@ class Backbone(Network):
         if not hasattr(layer, "__index__"):
             raise InputTypeError(f"layer is the number of one block, got {layer!r}; call it once for each")
         (block,) = resolve_layers([layer], self.n_blocks)
-        batch = self.preprocess.with_options(size, fit, levels).batch(each_image(images))
+        batch = self.extractor.transform(size, fit, levels).batch(each_image(images))
         return self.extractor.attention_maps(batch, block, None if query == "cls" else _point(query))
 
     def check_precision(
@@ -401,7 +404,7 @@ class Backbone(Network):
 
         Raises: as `extract_features`.
         """
-        batch = self.preprocess.with_options(size, fit).batch(each_image(images))
+        batch = self.extractor.transform(size, fit).batch(each_image(images))
         return self.extractor.precision(batch)
 
     @property
@@ -539,7 +542,15 @@ class ViTBackbone(Backbone, VisionTransformer):
     is_gradient_checkpointing = property(lambda self: self.grad_checkpointing)
 
 
-Backbone.networks[ViTConfig] = ViTBackbone
+class ConvNeXtBackbone(Backbone, ConvNeXt):
+    """A Backbone whose network is a ConvNeXt, with the methods that Meta's and timm's users call."""
+
+    forward_features = dropin_convnext.forward_features
+    get_intermediate_layers = dropin_convnext.get_intermediate_layers
+    forward_intermediates = dropin_convnext.forward_intermediates
+
+
+Backbone.networks |= {ViTConfig: ViTBackbone, ConvNeXtConfig: ConvNeXtBackbone}
 
 
 def _writes(model: nn.Module) -> int:

@@ -51,7 +51,8 @@ def compute(bb: Any) -> Tensor:
     first = next(iter(MODELS.values()))
     same = copy(bb)  # with the parameters of `bb`, and settings of its own
     same.preprocess = Preprocess(first.mean, first.std, bb.patch_size, SIDE)
-    same.config = replace(bb.config, position_resize="antialias")
+    if bb.config.position_grid is not None:
+        same.config = replace(bb.config, position_resize="antialias")
     found: Tensor = same.extract_features(PICTURES, pooling="cls_mean").embedding.cpu()
     return found
 

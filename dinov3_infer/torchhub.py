@@ -1,30 +1,35 @@
 """Entry points of torch.hub: Meta's names, Meta's keywords, and models that are called as Meta's are."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from .backbone import ViTBackbone
+from .backbone import Backbone, ConvNeXtBackbone, ViTBackbone
 from .errors import InputTypeError, UnsupportedError
+from .model.convnext import ConvNeXtConfig
+from .model.vit import ViTConfig
+from .released.attach import load_head, random_head
+from .released.catalogue import HEADS, find_head
 from .zoo import MODELS, ModelInfo, find
 
 __all__ = ["HubBackbone", "entry_points"]
 
 _DATASETS = {"LVD1689M": "", "LVD142M": "", "SAT493M": "_sat493m"}  # Meta's name of the weights -> how ours ends
+_OF_HEADS = ("NYU", "KITTI", "IMAGENET1K", "SYNTHMIX")  # Meta's names of the weights of heads
 # Entries of Meta's repositories that have no counterpart here; whoever asks for them is told so.
-_HEADS = ("dinov3_vit7b16_dd", "dinov3_vit7b16_de", "dinov3_vit7b16_ms", "dinov3_vitl16_dinotxt_tet1280d20h24l")
+_HEADS = ("dinov3_vit7b16_de", "dinov3_vit7b16_ms", "dinov3_vitl16_dinotxt_tet1280d20h24l")
 _ELSEWHERE = (
-    *(f"dinov3_convnext_{size}" for size in ("tiny", "small", "base", "large")),
-    *("dinov3_vitl16plus", "dinov3_vit7b16_lc", *_HEADS),
-    *(f"dinov2_vit{size}14{registers}_lc" for registers in ("", "_reg") for size in "sblg"),
+    *("dinov3_vitl16plus", *_HEADS),
     *("dino_resnet50", *(f"dino_xcit_{kind}_p{patch}" for kind in ("small_12", "medium_24") for patch in (16, 8))),
 )
 
 
-class HubBackbone(ViTBackbone):
+class HubBackbone(Backbone):
     """A Backbone that is called as Meta's models are; everything else is as in `Backbone`."""
 
+    networks: "ClassVar[dict[type, type[Backbone]]]" = {}
+    forward_features: Callable[..., Any]
     if TYPE_CHECKING:
 
         def __call__(self, *args: Any, **options: Any) -> Any: ...
@@ -50,9 +55,67 @@ class HubBackbone(ViTBackbone):
         return [one["x_norm_clstoken"] for one in found] if isinstance(found, list) else found["x_norm_clstoken"]
 
 
-def entry_points() -> dict[str, Callable[..., HubBackbone]]:
-    """A function for every model of the zoo, and for Meta's other entries one that says why it has nothing."""
-    return {name: _entry(info) for name, info in MODELS.items()} | {name: _refusal(name) for name in _ELSEWHERE}
+class HubViT(HubBackbone, ViTBackbone):  # type: ignore[misc]  # of what it returns
+    pass
+
+
+class HubConvNeXt(HubBackbone, ConvNeXtBackbone):  # type: ignore[misc]
+    """`output_patch_size`: what Meta's code calls `patch_size`, the grid of `get_intermediate_layers`."""
+
+    output_patch_size: int | None = None
+
+    def get_intermediate_layers(  # type: ignore[override]
+        self, x: Tensor, n: int | Sequence[int] = 1, *flags: bool, **named: Any
+    ) -> Any:
+        return super().get_intermediate_layers(x, n, *flags, **{"patch_size": self.output_patch_size, **named})
+
+
+HubBackbone.networks |= {ViTConfig: HubViT, ConvNeXtConfig: HubConvNeXt}
+
+
+def entry_points() -> dict[str, Callable[..., Any]]:
+    """A function for every model and every released head, and for Meta's others one that says why it has nothing."""
+    heads = {info.name: _head_entry(info.name) for info in HEADS}
+    models = {name: _entry(info) for name, info in MODELS.items()}
+    return models | heads | {name: _refusal(name) for name in _ELSEWHERE}
+
+
+def _head_entry(name: str) -> Callable[..., Any]:
+    usual = find_head(name).variant  # 4 layers, "NYU", or both
+
+    def load(
+        pretrained: bool = True,
+        *,
+        layers: int | None = None,
+        weights: Any = None,
+        backbone_weights: Any = None,
+        check_hash: bool = True,
+        device: Any = "cpu",
+    ) -> Any:
+        weights = getattr(weights, "value", weights)  # of Meta's enum
+        dataset = weights.upper() if isinstance(weights, str) and weights.upper() in _OF_HEADS else None
+        variant = usual
+        if isinstance(usual, tuple):
+            variant = (dataset or usual[0], layers or usual[1])
+        elif isinstance(usual, int):
+            variant = layers or usual
+        elif isinstance(usual, str):
+            variant = dataset or usual
+        if not pretrained:
+            return random_head(name, variant)
+        backbone = None
+        if backbone_weights is not None:
+            home = find_head(name).backbone
+            backbone = Backbone.from_pretrained(home, weights=backbone_weights, device=device)
+        return load_head(name, backbone, weights=None if dataset else weights, variant=variant, device=device)
+
+    load.__name__ = load.__qualname__ = name
+    load.__doc__ = (
+        f"{name} on its backbone, in eval mode on the CPU; its weights: {find_head(name).licence}.\n\n"
+        "weights: a path, a link, or the name of the data set where there are several.  layers: 4 or 1, where both\n"
+        "are released.  backbone_weights: a path or a link.  pretrained=False: random weights."
+    )
+    return load
 
 
 def _entry(info: ModelInfo) -> Callable[..., HubBackbone]:
@@ -63,12 +126,17 @@ def _entry(info: ModelInfo) -> Callable[..., HubBackbone]:
             pretrained, weights = weights, None
         if isinstance(weights, str) and weights in _DATASETS:
             name, weights = name.removesuffix("_sat493m") + _DATASETS[weights], None
+        patch_size = options.pop("patch_size", None) if isinstance(info.config, ConvNeXtConfig) else None
         if pretrained:
-            return HubBackbone.from_pretrained(name, weights=weights, **{"device": "cpu", **options})
-        if options or weights is not None:
+            model = HubBackbone.from_pretrained(name, weights=weights, **{"device": "cpu", **options})
+        elif options or weights is not None:
             given = ", ".join([*options, *(["weights"] if weights is not None else [])])
             raise InputTypeError(f"pretrained=False gives random weights and takes nothing else; got {given}")
-        return HubBackbone.from_config(name)
+        else:
+            model = HubBackbone.from_config(name)
+        if isinstance(model, HubConvNeXt):
+            model.output_patch_size = patch_size
+        return model
 
     load.__name__ = load.__qualname__ = info.name
     load.__doc__ = (
@@ -83,7 +151,7 @@ def _refusal(name: str) -> Callable[..., HubBackbone]:
     def refuse(*_: Any, **__: Any) -> HubBackbone:
         if name in _HEADS:
             backbone = "_".join(name.split("_")[:2])
-            raise UnsupportedError(f"{name!r} is a head on a backbone, and heads are not here; load {backbone!r}")
+            raise UnsupportedError(f"{name!r} is a head on a backbone, and that one is not here; load {backbone!r}")
         find(name)  # which says why
         raise UnsupportedError(f"{name!r} is not here")
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from .errors import InputError, ModelNotFoundError, UnsupportedError
 from .images.preprocess import Preprocess
+from .model.convnext import ConvNeXtConfig
 from .model.vit import ViTConfig
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "CORRECTIONS",
     "MODELS",
     "OWN",
+    "Config",
     "ModelInfo",
     "find",
     "find_architecture",
@@ -27,6 +29,7 @@ __all__ = [
     "timm_model",
 ]
 
+Config = ViTConfig | ConvNeXtConfig
 Family = Literal["dinov3", "dinov2", "dino", "lingbot", "eupe"]
 Style = Literal["meta", "hf", "timm"]
 
@@ -42,7 +45,7 @@ _V1_8: dict[str, Any] = _V1 | dict(patch_size=8, position_grid=28)
 
 # fmt: off
 #                                 width depth heads  ffn
-ARCHITECTURES: dict[str, ViTConfig] = {
+ARCHITECTURES: dict[str, Config] = {
     "dinov3_vits16":      ViTConfig( 384, 12,  6, 1536),
     "dinov3_vits16plus":  ViTConfig( 384, 12,  6, 1536, gated=True),
     "dinov3_vitb16":      ViTConfig( 768, 12, 12, 3072),
@@ -69,6 +72,11 @@ ARCHITECTURES: dict[str, ViTConfig] = {
     "eupe_vits16":        ViTConfig( 384, 12,  6, 1536),
     "eupe_vitb16":        ViTConfig( 768, 12, 12, 3072),
     "nano":               ViTConfig( 192,  4,  3,  768),
+    #                                        blocks         widths of the stages
+    "dinov3_convnext_tiny":      ConvNeXtConfig((3, 3,  9, 3), ( 96, 192, 384,  768)),
+    "dinov3_convnext_small":     ConvNeXtConfig((3, 3, 27, 3), ( 96, 192, 384,  768)),
+    "dinov3_convnext_base":      ConvNeXtConfig((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "dinov3_convnext_large":     ConvNeXtConfig((3, 3, 27, 3), (192, 384, 768, 1536)),
 }
 # fmt: on
 
@@ -101,7 +109,7 @@ class ModelInfo:
         return f"derived from {self.name}" if self.derived else self.name
 
     @property
-    def config(self) -> ViTConfig:
+    def config(self) -> Config:
         return ARCHITECTURES[self.architecture]
 
 
@@ -149,6 +157,20 @@ def _eupe(letter: str, size: str) -> ModelInfo:
     )  # fmt: skip
 
 
+def _convnext(size: str, file_hash: str) -> ModelInfo:
+    name = f"dinov3_convnext_{size}"
+    return ModelInfo(
+        name, name, "dinov3", _DINOV3,
+        hub_id=f"facebook/dinov3-convnext-{size}-pretrain-lvd1689m", timm_id=f"timm/convnext_{size}.dinov3_lvd1689m",
+        meta_file=f"{name}_pretrain_lvd1689m-{file_hash}", gated=True,
+    )  # fmt: skip
+
+
+def _eupe_convnext(size: str) -> ModelInfo:
+    timm_id = f"timm/convnext_{size}.eupe_lvd1689m"
+    return ModelInfo(f"eupe_convnext_{size}", f"dinov3_convnext_{size}", "eupe", _FAIR, timm_id=timm_id)
+
+
 _ROWS = (
     _dinov3("dinov3_vits16", "vit_small", "08c60483"),
     _dinov3("dinov3_vits16plus", "vit_small_plus", "4057cbaa"),
@@ -158,6 +180,10 @@ _ROWS = (
     _dinov3("dinov3_vit7b16", "vit_7b", "a955f4ea"),
     _dinov3("dinov3_vitl16", "vit_large", "eadcf0ff", "sat493m"),
     _dinov3("dinov3_vit7b16", "vit_7b", "a6675841", "sat493m"),
+    _convnext("tiny", "21b726bb"),
+    _convnext("small", "296db49d"),
+    _convnext("base", "801f2ba9"),
+    _convnext("large", "61fa432d"),
     *(_dinov2(f"dinov2_vit{s[0]}14{reg}", s) for reg in ("", "_reg") for s in ("small", "base", "large", "giant")),
     _dino("dino_vits16", "small", "deitsmall"),
     _dino("dino_vits8", "small", "deitsmall"),
@@ -165,6 +191,7 @@ _ROWS = (
     _dino("dino_vitb8", "base", "vitbase"),
     *(_lingbot(f"lingbot_vit{s[0]}16", s) for s in ("small", "base", "large", "giant")),
     *(_eupe(size[0].upper(), size) for size in ("tiny", "small", "base")),
+    *(_eupe_convnext(size) for size in ("tiny", "small", "base")),
     ModelInfo(
         "nano", "nano", "dinov3", _APACHE,
         fingerprint="d62b34cd8ee67052df3e4ce8f13347bcb8e5812f1511e6912d59a7a058c9d83a",
@@ -185,7 +212,7 @@ CORRECTIONS: dict[str, tuple[Any, Any, str]] = {
 }  # fmt: skip
 
 # What each source's own documentation does with a picture before its model sees it; `None` is ours.
-_PREPROCESSING: dict[tuple[Family, Style | None], dict[str, Any]] = {
+_PREPROCESSING: dict[tuple[str, Style | None], dict[str, Any]] = {
     ("dinov3", None): dict(size=256),
     ("dinov3", "meta"): dict(size=256),
     ("dinov3", "hf"): dict(size=224, engine="float"),
@@ -200,14 +227,15 @@ _PREPROCESSING: dict[tuple[Family, Style | None], dict[str, Any]] = {
     ("dino", "timm"): dict(size=224, fit="crop", resize_to=248, filter="bicubic", engine="pil"),
     ("lingbot", None): dict(size=512),
     ("lingbot", "timm"): dict(size=512, engine="pil"),
+    ("dinov3_convnext", "timm"): dict(size=224, fit="crop", filter="bicubic", engine="pil"),
     ("eupe", None): dict(size=256),
     ("eupe", "meta"): dict(size=256),
     ("eupe", "timm"): dict(size=256, fit="crop", filter="bicubic", engine="pil"),
 }
 
 _ELSEWHERE = (  # (pattern, what to say)
-    (r"convnext", "a ConvNeXt is not a vision transformer; timm has DINOv3's as convnext_*.dinov3_lvd1689m"),
-    (r"_lc$|linear|classifier", "classifiers are not here; load the backbone and fit a probe on its features"),
+    (r"convnext", "the ConvNeXts here are dinov3_convnext_{tiny,small,base,large} and eupe_convnext_{tiny,small,base}"),
+    (r"_(lc|dd|ld|chmv2)$|linear|classifier", "that is a head on a backbone, and load_head() loads the released ones"),
     (r"vitl16plus", "dinov3_vitl16plus is in the reference code, but its weights were never released"),
     (r"resnet50|xcit", "of DINO only the vision transformers are here, dino_vit{s,b}{16,8}"),
 )  # fmt: skip
@@ -224,7 +252,8 @@ def find(name: str) -> ModelInfo:
     Raises: ModelNotFoundError with the closest names; UnsupportedError for models that exist and are not here.
     """
     bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    info = MODELS.get(name) or MODELS.get(f"dinov3_{name}") or row_of_repository(bare)
+    short = "" if name.startswith("convnext") else f"dinov3_{name}"  # timm's convnext_tiny is a supervised one
+    info = MODELS.get(name) or MODELS.get(short) or row_of_repository(bare)
     info = info or _BY_ID.get(bare.replace("_dinov3_qkvb", "_dinov3").removeprefix("timm/"))
     if info is not None:
         return info
@@ -246,8 +275,9 @@ def timm_model(row: ModelInfo) -> str:
 
 
 def _ids(row: ModelInfo) -> list[str]:
-    """Every other name of a row; timm's without a tag too, but for DINO v1, where it means a supervised model."""
-    untagged = "" if row.family == "dino" else timm_model(row).split(".")[0].replace("_dinov3_qkvb", "_dinov3")
+    """Every other name of a row; timm's without a tag too, but where that means a supervised model."""
+    supervised = row.family == "dino" or isinstance(row.config, ConvNeXtConfig)
+    untagged = "" if supervised else timm_model(row).split(".")[0].replace("_dinov3_qkvb", "_dinov3")
     return [name for name in (row.hub_id, row.timm_id, timm_model(row), untagged) if name]
 
 
@@ -269,7 +299,8 @@ def find_architecture(timm_architecture: str) -> ModelInfo | None:
 
 def preprocess_of(info: ModelInfo, style: Style | None = None) -> Preprocess:
     """The transform of a row: our default, or exactly that of Meta's code, of transformers or of timm."""
-    options = _PREPROCESSING.get((info.family, style))
+    special = info.name.rpartition("_")[0], style
+    options = _PREPROCESSING.get(special, _PREPROCESSING.get((info.family, style)))
     if options is None:
         known = [repr(s) for family, s in _PREPROCESSING if family == info.family and s]
         raise InputError(

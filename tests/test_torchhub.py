@@ -21,6 +21,7 @@ from repository import ROOT
 from torch import nn
 
 from dinov3_infer import Backbone, InputTypeError, ModelNotFoundError, UnsupportedError
+from dinov3_infer.released.catalogue import HEADS
 from dinov3_infer.torchhub import HubBackbone
 from dinov3_infer.zoo import MODELS
 
@@ -28,15 +29,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # As the hubconf.py of facebookresearch/dinov3, dinov2 and dino name them
 META = re.findall(r"\w+", """
     dinov3_vits16 dinov3_vits16plus dinov3_vitb16 dinov3_vitl16 dinov3_vith16plus dinov3_vit7b16
+    dinov3_convnext_tiny dinov3_convnext_small dinov3_convnext_base dinov3_convnext_large
     dinov2_vits14 dinov2_vitb14 dinov2_vitl14 dinov2_vitg14
     dinov2_vits14_reg dinov2_vitb14_reg dinov2_vitl14_reg dinov2_vitg14_reg
     dino_vits16 dino_vits8 dino_vitb16 dino_vitb8
 """)  # fmt: skip
 META_ONLY = re.findall(r"\w+", """
-    dinov3_vitl16plus dinov3_convnext_tiny dinov3_convnext_small dinov3_convnext_base dinov3_convnext_large
-    dinov3_vit7b16_lc dinov3_vit7b16_dd dinov3_vit7b16_de dinov3_vit7b16_ms dinov3_vitl16_dinotxt_tet1280d20h24l
-    dinov2_vits14_lc dinov2_vitb14_lc dinov2_vitl14_lc dinov2_vitg14_lc
-    dinov2_vits14_reg_lc dinov2_vitb14_reg_lc dinov2_vitl14_reg_lc dinov2_vitg14_reg_lc
+    dinov3_vitl16plus
+    dinov3_vit7b16_de dinov3_vit7b16_ms dinov3_vitl16_dinotxt_tet1280d20h24l
     dino_resnet50 dino_xcit_small_12_p16 dino_xcit_small_12_p8 dino_xcit_medium_24_p16 dino_xcit_medium_24_p8
 """)  # fmt: skip
 
@@ -70,7 +70,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_entry_points_are_metas_and_all_others_of_the_zoo(hubconf: ModuleType) -> None:
     entries = {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
-    assert entries == {*MODELS, *META_ONLY} and entries >= set(META)
+    assert entries == {*MODELS, *META_ONLY, *(row.name for row in HEADS)} and entries >= set(META)
     for name in entries:
         entry = getattr(hubconf, name)
         assert entry.__name__ == name and entry.__doc__  # what torch.hub.help shows
@@ -133,6 +133,20 @@ def test_everything_else_is_as_in_a_backbone(files: dict[str, Path], tmp_path: P
     assert all(a.equal(b) for a, b in layers)
     assert model.fingerprint() == Backbone.from_pretrained(model.save_pretrained(tmp_path / "hf")).fingerprint()
     assert (model.embed_dim, model.patch_size, model.n_storage_tokens, len(model.blocks)) == (384, 16, 4, 12)
+
+
+def test_heads_have_metas_names_and_keywords(tmp_path: Path, no_grad: None) -> None:
+    """Called with pixels they give logits or depth; variants are chosen as in Meta's entries."""
+    classifier = load("dinov2_vits14_lc", pretrained=False, layers=1)
+    assert classifier(torch.randn(1, 3, 28, 28)).shape == (1, 1000) and classifier.weight.shape == (1000, 768)
+    assert load("dinov2_vits14_ld", pretrained=False, layers=1, weights="KITTI").most == 80
+    depth = load("dinov2_vits14_dd", pretrained=False)
+    assert depth(torch.randn(1, 3, 30, 40)).shape == (1, 1, 30, 40) and depth.most == 10
+    backbone = depth.backbone.save_pretrained(tmp_path / "backbone.pth", "meta")
+    head = depth.save(tmp_path / "head.safetensors")
+    again = load("dinov2_vits14_dd", weights=str(head), backbone_weights=str(backbone))
+    pixels = torch.randn(1, 3, 28, 28)
+    assert again(pixels).equal(depth(pixels))
 
 
 def test_inside_another_module_and_with_gradients() -> None:

@@ -1,4 +1,4 @@
-"""Which network a stored backbone needs, as a `ViTConfig`.
+"""Which network a stored backbone needs, as the config of a ViT or a ConvNeXt.
 
 The tensors say nearly all.  What they cannot say (number of heads, epsilon of the norms, base of the RoPE) comes from
 the caller, from config.json, or from a named architecture; heads that nobody states are an error, never a guess.
@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
+from ..model.convnext import ConvNeXtConfig
 from ..model.layers import ViTConfig
 from ..model.positions import PositionResize
-from ..zoo import ARCHITECTURES, MODELS, ModelInfo
+from ..zoo import ARCHITECTURES, MODELS, Config, ModelInfo
 from .layouts import Layout, Parts
 from .reading import Checkpoint
 from .recognise import HF_EPS, Stored
+from .stages import stage_eps, stages_shown
 from .stated import Statement, stated
 
 __all__ = ["architecture", "looks_like", "reading_differs", "rows_like", "same_architecture"]
@@ -29,7 +31,7 @@ def architecture(
     expected: ModelInfo | None,
     like: ModelInfo | None,
     num_heads: int | None = None,
-) -> tuple[ViTConfig, dict[str, str]]:
+) -> tuple[Config, dict[str, str]]:
     """The config of a backbone, and for heads and epsilon where they were found.
 
     `expected`: the row that the caller asked for.
@@ -39,11 +41,15 @@ def architecture(
     Raises: CheckpointError for tensors that are no whole ViT, not the one that config.json or the caller speaks of, or
     whose heads nobody states; InputError for numbers that do not go together; UnsupportedError for other networks.
     """
-    shown = _shown(stored, checkpoint.config)
-    if stored.layout.name == "hf":
+    in_stages = stored.layout.family == "convnext"
+    shown = stages_shown(stored, checkpoint.config) if in_stages else _shown(stored, checkpoint.config)
+    if stored.layout.name == "hf" and not in_stages:
         _refuse_contradictions(shown, checkpoint.config)
     if expected is not None and not same_architecture(expected.config, shown):
         raise CheckpointError(f"it {looks_like(shown)}; you asked for {expected.name} {_size(vars(expected.config))}")
+    if in_stages:
+        eps = stage_eps(checkpoint)
+        return ConvNeXtConfig(**(shown | eps)), {"norm_eps": "config.json" if eps else "released ConvNeXts"}
     said = _statements(stored, checkpoint, shown, like, num_heads)
     fields, origin = dict(shown), dict[str, str]()
     for name in _STATED if shown["position_grid"] is None else _STATED[:2]:
@@ -84,13 +90,14 @@ def _statements(
     said += [(dict(checkpoint.known), "the live module")] if checkpoint.known else []
     said += [(periods, "the RoPE periods in the file")] if periods else []
     said += stated(checkpoint.config, shown["embed_dim"], shown["gated"])
-    if like is not None and not checkpoint.known:
+    if like is not None and isinstance(like.config, ViTConfig) and not checkpoint.known:
         names = _STATED[1:] if any("num_heads" in found for found, _ in said) else _STATED
         said.append(({name: getattr(like.config, name) for name in names}, like.name))
-    twin = next((c for c in ARCHITECTURES.values() if same_architecture(c, shown)), None)
+    known = [c for c in ARCHITECTURES.values() if isinstance(c, ViTConfig)]
+    twin = next((c for c in known if same_architecture(c, shown)), None)
     if twin is not None:
         said.append(({"num_heads": twin.num_heads}, _LIKENESS[0]))
-    near = {c.num_heads for c in ARCHITECTURES.values() if all(getattr(c, n) == shown[n] for n in _NEAR)}
+    near = {c.num_heads for c in known if all(getattr(c, n) == shown[n] for n in _NEAR)}
     if len(near) == 1:
         said.append(({"num_heads": near.pop()}, _LIKENESS[1]))
     return said
@@ -237,15 +244,17 @@ def _usual_eps(layout: Layout, key_bias: bool) -> float:
     return 1e-5 if layout.family == "dinov3" else 1e-6
 
 
-def reading_differs(config: ViTConfig, layout: Layout) -> list[str]:
+def reading_differs(config: Config, layout: Layout) -> list[str]:
     """What readers of a layout will do differently from this model, in words."""
     notes = []
-    if config.position_grid is not None and _resize_rule(layout, config.num_registers) != config.position_resize:
+    usual = _usual_eps(layout, isinstance(config, ViTConfig) and config.key_bias)
+    if isinstance(config, ConvNeXtConfig):
+        pass
+    elif config.position_grid is not None and _resize_rule(layout, config.num_registers) != config.position_resize:
         notes.append(
             f"readers of the {layout.name} layout resize positions by another rule, "
             f"so features off the {config.position_grid}x{config.position_grid} grid will differ by 1 to 4 %"
         )
-    usual = _usual_eps(layout, config.key_bias)
     if layout.name != "hf" and config.norm_eps != usual:
         notes.append(
             f"the {layout.name} layout does not say the norm epsilon {config.norm_eps:g}; readers take {usual:g}"
@@ -253,37 +262,39 @@ def reading_differs(config: ViTConfig, layout: Layout) -> list[str]:
     return notes
 
 
-def same_architecture(config: ViTConfig, other: Mapping[str, Any] | ViTConfig) -> bool:
-    """Whether two configs have tensors of the same shapes, but for parts that some layouts leave out."""
-    fields = (
-        "embed_dim",
-        "depth",
-        "ffn_dim",
-        "gated",
-        "patch_size",
-        "num_registers",
-        "position_grid",
-        "layerscale",
+_SHAPES = {  # the fields that say what shapes the tensors have
+    ViTConfig: (
+        "embed_dim", "depth", "ffn_dim", "gated", "patch_size", "num_registers", "position_grid", "layerscale",
         "in_chans",
-    )
+    ),
+    ConvNeXtConfig: ("depths", "widths"),
+}  # fmt: skip
+
+
+def same_architecture(config: Config, other: Mapping[str, Any] | Config) -> bool:
+    """Whether two configs have tensors of the same shapes, but for parts that some layouts leave out."""
     values = other if isinstance(other, Mapping) else vars(other)
-    return all(getattr(config, name) == values[name] for name in fields)
+    return all(name in values and getattr(config, name) == values[name] for name in _SHAPES[type(config)])
 
 
-def rows_like(config: ViTConfig) -> list[ModelInfo]:
+def rows_like(config: Config) -> list[ModelInfo]:
     """The rows of the zoo with this architecture, the likeliest first."""
     rows = [row for row in MODELS.values() if same_architecture(row.config, config)]
     # of the two ViT-L the satellite model alone was trained with this norm
-    return sorted(rows, key=lambda row: not config.local_cls_norm or row.name != "dinov3_vitl16_sat493m")
+    local = isinstance(config, ViTConfig) and config.local_cls_norm
+    return sorted(rows, key=lambda row: not local or row.name != "dinov3_vitl16_sat493m")
 
 
 def looks_like(config: Mapping[str, Any]) -> str:
     """The architectures that these fields are those of, for an error."""
     names = [name for name, known in ARCHITECTURES.items() if same_architecture(known, config)]
-    return f"looks like {' or '.join(names[:2])}" if names else f"looks like a ViT {_size(config)}"
+    kind = "ConvNeXt" if "widths" in config else "ViT"
+    return f"looks like {' or '.join(names[:2])}" if names else f"looks like a {kind} {_size(config)}"
 
 
 def _size(config: Mapping[str, Any]) -> str:
+    if "widths" in config:
+        return f"({' '.join(map(str, config['depths']))} blocks, {' '.join(map(str, config['widths']))} wide)"
     side = config["position_grid"]
     return (
         f"(embed_dim {config['embed_dim']}, {config['depth']} blocks, patch {config['patch_size']}, "

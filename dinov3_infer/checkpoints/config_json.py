@@ -1,19 +1,22 @@
-"""A `ViTConfig` and its transform as the JSON files that transformers and timm read."""
+"""A config and its transform as the JSON files that transformers and timm read."""
 
 from dataclasses import replace
 from typing import Any
 
 from ..errors import UnsupportedError
 from ..images.preprocess import Preprocess
-from ..model.layers import ViTConfig
-from ..zoo import OWN, ModelInfo, preprocess_of, timm_model
+from ..model.convnext import ConvNeXtConfig
+from ..zoo import OWN, Config, ModelInfo, preprocess_of, timm_model
 from .architecture import rows_like, same_architecture
+from .stages import hf_stages
 
 __all__ = ["hf_config", "hf_processor_config", "is_default", "not_held", "timm_config"]
 
 
-def hf_config(config: ViTConfig) -> dict[str, Any]:
+def hf_config(config: Config) -> dict[str, Any]:
     """The config.json of transformers.  Raises UnsupportedError for what its models cannot do."""
+    if isinstance(config, ConvNeXtConfig):
+        return hf_stages(config)
     if config.prefix_norm:
         raise UnsupportedError(
             "transformers has no separate norm for class and register tokens; write the 'meta' layout"
@@ -76,7 +79,7 @@ def not_held(preprocess: Preprocess, layout: str) -> str:
     return "levels in float" if layout == "hf" and preprocess.engine == "float" and preprocess.fit == "crop" else ""
 
 
-def hf_processor_config(config: ViTConfig, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, Any]:
+def hf_processor_config(config: Config, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, Any]:
     """The preprocessor_config.json of transformers: what its processor of this family does by default.
 
     A transform of one's own is written as it is, where transformers has it.
@@ -98,10 +101,10 @@ def hf_processor_config(config: ViTConfig, preprocess: Preprocess, info: ModelIn
             "size": {"shortest_edge": preprocess.resize_to or side}, "crop_size": {"height": height, "width": width},
         }  # fmt: skip
     if config.position_grid is None or not config.layerscale:
-        rope = config.position_grid is None
-        side = 14 * config.patch_size if rope else 224
+        dinov3 = config.position_grid is None
+        side = 14 * min(16, config.patch_size) if dinov3 else 224
         return common | {
-            "image_processor_type": "DINOv3ViTImageProcessorFast" if rope else "ViTImageProcessor",
+            "image_processor_type": "DINOv3ViTImageProcessorFast" if dinov3 else "ViTImageProcessor",
             "resample": 2,
             "size": {"height": side, "width": side},
         }
@@ -111,7 +114,7 @@ def hf_processor_config(config: ViTConfig, preprocess: Preprocess, info: ModelIn
     }  # fmt: skip
 
 
-def timm_config(config: ViTConfig, info: ModelInfo | None, preprocess: Preprocess, with_bias: bool) -> dict[str, Any]:
+def timm_config(config: Config, info: ModelInfo | None, preprocess: Preprocess, with_bias: bool) -> dict[str, Any]:
     """The config.json of timm, whose architectures are names.  Raises UnsupportedError where none fits."""
     row = info or next((row for row in rows_like(config) if row.timm_id), None)  # of which the name alone is taken
     if row is None or row.timm_id is None or not same_architecture(row.config, config):
@@ -131,14 +134,17 @@ def timm_config(config: ViTConfig, info: ModelInfo | None, preprocess: Preproces
     origin = {"license": row.licence.lower().replace(" ", "-")} if named else {}
     if named and not row.derived:
         origin["tag"] = tag
+    stages = isinstance(config, ConvNeXtConfig)
+    grid = [side // config.patch_size] * 2
     return {
         "architecture": architecture, "num_classes": 0, "num_features": config.embed_dim,
-        "global_pool": "avg" if row.family in ("dinov3", "eupe") else "token",
+        "global_pool": "avg" if stages or row.family in ("dinov3", "eupe") else "token",
         "pretrained_cfg": {
-            **origin, "input_size": [3, side, side], "fixed_input_size": True, "interpolation": theirs.filter,
+            **origin, "input_size": [3, side, side], "fixed_input_size": not stages, "interpolation": theirs.filter,
             "crop_pct": share,
             "crop_mode": "center" if theirs.fit == "crop" else theirs.fit,
-            "mean": list(preprocess.mean), "std": list(preprocess.std), "num_classes": 0, "pool_size": None,
-            "first_conv": "patch_embed.proj", "classifier": "head",
+            "mean": list(preprocess.mean), "std": list(preprocess.std), "num_classes": 0,
+            "pool_size": grid if stages else None, "first_conv": "stem.0" if stages else "patch_embed.proj",
+            "classifier": "head.fc" if stages else "head",
         },
     }  # fmt: skip

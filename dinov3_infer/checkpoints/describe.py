@@ -1,6 +1,7 @@
 """What a checkpoint is, decided in one place before a tensor is read: layout, network, model of the zoo, transform."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,7 @@ from torch import nn
 
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..images.preprocess import Preprocess
-from ..model.vit import ViTConfig
-from ..zoo import ModelInfo, Style, find_architecture
+from ..zoo import Config, ModelInfo, Style, find_architecture
 from .architecture import architecture, looks_like
 from .identity import identify, our_block
 from .layouts import LayoutName
@@ -30,7 +30,7 @@ class Description:
 
     path: str
     stored: Stored  # its tensors
-    config: ViTConfig
+    config: Config
     info: ModelInfo | None  # whose weights these are, with the licence; None where nothing names them
     preprocess: Preprocess
     rope_periods: Any  # what our block of config.json says of them, if anything
@@ -110,7 +110,9 @@ def _settings(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if name.endswith("blocks.0.attn") and isinstance(getattr(module, "num_heads", None), int):
             found["num_heads"] = module.num_heads
-        if name.endswith("blocks.0.norm1") and isinstance(getattr(module, "eps", None), float):
+        if re.search(r"blocks\.0\.norm1$|stages\.0\.(blocks\.)?0\.norm$", name) and isinstance(
+            getattr(module, "eps", None), float
+        ):
             found["norm_eps"] = module.eps
     return found
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..model.vit import ViTConfig
+from ..zoo import Config
 
 __all__ = ["fingerprint"]
 
 
-def fingerprint(state: Mapping[str, Tensor], config: ViTConfig) -> str:
+def fingerprint(state: Mapping[str, Tensor], config: Config) -> str:
     """SHA-256 over the tensors that features depend on, the same for the same weights in every layout.
 
     Left out are what some layouts do not store: mask token, norm for local crops, RoPE periods.  Biases that are zero
@@ -22,12 +23,12 @@ def fingerprint(state: Mapping[str, Tensor], config: ViTConfig) -> str:
     canonical = {
         name: tensor for name, tensor in state.items() if not re.match(r"mask_token|local_cls_norm|rope_periods", name)
     }
-    if config.position_grid is not None:
+    if "pos_embed" in state:
         canonical["cls_token"] = state["cls_token"].float() + state["pos_embed"][:, :1].float()
         canonical["pos_embed"] = state["pos_embed"][:, 1:]
     for name in sorted(canonical):
         tensor = canonical[name].detach().to("cpu", torch.float32)
-        if name.endswith("attn.qkv.bias") and not config.key_bias:
+        if name.endswith("attn.qkv.bias") and isinstance(config, ViTConfig) and not config.key_bias:
             tensor = torch.cat([part * keep for part, keep in zip(tensor.chunk(3), (1.0, 0.0, 1.0), strict=True)])
         if name.endswith("attn.qkv.bias") and not tensor.any():
             continue

@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..model.vit import ViTConfig
-from ..zoo import OWN, ModelInfo, row_of_repository, timm_model
+from ..zoo import OWN, Config, ModelInfo, row_of_repository, timm_model
 from .architecture import rows_like
 from .reading import Checkpoint
 
@@ -20,7 +19,7 @@ __all__ = ["UNNAMED", "identify", "our_block", "row_of_fingerprint"]
 UNNAMED = "nothing names them"
 
 
-def identify(checkpoint: Checkpoint, config: ViTConfig, expected: ModelInfo | None) -> tuple[ModelInfo | None, str]:
+def identify(checkpoint: Checkpoint, config: Config, expected: ModelInfo | None) -> tuple[ModelInfo | None, str]:
     """The row, and what names it; None where nothing does.
 
     `expected`: the row that the caller asked for.  Weights that were trained on from a row are "derived" from it.
@@ -54,7 +53,7 @@ def our_block(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return ours if isinstance(ours, dict) else {}
 
 
-def row_of_fingerprint(config: ViTConfig, fingerprint: Any) -> ModelInfo | None:
+def row_of_fingerprint(config: Config, fingerprint: Any) -> ModelInfo | None:
     """The row whose weights have this fingerprint; `fingerprint` is called where one of this shape is recorded."""
     rows = [row for row in rows_like(config) if row.fingerprint is not None]
     return next((row for row in rows if row.fingerprint == fingerprint()), None) if rows else None

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..errors import InputError
-from ..model.vit import ViTConfig
+from ..model.convnext import ConvNeXtConfig
+from ..zoo import Config
 
 __all__ = ["LAYOUTS", "OURS", "Layout", "LayoutName", "Parts", "Row", "layout_for"]
 
 LayoutName = Literal["hf", "meta", "timm"]
-Form = Literal["copied", "joined", "masked", "nested", "folded", "cut", "placed"]
+Form = Literal["copied", "joined", "masked", "nested", "folded", "cut", "placed", "twice"]
 
 ZEROS = "?"  # a part that no file holds; its name is ""
 
@@ -31,6 +32,7 @@ class Row:
     "joined": parts end to end along dimension 0; absent ones are zeros.
     "masked": a tensor times a mask that the file may hold beside it.
     "nested": a copy that has one leading dimension more in the file.
+    "twice": a tensor that the file holds under two names.
     "folded": a position table without a row for the class token, whose position the file has added to the class token.
     "cut": a position table with rows for the registers too, which are left out, since they are
     "placed": registers, plus their rows of the position table, the second name.
@@ -70,7 +72,7 @@ class Parts:
 @dataclass(frozen=True)
 class Layout:
     name: LayoutName
-    family: str  # "dinov3", "dinov2" or "dino"
+    family: str  # "dinov3", "dinov2", "dino" or "convnext"
     has: tuple[str, ...]  # patterns of names that are all there, once wrapper prefixes are gone ...
     lacks: tuple[str, ...]  # ... and patterns that are not
     rows: dict[str, str | Row]
@@ -82,9 +84,10 @@ class Layout:
         return f"{self.name} ({self.family})"
 
     def depth(self, names: Iterable[str]) -> int:
-        """How many blocks a file with these names has."""
-        before = re.escape(str(self.rows["blocks.#.norm1.weight"]).partition("#")[0])
-        found = (re.match(rf"{before}(\d{{1,3}})\.", name) for name in names)
+        """How many blocks a file with these names has; of stages the longest counts."""
+        numbered = {row.partition("#")[0] for row in self.rows.values() if isinstance(row, str) and "#" in row}
+        before = "|".join(map(re.escape, sorted(numbered)))
+        found = (re.match(rf"(?:{before})(\d{{1,3}})\.", name) for name in names)
         return max((int(match[1]) + 1 for match in found if match), default=0)
 
     def parts(self, depth: int) -> dict[str, Parts]:
@@ -272,8 +275,50 @@ TIMM_V2_REG = replace(
 
 TIMM_V1 = Layout("timm", "dino", has=META_V1.has, lacks=META_V1.lacks, rows=META_V1.rows, unused=_TIMM_HEADS)
 
+
+def _convnext(down: str, block: str, parts: tuple[str, ...], stem: str | None = None) -> dict[str, str | Row]:
+    """Rows of the four stages, for whose number an S stands; `down`: where the two modules before a stage are."""
+    rows: dict[str, str | Row] = {}
+    for stage in "0123":
+        before = stem if stem is not None and stage == "0" else down.replace("S", stage)
+        for number in (0, 1):
+            rows |= _both(f"downsample_layers.{stage}.{number}", f"{before}.{number}")
+        ours, theirs = f"stages.{stage}.#.", block.replace("S", stage)
+        for part, name in zip(_CONV_PARTS, parts, strict=True):
+            rows |= _both(ours + part, theirs + name)
+        rows[f"{ours}gamma"] = f"{theirs}gamma"
+    return rows
+
+
+_CONV_PARTS = ("dwconv", "norm", "pwconv1", "pwconv2")
+
+META_CONVNEXT = Layout(
+    "meta", "convnext",
+    has=(r"downsample_layers\.0\.0\.weight", r"stages\.0\.0\.dwconv\.weight"), lacks=(),
+    rows=_convnext("downsample_layers.S", "stages.S.#.", _CONV_PARTS)
+    | _both("norm", lambda kind: Row("twice", (f"norm.{kind}", f"?norms.3.{kind}"))),
+    unused=_HEADS | {r"projectors\..*": "EUPE's projections to its teachers", r"norms\..*": "norms of those"},
+)  # fmt: skip
+
+_HF_PARTS = ("depthwise_conv", "layer_norm", "pointwise_conv1", "pointwise_conv2")
+HF_CONVNEXT = Layout(
+    "hf", "convnext", has=(r"(model\.)?stages\.0\.layers\.0\.depthwise_conv\.weight",), lacks=(),
+    rows=_convnext("stages.S.downsample_layers", "stages.S.layers.#.", _HF_PARTS) | _both("norm", "layer_norm"),
+    spellings=((r"^model\.stages\.", "stages."),),
+)  # fmt: skip
+
+TIMM_CONVNEXT = Layout(
+    "timm", "convnext", has=(r"stem\.0\.weight", r"stages\.0\.blocks\.0\.conv_dw\.weight"), lacks=(),
+    rows=_convnext("stages.S.downsample", "stages.S.blocks.#.", ("conv_dw", "norm", "mlp.fc1", "mlp.fc2"), stem="stem")
+    | _both("norm", "head.norm"),
+    unused={r"head\.fc\..*": "a classifier"},
+)  # fmt: skip
+
 # The first that fits counts.  Meta's and timm's DINO v1 have the same names: only a config or `layout=` can tell.
-LAYOUTS = (META_V3, META_V2, META_V1, HF_V3, HF_V2_GATED_LIVE, HF_V2, HF_V1, TIMM_V3, TIMM_V2_REG, TIMM_V2, TIMM_V1)
+LAYOUTS = (
+    META_V3, META_V2, META_V1, HF_V3, HF_V2_GATED_LIVE, HF_V2, HF_V1, TIMM_V3, TIMM_V2_REG, TIMM_V2, TIMM_V1,
+    META_CONVNEXT, HF_CONVNEXT, TIMM_CONVNEXT,
+)  # fmt: skip
 
 
 # A Backbone's own state_dict, which says nothing of its config: read where the caller gives a name.
@@ -290,10 +335,14 @@ OURS = tuple(
 )
 
 
-def layout_for(config: ViTConfig, name: LayoutName) -> Layout:
+def layout_for(config: Config, name: LayoutName) -> Layout:
     """The table that writes this architecture in layout `name`."""
-    family = "dinov3" if config.position_grid is None else "dinov2" if config.layerscale else "dino"
-    for_others = (HF_V2_GATED_LIVE, TIMM_V2 if config.num_registers else TIMM_V2_REG)
+    if isinstance(config, ConvNeXtConfig):
+        family = "convnext"
+        for_others: tuple[Layout, ...] = ()
+    else:
+        family = "dinov3" if config.position_grid is None else "dinov2" if config.layerscale else "dino"
+        for_others = (HF_V2_GATED_LIVE, TIMM_V2 if config.num_registers else TIMM_V2_REG)
     for candidate in LAYOUTS:
         if (candidate.name, candidate.family) == (name, family) and candidate not in for_others:
             return candidate

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..model.network import Network
 from ..model.rope import rope_periods
-from ..model.vit import ViTConfig
+from ..zoo import Config
 from .architecture import looks_like
 from .describe import Description
 from .layouts import Parts
@@ -28,7 +28,7 @@ M = TypeVar("M", bound=Network)
 
 
 def load_model(
-    make: Callable[[ViTConfig], M],
+    make: Callable[[Config], M],
     found: Description,
     *,
     dtype: torch.dtype | None = None,
@@ -66,7 +66,8 @@ def _account(model: Network, found: Description) -> dict[str, Parts]:
         absent = [
             name
             for name in parts.names
-            if name not in stored.shapes and (name not in parts.optional or _any_block(name) in in_any_block)
+            if name not in stored.shapes
+            and (name not in parts.optional or (parts.form != "twice" and _any_block(name) in in_any_block))
         ]
         faults["missing"].extend(absent)
         if absent:

@@ -16,15 +16,21 @@ __all__ = ["HF_EPS", "Stored", "layout_hint", "normalise", "recognise", "some"]
 log = logging.getLogger("dinov3_infer")
 
 # transformers' model types, and the epsilon that their config classes have where a config.json is silent
-HF_EPS = {"dinov3_vit": 1e-5, "dinov2": 1e-6, "dinov2_with_registers": 1e-6, "vit": 1e-12}
-_REFUSED = {"dinov3_convnext": "a ConvNeXt, not a vision transformer; timm has it as convnext_*.dinov3_lvd1689m"}
+HF_EPS = {"dinov3_vit": 1e-5, "dinov2": 1e-6, "dinov2_with_registers": 1e-6, "vit": 1e-12, "dinov3_convnext": 1e-6}
+_REFUSED = {
+    "convnext": "a ConvNeXt of transformers' supervised kind; DINOv3's have model_type dinov3_convnext",
+    "convnextv2": "a ConvNeXt of the second version, which has another normalisation in its blocks",
+}
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 # what a training run keeps beside its teacher, and a classifier or pooler on top
 _OF_TRAINING = re.compile(
     r"((model|module)\.)*(student|teacher|ema|gram|head|dino_|ibot_|optimizer|classifier|pooler)\w*(\.|$)"
 )
 _ADAPTERS = re.compile(r"(^|[._])(lora_[a-zA-Z]|base_layer|hada_w|lokr_w|ia3_l|oft_[rs]|modules_to_save|vera_lambda)")
-_ANCHORS = re.compile(r"^(.*?)(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?)\.weight$")
+_ANCHORS = re.compile(
+    r"^(.*?)(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?"
+    r"|(?:model\.)?stages\.0\.(?:blocks\.|layers\.)?0\.(?:dwconv|conv_dw|depthwise_conv))\.weight$"
+)
 
 
 class Stored:
@@ -51,7 +57,9 @@ def recognise(checkpoint: Checkpoint, layout: LayoutName | None = None, named: b
     refuse_config(checkpoint.config, checkpoint.path)
     groups = normalise(checkpoint.tensors.shapes)
     if not groups:
-        raise CheckpointError(f"'{checkpoint.path}' holds no vision transformer: {_what_is_there(checkpoint.tensors)}")
+        raise CheckpointError(
+            f"'{checkpoint.path}' holds no backbone of a known kind: {_what_is_there(checkpoint.tensors)}"
+        )
     prefix = _choose_prefix(checkpoint, list(groups))
     group = groups[prefix]
     tokens = (checkpoint.tensors.shapes.get(group.get(name, "")) for name in ("cls_token", "embeddings.cls_token"))
@@ -117,7 +125,8 @@ def _refuse_adapters(checkpoint: Checkpoint) -> None:
 def normalise(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Groups the names of a file by backbone: prefix -> {name without wrappers and prefix: name in the file}.
 
-    Where a backbone begins is told by its patch embedding.  Names under no such prefix are in no group.
+    Where a backbone begins is told by its patch embedding, or by the first convolution of its first stage.  Names under
+    no such prefix are in no group.
     """
     clean = {_WRAPPERS.sub("", name): name for name in names}
     prefixes = {match[1] for name in clean if (match := _ANCHORS.match(name))}
@@ -188,7 +197,7 @@ def _what_is_there(tensors: TensorSource) -> str:
     found = (
         (
             r"dwconv|conv_dw|depthwise_conv",
-            "it is a ConvNeXt, which is not here; timm has DINOv3's as convnext_*.dinov3_lvd1689m",
+            f"it may be a ConvNeXt, and its first block is not there ({some(names, 3)})",
         ),
         (r"head|decoder|classifier", f"it looks like a head without its backbone ({some(names, 3)})"),
         (r"", f"no patch embedding among its {len(names)} tensors ({some(names, 3)})"),

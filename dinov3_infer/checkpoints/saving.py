@@ -19,7 +19,7 @@ from ..model.network import Network
 from ..model.rope import rope_periods
 from ..model.vit import ViTConfig
 from ..system import whole
-from ..zoo import OWN, ModelInfo
+from ..zoo import OWN, Config, ModelInfo
 from . import layouts
 from .architecture import reading_differs, rows_like
 from .config_json import hf_config, hf_processor_config, is_default, not_held, timm_config
@@ -35,7 +35,7 @@ log = logging.getLogger("dinov3_infer")
 
 
 def restore(
-    state: Mapping[str, Tensor], config: ViTConfig, layout: Layout, with_bias: bool = True
+    state: Mapping[str, Tensor], config: Config, layout: Layout, with_bias: bool = True
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Our tensors under a layout's names, and what the layout has no place for, in words.
 
@@ -60,17 +60,17 @@ def restore(
                 notes.append("timm adds the position of the class token to the class token, and the two stay one")
         else:
             tensors.update(_write(parts, ours, tensor, config))
-    if layout is layouts.HF_V3 and not config.num_registers:
+    if layout is layouts.HF_V3 and "register_tokens" not in state:
         tensors["embeddings.register_tokens"] = torch.zeros(1, 0, config.embed_dim, dtype=torch.float32, device="cpu")
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, [
         note for note in dict.fromkeys(notes) if note
     ]
 
 
-def _write(parts: Parts, ours: str, tensor: Tensor, config: ViTConfig) -> dict[str, Tensor]:
+def _write(parts: Parts, ours: str, tensor: Tensor, config: Config) -> dict[str, Tensor]:
     """One tensor of ours under the layout's names."""
     names = parts.names
-    masked_key = ours.endswith("attn.qkv.bias") and not config.key_bias
+    masked_key = ours.endswith("attn.qkv.bias") and isinstance(config, ViTConfig) and not config.key_bias
     if parts.form == "masked":
         mask = torch.ones_like(tensor)
         mask.chunk(3)[1].zero_()
@@ -82,10 +82,12 @@ def _write(parts: Parts, ours: str, tensor: Tensor, config: ViTConfig) -> dict[s
             )
         chunks = zip(names, tensor.chunk(len(names)), strict=True)
         return {name: chunk for name, chunk in chunks if not masked_key or name not in parts.optional}
+    if parts.form == "twice":
+        return {names[0]: tensor, names[1]: tensor.clone()}
     return {names[0]: tensor[None] if parts.form == "nested" else tensor}
 
 
-def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: ViTConfig) -> str:
+def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: Config) -> str:
     """What it means that a layout has no place for a tensor; "" for nothing."""
     if ours == "rope_periods":
         if _are_exact(tensor, config):
@@ -135,7 +137,8 @@ def save_checkpoint(
         tagged = "tag" in stated["pretrained_cfg"] and block.keys() == {"name"}
         files["config.json"] = stated if tagged else stated | {"dinov3_infer": block}
     tensors, notes = restore(state, model.config, table, with_bias)
-    if layout == "meta" and (made := _complete(tensors, model.config, table, info)):
+    is_vit = isinstance(model.config, ViTConfig)
+    if layout == "meta" and is_vit and (made := _complete(tensors, model.config, table, info)):
         notes.append(f"made up, since Meta's strict loaders ask for it and no feature needs it: {', '.join(made)}")
     if target.suffix == ".pth" and (info is not None or preprocess != transform_of(model.config, info)):
         notes.append("a .pth holds no name, no transform, no mean and std; a .safetensors file does")
@@ -147,7 +150,9 @@ def save_checkpoint(
         log.warning("%s: %s", target, note)
     weights = target if layout == "meta" else target / WEIGHTS
     weights.parent.mkdir(parents=True, exist_ok=True)
-    facts = dict(num_attention_heads=model.config.num_heads, layer_norm_eps=model.config.norm_eps)
+    facts: dict[str, Any] = dict(layer_norm_eps=model.config.norm_eps)
+    if isinstance(model.config, ViTConfig):
+        facts["num_attention_heads"] = model.config.num_heads
     facts |= dict(dinov3_infer=block | {"preprocess": asdict(preprocess)})
     _write_tensors(weights, tensors, facts)
     for name, content in files.items():
@@ -165,7 +170,8 @@ def _complete(tensors: dict[str, Tensor], config: ViTConfig, table: Layout, info
     if table is not layouts.META_V1 and "mask_token" not in tensors:
         tensors["mask_token"] = first.new_zeros(1, width)
         made.append("a mask token of zeros")
-    if table is layouts.META_V3 and not config.qkv_bias and row is not None and row.config.qkv_bias:
+    known = None if row is None else row.config
+    if table is layouts.META_V3 and not config.qkv_bias and isinstance(known, ViTConfig) and known.qkv_bias:
         mask = first.new_ones(3, width).index_fill(0, torch.tensor([1]), 0.0).flatten()
         for block in range(config.depth):
             name = f"blocks.{block}.attn.qkv.bias"
@@ -191,7 +197,7 @@ def _our_block(model: Network, info: ModelInfo | None, preprocess: Preprocess) -
     return block
 
 
-def _are_exact(periods: Tensor, config: ViTConfig) -> bool:
+def _are_exact(periods: Tensor, config: Any) -> bool:
     return torch.equal(periods.cpu(), rope_periods(config.head_dim, config.rope_base))
 
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from ..errors import CheckpointError, InputError, UnsupportedError
 from ..images.preprocess import Preprocess
-from ..model.vit import ViTConfig
-from ..zoo import CORRECTIONS, MODELS, ModelInfo, Style, preprocess_of
+from ..zoo import CORRECTIONS, MODELS, Config, ModelInfo, Style, preprocess_of
 from .architecture import rows_like
 from .config_json import hf_processor_config
 from .reading import CONFIG, PROCESSOR, Checkpoint
@@ -31,11 +30,11 @@ _FILTERS: dict[Any, str] = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear",
 Stated = dict[str, Any]  # fields of a Preprocess
 
 
-def transform_of(config: ViTConfig, info: ModelInfo | None, style: Style | None = None) -> Preprocess:
+def transform_of(config: Config, info: ModelInfo | None, style: Style | None = None) -> Preprocess:
     """That of a row, which without a name is the first of this shape; for any other architecture ImageNet's mean and
     std, at the size that its positions are for.
 
-    With rotary positions that is 16 patches a side, as of DINOv3.
+    Without learned positions that is 16 patches a side, as of DINOv3, or 8 of a ConvNeXt's.
     """
     row = info or next(iter(rows_like(config)), None)
     if row is not None:
@@ -48,9 +47,10 @@ def transform_of(config: ViTConfig, info: ModelInfo | None, style: Style | None 
     first = next(iter(MODELS.values()))
     mean: tuple[float, ...] = first.mean
     std: tuple[float, ...] = first.std
+    patches = config.position_grid or (16 if config.patch_size <= 16 else 8)
     if config.in_chans != 3:  # of what the channels are nobody says: the mean of the colours
         mean, std = ((round(sum(values) / 3, 3),) * config.in_chans for values in (mean, std))
-    return Preprocess(mean, std, config.patch_size, size=(config.position_grid or 16) * config.patch_size)
+    return Preprocess(mean, std, config.patch_size, size=patches * config.patch_size)
 
 
 def shown(preprocess: Preprocess) -> str:
@@ -65,7 +65,7 @@ def shown(preprocess: Preprocess) -> str:
 
 
 def stated_transform(
-    checkpoint: Checkpoint, config: ViTConfig, info: ModelInfo | None, style: Style | None, block: Mapping[str, Any]
+    checkpoint: Checkpoint, config: Config, info: ModelInfo | None, style: Style | None, block: Mapping[str, Any]
 ) -> tuple[Preprocess, dict[str, str]]:
     """The transform, and from where its geometry and its mean and std were taken.
 
@@ -131,20 +131,19 @@ def stated_transform(
     }
 
 
-def _of_nobody(config: ViTConfig, row: ModelInfo | None) -> str:
+def _of_nobody(config: Config, row: ModelInfo | None) -> str:
     """From where a transform is that neither a file nor a name states."""
     if row is not None:
         return f"the default of models of this shape, {row.name}"
-    return (
-        f"the default of {'RoPE' if config.position_grid is None else 'the grid of its positions'}, as ImageNet has it"
-    )
+    what = "a model without learned positions" if config.position_grid is None else "the grid of its positions"
+    return f"the default of {what}, as ImageNet has it"
 
 
-def _is_side(size: Any, config: ViTConfig) -> bool:
+def _is_side(size: Any, config: Config) -> bool:
     return isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**14 and size % config.patch_size == 0
 
 
-def _is_published(stated: Stated, config: ViTConfig, info: ModelInfo, style: Style) -> bool:
+def _is_published(stated: Stated, config: Config, info: ModelInfo, style: Style) -> bool:
     """Whether this is the geometry that the row's own repositories state."""
     if style == "hf":
         published = _of_processor(hf_processor_config(config, preprocess_of(info), info))
@@ -163,7 +162,7 @@ def _build(make: Any, file: str, checkpoint: Checkpoint) -> Preprocess:
         raise CheckpointError(f"{file} of '{checkpoint.path}' is wrong: {error}; mend it") from None
 
 
-def _of_block(saved: Mapping[str, Any], config: ViTConfig) -> Preprocess:
+def _of_block(saved: Mapping[str, Any], config: Config) -> Preprocess:
     """What `save_pretrained` wrote."""
     names = {field.name for field in fields(Preprocess)}
     values: Stated = {n: tuple(v) if isinstance(v, list) else v for n, v in saved.items() if n in names}

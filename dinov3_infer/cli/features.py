@@ -33,7 +33,11 @@ def run(args: argparse.Namespace) -> int:
     _check_names(paths, names)
     folder = check_folder(args.out, args.overwrite)
     bb = load_backbone(args)
-    blocks = resolve_layers(args.layers, bb.config.depth)
+    blocks = resolve_layers(args.layers, bb.n_blocks)
+    if args.format == "npy" and len({bb.stride(block) for block in blocks}) > 1:
+        raise InputError(
+            "these layers have maps of several sizes, and an .npy file holds one array; take --format safetensors"
+        )
     stream = results(bb, images, args, args.layers)
     folder.mkdir(exist_ok=True)
     skipped = done = 0

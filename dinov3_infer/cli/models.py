@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from ..backbone import Backbone
 from ..errors import Dinov3Error, InputError
 from ..hub.locate import HubOptions, locate
-from ..model.vit import VisionTransformer
 from ..zoo import MODELS, ModelInfo
 from .main import OK, say
 
@@ -42,11 +42,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _row(info: ModelInfo) -> dict[str, Any]:
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in VisionTransformer(info.config).parameters())
+        model = Backbone(info.config)
     return {
-        "name": info.name, "family": info.family, "width": info.config.embed_dim, "blocks": info.config.depth,
-        "heads": info.config.num_heads, "patch_size": info.config.patch_size, "registers": info.config.num_registers,
-        "parameters": parameters, "licence": info.licence, "gated": info.gated, "cached": cached(info.name),
+        "name": info.name, "family": info.family, "width": model.embed_dim, "blocks": model.n_blocks,
+        "heads": getattr(model, "num_heads", None), "patch_size": model.patch_size,
+        "registers": model.num_register_tokens, "parameters": sum(p.numel() for p in model.parameters()),
+        "licence": info.licence, "gated": info.gated, "cached": cached(info.name),
         "weights": info.hub_id or info.timm_id, "copy": info.timm_id if info.hub_id else None,
     }  # fmt: skip
 

@@ -32,7 +32,7 @@ def embed(
         return Writer(target, open_images(images), extractor, options).run()
     opened = open_images(images)
     batcher = extractor.batcher(
-        extractor.preprocess.with_options(options.size, options.fit, options.levels),
+        extractor.transform(options.size, options.fit, options.levels),
         lambda batches: vectors_of(extractor, batches, options),
         options.batch_size or 32,
         num_workers=options.num_workers,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import InputError, PrecisionError, UnsupportedError, check_choice
 from ..images.decode import ImageLike, load_image
-from ..images.preprocess import PixelBatch, Preprocess
+from ..images.levels import Levels
+from ..images.preprocess import Fit, PixelBatch, Preprocess
 from ..model.chips import lacks_bfloat16
 from ..model.dispatch import Mode, Plan, Precision, Request, compare, plan_of, why_not_plan
 from ..model.introspection import Facet, attention_rows, with_facet
@@ -42,6 +43,15 @@ class Extractor:
         found = resolve_layers(layers, self.network.n_blocks)
         if facet != "token" and not found:
             raise InputError(f"facet={facet!r} is that of layers; say which, e.g. layers=[-1]")
+        return found
+
+    def transform(
+        self, size: int | tuple[int, int] | None, fit: Fit | None, levels: Levels | None = None
+    ) -> Preprocess:
+        """The transform with another size or fit.  Raises: UnsupportedError for padding that the network would see."""
+        found = self.preprocess.with_options(size, fit, levels)
+        if found.fit == "pad" and (reason := self.network.why_not_padded) is not None:
+            raise UnsupportedError(f"fit='pad' is not for this network: {reason}; use 'native', 'crop' or 'squash'")
         return found
 
     def batch(self, transform: Preprocess, images: Iterable[ImageLike]) -> PixelBatch:
@@ -97,7 +107,7 @@ class Extractor:
         plan = self.plan(pixels)
         if plan is None:
             return Outputs(self.network.forward_sizes([normalised(p, self.scale) for p in pixels], layers))
-        found = plan(self._transformer("a plan"), pixels, layers, self.scale, class_only)
+        found = plan(self.network, pixels, layers, self.scale, class_only)
         return found if isinstance(found, Outputs) else Outputs(found)
 
     def plan(self, pixels: Sequence[Tensor] = ()) -> Plan | None:

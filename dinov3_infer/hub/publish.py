@@ -9,6 +9,7 @@ from ..checkpoints.saving import save_checkpoint
 from ..errors import Dinov3Error, GatedModelError, InputError, OfflineError
 from ..images.preprocess import Preprocess
 from ..model.network import Network
+from ..model.vit import VisionTransformer
 from ..web import client_error, queries_cut, reason
 from ..zoo import OWN, ModelInfo
 from .answers import HubOptions
@@ -35,12 +36,11 @@ def model_card(model: Network, repository: str, info: ModelInfo | None, origin: 
     config = model.config
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     lines = ["library_name: transformers", "pipeline_tag: image-feature-extraction", "tags:", "- dinov3_infer"]
-    kind, licence = "A vision transformer", ""
+    noun = "vision transformer" if isinstance(model, VisionTransformer) else "ConvNeXt"
+    kind, licence = f"A {noun}", ""
     if info is not None:
         lines.append(f"- {info.family}")
-        kind = (
-            f"A vision transformer with the architecture of `{info.name}`{', derived from it' if info.derived else ''}"
-        )
+        kind = f"A {noun} with the architecture of `{info.name}`{', derived from it' if info.derived else ''}"
         licence = (
             "\n## Licence\n\nThe weights were trained from random ones, and no released weights went into them: their "
             "licence is\nthe author's choice.\n"
@@ -54,19 +54,24 @@ def model_card(model: Network, repository: str, info: ModelInfo | None, origin: 
                 f"The page of `{info.hub_id}` has its text, with what it asks of those who pass the weights on.\n"
             )
     header = "\n".join(lines)
+    shape = f"{model.summary()}, {parameters:,.1f} M parameters"
+    if isinstance(model, VisionTransformer):
+        positions = "RoPE" if model.pos_embed is None else "learned positions"
+        shape = (
+            f"{config.depth} blocks of width {config.embed_dim}, {config.num_heads} heads,\npatches of "
+            f"{config.patch_size} pixels, {config.num_registers} registers, {positions}, {parameters:,.1f} M parameters"
+        )
     facts = "".join(
         f"| {name} | {text} |\n" for name, text in (origin or {}).items() if name not in ("name", "licence")
     )
     sources = f"\n## What was taken from where\n\n| field | value |\n|---|---|\n{facts}" if facts else ""
-    positions = "RoPE" if config.position_grid is None else "learned positions"
     return f"""---
 {header}
 ---
 
 # {repository.rpartition("/")[2]}
 
-{kind}: {config.depth} blocks of width {config.embed_dim}, {config.num_heads} heads,
-patches of {config.patch_size} pixels, {config.num_registers} registers, {positions}, {parameters:,.1f} M parameters.
+{kind}: {shape}.
 
 ## Use
 

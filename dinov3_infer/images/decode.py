@@ -290,14 +290,9 @@ def _errors_of_pillow(label: str) -> Iterator[None]:
             kind = f"is of a kind that Pillow does not read ({reason}); convert it to PNG"
             bands = ", or give its red, green and blue bands as an array" if " pixel" in reason else ""
             raise ImageError(f"{label} {kind}{bands}") from None
-        if getattr(error, "errno", None):
-            how = "check the disk and its mount"
-        elif re.search("truncated|eof|end of file", reason, re.IGNORECASE):
-            how = "the file is damaged or cut short"
-        else:
-            how = (
-                "the file is damaged or of a kind that this Pillow does not read: open it elsewhere and save it as PNG"
-            )
+        cut = re.search("truncated|eof|end of file", reason, re.IGNORECASE)
+        kind = "cut short" if cut else "of a kind that this Pillow does not read: open it elsewhere and save it as PNG"
+        how = "check the disk and its mount" if getattr(error, "errno", None) else f"the file is damaged or {kind}"
         raise ImageError(f"cannot decode {label}: {reason}; {how}") from None
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .attention import why_not_triton
 from .chips import distrust, lacks_bfloat16
+from .convnext import ConvNeXt
+from .cpu.convnext_plan import ConvNeXtPlan
 from .cpu.linear import why_not_int8, why_not_packed
 from .cpu.plan import CpuPlan, spans_of
 from .cuda.cuda_plan import CudaPlan
@@ -46,7 +48,7 @@ class Plan(Protocol):
 
     def __call__(
         self,
-        model: VisionTransformer,  # whose plan this is
+        model: Any,  # whose plan this is
         pixels: Sequence[Tensor],  # [B_i, 3, H_i, W_i]: one tensor per size
         indices: Sequence[int] = (),  # blocks to keep
         scale: Scale = ...,  # of images that come as uint8
@@ -72,22 +74,24 @@ class Request(NamedTuple):
 class _Device(NamedTuple):
     """How plans are made for a kind of device."""
 
-    why_not: Callable[[VisionTransformer, Request], str | None]
-    make: Callable[[VisionTransformer, Mode, Request], Plan]
+    why_not: Callable[[Any, Request], str | None]
+    make: Callable[[Any, Mode, Request], Plan]
     dtypes: Callable[[Request], set[torch.dtype]]  # of the weights that a plan can be made of
     reads_values: bool  # in each call, which costs nothing on a CPU and a wait on a GPU
     is_tried: bool  # before it is trusted; what the CPU's is made of is tried by itself
 
 
-def _why_not_cpu(model: VisionTransformer, request: Request) -> str | None:
+def _why_not_cpu(model: Any, request: Request) -> str | None:
     return why_not_packed()
 
 
-def _made_for_cpu(model: VisionTransformer, mode: Mode, request: Request) -> Plan:
+def _made_for_cpu(model: Any, mode: Mode, request: Request) -> Plan:
     """In the mode asked for, or with a line in the log the next one that this machine and this model are good for."""
     lacking = None if mode == "exact" else why_not_packed(torch.bfloat16)
     half = torch.float32 if mode == "exact" or lacking else torch.bfloat16
-    if mode == "int8" and (lacking := why_not_int8()) is None:
+    if isinstance(model, ConvNeXt):
+        lacking = lacking or ("8 bits are for vision transformers" if mode == "int8" else None)
+    elif mode == "int8" and (lacking := why_not_int8()) is None:
         seen, unseen = _trial_images(request, model.config.patch_size)
         plan, plain = CpuPlan(model, half, spans_of(model, seen)), CpuPlan(model, torch.float32)
         found = [compare(a, b) for a, b in zip(plan(model, unseen), plain(model, unseen), strict=True)]
@@ -96,7 +100,7 @@ def _made_for_cpu(model: VisionTransformer, mode: Mode, request: Request) -> Pla
             return plan
         lacking = f"class tokens have a cosine of {cls:.3f} with float32, patches {patches:.3f}"
     if lacking is None:
-        return CpuPlan(model, half)
+        return ConvNeXtPlan(model, half) if isinstance(model, ConvNeXt) else CpuPlan(model, half)
     other: Mode = "fast" if mode == "int8" else "exact"
     log.warning("mode='%s' gives way to '%s': %s", mode, other, lacking)
     return _made_for_cpu(model, other, request)
@@ -125,7 +129,9 @@ def _trial_images(request: Request, patch: int) -> tuple[list[Tensor], list[Tens
     return seen, [torch.cat((small[:1], last[1:2])).flip(-1), large[2:].flip(-1)]
 
 
-def _why_not_cuda(model: VisionTransformer, request: Request) -> str | None:
+def _why_not_cuda(model: Any, request: Request) -> str | None:
+    if not isinstance(model, VisionTransformer):
+        return "plans for CUDA are made for vision transformers, and this network is another one"
     if request.half is None and lacks_bfloat16(model.device):
         return "its products are in float32, since this GPU has none in bfloat16"
     if request.half is None:
@@ -179,7 +185,7 @@ def plan_of(model: Network, mode: Mode, request: Request) -> Plan | None:
     if (kept := _current(model, mode, request)) is None:
         device = _DEVICES.get(model.device.type)
         reason = None if device is None else _why_none(model, device, request)
-        if reason is not None or not isinstance(model, VisionTransformer) or device is None:
+        if reason is not None or device is None:
             drop_plan(model)
             if mode != "exact" and device is not None and reason is not None:
                 _tell(model, f"mode='{mode}' gives way to the model as it is written: {reason}")
@@ -239,7 +245,7 @@ def _reads_all(model: Network, kept: _Kept, request: Request) -> bool:
 
 def _why_none(model: Network, device: _Device, request: Request) -> str | None:
     """Why no plan is made, or None if one can be."""
-    if isinstance(model, VisionTransformer) and (reason := device.why_not(model, request)) is not None:
+    if (reason := device.why_not(model, request)) is not None:
         return reason
     return why_unknown(model, device.dtypes(request))
 

@@ -5,7 +5,7 @@ of float16, and bfloat16 loses small updates.  So norms compute in the dtype of 
 it is given to the dtype of its weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ from .rope import RopeTable
 from .tracing import one_node
 
 __all__ = [
-    "Block", "LayerNorm", "PatchEmbed", "ViTConfig", "entering", "narrowed",
-    "widened", "with_gradient", "with_masks",
+    "Block", "LayerNorm", "PatchEmbed", "ViTConfig", "entering", "narrowed", "project",
+    "widened", "with_enough_rows", "with_gradient", "with_masks",
 ]  # fmt: skip
 
 _FEW_ROWS = 16
@@ -100,13 +100,17 @@ def _cast(x: Tensor, weight: Any) -> Tensor:
     return x.to(weight.dtype)
 
 
-def _project(linear: nn.Module, x: Tensor) -> Tensor:
-    """Calls a linear in the dtype of its weights; always as a module, so that adapters and quantisers take part.
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """Calls a linear in the dtype of its weights; always as a module, so that adapters and quantisers take part."""
+    return with_enough_rows(linear, entering(x, linear))
+
+
+def with_enough_rows(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Calls a linear function of the last dimension.
 
     On a CPU fewer than 12 rows go to another kernel, which rounds differently, and a picture of a few patches would get
     another vector alone than in a batch: they are filled up.
     """
-    x = entering(x, linear)
     return _without_filling(linear(_filled(x)), x)
 
 
@@ -234,9 +238,9 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        qkv = _project(self.qkv, x).unflatten(-1, (3, self.num_heads, -1))
+        qkv = project(self.qkv, x).unflatten(-1, (3, self.num_heads, -1))
         cos, sin = rope if rope is not None else (None, None)
-        return _project(self.proj, self.attend(qkv, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen))
+        return project(self.proj, self.attend(qkv, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen))
 
 
 class Mlp(nn.Module):
@@ -246,7 +250,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(config.ffn_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _project(self.fc2, self.activate(_project(self.fc1, x)))
+        return project(self.fc2, self.activate(project(self.fc1, x)))
 
     def activate(self, hidden: Tensor) -> Tensor:
         return F.gelu(hidden)
@@ -261,7 +265,7 @@ class GatedMlp(nn.Module):
         self.down = nn.Linear(config.ffn_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _project(self.down, self.activate(_project(self.gate_up, x)))
+        return project(self.down, self.activate(project(self.gate_up, x)))
 
     def activate(self, hidden: Tensor) -> Tensor:
         gate, up = hidden.chunk(2, dim=-1)

@@ -32,7 +32,7 @@ Scale: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std of r
 
 
 class LayerOutput(NamedTuple):
-    """Tokens of one layer after the final norm; P, h and w are those of that layer."""
+    """Tokens of one layer after the final norm, where that layer has one; C, P, h and w are those of that layer."""
 
     cls_token: Tensor  # [B, C]
     register_tokens: Tensor  # [B, R, C]
@@ -162,6 +162,7 @@ class Network(nn.Module):
     def n_blocks(self) -> int:
         return len(self.blocks)
 
+    why_not_padded: str | None = None  # why an image cannot be filled up with a mean colour
     num_register_tokens = 0  # R
     num_prefix_tokens = 1  # class token and registers, which stand before the patches
 

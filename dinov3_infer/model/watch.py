@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _all_modules
 
 from .attention import rope_attention
+from .convnext import ConvBlock, ConvNeXt, Depthwise, Patches
 from .layers import Attention, Block, GatedMlp, LayerNorm, MaskedKeyLinear, Mlp, PatchEmbed, Residual
 from .network import Network
 from .vit import VisionTransformer
@@ -20,18 +21,22 @@ _PACKAGE = __name__.split(".")[0]  # whose methods a plan knows
 # What a plan knows how to compute.  A module of any other class, such as an adapter, runs as it is written.
 _KNOWN = {
     nn.ModuleList, nn.Conv2d, nn.Linear, MaskedKeyLinear, Attention, Block, GatedMlp, LayerNorm, Mlp, PatchEmbed,
-    Residual,
+    Residual, nn.Sequential, ConvBlock, Depthwise, Patches,
 }  # fmt: skip
-_OWN = {
-    "forward",
-    "forward_packed",
-    "run_blocks",
-    "embed_tokens",
-    "with_prefix",
-    "positions",
-    "rope",
-    "normed",
-    "split",
+# The methods of a network that its plan takes the place of.
+_OWN: dict[type[Network], set[str]] = {
+    ConvNeXt: {"forward", "run_stages", "output", "tokens"},
+    VisionTransformer: {
+        "forward",
+        "forward_packed",
+        "run_blocks",
+        "embed_tokens",
+        "with_prefix",
+        "positions",
+        "rope",
+        "normed",
+        "split",
+    },
 }
 _ROW = 8 * 1021  # bytes
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -43,8 +48,8 @@ def why_unknown(model: Network, dtypes: set[torch.dtype]) -> str | None:
 
     `dtypes`: those that its linears may have; all other tensors may be float32 too.
     """
-    if not isinstance(model, VisionTransformer):
-        return "plans are made for vision transformers, and this network is another one"
+    if not isinstance(model, tuple(_OWN)):
+        return "plans are made for vision transformers and ConvNeXts, and this network is another one"
     if _root_is_changed(model):
         return "a method of the model is replaced, or every module has a hook"
     device = model.device
@@ -121,9 +126,10 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 def _root_is_changed(model: Network) -> bool:
     if _all_modules._global_forward_hooks or _all_modules._global_forward_pre_hooks:
         return True
-    if not _OWN.isdisjoint(model.__dict__) or model._forward_hooks or model._forward_pre_hooks:
+    own = next(names for kind, names in _OWN.items() if isinstance(model, kind))
+    if not own.isdisjoint(model.__dict__) or model._forward_hooks or model._forward_pre_hooks:
         return True
-    return any(getattr(type(model), name).__module__.split(".")[0] != _PACKAGE for name in _OWN)
+    return any(getattr(type(model), name).__module__.split(".")[0] != _PACKAGE for name in own)
 
 
 def _held(own: dict[str, Any]) -> Iterator[Any]:

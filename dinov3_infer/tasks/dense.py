@@ -13,7 +13,7 @@ from ..arrays import PLAIN
 from ..errors import InputError
 from ..features.result import Features
 from ..images.decode import ImageLike, load_image
-from ..model.network import as_map
+from ..model.network import as_map, resolve_layers
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
@@ -52,17 +52,22 @@ def dense_features(
     Raises: as `extract_features`; InputError for tiles that are not whole patches, and for what an upsampler got wrong.
     """
     _check(backbone.patch_size, tile, overlap, scales)
+    if len(strides := {backbone.stride(layer) for layer in resolve_layers(layers, backbone.n_blocks) or [-1]}) > 1:
+        raise InputError(
+            f"layers={layers!r} have maps of {len(strides)} sizes, which cannot lie side by side; give one"
+        )
     picture = load_image(image, levels=backbone.preprocess.levels, channels=backbone.preprocess.channels)
     own = size if size is not None else max(picture.shape[1:])
     shown = replace(backbone.preprocess.with_options(own, "native"), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     pixels, placement = shown.place(picture)
-    grid = (pixels.shape[1] // backbone.patch_size, pixels.shape[2] // backbone.patch_size)
+    stride = strides.pop()
+    grid = (pixels.shape[1] // stride, pixels.shape[2] // stride)
     maps, prefixes = [], []
     for scale in scales:
         resized = pixels if scale == 1 else shown.with_options(max(1, round(own * scale))).place(picture)[0]
         for mirrored in (False, True) if flip else (False,):
             given = resized.clamp(0, 1)  # cubic filters overshoot
-            dense, prefix = _in_tiles(backbone, given.flip(-1) if mirrored else given, layers, tile, overlap)
+            dense, prefix = _in_tiles(backbone, given.flip(-1) if mirrored else given, layers, tile, overlap, stride)
             dense = dense.flip(-1) if mirrored else dense
             if dense.shape[1:] != grid:
                 dense = F.interpolate(dense[None], size=grid, mode="bilinear", antialias=True)[0]
@@ -95,9 +100,10 @@ def _in_tiles(
     layers: int | Sequence[int] | None,
     tile: int | None,
     overlap: float,
+    stride: int,  # pixels, of the layers
 ) -> tuple[Tensor, Tensor]:
     """The map [C, h, w], and the mean of class token and registers [1 + R, C]."""
-    patch = backbone.patch_size
+    patch, fine = backbone.patch_size, backbone.patch_size // stride
     sides = [min(tile or side, side) // patch for side in pixels.shape[1:]]  # of a tile, in patches
     grid = [side // patch for side in pixels.shape[1:]]
     starts = [_starts(length, side, overlap) for length, side in zip(grid, sides, strict=True)]
@@ -106,20 +112,24 @@ def _in_tiles(
         pixels[:, top * patch : (top + sides[0]) * patch, left * patch : (left + sides[1]) * patch]
         for top, left in corners
     )
-    down, across = (
-        _fade(side) if len(s) > 1 else torch.ones(side, **PLAIN) for side, s in zip(sides, starts, strict=True)
-    )
+    h, w = (side * fine for side in sides)
+    down, across = (_fade(n) if len(s) > 1 else torch.ones(n, **PLAIN) for n, s in zip((h, w), starts, strict=True))
     fade = down[:, None] * across
-    total, weights, prefix = torch.empty(0, **PLAIN), torch.zeros(*grid, **PLAIN), torch.empty(0, **PLAIN)
+    total, weights, prefix = (
+        torch.empty(0, **PLAIN),
+        torch.zeros(*(side * fine for side in grid), **PLAIN),
+        torch.empty(0, **PLAIN),
+    )
     found = backbone.iter_features(windows, size=max(sides) * patch, fit="native", layers=layers)
     for (top, left), one in zip(corners, found, strict=True):
         parts = one.layers or (one,)
         tokens = torch.cat([part.patch_tokens[0] for part in parts], dim=-1)
         ahead = torch.cat([torch.cat((part.cls_token[:, None], part.register_tokens), 1)[0] for part in parts], dim=-1)
         if not total.numel():
-            total, prefix = tokens.new_zeros(tokens.shape[1], *grid), torch.zeros_like(ahead)
-        total[:, top : top + sides[0], left : left + sides[1]] += as_map(tokens[None], (sides[0], sides[1]))[0] * fade
-        weights[top : top + sides[0], left : left + sides[1]] += fade
+            total, prefix = tokens.new_zeros(tokens.shape[1], *weights.shape), torch.zeros_like(ahead)
+        rows, columns = slice(top * fine, top * fine + h), slice(left * fine, left * fine + w)
+        total[:, rows, columns] += as_map(tokens[None], (h, w))[0] * fade
+        weights[rows, columns] += fade
         prefix += ahead / len(corners)
     return total / weights, prefix
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..model.network import as_map
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
@@ -25,7 +26,9 @@ class Level(NamedTuple):
 
 
 class Pyramid(nn.Module):
-    """A simple feature pyramid over the last map of a backbone: an ordered dict of maps, one for each stride.
+    """A simple feature pyramid over a backbone: an ordered dict of maps, one for each stride.
+
+    Each is made of the map of the layer whose stride is nearest: of a ViT the last one, of a ConvNeXt that stage.
 
     `strides` are powers of 2.  Patches of 14 pixels are made to have stride 16: the backbone sees the picture at 14/16
     of its size.  `freeze` keeps the backbone as it is, in eval mode and without gradients; the new layers are trained.
@@ -52,9 +55,17 @@ class Pyramid(nn.Module):
             )
         self.backbone, self.freeze, self.out_channels = backbone, freeze, out_channels
         self.strides = dict(zip(names, strides, strict=True))
-        self.stride = 1 << round(math.log2(backbone.patch_size))  # of the map that all are made of
+        self.stride = 1 << round(math.log2(backbone.patch_size))  # of the last map
+        have = [1 << round(math.log2(backbone.stride(layer))) for layer in range(backbone.n_blocks)]
+        self.layers = {  # of equal ones the last
+            name: min(range(len(have)), key=lambda layer: (abs(math.log2(have[layer] / stride)), -layer))
+            for name, stride in self.strides.items()
+        }
         self.levels = nn.ModuleDict(
-            {name: _level(backbone.embed_dim, out_channels, self.stride, s) for name, s in self.strides.items()}
+            {
+                name: _level(backbone.width(self.layers[name]), out_channels, have[self.layers[name]], stride)
+                for name, stride in self.strides.items()
+            }
         )
         backbone.requires_grad_(not freeze)
 
@@ -79,10 +90,13 @@ class Pyramid(nn.Module):
             size = [side // self.stride * self.backbone.patch_size for side in whole]
             padded = F.interpolate(padded, size=size, mode="bilinear", antialias=True)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
-            tokens = self.backbone(padded).patch_tokens
-        dense = tokens.mT.unflatten(2, (whole[0] // self.stride, whole[1] // self.stride)).float()
+            asked = sorted(set(self.layers.values()) - {self.backbone.n_blocks - 1})
+            output = self.backbone(padded, layers=asked)
+        tokens = {self.backbone.n_blocks - 1: output.patch_tokens}
+        tokens |= {layer: found.patch_tokens for layer, found in zip(asked, output.layers, strict=True)}
+        dense = {layer: as_map(t, self.backbone.grid_of(padded, layer)).float() for layer, t in tokens.items()}
         return OrderedDict(
-            (name, self.levels[name](dense)[..., : -(-height // stride), : -(-width // stride)])
+            (name, self.levels[name](dense[self.layers[name]])[..., : -(-height // stride), : -(-width // stride)])
             for name, stride in self.strides.items()
         )
 

@@ -53,7 +53,6 @@ def train(
     """Trains, and returns the moving average of the backbone on the CPU, which also lies in `out`/backbone.
 
     Under `torchrun` every process calls this.
-
     `data`: what `open_data` takes, such as a torch Dataset; None for `config.data`.
     `backbone`: a model to start from, which is trained in place; None for `config.model`.
     `resume`: go on with the run in `out`; an interrupted run gives the same numbers as one that was not.
@@ -297,8 +296,6 @@ class Run:
         found = self.health.look(self.method.average)
         verdict, reason = self.health.judge(found | {"teacher_entropy": teacher_entropy}, self.step)
         self.unwell = self.unwell + 1 if verdict == "collapsing" else 0
-        if verdict != "healthy":
-            log.warning("step %d, %s: %s", self.step, verdict, reason)
         return found | {"verdict": verdict, "reason": reason}
 
     def stop(self, reason: str) -> None:

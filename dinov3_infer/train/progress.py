@@ -28,12 +28,13 @@ class Progress:
         self.bar.update()
 
     def tell(self, step: int, metrics: dict[str, Any]) -> None:
-        """The numbers of a step; a verdict that is not healthy is a warning, which the loop has logged."""
+        """The numbers of a step, and a verdict on the model where there is one."""
         self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
         if self.lines:
             log.info(
                 "step %d of %d: loss %.4f, learning rate %.2e, %.1f images per second",
                 step, self.total, metrics["loss"], metrics["lr"], metrics["images_per_second"],
             )  # fmt: skip
-        if metrics.get("verdict") == "healthy":
-            log.info("step %d, healthy: %s", step, metrics["reason"])
+        if verdict := metrics.get("verdict"):
+            level = logging.INFO if verdict == "healthy" else logging.WARNING
+            log.log(level, "step %d, %s: %s", step, verdict, metrics["reason"])

@@ -205,16 +205,19 @@ def test_config_that_contradicts_the_tensors(field: str, value: Any, tmp_path: P
 
 
 def test_other_models(tmp_path: Path) -> None:
-    """A ConvNeXt by tensors and by config, a head alone, no tensors: each said for what it is."""
+    """A part of a ConvNeXt in two layouts, a head alone, no tensors: each said for what it is."""
     convnext = {
         "downsample_layers.0.0.weight": torch.ones(4, 3, 4, 4),
         "stages.0.0.dwconv.weight": torch.ones(4, 1, 7, 7),
     }
-    refused(put(tmp_path / "a", convnext, None, "convnext.pth"), "ConvNeXt")
-    names = ("stages.0.downsample_layers.0.weight", "stages.0.layers.0.depthwise_conv.weight")  # transformers' own
     refused(
-        put(tmp_path / "b", {n: torch.ones(4, 1, 7, 7) for n in names}, {"model_type": "dinov3_convnext"}), "ConvNeXt"
+        put(tmp_path / "a", convnext, None, "convnext.pth"),
+        r"layout meta \(convnext\), but 'stages.0.0.pwconv1.weight' is missing",
     )
+    names = ("stages.0.downsample_layers.0.weight", "stages.0.layers.0.depthwise_conv.weight")  # transformers' own
+    strange = {n: torch.ones(4, 1, 7, 7) for n in names}
+    with pytest.raises(UnsupportedError, match="the convolution before stage 0"):
+        load(put(tmp_path / "b", strange, {"model_type": "dinov3_convnext"}))
     head = {"head.mlp.0.weight": torch.ones(3, 64), "head.mlp.0.bias": torch.ones(3)}
     refused(put(tmp_path / "c", head, None, "head.pth"), "a head without its backbone")
     refused(put(tmp_path / "d", {"epoch": 3}, None, "empty.pth"), "no tensors")  # type: ignore[dict-item]

@@ -10,7 +10,7 @@ from repository import ROOT
 from test_other_projects import PATTERNS, SERVED
 
 from benchmarks import cpu
-from dinov3_infer.model.vit import VisionTransformer
+from dinov3_infer import Backbone, ConvNeXtConfig
 from dinov3_infer.zoo import MODELS
 
 README = ROOT / "README.md"
@@ -25,10 +25,12 @@ def model_table() -> str:
     for info in MODELS.values():
         c = info.config
         with torch.device("meta"):
-            millions = sum(p.numel() for p in VisionTransformer(c).parameters()) / 1e6
+            model = Backbone(c)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        blocks = "+".join(map(str, c.depths)) if isinstance(c, ConvNeXtConfig) else str(c.depth)
         home = f"`{info.hub_id or info.timm_id}`" if info.hub_id or info.timm_id else "in this package"
         lines.append(
-            f"| `{info.name}` | {c.embed_dim} | {c.depth} | {c.patch_size} | {c.num_registers} "
+            f"| `{info.name}` | {model.embed_dim} | {blocks} | {model.patch_size} | {model.num_register_tokens} "
             f"| {millions:,.1f} M | {home} | {info.licence} |"
         )
     return "\n".join(lines) + "\n"

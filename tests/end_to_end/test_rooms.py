@@ -21,6 +21,7 @@ ROOMS = (
     "checkpoints",
     "hub features recorded",
     "backbone",
+    "released",
     "tasks",
     "train",
     "cli ray torchhub",

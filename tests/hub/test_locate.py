@@ -61,7 +61,7 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="'vits-16': did you mean 'vits16' or .*list_models"):
         Backbone.from_pretrained("vits-16")
     with pytest.raises(UnsupportedError, match="ConvNeXt"):
-        Backbone.from_pretrained("facebook/dinov3-convnext-tiny-pretrain-lvd1689m")
+        Backbone.from_pretrained("facebook/convnext-tiny-224")
 
 
 @pytest.mark.parametrize("wrong", [None, 7, b"vits16", ""], ids=["none", "int", "bytes", "empty"])

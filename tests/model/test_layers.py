@@ -40,7 +40,7 @@ def plain_attention(qkv: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def case(name: str) -> tuple[VisionTransformer, Tensor]:
-    """A model, and pixels of 4x5 patches: more rows than `_project` fills up."""
+    """A model, and pixels of 4x5 patches: more rows than `project` fills up."""
     model = randomise(VisionTransformer(SMALL[name]))
     assert isinstance(model, VisionTransformer)
     return model, torch.randn(2, 3, 4 * model.patch_size, 5 * model.patch_size)
@@ -66,8 +66,8 @@ def test_autocast_has_the_bits_of_widened_activations(
     """Output and gradients of every parameter."""
     model, pixels = case(name)
     found = []
-    for project in (layers._project, widened_project):
-        monkeypatch.setattr(layers, "_project", project)
+    for project in (layers.project, widened_project):
+        monkeypatch.setattr(layers, "project", project)
         with torch.autocast("cpu", narrow):
             stream, _ = model.run_blocks(pixels)
         parameters = list(model.blocks.parameters())
@@ -80,7 +80,7 @@ def test_autocast_leaves_float64_weights_alone(no_grad: None) -> None:
     linear = nn.Linear(8, 4).double()
     for x in (torch.randn(20, 8), torch.randn(20, 8).bfloat16()):
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(layers._project(linear, x), linear(x.double()))
+            assert torch.equal(layers.project(linear, x), linear(x.double()))
 
 
 def test_devices_without_autocast(no_grad: None) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from ...backbone import Backbone
+from ...backbone import Backbone, ViTBackbone
 from ...errors import InputError, UnsupportedError
 from .contest import Cell
 from .engines import of_onnxruntime, of_openvino
@@ -51,9 +51,10 @@ def contestants(setup: Setup) -> list[Contestant]:
 def cell_of(setup: Setup, taking_part: list[Contestant]) -> Cell:
     """The contest.  The error of a contestant is 1 - cosine of its worst class or patch token."""
     pixels = torch.rand(setup.batch, 3, *setup.size, generator=torch.Generator().manual_seed(0)).to(setup.device)
-    prefix = setup.model.config.num_prefix
+    prefix = setup.model.num_prefix_tokens
     judge = copy.deepcopy(setup.model)
-    judge.set_attention("eager")
+    if isinstance(judge, ViTBackbone):
+        judge.set_attention("eager")
     with torch.no_grad():
         exact = _tokens(judge(pixels), prefix)
 
@@ -168,7 +169,7 @@ def _transformers(setup: Setup) -> Iterator[Contestant]:
     if find_spec("transformers") is None:
         return
 
-    def load(attention: str) -> Any:
+    def load(attention: str | None) -> Any:
         mend_torchvision()
         import transformers
 
@@ -179,6 +180,9 @@ def _transformers(setup: Setup) -> Iterator[Contestant]:
         extra = {"interpolate_pos_encoding": True} if type(model).__name__ == "ViTModel" else {}
         return _Called(model.to(setup.device).eval(), extra)
 
+    if not isinstance(setup.model, ViTBackbone):
+        yield from _ways(setup, "transformers", "", partial(load, None))
+        return
     yield from _ways(setup, "transformers", "sdpa", partial(load, "sdpa"))
     yield from _ways(setup, "transformers", "eager", partial(load, "eager"), compiles=False)
 
@@ -199,7 +203,8 @@ def timm_model(written: Path, device: torch.device, size: tuple[int, int] | None
     mend_torchvision()
     timm: Any = importlib.import_module("timm")
     architecture = json.loads((written / "config.json").read_text())["architecture"]
-    options: dict[str, Any] = {} if size is None else dict(img_size=size)
+    stages = architecture.startswith("convnext")
+    options: dict[str, Any] = {} if size is None or stages else dict(img_size=size)
     model: Any = timm.create_model(architecture, num_classes=0, **options)
     state = load_file(written / "model.safetensors")
     if size is not None and "pos_embed" in state:  # resized once, and not in every call
@@ -207,8 +212,15 @@ def timm_model(written: Path, device: torch.device, size: tuple[int, int] | None
             state["pos_embed"], list(model.patch_embed.grid_size), num_prefix_tokens=0 if model.no_embed_class else 1
         )
     model.load_state_dict(state, strict=True)
-    model.forward = model.forward_features
+    model.forward = partial(_timm_tokens, model) if stages else model.forward_features
     return model.to(device).eval()
+
+
+def _timm_tokens(model: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Class token and patches of timm's ConvNeXt, which norms the former only."""
+    last = model.forward_features(pixels)
+    patches = model.head.norm(last).flatten(2).mT
+    return {"cls_token": model.forward_head(last, pre_logits=True), "patch_tokens": patches}
 
 
 def _timm(setup: Setup) -> Iterator[Contestant]:

@@ -157,8 +157,7 @@ def _whole(value: Any) -> int:
 
 def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], options: EmbedOptions) -> Recipe:
     """What the vectors of these images will depend on.  It takes a while: all weights and all names are hashed."""
-    model = extractor.network
-    transform = extractor.preprocess.with_options(options.size, options.fit, options.levels)
+    model, transform = extractor.network, extractor.transform(options.size, options.fit, options.levels)
     width = pooled_width(model.embed_dim, options.pooling) if options.kind == "embedding" else model.embed_dim
     info = getattr(model, "info", None)
     return Recipe(

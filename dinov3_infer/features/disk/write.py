@@ -44,7 +44,7 @@ class Writer:
     ) -> None:
         self.target, self.images, self.extractor, self.options = target, images, extractor, options
         self.recipe = recipe_of(extractor, images, options)
-        self.transform = extractor.preprocess.with_options(options.size, options.fit, options.levels)
+        self.transform = extractor.transform(options.size, options.fit, options.levels)
         self.filling: Filling | None = None
         self.works: dict[int, Work] = {}  # by number of the shard
         self.sources: dict[int, str | None] = {}  # of images that are being read

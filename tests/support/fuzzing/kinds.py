@@ -215,7 +215,7 @@ def _named_like_v1(files: Files) -> Files:
     """Names that only a config.json tells apart, and one that says what they are not."""
     tensors = checkpoints.unpacked(files["v2.safetensors"])
     kept = {name: tensor for name, tensor in tensors.items() if "mask_token" not in name and ".ls" not in name}
-    return {HEADER: checkpoints.packed(kept), "config.json": b'{"model_type": "dinov3_convnext"}'}
+    return {HEADER: checkpoints.packed(kept), "config.json": b'{"model_type": "convnext"}'}
 
 
 FLAT = "patch_embed.proj.weight"
