@@ -91,9 +91,10 @@ def _numbers(values: Sequence[float]) -> str:
 def open_module(model: nn.Module) -> Checkpoint:
     """A live module of transformers, timm or Meta as a checkpoint: its tensors, and what it knows besides."""
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    stated = [c.to_dict() for c in configs if hasattr(c, "to_dict") and layout_hint(c.to_dict()) == "hf"]
-    for outermost in [c for c in configs if hasattr(c, "to_dict")][:1]:
-        refuse_config(outermost.to_dict(), f"a live {type(model).__name__}")
+    every = [c.to_dict() for c in configs if hasattr(c, "to_dict")]
+    for outermost in every[:1]:
+        refuse_config(outermost, f"a live {type(model).__name__}")
+    stated = [c for c in every if layout_hint(c) == "hf"] or [c for c in every if c.get("num_attention_heads")]
     origins = {type(module).__module__.split(".")[0] for module in model.modules()}
     return Checkpoint(
         f"a live {type(model).__name__}",

@@ -121,6 +121,7 @@ _PLAIN: dict[str, str | Row] = {  # names that Meta and timm share; ours are Met
 _LS: dict[str, str | Row] = {f"blocks.#.ls{i}.gamma": f"blocks.#.ls{i}.gamma" for i in (1, 2)}
 _HF_LS: dict[str, str] = {f"blocks.#.ls{i}.gamma": f"layer.#.layer_scale{i}.lambda1" for i in (1, 2)}
 _CHUNKS = ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),)  # a training run with block_chunks > 0
+_TIPS = ((r"\.mlp\.c_fc\.", ".mlp.fc1."), (r"\.mlp\.c_proj\.", ".mlp.fc2."))  # of TIPSv2, as transformers writes it
 _TIMM_HEADS = {r"(head|fc_norm)\..*": "a classifier, and the norm of what it pools"}
 _HEADS = {r"(dino_|ibot_)?head\..*": "a head, not the backbone"}
 
@@ -150,7 +151,7 @@ META_V2 = Layout(
         **_both("blocks.#.mlp.gate_up", "blocks.#.mlp.w12"),
         **_both("blocks.#.mlp.down", "blocks.#.mlp.w3"),
     },
-    unused=_HEADS, spellings=_CHUNKS,
+    unused=_HEADS, spellings=(*_CHUNKS, *_TIPS),
 )  # fmt: skip
 
 META_V1 = Layout(

@@ -124,7 +124,8 @@ def stated_transform(
         where = f"our own for {row.name}, whose published one {file} states"  # type: ignore[union-attr]
     elif info is not None:
         where = info.name
-    levels = file if "mean" in stated else info.name if info is not None else _of_nobody(config, row)
+    unsaid = _of_nobody(config, row) if row is not None else "the default, ImageNet's"
+    levels = file if "mean" in stated else info.name if info is not None else unsaid
     return made, {
         "transform": file if has_geometry else where if style is None or row is None else f"{style}'s of {row.name}",
         "mean and std": levels if correction is None else f"a correction of {CONFIG}: {correction[2]}",
@@ -132,11 +133,10 @@ def stated_transform(
 
 
 def _of_nobody(config: Config, row: ModelInfo | None) -> str:
-    """From where a transform is that neither a file nor a name states."""
+    """From where a geometry is that neither a file nor a name states."""
     if row is not None:
         return f"the default of models of this shape, {row.name}"
-    what = "a model without learned positions" if config.position_grid is None else "the grid of its positions"
-    return f"the default of {what}, as ImageNet has it"
+    return f"the default for {'a model without learned positions' if config.position_grid is None else 'a table of positions, at its own size'}"
 
 
 def _is_side(size: Any, config: Config) -> bool:

@@ -121,6 +121,20 @@ def meta_file(
     return Wild(lambda pixels: hf_tokens(model, pixels), None, config.num_heads, config.norm_eps, options)
 
 
+def tipsv2(place: Path) -> Wild:
+    """The owner's names, a text tower beside it, and a second class token among the registers."""
+    from transformers import Tipsv2Config, Tipsv2Model
+
+    vision = dict(
+        hidden_size=1152, num_hidden_layers=2, num_attention_heads=16, image_size=448, mlp_ratio=4304 / 1152,
+        layer_norm_eps=3e-6,
+    )  # fmt: skip
+    text = dict(hidden_size=1152, num_hidden_layers=1, num_attention_heads=16, intermediate_size=32, vocab_size=50)
+    model = randomise(Tipsv2Model(Tipsv2Config(vision_config=vision, text_config=text)))
+    model.save_pretrained(place)
+    return Wild(lambda pixels: model.vision_model(pixels).last_hidden_state, None, 16, 3e-6, {})
+
+
 def v2(width: int, heads: int, grid: int, patch: int = 14, registers: int = 0, **more: Any) -> ViTConfig:
     return ViTConfig(
         width, 2, heads, **{
@@ -220,6 +234,7 @@ WILD: dict[str, Callable[[Path], Wild]] = {
         )
         for size in ("base", "so400m")
     },
+    "10 TIPSv2 so400m, Google": tipsv2,
     "11 LingBot g": lambda d: meta_file(d, ViTConfig(1536, 2, 24, 4096, gated=True, qkv_bias=False), "model.pt"),
     "12 Midnight": lambda d: hf_repository(
         d, v2(1536, 24, 16, **GIANT), processor(224, dict(mean=[0.5] * 3, std=[0.5] * 3), 232, resample=2)

@@ -34,6 +34,8 @@ def read_picture(source: Any, draw: random.Random) -> None:
     assert image.dtype in (torch.uint8, torch.float32)
     pixels, _ = draw.choice(TRANSFORMS).place(image)
     assert pixels.isfinite().all() and not any(side % 16 for side in pixels.shape[1:])
+    if draw.random() < 0.1:
+        load_image(source, channels=4)
 
 
 def read_checkpoint(source: Any, draw: random.Random) -> None:
@@ -280,6 +282,7 @@ CHECKPOINTS: dict[str, Make] = PLACES | {
         "timm", "config.json", pretrained_cfg={"input_size": [3, 8, 8], "interpolation": []}
     ),
     "an input of words": _asked("timm", "config.json", pretrained_cfg={"input_size": "large"}),
+    "a mean of two channels": _stated("preprocessor_config.json", image_mean=[0.5] * 2, image_std=[0.5] * 2),
     "a mean of words": _stated("preprocessor_config.json", image_mean=["a", "b", "c"]),
     "30,000 backbones": _tensors(lambda t: t.update({f"m{i}.{FLAT}": ("F32", [0], b"") for i in range(30_000)})),
     "1,000 blocks": _tensors(_replaced("layer.999.norm1.weight", [16])),
