@@ -167,9 +167,24 @@ def compiled(folder: Path = RECORDS) -> str:
     return table(head + [f"{what}, {v}" for v in logs for what in ("registers", "KiB")], rows)
 
 
+def executed(folder: Path = RECORDS) -> str:
+    """What ptx_counts.py counted of a head, and the rate that it bounds."""
+    names = ("issue", "tensor cores", "shared memory", "L2")
+    rows = [
+        [str(row["tokens"]), row["tile"], row["tables"]]
+        + [str(row[key] >> 10) for key in ("bytes", "bytes_of_tables")]
+        + [str(row["clocks"][name]) for name in names]
+        + [str(row["bound"])]
+        for row in json.loads((folder / "executed.json").read_text(encoding="utf-8"))["attention"]
+    ]
+    head = ["tokens", "tile", "tables", "KiB read", "of tables", "clocks: issue", *names[1:], "bound, useful TFLOP/s"]
+    return table(head, rows)
+
+
 def filled(text: str, folder: Path = RECORDS) -> str:
-    """The README with its two tables made anew."""
-    for name, content in (("measurements", measurements(folder)), ("compiled", compiled(folder))):
+    """The README with its tables made anew."""
+    tables = (("measurements", measurements(folder)), ("compiled", compiled(folder)), ("executed", executed(folder)))
+    for name, content in tables:
         between = re.compile(rf"(?<=<!-- {name} -->\n).*(?=<!-- /{name} -->)", re.DOTALL)
         if not between.search(text):
             raise ValueError(f"the README has no place for {name}")

@@ -63,9 +63,25 @@ def test_what_the_compiler_said_is_of_the_shipped_configurations(scripts: Any) -
         matches = render.COMPILED.finditer(path.read_text(encoding="utf-8"))
         found = {m.group("kernel", "width", "dtype", "chip", "tile", "warps", "stages") for m in matches}
         found = {(*key[:2], 4 if key[2] == "float32" else 2, *key[3:]) for key in found}
-        assert {key for key in found if key[0] not in ("rotate", "delta")} == expected, (
+        assert {key for key in found if key[0] in {kind for kind, *_ in expected}} == expected, (
             f"run python tests/support/compile_kernels.py > {path.relative_to(ROOT)} with that version of Triton"
         )
+
+
+def test_what_was_executed_is_what_is_shipped(scripts: Any) -> None:
+    """The counted tiles are those of the table, and 256 pixels are no longer bound by what the kernel reads."""
+    configs = pytest.importorskip("dinov3_infer_kernels.gpu").configs
+    rows = json.loads((scripts("render").RECORDS / "executed.json").read_text(encoding="utf-8"))["attention"]
+    bounds = {(row["tokens"], row["tile"], row["tables"]): row["bound"] for row in rows}
+    for tokens in (201, 261, 1029):
+        shipped = next(c for limit, c in configs.TABLE["forward", 64, 2]["sm90"] if tokens <= limit)
+        whole = [c for limit, c in configs.SHORT["sm90"] if tokens <= limit]
+        tiles = {f"{shipped.block_m}x{shipped.block_n}", *(["one program a head"] if whole else [])}
+        assert {tile for count, tile, _ in bounds if count == tokens} == tiles, (
+            "run python tests/support/ptx_counts.py --save"
+        )
+    assert min(bound for (tokens, _, tables), bound in bounds.items() if tokens == 261 and tables == "float16") >= 260
+    assert all(row["error"][0] <= 2 * row["error"][1] for row in rows)
 
 
 def test_tables_of_a_record(scripts: Any, tmp_path: Path) -> None:

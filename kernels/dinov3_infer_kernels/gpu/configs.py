@@ -115,12 +115,7 @@ TABLE: dict[tuple[str, int, int], dict[str, tuple[tuple[int, Config], ...]]] = {
 # Chip -> rows of tokens and configuration of one program a head, forward: 16-bit tokens, heads of 64 channels.
 # Smaller chips, among them those of other vendors, lack the shared memory.
 SHORT: dict[str, tuple[tuple[int, Config], ...]] = {
-    "sm80": (
-        (224, Config(64, 224, 4, 1, whole=True)),
-        (256, Config(32, 256, 4, 1, whole=True)),
-        (272, Config(64, 272, 4, 1, whole=True)),
-        (288, Config(32, 288, 4, 1, whole=True)),
-    ),
+    "sm80": ((224, Config(64, 224, 4, 1, whole=True)), (288, Config(32, 288, 4, 1, whole=True))),
     "sm90": ((272, Config(64, 272, 4, 1, whole=True)), (288, Config(64, 288, 8, 1, whole=True))),
     "sm100": ((288, Config(64, 288, 4, 1, whole=True)),),
 }
