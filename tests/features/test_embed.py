@@ -121,11 +121,11 @@ def test_nothing_is_left_of_a_run_that_fails(bb: Backbone, tmp_path: Path, monke
         bb.embed([BROKEN], tmp_path / "x.npy")
     assert os.listdir(tmp_path) == []
 
-    def full(stream: Any, array: Any, **_: Any) -> None:
+    def full(stream: Any, header: Any) -> None:
         stream.write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(formats.np, "save", full)
+    monkeypatch.setattr(formats.np.lib.format, "write_array_header_1_0", full)
     with pytest.raises(OSError, match="no space left"):
         bb.embed(PICTURES, tmp_path / "x.npy", size=64)
     assert os.listdir(tmp_path) == []

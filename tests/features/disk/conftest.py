@@ -31,7 +31,7 @@ def album(tmp_path: Path) -> Path:
 @pytest.fixture
 def stops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Ends the next call of `embed` at a pass, with an exception of one's own."""
-    features = Extractor.features
+    launched = Extractor.launched
 
     def arm(at: int, error: type[BaseException] = KeyboardInterrupt) -> None:
         calls = []
@@ -39,10 +39,10 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         def stopping(self: Extractor, batches: list[Any], *args: Any, **more: Any) -> Any:
             calls.append(0)
             if len(calls) == at:
-                monkeypatch.setattr(Extractor, "features", features)
+                monkeypatch.setattr(Extractor, "launched", launched)
                 raise error
-            return features(self, batches, *args, **more)
+            return launched(self, batches, *args, **more)
 
-        monkeypatch.setattr(Extractor, "features", stopping)
+        monkeypatch.setattr(Extractor, "launched", stopping)
 
     return arm  # type: ignore[return-value]
