@@ -181,7 +181,7 @@ def compare_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]
     import torch
 
     end, longest = time.monotonic() + args.deadline, 0.0
-    record["cells"] = [cell for cell in record["cells"] if cell["whole"]]
+    record["cells"] = [cell for cell in record["cells"] if cell.get("whole", True)]
     whole = record["cells"]
     done = [cell["cell"] for cell in whole]
     for what, build in _plans(args, settings):
