@@ -121,7 +121,8 @@ def dedup(
         found.append(
             dict(
                 threshold=threshold, recall=float(np.mean(hit)), recall_by_way=by_way, dropped=len(dropped),
-                of_the_set_itself=sum(a < count for a in dropped), precision=1 - len(wrong) / max(1, len(looked)), looked_at=len(looked),
+                of_the_set_itself=sum(a < count for a in dropped),
+                precision=1 - len(wrong) / max(1, len(looked)), looked_at=len(looked),
                 wrong=[[a, int(group[a])] for a in wrong[:50]],
             )
         )  # fmt: skip
