@@ -213,7 +213,7 @@ def _search(found: argparse.ArgumentParser) -> None:
 def _dedup(found: argparse.ArgumentParser) -> None:
     _vectors(found)
     _out(found, "list of the pictures that stay; the others go to stdout, each with the one that stays", "LIST.txt")
-    found.add_argument("--threshold", type=float, metavar="COSINE", help="above it they are alike (0.75; --plain 0.97)")
+    found.add_argument("--threshold", type=float, metavar="COSINE", help="above it they are alike (0.75; --plain 0.98)")
     found.add_argument("--plain", action="store_true", help="cosine of the vectors as they are, not whitened")
     found.add_argument("--against", metavar="VECTORS", help="of a test set: what is like it does not stay either")
     found.add_argument("--against-threshold", type=float, metavar="COSINE", help="for that (the same)")

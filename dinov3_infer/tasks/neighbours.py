@@ -19,7 +19,7 @@ from ..features.vectors import Array
 __all__ = ["THRESHOLDS", "Duplicates", "duplicates", "search"]
 
 # Cosines above which pictures are copies: whitened, and as they are (tests/benchmarks/records/curation.json).
-THRESHOLDS = {True: 0.75, False: 0.97}
+THRESHOLDS = {True: 0.75, False: 0.98}
 TILE = 4096  # rows that are compared with a block at a time
 
 
