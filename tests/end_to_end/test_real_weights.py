@@ -185,3 +185,21 @@ def test_a_point_is_found_again_in_a_crop(hub, photographs) -> None:
     median = float(np.median(distances))
     print(f"median distance {median:.2f} patches over {len(distances)} points")
     assert median < 3  # a patch chosen blindly is some 14 away; wide areas of one texture keep it from being 0
+
+
+@pytest.mark.parametrize("mode", ["fast", "int8"])
+def test_fewer_bits_keep_their_promise(
+    files: tuple[Path, Path], photographs: dict[str, Image.Image], mode: str
+) -> None:
+    """On photographs that no range was found with, each alone, from the default size to twice that."""
+    quick = Backbone.from_pretrained(files[0], device="cpu", mode=mode)  # type: ignore[arg-type]
+    quick.extract_features(photographs["chelsea"], size=224)
+    if f"mode {mode}" not in quick.extractor.arithmetic:
+        pytest.skip(f"this machine has no products for {mode}")
+    least = {"fast": (0.9999, 0.999), "int8": (0.99, 0.98)}[mode]
+    for side in (224, 336, 448):
+        found = [quick.check_precision(picture, size=side) for picture in photographs.values()]
+        cls = [one.cls_mean for one in found]
+        patches = [one.patch_percentile for one in found]
+        print(mode, side, min(cls), min(patches), min(one.patch_worst for one in found))  # noqa: T201
+        assert sum(cls) / len(cls) >= least[0] and min(patches) >= least[1]

@@ -119,6 +119,12 @@ def _encoded(side: int, mode: str, form: str, **options: Any) -> Make:
     return make
 
 
+def _closed() -> io.BytesIO:
+    stream = io.BytesIO(b"\x89PNG")
+    stream.close()
+    return stream
+
+
 PICTURES: dict[str, Make] = PLACES | {
     "an empty path": lambda _: "",
     "an endless stream": lambda _: open("/dev/zero", "rb"),  # noqa: SIM115
@@ -139,6 +145,7 @@ PICTURES: dict[str, Make] = PLACES | {
     "a tensor of integers": lambda _: torch.ones(3, 4, 5, dtype=torch.int64),
     "a mode without a way to RGB": lambda _: Image.new("La", (5, 4)),
     "a pipe at its end": lambda _: open(os.devnull, "rb"),  # noqa: SIM115
+    "a closed stream": lambda _: _closed(),
     "a picture of nothing": lambda _: Image.new("RGB", (0, 5)),
     "a picture of a mode that is no RGB": lambda _: Image.new("La", (4, 5)),
     "a picture that was closed": lambda _: _closed_picture(),
