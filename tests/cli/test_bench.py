@@ -127,7 +127,7 @@ def test_what_cannot_be_measured(tmp_path: Path) -> None:
     refused(1, "not a multiple of the patch size 16", "bench", "nano", "--size", "33")
     refused(1, "a checkout with a hubconf.py", "bench", "nano", "--size", "32", "--reference", tmp_path)
     refused(1, r"should end in \.json", "bench", "nano", "--json", tmp_path / "x.txt")
-    refused(2, "invalid choice", "bench", "nano", "--dtype", "int4")
+    refused(2, "did you mean 'int8'", "bench", "nano", "--dtype", "int4")
 
 
 def test_ratios_are_of_each_round() -> None:
