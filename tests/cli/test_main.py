@@ -22,7 +22,19 @@ from dinov3_infer.cli.main import printable, say
 from dinov3_infer.cli.parser import parse
 from dinov3_infer.zoo import MODELS
 
-COMMANDS = ("embed", "features", "show", "explore", "models", "convert", "doctor", "verify", "export", "bench")
+COMMANDS = (
+    "embed",
+    "features",
+    "classify",
+    "show",
+    "explore",
+    "models",
+    "convert",
+    "doctor",
+    "verify",
+    "export",
+    "bench",
+)
 KINDS = ("pca", "attention", "similarity")
 ON_VECTORS = ("search", "dedup", "curate")
 
