@@ -136,7 +136,10 @@ def _of_nobody(config: Config, row: ModelInfo | None) -> str:
     """From where a geometry is that neither a file nor a name states."""
     if row is not None:
         return f"the default of models of this shape, {row.name}"
-    return f"the default for {'a model without learned positions' if config.position_grid is None else 'a table of positions, at its own size'}"
+    grid = (
+        "a model without learned positions" if config.position_grid is None else "a table of positions, at its own size"
+    )
+    return f"the default for {grid}"
 
 
 def _is_side(size: Any, config: Config) -> bool:
