@@ -41,7 +41,7 @@ MEASURED = (
 )
 # part -> its share of the time; seconds if all of them have 25 minutes
 PARTS = dict(tests=280, weights=40, tune=240, op=280, mixed=50, backward=130, model=360, training=120)
-SHORT = dict(ceilings=15, smoke=50, eager=170, op=90, tune=70, compiled=150)
+SHORT = dict(ceilings=25, smoke=50, eager=165, op=85, tune=70, compiled=150)
 ALL = tuple(dict.fromkeys((*PARTS, *SHORT)))
 SMOKE = "plan or one_size or graph"  # tests of a short run
 
