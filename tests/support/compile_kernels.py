@@ -17,6 +17,8 @@ import torch
 import triton
 from kernel_cases import CHIPS, PRODUCTS, Case, built, cases
 
+SPILLS = {("key_value", "sm100", "3.6"): 8}  # bytes: of a kernel of training, which 3.9 compiles without
+
 
 def compiled(case: Case) -> tuple[str, list[str]]:
     """A line of the table, and what is wrong."""
@@ -38,7 +40,8 @@ def compiled(case: Case) -> tuple[str, list[str]]:
         f"{c.stages} stages: {registers:3} registers {shared >> 10:3} KiB "
         + " ".join(f"{v} {k}" for k, v in tensor.items() if v)
     )
-    wrong = [f"{spilled} bytes spilled"] if spilled else []
+    accepted = SPILLS.get((case.kind, case.chip, triton.__version__[:3]), 0)
+    wrong = [f"{spilled} bytes spilled"] if spilled > accepted else []
     wrong += [f"{shared} bytes of shared memory, {limit} is the limit"] if shared > limit else []
     wrong += [f"ptxas warns: {warning}" for warning in re.findall(r"\(C75\d\d\)", report)]
     products = case.kind in PRODUCTS and case.dtype != torch.float32
