@@ -513,7 +513,8 @@ class Backbone(Network):
     def _is(self, found: Description) -> None:
         """Takes over what was found out about the weights that were just loaded."""
         self.info, self.preprocess, self.origin = found.info, found.preprocess, found.origin
-        if self.info is None and (proven := row_of_fingerprint(self.config, self.fingerprint)) is not None:
+        whole = not self.main_weight.is_meta
+        if self.info is None and whole and (proven := row_of_fingerprint(self.config, self.fingerprint)) is not None:
             self.info = proven
             self.origin |= {
                 "name": f"{proven.name}, from the fingerprint",

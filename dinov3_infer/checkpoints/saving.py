@@ -21,7 +21,7 @@ from ..model.vit import ViTConfig
 from ..system import whole
 from ..zoo import OWN, Config, ModelInfo
 from . import layouts
-from .architecture import reading_differs, rows_like
+from .architecture import reading_differs, rows_like, same_architecture
 from .config_json import hf_config, hf_processor_config, is_default, not_held, timm_config
 from .layouts import Layout, LayoutName, Parts, layout_for
 from .reading import INDEX, METADATA, WEIGHTS, read_index
@@ -116,6 +116,8 @@ def save_checkpoint(
     """
     target = Path(target).expanduser()
     table = layout_for(model.config, layout)
+    if info is not None and not same_architecture(info.config, model.config):  # blocks were taken out, or added
+        info = None
     if layout == "meta" and target.suffix not in (".pth", ".safetensors"):
         raise InputError(f"Meta's layout is one file; '{target}' should end in .pth or .safetensors")
     if target.is_dir() if layout == "meta" else target.is_file():
@@ -183,6 +185,18 @@ def _complete(tensors: dict[str, Tensor], config: ViTConfig, table: Layout, info
     return made
 
 
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes its metadata in another order each time, and equal models should be equal files."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
 def _our_block(model: Network, info: ModelInfo | None, preprocess: Preprocess) -> dict[str, Any]:
     """What the configs of others have no field for."""
     block: dict[str, Any] = {"name": info.name if info else None}
@@ -221,3 +235,4 @@ def _write_tensors(target: Path, tensors: Mapping[str, Tensor], facts: Mapping[s
         else:  # which refuses tensors that share memory, as the parts of a split do
             own = {n: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for n, t in tensors.items()}
             save_file(own, path, metadata={"format": "pt", METADATA: json.dumps(facts)})
+            _sort_metadata(path)

@@ -227,13 +227,9 @@ def test_other_models(tmp_path: Path) -> None:
 
 
 def test_unsupported_architectures(tmp_path: Path) -> None:
-    """Four channels, oblong patches, an oblong position table."""
-    for change, says in (
-        ({"patch_embed.proj.weight": torch.ones(64, 4, 16, 16)}, "only RGB"),
-        ({"patch_embed.proj.weight": torch.ones(64, 3, 16, 8)}, "square patches"),
-    ):
-        with pytest.raises(UnsupportedError, match=says):
-            in_memory(state() | change)
+    """Oblong patches, an oblong position table."""
+    with pytest.raises(UnsupportedError, match="square patches"):
+        in_memory(state() | {"patch_embed.proj.weight": torch.ones(64, 3, 16, 8)})
     config = SOURCES["dinov2"]
     changed = meta_named(hf_model(config).state_dict(), config) | {"pos_embed": torch.ones(1, 1 + 20, 64)}
     with pytest.raises(UnsupportedError, match="not a square grid"):

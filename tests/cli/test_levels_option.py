@@ -64,7 +64,8 @@ def test_features_show_and_search(scans: Path, tmp_path: Path, capsys: Any) -> N
     capsys.readouterr()
     sheet = str(tmp_path / "sheet.png")
     assert main(["embed", "search", str(scans / "1.tif"), str(tmp_path / "v.npy"), "-k", "1", "-o", sheet]) == 0
-    assert capsys.readouterr().out.split()[1].endswith("1.tif") and Path(sheet).exists()
+    found = capsys.readouterr().out.split()[1]  # not the query itself
+    assert found.endswith(".tif") and not found.endswith("1.tif") and Path(sheet).exists()
 
 
 def test_training_reads_by_levels(scans: Path) -> None:

@@ -27,6 +27,7 @@ LACKING = {"rotation + cuDNN", "rotation + efficient", "packed, rotation + varle
 def scripts() -> Iterator[Any]:
     """Imports a script by name; they are no package."""
     sys.path.insert(0, str(SCRIPTS))
+    sys.modules.pop("run", None)  # of other benchmarks
     try:
         yield importlib.import_module
     finally:

@@ -112,7 +112,7 @@ def test_float16_tables(packed: bool, dtype: torch.dtype, width: int) -> None:
     [(torch.float16, torch.float16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)],
     ids=["fp16", "bf16", "bf16_tables_fp16"],
 )
-@pytest.mark.parametrize("tokens", [129, 201, 255, 256, 288])
+@pytest.mark.parametrize("tokens", [129, 201, 255, 256, 272])
 def test_one_program_a_head(tokens: int, dtype: torch.dtype, table_dtype: torch.dtype) -> None:
     """Every way to split the keys, strided input, another scale; result and sums of weights."""
     table, factor = angles(tokens, 64, PREFIX), 0.2

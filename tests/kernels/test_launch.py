@@ -80,8 +80,8 @@ def test_tokens_far_apart_are_right() -> None:
     [
         ("sm90", 261, 132, 64, torch.bfloat16, True),
         ("sm90", 261, 131, 64, torch.bfloat16, False),  # too few programs to fill the chip
-        ("sm90", 288, 132, 64, torch.float16, True),
-        ("sm90", 289, 132, 64, torch.float16, False),
+        ("sm90", 272, 132, 64, torch.float16, True),
+        ("sm90", 273, 132, 64, torch.float16, False),
         ("sm90", 128, 132, 64, torch.float16, False),
         ("sm90", 261, 132, 128, torch.bfloat16, False),
         ("sm90", 261, 132, 64, torch.float32, False),

@@ -206,6 +206,7 @@ def test_the_threshold_views_and_holding(pages: Any) -> None:
     assert page.is_visible("#legend") and page.inner_text("#high") == "high"
     page.click("input[value=similarity]")
     page.locator(".view").nth(1).click(position={"x": 10, "y": 10})
+    page.wait_for_timeout(150)
     held = page.inner_text("#status")
     assert held.startswith("b.jpg, row 1 of") and held.endswith("; held")
     hover(page, 0, 0.2, 0.2)

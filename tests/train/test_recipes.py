@@ -24,7 +24,7 @@ LINE = re.compile(r"^\s*# differs: ([\w. ]+): source (.+?); ours (.+?); (.+)$", 
 MACHINE = {
     "data", "out", "teacher", "accumulate", "seed", "device", "precision", "workers", "recompute", "compile", "engine",
     "log_steps", "checkpoint_steps", "keep_checkpoints", "health_steps", "health_data", "health_pictures",
-    "stop_on_collapse",
+    "stop_on_collapse", "levels",
 }  # fmt: skip  # no part of a recipe
 OF_LORA, OF_LAST, OF_SIZES = {"lora_rank"}, {"tune_blocks"}, {"global_px", "local_px", "gram_px"}
 by_name = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)

@@ -314,7 +314,7 @@ def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
     finally:
         sys.path.pop(0)
     weights = Backbone.from_config("nano", seed=0).save_pretrained(tmp_path / "nano")
-    paths = write_album(tmp_path / "album", 60, share_broken=1 / 3)
+    paths = write_album(tmp_path / "album", 150, share_broken=1 / 3)
     record = embed_kill.experiment(
         weights,
         tmp_path / "album",
@@ -334,4 +334,4 @@ def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
         others=3,
     )
     assert record["equal"] and record["every_input_once"] and not record["left_behind"]
-    assert record["failed"] == 20 and min(record["new_shards_before_each_kill"]) >= 1
+    assert record["failed"] == 50 and min(record["new_shards_before_each_kill"]) >= 1
