@@ -248,10 +248,10 @@ def kind_of(head: bytes, size: int, shown: str) -> str:
     """safetensors, zip or pickle, by the first 64 bytes.  Raises: CheckpointError for anything else."""
     if head.startswith(b"PK\x03\x04"):
         return "zip"
+    if len(head) > 9 and head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= size - 8:
+        return "safetensors"  # before pickles: a header of 640 bytes begins like one
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return "pickle"
-    if len(head) > 9 and head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= size - 8:
-        return "safetensors"
     text = head.decode("ascii", "replace").strip()
     others = (
         (size == 0, "it is empty"),

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dinov3_infer import Backbone, CheckpointError, Dinov3Error, ModelNotFoundError
+from dinov3_infer.checkpoints.reading import kind_of
 from dinov3_infer.errors import MissingFileError, UnsupportedError
 
 CONFIG = SOURCES["dinov3"]
@@ -356,3 +357,15 @@ def test_wrapped_file_is_strict_too() -> None:
     tensors = wrapped(state(), "teacher.backbone.")
     with pytest.raises(CheckpointError, match=r"1 left over: blocks\.0\.extra"):
         in_memory(tensors | {"teacher.backbone.blocks.0.extra": torch.ones(3)})
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_header_whose_length_looks_like_a_pickle(protocol: int, tmp_path: Path) -> None:
+    """The first two bytes of a safetensors file with a header of 640 bytes are those of a pickle."""
+    length, state_dict = 0x80 + 256 * protocol, {"x": torch.ones(2)}
+    for filling in range(length):
+        save_file(state_dict, tmp_path / "a.safetensors", {"filling": " " * filling})
+        if (tmp_path / "a.safetensors").read_bytes()[:2] == bytes((0x80, protocol)):
+            break
+    content = (tmp_path / "a.safetensors").read_bytes()
+    assert content[0] == 0x80 and kind_of(content[:64], len(content), "a") == "safetensors"
