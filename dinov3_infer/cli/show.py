@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageSequence
@@ -72,8 +73,9 @@ def _decoded(source: str) -> list[Image.Image]:
     except ImportError:
         raise UnsupportedError(f"'{source}' is a video, which needs PyAV; pip install 'dinov3-infer[video]'") from None
     try:
-        with av.open(source) as video:
-            frames = [frame.to_image() for frame in video.decode(video=0)]  # type: ignore[no-untyped-call]
+        stream: Any = av.open(source)
+        with stream as video:
+            frames: list[Image.Image] = [frame.to_image() for frame in video.decode(video=0)]
     except (av.FFmpegError, IndexError):
         frames = []
     if not frames:
