@@ -337,4 +337,4 @@ def test_real_weights(mode: str, tmp_path: Any, caplog: pytest.LogCaptureFixture
     print(mode, found)
     cls, patches = {"exact": (1 - 1e-6, 1 - 1e-6), "fast": (0.999, 0.998), "int8": (0.99, 0.98)}[mode]
     assert found.cls_mean >= cls and found.patch_percentile >= patches
-    assert planned(bb) is not None and not caplog.records  # nothing gave way
+    assert planned(bb) is not None and "gives way" not in caplog.text

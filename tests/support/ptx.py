@@ -180,6 +180,13 @@ class Run(Warps):
             wide, narrow, bits = {"s32": (np.int64, np.int32, U32), "u32": (U64, U32, U32)}[parts[-1]]
             a, b = (self.get(x, bits).view(narrow).astype(wide) for x in o[1:])
             self.set(o[0], (a * b).view(U64), mask)
+        elif "hi" in parts:
+            a, b = (self._typed(parts, x) for x in o[1:])
+            if a.dtype.itemsize > 4:
+                raise NotImplementedError(".".join(parts))
+            wide = np.int64 if a.dtype.kind == "i" else U64
+            product = (a.astype(wide) * b.astype(wide)) >> wide(8 * a.dtype.itemsize)
+            self.set(o[0], product.astype(a.dtype).view(UNSIGNED[a.dtype.itemsize]), mask)
         else:
             self._binary(parts, o, mask, np.multiply)
 
