@@ -23,6 +23,7 @@ __all__ = [
     "get_last_selfattention",
     "gradient_checkpointing_disable",
     "gradient_checkpointing_enable",
+    "paired",
     "set_grad_checkpointing",
 ]
 
@@ -40,12 +41,7 @@ def forward_features(
     Source: dinov3/models/vision_transformer.py:203-259 at 6876159.
     """
     if not isinstance(x, Tensor):
-        each: Sequence[Any] = [None] * len(x) if masks is None else list(masks)
-        if len(each) != len(x):
-            raise InputError(
-                f"forward_features got {len(x)} crops and {len(each)} masks; give one mask or None for each"
-            )
-        return [forward_features(model, crop, mask) for crop, mask in zip(x, each, strict=True)]  # type: ignore[misc]
+        return [forward_features(model, crop, mask) for crop, mask in paired(x, masks)]  # type: ignore[misc]
     if masks is not None and not isinstance(masks, Tensor):
         raise InputError("forward_features got a list of masks for a single tensor; give one mask [B, P]")
     stream, _ = model.run_blocks(x, masks)
@@ -58,6 +54,16 @@ def forward_features(
         "x_prenorm": stream,
         "masks": masks,
     }
+
+
+def paired(crops: Sequence[Tensor], masks: Any) -> list[tuple[Tensor, Any]]:
+    """Each crop with its mask, or None.  Raises InputError for another number of masks."""
+    each: Sequence[Any] = [None] * len(crops) if masks is None else list(masks)
+    if len(each) != len(crops):
+        raise InputError(
+            f"forward_features got {len(crops)} crops and {len(each)} masks; give one mask or None for each"
+        )
+    return list(zip(crops, each, strict=True))
 
 
 def get_intermediate_layers(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .convnext import ConvNeXt
+from .dropin import paired
 from .network import resolve_layers
 
 __all__ = ["forward_features", "forward_intermediates", "get_intermediate_layers"]
@@ -26,12 +27,7 @@ def forward_features(
     Source: dinov3/models/convnext.py at 6876159.
     """
     if not isinstance(x, Tensor):
-        each: Sequence[Any] = [None] * len(x) if masks is None else list(masks)
-        if len(each) != len(x):
-            raise InputError(
-                f"forward_features got {len(x)} crops and {len(each)} masks; give one mask or None for each"
-            )
-        return [forward_features(model, crop, mask) for crop, mask in zip(x, each, strict=True)]  # type: ignore[misc]
+        return [forward_features(model, crop, mask) for crop, mask in paired(x, masks)]  # type: ignore[misc]
     last = model.run_stages(x)[-1]
     cls_token, registers, patches = model.tokens(last, norm=True)
     return {
