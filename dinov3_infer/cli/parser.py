@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from ..typos import Parser as _Parser, meant
 from ..version import __version__
+from .head_options import HEADS
 from .values import (
     count as _count,
     numbers as _numbers,
@@ -68,7 +69,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _curate(command("embed curate", "a list that is balanced over what there is, or like seed pictures"))
     _features(command("features", "dense feature maps, one file per picture", (_sources(), _model(), _batches(32))))
     _classify(command("classify", "the likeliest classes of ImageNet for each picture", (_sources(),)))
-    _show(command("show", "a picture of what the features hold"))
+    _show(command("show", "an image of what the features hold: components, attention, depth, classes"))
     _explore(command("explore", "a page that shows which patches of images are similar", (_sources(), _model())))
     _models(command("models", "the models that can be named"))
     _convert(command("convert", "weights in the layout of another library"))
@@ -264,13 +265,13 @@ def _classify(found: argparse.ArgumentParser) -> None:
 def _show(found: argparse.ArgumentParser) -> None:
     kinds = found.add_subparsers(dest="kind", metavar="KIND", required=True)
 
-    def kind(name: str, text: str) -> argparse.ArgumentParser:
-        one = kinds.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[_sources(), _model(), _talk()],
-            allow_abbrev=False,
-        )  # fmt: skip
-        _out(one, "picture to write: .png, .jpg or .webp", "OUT.png")
-        _geometry(one, dense=True)
+    def kind(name: str, text: str, with_model: bool = True) -> argparse.ArgumentParser:
+        parents = [_sources(), *([_model()] if with_model else []), _talk()]
+        described = f"{text[0].upper()}{text[1:]}."
+        one = kinds.add_parser(name, help=text, description=described, parents=parents, allow_abbrev=False)
+        _out(one, "image to write: .png, .jpg or .webp", "OUT.png")
+        if with_model:
+            _geometry(one, dense=True)
         return one
 
     pca = kind("pca", "patches coloured by three principal components, the same for all pictures")
@@ -281,6 +282,8 @@ def _show(found: argparse.ArgumentParser) -> None:
     attention.add_argument("--heads", action="store_true", help="every head by itself, not their mean")
     similarity = kind("similarity", "how alike all patches are to the one at a point of the first picture")
     similarity.add_argument("--point", type=_point, required=True, metavar="X,Y", help="pixel of the first picture")
+    for name, text, add_options in HEADS:  # which bring their own model
+        add_options(kind(name, text, with_model=False))
 
 
 def _explore(found: argparse.ArgumentParser) -> None:

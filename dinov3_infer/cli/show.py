@@ -1,4 +1,4 @@
-"""`dinov3-infer show`: what the features hold, beside the photographs, as one picture."""
+"""`dinov3-infer show`: what the features hold, or what a released head makes of them, beside the photographs."""
 
 import argparse
 import os
@@ -14,7 +14,10 @@ from ..features.result import Features
 from ..images.decode import ImageLike, load_image
 from ..images.levels import as_levels
 from ..images.opening import find_images
+from ..released.attach import load_head
+from ..released.catalogue import HEADS, find_head, variant_of
 from ..system import whole
+from ..tasks.legend import depth_picture, segments_picture
 from ..tasks.overlay import attention_picture, overlay, panel, sheet
 from ..tasks.pca import foreground, pca_picture, pca_rgb
 from ..tasks.similarity import region_vector, similarity_map
@@ -35,7 +38,10 @@ def run(args: argparse.Namespace) -> int:
     paths: list[ImageLike] = [*frames] if frames else _images(args.sources)
     if args.levels is not None:  # so that what is shown is what the model sees
         paths = [load_image(path, levels=as_levels(args.levels)) for path in paths]
-    rows = _KINDS[args.kind](load_backbone(args), paths, args)
+    if args.kind in _OF_HEADS:
+        rows = _OF_HEADS[args.kind](paths, args)
+    else:
+        rows = _KINDS[args.kind](load_backbone(args), paths, args)
     with whole(out) as path:
         if moving:
             rows[0].save(path, save_all=True, append_images=rows[1:], duration=_MILLISECONDS, loop=0)
@@ -121,6 +127,26 @@ def _similarity(bb: Backbone, paths: list[ImageLike], args: argparse.Namespace) 
     ]
 
 
+def _head(args: argparse.Namespace, kind: str, variant: Any = None) -> Any:
+    """Raises InputError for a head of another kind."""
+    if (found := find_head(args.head).kind) != kind:
+        names = " or ".join(sorted({f"'{row.name}'" for row in HEADS if row.kind == kind})[:2])
+        raise InputError(f"{args.head} is of another kind, {found}; give one for {kind}, such as {names}")
+    return load_head(args.head, weights=args.weights, variant=variant, device=args.device)
+
+
+def _depth(paths: list[ImageLike], args: argparse.Namespace) -> list[Image.Image]:
+    head = _head(args, "depth", variant_of(args.head, args.dataset, args.layers))
+    maps = [found.depth for path in paths for found in head.predict([path], args.size)]
+    limits = min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)  # one scale, so that they compare
+    return [depth_picture(path, one, limits) for path, one in zip(paths, maps, strict=True)]
+
+
+def _segments(paths: list[ImageLike], args: argparse.Namespace) -> list[Image.Image]:
+    head = _head(args, "segments")
+    return [segments_picture(path, found) for path in paths for found in head.predict([path], args.size)]
+
+
 def _pair(path: ImageLike, shown: Image.Image) -> Image.Image:
     return sheet([panel(path), shown], columns=2)
 
@@ -147,4 +173,8 @@ _KINDS: dict[str, Callable[[Backbone, list[ImageLike], argparse.Namespace], list
     "pca": _pca,
     "attention": _attention,
     "similarity": _similarity,
+}
+_OF_HEADS: dict[str, Callable[[list[ImageLike], argparse.Namespace], list[Image.Image]]] = {
+    "depth": _depth,
+    "segments": _segments,
 }

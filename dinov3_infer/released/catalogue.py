@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
-from ..errors import InputError, ModelNotFoundError
+from ..errors import InputError, ModelNotFoundError, UnsupportedError
 from ..images.preprocess import Preprocess
 from ..zoo import MODELS
 
-__all__ = ["HEADS", "HeadInfo", "find_head", "transform_for"]
+__all__ = ["HEADS", "HeadInfo", "find_head", "transform_for", "variant_of"]
 
-Kind = Literal["classifier", "depth"]
+Kind = Literal["classifier", "depth", "segments"]
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,37 @@ def _depths() -> list[HeadInfo]:
     return rows
 
 
-HEADS: tuple[HeadInfo, ...] = (*_classifiers(), *_depths())
+def _segments() -> list[HeadInfo]:
+    """Meta has no entries for these; the names are those of the files, without "_head"."""
+    rows = []
+    for size, dataset, (ending, layers) in product(_WIDTHS, ("ade20k", "voc2012"), (("linear", 1), ("ms", 4))):
+        backbone = f"dinov2_vit{size}14"
+        name = f"{backbone}_{dataset}_{ending}"
+        options = dict(classes=dataset, layers=layers, transform=_OWN_SIZE)
+        rows.append(
+            HeadInfo(name, "segments", backbone, _APACHE, f"{name}_head.pth", f"dinov2/{backbone}", options=options)
+        )
+    return rows
+
+
+HEADS: tuple[HeadInfo, ...] = (*_classifiers(), *_depths(), *_segments())
+
+
+_LEFT_OUT = {
+    "dinov3_vit7b16_de": "a detector for the 7B backbone alone, which no installable library can confirm",
+    "dinov3_vit7b16_ms": "an adapter and Mask2Former of 927 million parameters for the 7B backbone alone",
+    "dinov2_vitg14_ade20k_m2f": "a whole model of mmsegmentation 0.x, with another backbone inside",
+}
 
 
 def find_head(name: str, variant: Any = None) -> HeadInfo:
     """The row of a head; of several under one name that of `variant`, else the first.
 
-    Raises: ModelNotFoundError with the closest names, InputError for a variant that was not released.
+    Raises: ModelNotFoundError with the closest names, InputError for a variant that was not released,
+    UnsupportedError for a released head that is left out.
     """
+    if (reason := _LEFT_OUT.get(str(name))) is not None:
+        raise UnsupportedError(f"{name} is not here: {reason}; train a head of dinov3_infer.tasks on a backbone")
     rows = [row for row in HEADS if row.name == name]
     if not rows:
         close = difflib.get_close_matches(str(name).lower(), sorted({row.name for row in HEADS}), n=3, cutoff=0.5)
@@ -156,6 +179,18 @@ def find_head(name: str, variant: Any = None) -> HeadInfo:
         known = " or ".join(repr(row.variant) for row in rows if row.variant is not None) or "one kind only"
         raise InputError(f"{name} was released for {known}, not for {variant!r}")
     return found
+
+
+def variant_of(name: str, dataset: str | None = None, layers: int | None = None) -> Any:
+    """What `find_head` takes for a data set ("NYU", "KITTI") and a number of layers, where one or both are asked for.
+
+    Raises: ModelNotFoundError.
+    """
+    usual = find_head(name).variant
+    if isinstance(usual, tuple):
+        return (dataset or usual[0], layers or usual[1])
+    given = [one for one in (dataset, layers) if one is not None]
+    return usual if not given else given[0] if len(given) == 1 else tuple(given)
 
 
 def transform_for(info: HeadInfo) -> Preprocess:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from ..system import whole
 from ..zoo import MODELS
 from .catalogue import HeadInfo, transform_for
 
-__all__ = ["Released", "refuse_other_backbone"]
+__all__ = ["Released", "refuse_other_backbone", "shape_of", "to_whole_patches"]
 
 _WRAPPERS = re.compile(r"^(?:(?:state_dict|module|model)\.)+")
 _OF_TRAINING = (r"(?:optimizer|scheduler|meta)\..*", "")
@@ -154,3 +155,13 @@ def refuse_other_backbone(info: HeadInfo, backbone: Backbone) -> None:
 def shape_of(checkpoint: Checkpoint, names: Mapping[str, str], ours: str) -> Sequence[int] | None:
     """Of one of our tensors in a file, None where it is not there."""
     return checkpoint.tensors.shapes.get(names.get(ours, ""))
+
+
+def to_whole_patches(pixels: Tensor, patch: int) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """[B, 3, H_px, W_px] with zeros around up to whole patches, and how many: (left, right, top, bottom).
+
+    Half of them are on either side, as the owners have it.
+    """
+    down, across = (-side % patch for side in pixels.shape[2:])
+    padding = (across // 2, across - across // 2, down // 2, down - down // 2)
+    return F.pad(pixels, padding), padding
