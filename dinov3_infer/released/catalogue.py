@@ -30,7 +30,8 @@ class HeadInfo:
     file: str  # the owner's
     folder: str | None = None  # of the owner's server, where the file is open to everyone
     variant: Any = None  # where one name has several: number of layers, or data set
-    options: dict[str, Any] = field(default_factory=dict, hash=False)  # what its module is built with
+    # what its module is built with, and as what transformers has it
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def link(self) -> str | None:
@@ -47,11 +48,12 @@ def _classifiers() -> list[HeadInfo]:
         for ending, part in (("", ""), ("_reg", "_reg4")):
             for layers, number in ((4, "4"), (1, "")):
                 name = f"dinov2_vit{size}14"
+                theirs = {} if layers == 4 else dict(transformers="classifier")
                 rows.append(
                     HeadInfo(
                         f"{name}{ending}_lc", "classifier", f"{name}{ending}", _APACHE,
                         f"{name}{part}_linear{number}_head.pth", f"dinov2/{name}", layers,
-                        dict(vector="cls4_mean" if layers == 4 else "cls_mean"),
+                        dict(vector="cls4_mean" if layers == 4 else "cls_mean", **theirs),
                     )
                 )  # fmt: skip
     rows.append(
@@ -93,7 +95,7 @@ def _depths() -> list[HeadInfo]:
         rows.append(
             HeadInfo(
                 f"{name}_dd", "depth", name, _APACHE, f"{name}_{dataset.lower()}_dpt_head.pth", f"dinov2/{name}",
-                dataset, common | dict(dpt=dpt, blocks=_FOUR[size]),
+                dataset, common | dict(dpt=dpt, blocks=_FOUR[size], transformers="dpt"),
             )
         )  # fmt: skip
         for layers, number in ((4, "4"), (1, "")):
@@ -129,7 +131,7 @@ def _depths() -> list[HeadInfo]:
             "dinov3_vitl16_chmv2_dpt_head-3703d643.pth",
             options=dict(
                 dpt=canopy, blocks=(5, 11, 17, 23), normed=True, outputs=256, bins="mixlog", floor=1e-8,
-                range=(0.001, 96.0), transform=_OWN_SIZE | dict(mean=mean, std=std),
+                range=(0.001, 96.0), transform=_OWN_SIZE | dict(mean=mean, std=std), transformers="chmv2",
             ),
         )
     )  # fmt: skip
