@@ -3,10 +3,8 @@
 Source: the segmenters of dinov2 at the commit that `catalogue` names; windows as mmsegmentation 0.x has them.
 """
 
-import math
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +16,12 @@ from ..images.decode import load_image
 from ..images.opening import each_image
 from .catalogue import HeadInfo
 from .head import Released, to_whole_patches
+from .windows import LONGEST, Colour, SegmentMap, largest, over_windows
 
-__all__ = ["SegmentMap", "Segments", "classes_of"]
-
-Colour: TypeAlias = tuple[int, int, int]  # red, green, blue in 0 to 255
+__all__ = ["Segments", "classes_of"]
 
 WINDOW, STRIDE = 512, 341  # pixels
-LONGEST = 2048  # pixels of the long side, whatever the short one
 _LABELS = Path(__file__).parent.parent / "data" / "labels"
-_AT_A_TIME = 2**26  # numbers that are enlarged to the size of an image in one go
-
-
-class SegmentMap(NamedTuple):
-    """One image."""
-
-    labels: Tensor  # [H_px, W_px] int64 on the CPU: the class of every pixel
-    names: tuple[str, ...]  # of the classes
-    colours: tuple[Colour, ...]  # of the classes, as their data set draws them
 
 
 class Segments(Released):
@@ -79,9 +66,8 @@ class Segments(Released):
         `images`: as in `extract_features`, each of any size.
         `size`: pixels of the short side that the model sees; the long side has 2,048 at most.
 
-        The windows are those of `forward`, but the logits of the padding are cut off, so that classes lie on the pixels
-        that they are of.  One scale is used for every head: the list of scales of the "ms" results is not published
-        with them.
+        The windows are those of `forward`, but the logits of the padding are cut off, so that classes lie on their
+        pixels.  "ms" heads see one scale, too: their owner averages several, by settings that are not here.
 
         Raises: as `extract_features`; InputError for a size that is none.
         """
@@ -96,20 +82,12 @@ class Segments(Released):
             factor = min(size / min(sides), LONGEST / max(sides))
             batch = self.pixels([picture], max(1, round(max(sides) * factor)))
             logits = self._in_windows(batch.pixels, stretched=False)[0]
-            labels = _largest(logits, (sides[0], sides[1])).cpu()
+            labels = largest(logits, (sides[0], sides[1])).cpu()
             results.append(SegmentMap(labels, self.names, self.colours))
         return results
 
     def _in_windows(self, pixels: Tensor, stretched: bool) -> Tensor:
-        height, width = pixels.shape[2:]
-        total = torch.zeros(len(pixels), len(self.names), height, width).to(self.conv_seg.weight)
-        count = total.new_zeros(height, width)
-        for top in _starts(height):
-            for left in _starts(width):
-                here = slice(top, top + WINDOW), slice(left, left + WINDOW)
-                total[:, :, *here] += self._window(pixels[:, :, *here], stretched)
-                count[here] += 1
-        return total.div_(count)
+        return over_windows(pixels, WINDOW, STRIDE, lambda window: self._window(window, stretched))
 
     def _window(self, pixels: Tensor, stretched: bool) -> Tensor:
         """[B, 3, H_px, W_px] -> [B, K, H_px, W_px]."""
@@ -120,25 +98,6 @@ class Segments(Released):
             return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
         logits = F.interpolate(logits, size=whole.shape[2:], mode="bilinear", align_corners=False)
         return logits[:, :, top : top + height, left : left + width]
-
-
-def _starts(length: int) -> list[int]:
-    """Where windows start along a side, in pixels."""
-    last = max(length - WINDOW, 0)
-    return [min(i * STRIDE, last) for i in range(math.ceil(last / STRIDE) + 1)]
-
-
-def _largest(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits [K, H, W] -> the class of every pixel at another size, [H_px, W_px] int64; a few classes at a time."""
-    best = torch.full(size, -torch.inf).to(logits)
-    labels = torch.zeros(size, dtype=torch.int64, device=logits.device)
-    step = max(1, _AT_A_TIME // (size[0] * size[1]))
-    for start in range(0, len(logits), step):
-        some = F.interpolate(logits[None, start : start + step], size=size, mode="bilinear", align_corners=False)
-        values, index = some[0].max(dim=0)
-        better = values > best
-        best, labels = torch.where(better, values, best), torch.where(better, index + start, labels)
-    return labels
 
 
 @cache

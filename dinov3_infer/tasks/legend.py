@@ -10,7 +10,7 @@ from torch import Tensor
 from ..arrays import as_tensor
 from ..errors import InputError
 from ..images.decode import ImageLike, load_image
-from ..released.segments import Colour, SegmentMap
+from ..released.windows import Colour, SegmentMap, palette
 from .overlay import GAP, heat_colours, panel, sheet
 
 __all__ = ["depth_picture", "segments_picture"]
@@ -43,7 +43,7 @@ def depth_picture(
 
 
 def segments_picture(image: ImageLike, segments: SegmentMap) -> Image.Image:
-    """The image, its classes in the colours of their data set, and a legend of those that cover most of it.
+    """The image, its classes in colours, those of their data set if it has some, and a legend of the largest.
 
     Raises: InputError for labels of another size.
 
@@ -52,13 +52,14 @@ def segments_picture(image: ImageLike, segments: SegmentMap) -> Image.Image:
     """
     labels = _of_the_size(segments.labels, image, "labels").cpu()
     shown = panel(image)
-    colours = np.array(segments.colours, dtype=np.uint8)[labels.numpy()]
+    of_classes = segments.colours or palette(len(segments.names))
+    colours = np.array(of_classes, dtype=np.uint8)[labels.numpy()]
     grey = np.asarray(shown.convert("L"), dtype=np.float32)[..., None]
     flat = np.asarray(Image.fromarray(colours).resize(shown.size, Image.Resampling.NEAREST), dtype=np.float32)
     mixed = Image.fromarray((0.35 * grey + 0.65 * flat).round().astype(np.uint8))
     shares = torch.bincount(labels.flatten(), minlength=len(segments.names)) / labels.numel()
     best = [int(i) for i in shares.argsort(descending=True, stable=True)[:MOST] if shares[i] >= LEAST]
-    rows = [(segments.colours[i], f"{segments.names[i]} {shares[i]:.0%}") for i in best]
+    rows = [(of_classes[i], f"{segments.names[i]} {shares[i]:.0%}") for i in best]
     pair = sheet([shown, mixed], columns=2)
     return _above(pair, _legend(pair.width, rows))
 
