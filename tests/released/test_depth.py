@@ -235,6 +235,9 @@ def test_wrong_files(small: Backbone, tmp_path: Path) -> None:
         load_head("dinov2_vits14_dd", small, weights=tmp_path / "b.pth")
     again = load_head("dinov2_vits14_dd", small, weights=head.save(tmp_path / "c.safetensors"))
     assert all(torch.equal(t, again.head_state()[n]) for n, t in head.head_state().items())
+    for size in (0, -5, "56", 1.5, (56,)):
+        with pytest.raises(InputError, match="size is a number of pixels or"):
+            again.predict(photo(30, 30), size)
     with pytest.raises(InputError, match="dinov2_vits14_dd goes on dinov2_vits14, and this backbone looks like"):
         load_head("dinov2_vits14_dd", Backbone.from_config("dinov2_vits14_reg"), weights=tmp_path / "b.pth")
     with pytest.raises(InputError, match=r"was released for 'NYU' or 'KITTI', not for 'nyu'"):

@@ -109,6 +109,8 @@ def test_a_model_of_transformers(registers: bool, tmp_path: Path) -> None:
     head = load_head(name, weights=tmp_path, variant=1, device="cpu")
     pixels = torch.randn(2, 3, 518, 518)  # its own grid, where all resize positions alike
     assert relative(head(pixels), model(pixels).logits) < 5e-6
+    exact, given = load_head(name, weights=tmp_path, variant=1, device="cpu").double(), pixels[:1].double()
+    assert relative(exact(given), model.double()(given).logits) < 1e-9
     assert head.names[7] == "thing 7" and head.predict(photo(60, 60))[0][0].name.startswith("thing ")
 
 
