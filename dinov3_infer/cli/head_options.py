@@ -2,7 +2,7 @@
 
 import argparse
 
-from .values import pixels
+from .values import pixels, size
 
 __all__ = ["HEADS"]
 
@@ -11,7 +11,8 @@ def _depth(found: argparse.ArgumentParser) -> None:
     _common(found, "dinov2_vits14_dd")
     found.add_argument("--dataset", choices=("NYU", "KITTI"), help="trained indoors or on streets (NYU)")
     found.add_argument("--layers", type=int, choices=(1, 4), help="blocks that a linear head looks at (4)")
-    found.add_argument("--size", type=pixels, help="pixels of the long side, or HEIGHTxWIDTH (those of the image)")
+    text = "pixels of the long side, HEIGHTxWIDTH, or own (768 at most for DINOv2's, what the owner takes for others)"
+    found.add_argument("--size", type=size, help=text)
 
 
 def _segments(found: argparse.ArgumentParser) -> None:

@@ -29,6 +29,7 @@ __all__ = ["run"]
 MOST = 64  # images on one sheet, or frames of an animation
 _ANIMATED, _VIDEO = (".gif", ".webp", ".png", ".apng"), (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 _MILLISECONDS = 120  # of a frame
+LONG_SIDE = 768  # pixels that a depth head sees unless another size is asked for
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         rows = _KINDS[args.kind](load_backbone(args), paths, args)
     with whole(out) as path:
         if moving:
+            rows = _of_one_size(rows)
             rows[0].save(path, save_all=True, append_images=rows[1:], duration=_MILLISECONDS, loop=0)
         else:
             _together(rows).save(path, quality=92)
@@ -137,9 +139,16 @@ def _head(args: argparse.Namespace, kind: str, variant: Any = None) -> Any:
 
 def _depth(paths: list[ImageLike], args: argparse.Namespace) -> list[Image.Image]:
     head = _head(args, "depth", variant_of(args.head, args.dataset, args.layers))
-    maps = [found.depth for path in paths for found in head.predict([path], args.size)]
+    maps = [found.depth for path in paths for found in head.predict([path], _size_of(path, head, args.size))]
     limits = min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)  # one scale, so that they compare
     return [depth_picture(path, one, limits) for path, one in zip(paths, maps, strict=True)]
+
+
+def _size_of(path: ImageLike, head: Any, asked: Any) -> Any:
+    """DINOv2's heads learnt from images of about this size, and a photograph at its own would take minutes."""
+    if asked is None and head.info.backbone.startswith("dinov2_"):
+        return min(LONG_SIDE, max(load_image(path).shape[1:]))
+    return None if asked == "own" else asked
 
 
 def _segments(paths: list[ImageLike], args: argparse.Namespace) -> list[Image.Image]:
@@ -149,6 +158,15 @@ def _segments(paths: list[ImageLike], args: argparse.Namespace) -> list[Image.Im
 
 def _pair(path: ImageLike, shown: Image.Image) -> Image.Image:
     return sheet([panel(path), shown], columns=2)
+
+
+def _of_one_size(rows: list[Image.Image]) -> list[Image.Image]:
+    """With white below those whose legend is short."""
+    size = max(row.width for row in rows), max(row.height for row in rows)
+    made = [Image.new("RGB", size, "white") for _ in rows]
+    for frame, row in zip(made, rows, strict=True):
+        frame.paste(row, (0, 0))
+    return made
 
 
 def _together(rows: list[Image.Image]) -> Image.Image:

@@ -15,7 +15,7 @@ from dinov3_infer.cli import show as show_command
 from dinov3_infer.released import attach
 from dinov3_infer.released.attach import load_head
 from dinov3_infer.released.catalogue import find_head
-from dinov3_infer.released.depth import Depth
+from dinov3_infer.released.depth import Depth, DepthMap
 from dinov3_infer.released.segments import Segments
 from dinov3_infer.tasks import depth_picture, segments_picture
 
@@ -66,6 +66,33 @@ def test_depth_has_one_scale_over_all_images(folder: Path, tmp_path: Path, monke
     limits = min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)
     for name, row, found in zip(("a.png", "b.png"), rows, maps, strict=True):
         np.testing.assert_array_equal(pixels(row), pixels(depth_picture(folder / name, found, limits)))
+
+
+def test_a_large_image_is_made_smaller(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To 768 pixels, unless its own size or another is asked for; small ones are not enlarged."""
+    asked: list[object] = []
+    monkeypatch.setattr(
+        Depth, "predict", lambda _, images, size: asked.append(size) or [DepthMap(torch.ones(900, 1200), None)]
+    )
+    monkeypatch.setattr(show_command, "depth_picture", lambda *_: Image.new("RGB", (9, 9)))
+    Image.fromarray(photo(900, 1200)).save(tmp_path / "large.png")
+    common = ("--weights", folder / "dinov2_vits14_dd.safetensors", "-o", tmp_path / "x.png", "--overwrite")
+    large = tmp_path / "large.png"
+    for name, flags in ((large, ()), (folder / "a.png", ()), (large, ("--size", "own"))):
+        assert run("show", "depth", name, *common, *flags).status == 0
+    assert asked == [768, 80, None]
+
+
+def test_frames_have_one_size(folder: Path, tmp_path: Path) -> None:
+    """Whatever the length of their legends."""
+    frames = [Image.fromarray(photo(60, 80, seed=seed)) for seed in range(3)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    flags = ("--weights", folder / f"{SEGMENTS}.safetensors", "--size", 56, "-o", tmp_path / "y.gif")
+    assert run("show", "segments", tmp_path / "x.gif", *flags).status == 0
+    with Image.open(tmp_path / "y.gif") as made:
+        assert made.n_frames == 3  # type: ignore[attr-defined]
+    rows = show_command._of_one_size([Image.new("RGB", (5, height), "red") for height in (3, 7)])
+    assert [row.size for row in rows] == [(5, 7), (5, 7)] and rows[0].getpixel((0, 6)) == (255, 255, 255)
 
 
 def test_segments_have_a_legend(folder: Path, tmp_path: Path) -> None:
