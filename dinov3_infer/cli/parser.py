@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ..typos import Parser as _Parser, meant
 from ..version import __version__
-from .head_options import HEADS
+from .head_options import HEADS, classify as _classify
 from .values import (
     count as _count,
     numbers as _numbers,
@@ -68,7 +68,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _dedup(command("embed dedup", "a list of pictures without near-duplicates"))
     _curate(command("embed curate", "a list that is balanced over what there is, or like seed pictures"))
     _features(command("features", "dense feature maps, one file per picture", (_sources(), _model(), _batches(32))))
-    _classify(command("classify", "the likeliest classes of ImageNet for each picture", (_sources(),)))
+    _classify(command("classify", "the likeliest labels of each picture: ImageNet's, or yours", (_sources(),)))
     _show(command("show", "an image of what the features hold: components, attention, depth, classes"))
     _explore(command("explore", "a page that shows which patches of images are similar", (_sources(), _model())))
     _models(command("models", "the models that can be named"))
@@ -251,15 +251,6 @@ def _on_error(found: argparse.ArgumentParser) -> None:
         "--on-error", choices=("skip", "raise"), default="skip",
         help="a picture that cannot be read is left out, or ends the command (skip)",
     )  # fmt: skip
-
-
-def _classify(found: argparse.ArgumentParser) -> None:
-    name = "dinov2_vits14_lc"
-    found.add_argument("--head", default=name, metavar="NAME", help=f"released classifier, with its backbone ({name})")
-    found.add_argument("--weights", metavar="FILE", help="of the head, or a folder of transformers (downloaded)")
-    found.add_argument("--layers", type=int, choices=(1, 4), help="how many it looks at, where both are released (4)")
-    found.add_argument("--top", type=_count, default=5, metavar="N", help="classes for each picture (5)")
-    found.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (auto: cuda if there is one)")
 
 
 def _show(found: argparse.ArgumentParser) -> None:
