@@ -63,14 +63,21 @@ def _frames(source: str) -> list[Image.Image]:
     suffix = os.path.splitext(source)[1].lower()
     if not os.path.isfile(source) or suffix not in (*_ANIMATED, *_VIDEO):
         return []
-    if suffix in _VIDEO:
-        frames = _decoded(source)
-    else:
+    frames = _decoded(source) if suffix in _VIDEO else _animated(source)
+    if not frames:
+        return []
+    return [frames[i] for i in np.linspace(0, len(frames) - 1, min(MOST, len(frames))).round().astype(int)]
+
+
+def _animated(source: str) -> list[Image.Image]:
+    """None of a still image, nor of what is no image: the one who loads it says so."""
+    try:
         with Image.open(source) as stream:
             if getattr(stream, "n_frames", 1) < 2:
                 return []
-            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(stream)]
-    return [frames[i] for i in np.linspace(0, len(frames) - 1, min(MOST, len(frames))).round().astype(int)]
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(stream)]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return []
 
 
 def _decoded(source: str) -> list[Image.Image]:

@@ -55,12 +55,12 @@ def _classifiers() -> list[HeadInfo]:
         for ending, part in (("", ""), ("_reg", "_reg4")):
             for layers, number in ((4, "4"), (1, "")):
                 name = f"dinov2_vit{size}14"
-                theirs = {} if layers == 4 else dict(transformers="classifier")
+                has_class = {} if layers == 4 else dict(transformers="classifier")
                 rows.append(
                     HeadInfo(
                         f"{name}{ending}_lc", "classifier", f"{name}{ending}", _APACHE,
                         f"{name}{part}_linear{number}_head.pth", f"dinov2/{name}", layers,
-                        dict(vector="cls4_mean" if layers == 4 else "cls_mean", **theirs),
+                        dict(vector="cls4_mean" if layers == 4 else "cls_mean", **has_class),
                     )
                 )  # fmt: skip
     rows.append(

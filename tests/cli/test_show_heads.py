@@ -126,7 +126,7 @@ def test_wrong_use_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest
     refused(1, "sent by their owner to whoever accepts the licence .DINOv3 License.*give it with --weights$",
             "show", "depth", image, *out, "--head", "dinov3_vit7b16_dd")  # fmt: skip
     (tmp_path / "no.png").write_bytes(b"nothing")
-    refused(1, "cannot decode", "show", "segments", tmp_path / "no.png", *out, "--weights", segments)
+    refused(1, "no.png' .* that Pillow can read", "show", "segments", tmp_path / "no.png", *out, "--weights", segments)
     refused(1, "should end in .png", "show", "segments", image, "-o", tmp_path / "x.txt", "--weights", segments)
     refused(2, "the following arguments are required: -o/--out", "show", "depth", image)
     assert not (tmp_path / "x.png").exists()
