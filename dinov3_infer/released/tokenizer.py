@@ -64,15 +64,14 @@ def _words_of() -> Callable[[str], list[str]]:
         raise UnsupportedError(
             f"texts need {error.name}, which is not installed; pip install 'dinov3-infer[text]'"
         ) from None
-    spaces = regex.compile(r"\s+")
     # runs of letters, single digits, runs of anything else; "re" has no classes of Unicode
     pattern: Any = regex.compile(
         "|".join((*_SPECIAL, "'(?:s|t|re|ve|m|ll|d)", r"\p{L}+", r"\p{N}", r"[^\s\p{L}\p{N}]+")), regex.IGNORECASE
     )
 
     def words(text: str) -> list[str]:
-        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-        return pattern.findall(spaces.sub(" ", text).strip().lower())  # type: ignore[no-any-return]
+        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()  # more of the ends than pattern calls space
+        return pattern.findall(text.lower())  # type: ignore[no-any-return]
 
     return words
 
