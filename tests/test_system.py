@@ -118,7 +118,7 @@ def test_what_a_disk_refuses_is_said_to_be_that(writer: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "number, said",
     [("ENOSPC", "is full"), ("EDQUOT", "quota"), ("EIO", "gone or broken"), ("ENOTCONN", "mount"), ("ESTALE", "mount"),
-     ("ENODEV", "gone"), ("ENXIO", "gone"), ("EROFS", "nothing can be written")],
+     ("ENODEV", "gone"), ("ENXIO", "gone"), ("EROFS", "is read-only")],
 )  # fmt: skip
 def test_each_trouble_is_named(number: str, said: str, tmp_path: Path) -> None:
     """Whoever raises it, and on the command line too, where nothing of it is a fault of this package."""

@@ -160,7 +160,7 @@ def test_parameters_of_timm(name: str) -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("name", [name for name, row in MODELS.items() if row.timm_id])
 def test_timm_agrees(name: str) -> None:
-    """timm keeps these weights where the row says, under its licence, and prepares pictures as the "timm" transform."""
+    """timm keeps these weights where the row says, under its licence, and prepares images as the "timm" transform."""
     import timm
 
     row = MODELS[name]

@@ -225,7 +225,7 @@ def worst_token(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _inputs(model: Network, grid: tuple[int, int], dynamic: Dynamic) -> Iterator[Tensor]:
-    """Noise of several sizes and numbers of pictures, as far as these are free."""
+    """Noise of several sizes and numbers of images, as far as these are free."""
     grids, own, draw = [grid], getattr(model.config, "position_grid", None), torch.Generator().manual_seed(0)
     if dynamic is True:
         h, w = (max(2, n) for n in grid)

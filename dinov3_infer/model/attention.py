@@ -1,6 +1,6 @@
 """Attention over the packed qkv projection, rotated on the way: the torch definition, the operator, the dispatch.
 
-One signature for pictures of one size (`[B, N, 3, H, D]`) and for pictures of many sizes laid end to end
+One signature for images of one size (`[B, N, 3, H, D]`) and for images of many sizes laid end to end
 (`[T, 3, H, D]` with `cu_seqlens`).  The definition is product code: the CPU path, and what the kernel is judged by.
 """
 
@@ -292,7 +292,7 @@ def rope_attention(
     """Softmax attention of rotated q and k, [B, N, H*D], or [T, H*D] for packed input, by the fastest way there is.
 
     Queries and keys are turned by the angles of their token, values are not.  `scale` defaults to D^-0.5.  On a GPU
-    this is the Triton kernel, except for pictures of one size that need no rotation (SDPA alone), or need no gradient
+    this is the Triton kernel, except for images of one size that need no rotation (SDPA alone), or need no gradient
     and are longer than the kernel's crossover (a kernel that rotates, then SDPA).  Where the kernel cannot run, see
     `why_not_triton`, this is `sdpa_attention`.
 

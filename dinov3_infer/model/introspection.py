@@ -35,7 +35,7 @@ def attention_rows(
     model: VisionTransformer,
     pixels: Tensor,  # [B, 3, H_px, W_px]
     block: int,  # from 0
-    tokens: Tensor | None = None,  # [B] int64: the token of each picture that asks; None: all of them
+    tokens: Tensor | None = None,  # [B] int64: the token of each image that asks; None: all of them
 ) -> Tensor:
     """How much a token attends to each token, softmax(q k^T / sqrt(D)), [B, H, 1 or N, N], float32 at least.
 

@@ -108,7 +108,7 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
 def with_enough_rows(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Calls a linear function of the last dimension.
 
-    On a CPU fewer than 12 rows go to another kernel, which rounds differently, and a picture of a few patches would get
+    On a CPU fewer than 12 rows go to another kernel, which rounds differently, and an image of a few patches would get
     another vector alone than in a batch: they are filled up.
     """
     return _without_filling(linear(_filled(x)), x)
@@ -179,7 +179,7 @@ def with_gradient(prefix: Tensor, token: Tensor) -> Tensor:
 def _silu(x: Tensor) -> Tensor:
     """x * sigmoid(x).
 
-    torch's own CPU kernel rounds differently where the share of a thread ends inside a vector, so that a picture's
+    torch's own CPU kernel rounds differently where the share of a thread ends inside a vector, so that an image's
     vector would depend on its batch.  The form here does not, but has no gradient below -88.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
@@ -326,7 +326,7 @@ class Block(nn.Module):
         drop_path: float,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """Each branch runs on a subset of the pictures of its own."""
+        """Each branch runs on a subset of the images of its own."""
         rows, kept, factor = packing.draw(drop_path, generator)
         rope = kept.table(tables) if tables is not None else None
         branch = self.attention_branch(x[rows], rope, kept.cu_seqlens(), kept.longest)

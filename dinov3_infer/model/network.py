@@ -215,7 +215,7 @@ def whole_patches(pixels: Tensor, size: int, channels: int = 3) -> tuple[int, in
     """See `grid_of`; `size`: pixels of the side of a patch."""
     if not isinstance(pixels, Tensor):
         raise InputTypeError(
-            f"the model takes a tensor, got {type(pixels).__name__}; use extract_features() for pictures"
+            f"the model takes a tensor, got {type(pixels).__name__}; use extract_features() for images"
         )
     if not pixels.is_floating_point():
         raise InputTypeError(

@@ -1,6 +1,6 @@
-"""Pictures of several sizes laid end to end as one row of tokens.
+"""Images of several sizes laid end to end as one row of tokens.
 
-Norms, linears and activations treat every token alike, so that only attention has to know where a picture ends.
+Norms, linears and activations treat every token alike, so that only attention has to know where an image ends.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ __all__ = ["Packing"]
 
 @dataclass(frozen=True)
 class Packing:
-    """Groups of `count` pictures with `length` tokens each, in order."""
+    """Groups of `count` images with `length` tokens each, in order."""
 
     groups: tuple[tuple[int, int], ...]  # (count, length)
     device: torch.device
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest picture."""
+        """Tokens of the longest image."""
         return max(length for _, length in self.groups)
 
     def cu_seqlens(self) -> Tensor:
-        """The first token of each picture, and the number of tokens, [S + 1] int32."""
+        """The first token of each image, and the number of tokens, [S + 1] int32."""
         lengths = [length for count, length in self.groups for _ in range(count)]
         return torch.tensor([0, *lengths], dtype=torch.int64, device=self.device).cumsum(0).to(torch.int32)
 
@@ -47,7 +47,7 @@ class Packing:
     def draw(self, drop_path: float, generator: torch.Generator | None) -> tuple[Tensor, "Packing", Tensor]:
         """Stochastic depth by batch subset: the token rows that are kept, their packing, and the factor of each row.
 
-        Each group keeps max(1, floor(count (1 - drop_path))) pictures, and weighs them by count / kept, so that the
+        Each group keeps max(1, floor(count (1 - drop_path))) images, and weighs them by count / kept, so that the
         branch has the same mean as without dropping.
 
         Source: DINOv2 paper (arXiv 2304.07193), section 5; dinov3/layers/block.py at 6876159.

@@ -72,7 +72,7 @@ def augment_coordinates(
     augmentation: RopeAugmentation,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One draw, shared by all patches of a picture size, [P, 2]."""
+    """One draw, shared by all patches of an image size, [P, 2]."""
 
     def uniform(count: int, limit: float) -> Tensor:  # [count] in [-limit, limit]
         device = generator.device if generator else "cpu"

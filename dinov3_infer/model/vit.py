@@ -221,7 +221,7 @@ class VisionTransformer(Network):
         generator: torch.Generator | None = None,  # of the two draws above
         layers: int | Sequence[int] | None = None,  # as in `forward`
     ) -> list[BackboneOutput]:
-        """Pictures of several sizes in one pass: linears see all tokens at once, attention stays within a picture.
+        """Images of several sizes in one pass: linears see all tokens at once, attention stays within an image.
 
         Without `rope` and `drop_path` the result is that of `forward` on each tensor.  In training mode the class and
         register tokens of all groups but the first (the local crops) take `local_cls_norm` where the model has one.
@@ -304,13 +304,13 @@ class VisionTransformer(Network):
         return torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1)
 
     def positions(self, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Learned positions of the patches of one picture, [1, P, C], for a stream of this dtype."""
+        """Learned positions of the patches of one image, [1, P, C], for a stream of this dtype."""
         assert self.pos_embed is not None
         working = torch.float32 if self.config.resizes_in_float32 else dtype
         return resize_positions(self.pos_embed[:, 1:], grid, self.config.position_resize, working)
 
     def rope(self, grid: tuple[int, int]) -> RopeTable | None:
-        """Angles of all tokens of one picture; None for learned positions."""
+        """Angles of all tokens of one image; None for learned positions."""
         return None if self.rope_periods is None else rope_table(grid, self.rope_periods, self.config.num_prefix)
 
     def grid_of(self, pixels: Tensor, layer: int = -1) -> tuple[int, int]:

@@ -68,7 +68,7 @@ def assert_same(found: dict[str, Tensor], model: Backbone, pixels: Tensor, limit
 
 @pytest.mark.parametrize("name", PT2)
 def test_a_program_for_one_size(name: str, tmp_path: Path) -> None:
-    """Any number of pictures; nothing but operators of torch, so that it runs without this package."""
+    """Any number of images; nothing but operators of torch, so that it runs without this package."""
     bb = made(name)
     path = bb.export(tmp_path / "m.pt2", size=(3 * bb.patch_size, 4 * bb.patch_size))
     assert [file.name for file in tmp_path.iterdir()] == ["m.pt2"]

@@ -424,7 +424,7 @@ def test_a_folder_in_the_way_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["dinov3_vits16", "dinov2_vits14_reg", "dino_vits16", "lingbot_vits16"])
 def test_timm_config_is_that_of_timm(name: str, tmp_path: Path) -> None:
-    """What timm reads for a picture is what timm's own table says."""
+    """What timm reads for an image is what timm's own table says."""
     import timm
 
     model = Backbone.from_config(name, seed=0)

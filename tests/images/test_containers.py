@@ -32,7 +32,7 @@ from dinov3_infer.train import open_data
     ids=["tar", "table", "table of bytes"],
 )
 def test_containers(make: Any, tmp_path: Path) -> None:
-    """Any picture by its number and in any order; sent to another process; taken by embed and by the trainer."""
+    """Any image by its number and in any order; sent to another process; taken by embed and by the trainer."""
     path = make(tmp_path)
     source = as_source(path)
     assert same(source, CONTENT) and torch.equal(source.load(6).image, load_image(CONTENT[6]))
@@ -46,13 +46,13 @@ def test_containers(make: Any, tmp_path: Path) -> None:
     listed.write_text(f"{source.key(4)}\n{source.key(1)}\n")
     assert same(as_source(listed), [CONTENT[4], CONTENT[1]])
     listed.write_text(f"{path}#99\n")
-    assert "no picture '99'" in complaint(MissingFileError, lambda: as_source(listed))
+    assert "no image '99'" in complaint(MissingFileError, lambda: as_source(listed))
 
 
 def test_hugging_face_datasets(tmp_path: Path) -> None:
-    """In memory and saved to a folder; a bad picture is an error of its own."""
+    """In memory and saved to a folder; a bad image is an error of its own."""
     datasets = pytest.importorskip("datasets")
-    contents = [*CONTENT[:3], b"no picture"]
+    contents = [*CONTENT[:3], b"no image"]
     rows = {"label": [0] * 4, "photo": [{"bytes": content, "path": None} for content in contents]}
     features = datasets.Features({"label": datasets.Value("int64"), "photo": datasets.Image()})
     dataset = datasets.Dataset.from_dict(rows, features=features)
@@ -70,9 +70,9 @@ def test_hugging_face_datasets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "make, said",
     [
-        (lambda p: p.write_bytes(b"PAR1" * 9), "is no whole Parquet file"),
-        (lambda p: write_table(p, contents=["a", "b"], bare=True), "no pictures in"),
-        (lambda p: write_table(p, contents=[]), "no pictures in"),
+        (lambda p: p.write_bytes(b"PAR1" * 9), "is damaged or no Parquet file"),
+        (lambda p: write_table(p, contents=["a", "b"], bare=True), "no images in"),
+        (lambda p: write_table(p, contents=[]), "no images in"),
     ],
     ids=["damaged", "words", "empty"],
 )
@@ -92,15 +92,15 @@ def test_a_table_names_no_files(tmp_path: Path) -> None:
     column = pa.array([{"bytes": None, "path": str(tmp_path / "secret.png")}], kind)
     pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
     source = as_source(tmp_path / "a.parquet")
-    assert "holds no bytes" in complaint(ImageError, lambda: source.load(0))
+    assert "holds a path and no image bytes" in complaint(ImageError, lambda: source.load(0))
 
 
 def test_sparse_members_are_what_they_hold(tmp_path: Path) -> None:
     """GNU tar leaves runs of zeros out with -S, in three ways; what lies behind is the next member."""
-    picture = np.zeros((400, 400, 3), np.uint8)
-    picture[:30], picture[300:310] = photo(30, 400), photo(10, 400, seed=1)
+    image = np.zeros((400, 400, 3), np.uint8)
+    image[:30], image[300:310] = photo(30, 400), photo(10, 400, seed=1)
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "BMP")
+    Image.fromarray(image).save(stream, "BMP")
     contents = [stream.getvalue(), CONTENT[0]]
     with open(tmp_path / "0.bmp", "wb") as file:
         for start in range(0, len(contents[0]), 4096):

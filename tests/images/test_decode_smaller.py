@@ -17,11 +17,11 @@ from dinov3_infer.images.decode import decode
 @pytest.mark.parametrize("turned", [1, 6])
 @pytest.mark.parametrize("fit, size", [("squash", 224), ("crop", 224), ("native", 400), ("pad", 224)])
 def test_fast_decoding_stays_above_what_is_needed(fit: Any, size: int, turned: int, tmp_path: Path) -> None:
-    """Upright, not below the size to come, placed as the whole picture is, and nearly the same pixels."""
+    """Upright, not below the size to come, placed as the whole image is, and nearly the same pixels."""
     exif = Image.Exif()
     exif[274] = turned
-    picture = Image.fromarray(photo(120, 200)).resize((2000, 1203), Image.Resampling.BICUBIC)
-    picture.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    image = Image.fromarray(photo(120, 200)).resize((2000, 1203), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "a.jpg", quality=95, exif=exif)
     transform = Backbone.from_config("nano").preprocess.with_options(size, fit)
 
     def wanted(height: int, width: int) -> tuple[int, int]:

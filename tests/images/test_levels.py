@@ -114,11 +114,11 @@ def test_colours_that_fill_16_bits_are_what_they_were(name: str) -> None:
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_grey_ones_are_turned_upright(mode: str, orientation: int) -> None:
-    picture = Image.fromarray({"I;16": GREY, "I": GREY.astype(np.int32), "F": GREY.astype(np.float32)}[mode])
+    image = Image.fromarray({"I;16": GREY, "I": GREY.astype(np.int32), "F": GREY.astype(np.float32)}[mode])
     exif = Image.Exif()
     exif[0x0112] = orientation
     stream = io.BytesIO()
-    picture.save(stream, "tiff", exif=exif)
+    image.save(stream, "tiff", exif=exif)
     flat = Image.fromarray(GREY >> 8).convert("L")
     plain = io.BytesIO()
     flat.save(plain, "tiff", exif=exif)

@@ -63,7 +63,7 @@ def test_an_array_of_paths_is_a_list_of_them(kind: str) -> None:
     assert each_image(np.array(["a.png", "b.png"], kind)) == ["a.png", "b.png"]
 
 
-def test_a_dictionary_is_no_list_of_pictures() -> None:
+def test_a_dictionary_is_no_list_of_images() -> None:
     assert "dict" in complaint(InputTypeError, lambda: each_image({"a.jpg": 1}))
 
 

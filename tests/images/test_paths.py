@@ -1,4 +1,4 @@
-"""Pictures in folders, behind patterns and behind addresses."""
+"""Images in folders, behind patterns and behind addresses."""
 
 import base64
 import io
@@ -77,7 +77,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("online")
 @pytest.mark.parametrize("path", ["ok", f"ok?{SECRET}", "moved", f"moved?{SECRET}"])
-def test_a_picture_behind_an_address(path: str, server: str) -> None:
+def test_an_image_behind_an_address(path: str, server: str) -> None:
     assert torch.equal(load_image(f"{server}/{path}"), load_image(PNG))
 
 
@@ -94,7 +94,7 @@ def test_file_and_data_addresses(tmp_path: Path) -> None:
     "path, error, said",
     [
         ("404", MissingFileError, "(HTTP 404)"), ("403", ImageError, "(HTTP 403)"), ("500", ImageError, "(HTTP 500)"),
-        ("page", ImageError, "is a page, as a server sends it"), ("slow", ImageError, "took longer than"),
+        ("page", ImageError, "is a web page"), ("slow", ImageError, "took longer than"),
         ("endless", ImageError, "is larger than"), ("cut", ImageError, "cannot download"),
     ],
 )  # fmt: skip
@@ -118,7 +118,7 @@ def test_nobody_at_an_address() -> None:
 
 
 def test_offline_is_offline(server: str) -> None:
-    """HF_HUB_OFFLINE holds for pictures too, since the connection is that of the hub's client."""
+    """HF_HUB_OFFLINE holds for images too, since the connection is that of the hub's client."""
     text = complaint(ImageError, lambda: load_image(f"{server}/ok?{SECRET}"))
     assert "OfflineMode" in text and "s3cr3t" not in text
 
@@ -128,9 +128,9 @@ def test_offline_is_offline(server: str) -> None:
     [
         ("s3://bucket/a.png?X-Amz-Signature=s3cr3t", InputError, "s3://..."),
         ("data:image/png;base64,&&&s3cr3t", ImageError, "no base64"),
-        ("data:image/png;base64,AAAA", ImageError, "'data:...' is not a picture"),
-        ("file:///nowhere/a.png", MissingFileError, "no picture at '/nowhere/a.png'"),
-        ("http://user:s3cr3t@[1/a.png", InputError, "no link"),
+        ("data:image/png;base64,AAAA", ImageError, "'data:...' is not an image"),
+        ("file:///nowhere/a.png", MissingFileError, "no image at '/nowhere/a.png'"),
+        ("http://user:s3cr3t@[1/a.png", InputError, "no http or https link"),
     ],
 )
 def test_other_addresses_are_said(address: str, error: Any, said: str) -> None:
@@ -158,7 +158,7 @@ def album(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_is_its_pictures(album: Path) -> None:
+def test_a_folder_is_its_images(album: Path) -> None:
     """To the bottom, sorted, without what is hidden or linked."""
     expected = [str(album / name) for name in ("a.JPG", "b.png", "in/c.webp", "in/deep/d.tiff")]
     assert list_images(album) == list_images(str(album)) == expected
@@ -216,7 +216,7 @@ def test_nothing_in_a_folder_is_said(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     bb = Backbone.from_config(SMALL["dinov3"], seed=0)
     text = complaint(InputError, lambda: bb.embed(tmp_path))
-    assert f"no pictures under '{tmp_path}' (looked for .jpg .jpeg" in text and "2 other files)" in text
+    assert f"no images under '{tmp_path}' (looked for .jpg .jpeg" in text and "2 other files)" in text
     for wrong in (tmp_path / "*.png", tmp_path / "none"):
         assert str(wrong) in complaint(MissingFileError, lambda wrong=wrong: list_images(wrong))
     assert "is a folder" in complaint(ImageError, lambda: bb.embed([tmp_path]))

@@ -44,11 +44,11 @@ def pixels_of_pillow(path: Path) -> np.ndarray | None:
         if opened.format not in (*FORMATS, "MPO") or is_deep(opened):
             return None
         opened.load()
-        picture: Any = ImageOps.exif_transpose(opened)
-        if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return np.asarray(picture.convert("RGB"))
+        image: Any = ImageOps.exif_transpose(opened)
+        if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
 
 
 def test_the_images_of_pillows_tests(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""From pictures to normalised pixels: the same as others' transforms, or a plain sentence."""
+"""From images to normalised pixels: the same as others' transforms, or a plain sentence."""
 
 import math
 import pickle
@@ -47,10 +47,10 @@ def test_resizing_is_the_antialiased_filter(engine, levels, name, shape) -> None
     The integer engines round after the row and after the column pass, and cubic weights make up to 1.3 of the first
     half; the float engine has its sampling positions in float32, 1e-5 of a pixel off.
     """
-    picture = photo(*shape) // 2 + 64  # nothing overshoots a byte between the passes, where the integer engines clip
+    image = photo(*shape) // 2 + 64  # nothing overshoots a byte between the passes, where the integer engines clip
     rows, columns = (resample_weights(n, m, name) for n, m in zip(shape, (224, 251), strict=True))
-    expected = np.einsum("ir,jc,rcd->dij", rows, columns, picture.astype(np.float64), optimize=True)
-    ours = plain((224, 251), filter=name, engine=engine)(picture).double().numpy() * 255
+    expected = np.einsum("ir,jc,rcd->dij", rows, columns, image.astype(np.float64), optimize=True)
+    ours = plain((224, 251), filter=name, engine=engine)(image).double().numpy() * 255
     far = float(np.abs(ours - expected).max())
     assert far < levels
 
@@ -74,13 +74,13 @@ def test_uint8_resizing_equals_torchvision(name, shape, size) -> None:
     """Bit for bit what torchvision's v2 transforms do to a uint8 tensor."""
     from torchvision.transforms.v2 import InterpolationMode, functional
 
-    picture = torch.from_numpy(photo(*shape)).permute(2, 0, 1).contiguous()
-    theirs = functional.resize(picture, list(size), InterpolationMode(name), antialias=True)
-    assert torch.equal(plain(size, filter=name)(picture), theirs / 255.0)
+    image = torch.from_numpy(photo(*shape)).permute(2, 0, 1).contiguous()
+    theirs = functional.resize(image, list(size), InterpolationMode(name), antialias=True)
+    assert torch.equal(plain(size, filter=name)(image), theirs / 255.0)
 
 
-def processed(processor: Any, picture: Image.Image) -> Tensor:
-    return torch.as_tensor(np.asarray(processor(picture)["pixel_values"][0]))
+def processed(processor: Any, image: Image.Image) -> Tensor:
+    return torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
 
 
 @by_size
@@ -95,9 +95,9 @@ def test_hf_style_equals_transformers_pil_processors(family, shape) -> None:
         processor = BitImageProcessorPil(size={"shortest_edge": 256}, crop_size=crop, resample=3, **IMAGENET)
     else:
         processor = ViTImageProcessorPil(size={"height": 224, "width": 224}, resample=2, **IMAGENET)
-    picture = Image.fromarray(photo(*shape))
+    image = Image.fromarray(photo(*shape))
     row = next(row for row in MODELS.values() if row.family == family)
-    assert torch.equal(preprocess_of(row, "hf")(picture), processed(processor, picture))
+    assert torch.equal(preprocess_of(row, "hf")(image), processed(processor, image))
 
 
 @pytest.mark.peers
@@ -108,8 +108,8 @@ def test_hf_style_is_within_two_grey_levels_of_the_torchvision_backend(shape) ->
 
     crop = {"height": 224, "width": 224}
     processor = BitImageProcessor(size={"shortest_edge": 256}, crop_size=crop, resample=3, **IMAGENET)
-    picture = Image.fromarray(photo(*shape))
-    far = (preprocess_of(MODELS["dinov2_vits14"], "hf")(picture) - processed(processor, picture)).abs()
+    image = Image.fromarray(photo(*shape))
+    far = (preprocess_of(MODELS["dinov2_vits14"], "hf")(image) - processed(processor, image)).abs()
     print(f"largest {float(far.max()):.4f}, mean {float(far.mean()):.1e} in normalised units")
     assert far.max() < 2.01 / 255 / 0.224 and far.mean() < 1e-3
 
@@ -122,9 +122,9 @@ def test_hf_style_equals_transformers_dinov3(name, shape) -> None:
     from transformers import DINOv3ViTImageProcessor
 
     row = MODELS[name]
-    picture = Image.fromarray(photo(*shape))
-    theirs = processed(DINOv3ViTImageProcessor(image_mean=row.mean, image_std=row.std), picture)
-    assert (preprocess_of(row, "hf")(picture) - theirs).abs().max() < 2e-6
+    image = Image.fromarray(photo(*shape))
+    theirs = processed(DINOv3ViTImageProcessor(image_mean=row.mean, image_std=row.std), image)
+    assert (preprocess_of(row, "hf")(image) - theirs).abs().max() < 2e-6
 
 
 @pytest.mark.peers
@@ -137,15 +137,15 @@ def test_timm_style_equals_timm(name) -> None:
     settings = timm.models.get_pretrained_cfg(str(row.timm_id).split("/")[-1]).to_dict()
     theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=settings))
     for shape in SHAPES:
-        picture = Image.fromarray(photo(*shape))
-        assert torch.equal(preprocess_of(row, "timm")(picture), theirs(picture))
+        image = Image.fromarray(photo(*shape))
+        assert torch.equal(preprocess_of(row, "timm")(image), theirs(image))
 
 
 @pytest.mark.peers
 @by_size
 @pytest.mark.parametrize("name", ["dinov3_vits16", "dinov3_vitl16_sat493m", "dinov2_vits14", "dino_vitb8"])
 def test_meta_style_equals_the_documented_transforms(name, shape) -> None:
-    """The reference READMEs: v2 transforms on a uint8 tensor for DINOv3, classic ones on PIL pictures before it."""
+    """The reference READMEs: v2 transforms on a uint8 tensor for DINOv3, classic ones on PIL images before it."""
     from torchvision import transforms as v1
     from torchvision.transforms import v2
 
@@ -156,8 +156,8 @@ def test_meta_style_equals_the_documented_transforms(name, shape) -> None:
     else:
         steps = [v1.Resize(256, v1.InterpolationMode.BICUBIC), v1.CenterCrop(224), v1.ToTensor()]
         theirs = v1.Compose([*steps, v1.Normalize(row.mean, row.std)])
-    picture = Image.fromarray(photo(*shape))
-    ours, expected = preprocess_of(row, "meta")(picture), theirs(picture)
+    image = Image.fromarray(photo(*shape))
+    ours, expected = preprocess_of(row, "meta")(image), theirs(image)
     # v2 multiplies by 1 / 255 in float32 where everyone else divides: the bytes are equal, the last bit is not
     assert torch.equal(ours, expected) if row.family != "dinov3" else (ours - expected).abs().max() < 2e-6
 
@@ -185,9 +185,9 @@ def test_a_dot_is_found_where_the_placement_says(shape, engine, fit, size) -> No
     middle, place = (shape[1] / 2, shape[0] / 2), transform.plan(*shape)
     for dx, dy in ((0, 0), (-8, 6), (7, -8)):  # near enough to the middle for every crop to keep it
         x, y = int(middle[0] + dx), int(middle[1] + dy)
-        picture = np.zeros((*shape, 3), np.uint8)
-        picture[y - 3 : y + 3, x - 3 : x + 3] = 255  # the edges of pixels x - 3 and x + 3: its centre is (x, y)
-        pixels = transform(picture)[0].double()
+        image = np.zeros((*shape, 3), np.uint8)
+        image[y - 3 : y + 3, x - 3 : x + 3] = 255  # the edges of pixels x - 3 and x + 3: its centre is (x, y)
+        pixels = transform(image)[0].double()
         rows, columns = (pixels.sum(dim=d) / pixels.sum() for d in (1, 0))
         found = [float((w * (torch.arange(len(w)) + 0.5)).sum()) for w in (columns, rows)]
         assert found == pytest.approx(place.to_input(x, y), abs=0.1)  # a filter is symmetric, but bytes are rounded
@@ -195,7 +195,7 @@ def test_a_dot_is_found_where_the_placement_says(shape, engine, fit, size) -> No
 
 @by_fit
 def test_corners_go_to_corners(fit, size) -> None:
-    """The picture's corners are those of the input, or of its part in a padded one; a crop is inside and central."""
+    """The image's corners are those of the input, or of its part in a padded one; a crop is inside and central."""
     for shape in [(200, 120), (90, 333), (41, 41), (1, 1), (7, 900)]:
         placement = plain(size, patch_size=8, fit=fit).plan(*shape)
         (left, top), (right, bottom) = placement.to_input(0, 0), placement.to_input(shape[1], shape[0])
@@ -230,7 +230,7 @@ def test_every_fit_gives_whole_patches() -> None:
 
 @pytest.mark.parametrize(("shape", "grid"), [((200, 120), (8, 5)), ((90, 333), (2, 8)), ((41, 41), (8, 8))])
 def test_padding_is_the_mean_colour_and_not_valid(shape, grid) -> None:
-    """Where `valid` holds there is picture, down to the pixel; elsewhere zeros, which is the mean colour."""
+    """Where `valid` holds there is image, down to the pixel; elsewhere zeros, which is the mean colour."""
     transform = Preprocess((0.3, 0.4, 0.5), (0.2, 0.2, 0.2), 8, 64, fit="pad")
     batch = transform.batch([np.full((*shape, 3), 255, np.uint8)])
     assert batch.valid is not None and batch.valid.sum() == math.prod(grid)
@@ -242,7 +242,7 @@ def test_padding_is_the_mean_colour_and_not_valid(shape, grid) -> None:
 
 @by_fit
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2000), (2000, 3)], ids=lambda s: f"{s[0]}x{s[1]}")
-def test_tiny_and_thin_pictures_give_a_result(shape, fit, size) -> None:
+def test_tiny_and_thin_images_give_a_result(shape, fit, size) -> None:
     """One colour in, the same colour out, whatever the shape."""
     transform = plain(size, patch_size=8, fit=fit)
     pixels = transform(np.full((*shape, 3), 51, np.uint8))
@@ -251,7 +251,7 @@ def test_tiny_and_thin_pictures_give_a_result(shape, fit, size) -> None:
 
 
 def test_a_centre_crop_of_a_thread_does_not_fill_the_memory() -> None:
-    """A picture of 1 x 60,000 would be enlarged 224 times before all but its middle is cut away: 9 GB."""
+    """An image of 1 x 60,000 would be enlarged 224 times before all but its middle is cut away: 9 GB."""
     try:
         resized = plain(224, patch_size=16, fit="crop").plan(1, 60_000).resized
     except InputError as error:
@@ -268,7 +268,7 @@ def test_an_input_beyond_all_memory_is_said(fit, size) -> None:
     assert ("or fit='squash'" in text) == (fit != "squash"), "what is no remedy"
 
 
-def test_a_thin_picture_over_the_limit_is_counted_right() -> None:
+def test_a_thin_image_over_the_limit_is_counted_right() -> None:
     """A side below half a patch is still one row of patches."""
     text = complaint(InputError, lambda: plain(None, patch_size=16, fit="native").plan(3, 5008))
     assert "3x5008" in text and "313 patches" in text and "size=" in text
@@ -306,9 +306,9 @@ def test_a_transform_can_be_pickled_and_batched_by_a_loader() -> None:
     """It serves as a Dataset's transform: the copy in a worker gives the same tensors."""
     transform = preprocess_of(MODELS["dinov2_vits14"], "meta")
     copy = pickle.loads(pickle.dumps(transform))
-    pictures = [photo(100, 77), photo(300, 200)]
-    (batch,) = torch.utils.data.DataLoader([copy(p) for p in pictures], batch_size=2)
-    assert copy == transform and torch.equal(batch, transform.batch(pictures).pixels)
+    images = [photo(100, 77), photo(300, 200)]
+    (batch,) = torch.utils.data.DataLoader([copy(p) for p in images], batch_size=2)
+    assert copy == transform and torch.equal(batch, transform.batch(images).pixels)
 
 
 @by_fit
@@ -337,5 +337,5 @@ def test_typos_in_options_are_said(options) -> None:
     assert next(iter(options)) in complaint(InputError, lambda: plain(64, **options))
 
 
-def test_a_crop_larger_than_the_picture_is_said() -> None:
+def test_a_crop_larger_than_the_image_is_said() -> None:
     assert "resize_to 32" in complaint(InputError, lambda: plain(64, fit="crop", resize_to=32))

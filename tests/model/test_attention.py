@@ -1,4 +1,4 @@
-"""Attention against a naive float64 loop, for pictures of one size and of many laid end to end."""
+"""Attention against a naive float64 loop, for images of one size and of many laid end to end."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ BOTH = pytest.mark.parametrize("attend", [rope_attention, eager_attention], ids=
 
 
 def naive(
-    qkv: Tensor,  # [N, 3, H, D], one picture
+    qkv: Tensor,  # [N, 3, H, D], one image
     rope: tuple[Tensor, Tensor] | None,
     scale: float | None = None,
 ) -> np.ndarray:
@@ -52,20 +52,20 @@ def naive(
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("rotated", [True, False], ids=["rope", "no_rope"])
 @pytest.mark.parametrize("scale", [None, 0.31], ids=["default_scale", "scale_given"])
-def test_pictures_of_one_size(attend: Any, head_dim: int, rotated: bool, scale: float | None) -> None:
-    """[B, N, 3, H, D] in, [B, N, H*D] out, each picture for itself."""
+def test_images_of_one_size(attend: Any, head_dim: int, rotated: bool, scale: float | None) -> None:
+    """[B, N, 3, H, D] in, [B, N, H*D] out, each image for itself."""
     qkv = torch.randn(2, 23, 3, 3, head_dim)
     rope = angles(23, head_dim, prefix=5) if rotated else None
     out = attend(qkv, *(rope or (None, None)), scale=scale)
     assert out.shape == (2, 23, 3 * head_dim)
-    expected = torch.from_numpy(np.stack([naive(picture, rope, scale) for picture in qkv]))
+    expected = torch.from_numpy(np.stack([naive(image, rope, scale) for image in qkv]))
     assert relative(out, expected) < 2e-6  # float32 sums of at most 128 products
 
 
 @BOTH
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("rotated", [True, False], ids=["rope", "no_rope"])
-def test_pictures_of_many_sizes(attend: Any, head_dim: int, rotated: bool) -> None:
+def test_images_of_many_sizes(attend: Any, head_dim: int, rotated: bool) -> None:
     """[T, 3, H, D] with cu_seqlens: attention stays within each sequence, whatever the order of their lengths."""
     total = sum(LENGTHS)
     qkv = torch.randn(total, 3, 2, head_dim)
@@ -78,8 +78,8 @@ def test_pictures_of_many_sizes(attend: Any, head_dim: int, rotated: bool) -> No
 
 
 @BOTH
-def test_packed_pictures_of_one_size_equal_a_batch(attend: Any) -> None:
-    """The same pictures, laid end to end or stacked, give the same numbers; `max_seqlen` is only a hint."""
+def test_packed_images_of_one_size_equal_a_batch(attend: Any) -> None:
+    """The same images, laid end to end or stacked, give the same numbers; `max_seqlen` is only a hint."""
     qkv = torch.randn(4, 10, 3, 2, 16)
     cos, sin = angles(10, 16)
     packed = attend(qkv.flatten(0, 1), cos.repeat(4, 1), sin.repeat(4, 1), cu_seqlens=offsets([10] * 4), scale=0.5)

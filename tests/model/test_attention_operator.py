@@ -83,7 +83,7 @@ def test_the_second_result_is_the_logarithm_of_the_sum_of_weights(packed: bool) 
     """To base 2, [B, H, N] or [H, T], of scores that are scaled."""
     qkv, (cos, sin, cu_seqlens, longest, scale) = arguments(packed, False, torch.float64)
     _, lse = OP(qkv, cos, sin, cu_seqlens, longest, scale)
-    part = qkv[4:5] if packed else qkv[:1, 2:3]  # a picture of a single token, or the third query of the first picture
+    part = qkv[4:5] if packed else qkv[:1, 2:3]  # an image of a single token, or the third query of the first image
     if packed:
         scores = (part[:, 0] * part[:, 1]).sum(-1) * scale
         assert lse.shape == (2, 7)
@@ -135,7 +135,7 @@ def test_compile_and_export_keep_it_as_one_node(packed: bool) -> None:
 
 
 def test_flops_are_counted_like_those_of_sdpa() -> None:
-    """Forward 4 N^2 H D for each picture, backward 2.5 times that; packed pictures by their own lengths."""
+    """Forward 4 N^2 H D for each image, backward 2.5 times that; packed images by their own lengths."""
     count_flops()
     qkv, rest = arguments(False, True)
     with FlopCounterMode(display=False) as counter:

@@ -22,7 +22,7 @@ FAMILIES = pytest.mark.parametrize("name", CONFIGS)
 
 
 def setup(name: str = "dinov3") -> tuple[Backbone, Tensor]:
-    """A model of four blocks and two pictures of 2x3 patches."""
+    """A model of four blocks and two images of 2x3 patches."""
     model = randomise(Backbone(CONFIGS[name]))
     return model, torch.randn(2, 3, 2 * model.patch_size, 3 * model.patch_size)  # type: ignore[return-value]
 

@@ -1,4 +1,4 @@
-"""`forward_packed`: pictures of several sizes in one pass, random coordinates, stochastic depth."""
+"""`forward_packed`: images of several sizes in one pass, random coordinates, stochastic depth."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +14,7 @@ from dinov3_infer import BackboneOutput, InputError, RopeAugmentation, VisionTra
 from dinov3_infer.model.attention import rope_attention
 from dinov3_infer.model.packing import Packing
 
-GROUPS = [(2, (4, 4)), (3, (2, 3)), (1, (2, 3)), (2, (1, 5))]  # (pictures, grid); two groups of one size among them
+GROUPS = [(2, (4, 4)), (3, (2, 3)), (1, (2, 3)), (2, (1, 5))]  # (images, grid); two groups of one size among them
 
 
 def model_of(config: ViTConfig) -> VisionTransformer:
@@ -36,7 +36,7 @@ def masks_of(model: VisionTransformer) -> list[Tensor | None] | None:
 
 
 def separately(model: VisionTransformer, crops: list[Tensor], masks: list[Tensor | None] | None) -> list[Tensor]:
-    """All tokens of each group, from one forward per picture."""
+    """All tokens of each group, from one forward per image."""
     each = masks or [None] * len(crops)
     return [
         torch.cat([
@@ -52,7 +52,7 @@ def equal(a: list[BackboneOutput], b: list[BackboneOutput]) -> bool:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_packed_equals_one_by_one(name: str) -> None:
-    """Every picture gives the tokens that it gives alone, with masks on some of the groups."""
+    """Every image gives the tokens that it gives alone, with masks on some of the groups."""
     model = model_of(SMALL[name])
     crops, masks = crops_of(model), masks_of(model)
     outputs = model.forward_packed(crops, masks)
@@ -110,7 +110,7 @@ def test_coordinates_are_drawn_for_every_block_and_group(monkeypatch: pytest.Mon
     used: list[tuple[float, ...]] = []
 
     def spy(qkv: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
-        for start in (0, options["cu_seqlens"][-2]):  # the first picture of either group
+        for start in (0, options["cu_seqlens"][-2]):  # the first image of either group
             used.append(tuple(cos[start + model.num_prefix_tokens].tolist()))
         return rope_attention(qkv, cos, sin, **options)
 
@@ -155,12 +155,12 @@ def test_random_draws_follow_the_generator(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("count", "kept"), [(1, 1), (2, 1), (3, 1), (5, 3), (8, 4), (16, 9)])
 def test_kept_counts(count: int, kept: int) -> None:
-    """A rate of 0.4 keeps max(1, floor(0.6 B)) pictures of a group, the counts of the reference implementation."""
+    """A rate of 0.4 keeps max(1, floor(0.6 B)) images of a group, the counts of the reference implementation."""
     rows, packing, factors = Packing(((count, 3), (2, 5)), torch.device("cpu")).draw(0.4, None)
     assert packing.groups == ((kept, 3), (1, 5))
     assert rows.unique().numel() == len(rows) == len(factors) == 3 * kept + 5
     first = rows[: 3 * kept].unflatten(0, (kept, 3))
-    assert (first % 3 == torch.arange(3)).all()  # whole pictures, tokens in order
+    assert (first % 3 == torch.arange(3)).all()  # whole images, tokens in order
     assert rows[: 3 * kept].max() < 3 * count <= rows[3 * kept :].min()
     assert factors.flatten().tolist() == pytest.approx([count / kept] * 3 * kept + [2.0] * 5)
 
@@ -178,7 +178,7 @@ def test_dropping_keeps_the_mean() -> None:
 
 
 @pytest.mark.parametrize("name", ["dinov3_gated", "dinov2_reg"])
-def test_dropped_pictures_skip_a_branch(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_dropped_images_skip_a_branch(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Each branch acts on its own subset, scaled by B / kept; the rest of the stream passes unchanged."""
     model = model_of(SMALL[name]).double()
     groups = [(5, (3, 3)), (4, (2, 3)), (1, (1, 2))]
@@ -234,7 +234,7 @@ def test_no_dropping_equals_plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tables_are_made_once_without_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One table per group of pictures, not per block."""
+    """One table per group of images, not per block."""
     made = spied(monkeypatch, dinov3_infer.model.vit, "rope_table")
     model = model_of(SMALL["dinov3"])
     model.forward_packed(crops_of(model))

@@ -62,7 +62,7 @@ def test_coordinates(grid: tuple[int, int]) -> None:
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_table_is_its_definition(grid: tuple[int, int], head_dim: int) -> None:
-    """cos and sin of 2 pi c / 100^(4i/D), rows of the picture in the first half of the pairs, columns in the second."""
+    """cos and sin of 2 pi c / 100^(4i/D), rows of the image in the first half of the pairs, columns in the second."""
     cos, sin = rope_table(grid, rope_periods(head_dim))
     angles = angles_of(grid, head_dim)
     assert cos.dtype == sin.dtype == torch.float32

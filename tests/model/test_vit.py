@@ -30,7 +30,7 @@ def norm(x: Tensor, state: dict[str, Tensor], name: str, eps: float) -> Tensor:
 
 
 def naive_attention(x: Tensor, state: dict[str, Tensor], config: ViTConfig, angles: Tensor | None) -> Tensor:
-    """x: [N, C] of one picture; angles: [N, D/2]."""
+    """x: [N, C] of one image; angles: [N, D/2]."""
     weight, width = state["attn.qkv.weight"], config.embed_dim // config.num_heads
     bias = state.get("attn.qkv.bias", torch.zeros(len(weight), dtype=x.dtype)).clone()
     if not config.key_bias:
@@ -61,7 +61,7 @@ def naive_ffn(x: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 
 def naive_vit(model: VisionTransformer, pixels: Tensor, masks: Tensor | None = None) -> Tensor:
-    """The whole model in float64 from its parameters alone, one picture at a time, [B, N, C] after the final norm."""
+    """The whole model in float64 from its parameters alone, one image at a time, [B, N, C] after the final norm."""
     state = {name: tensor.double() for name, tensor in model.state_dict().items()}
     config, size, results = model.config, model.config.patch_size, []
     height, width = (side // size for side in pixels.shape[2:])
@@ -74,11 +74,11 @@ def naive_vit(model: VisionTransformer, pixels: Tensor, masks: Tensor | None = N
             for column in range(width):
                 place = torch.tensor([[(2 * row + 1) / height - 1], [(2 * column + 1) / width - 1]])
                 angles[prefix + row * width + column] = (2 * math.pi * place.double() / periods).flatten()
-    for b, picture in enumerate(pixels.double()):
+    for b, image in enumerate(pixels.double()):
         patches = []
         for row in range(height):
             for column in range(width):
-                window = picture[:, row * size : (row + 1) * size, column * size : (column + 1) * size].flatten()
+                window = image[:, row * size : (row + 1) * size, column * size : (column + 1) * size].flatten()
                 patch = state["patch_embed.proj.weight"].flatten(1) @ window + state["patch_embed.proj.bias"]
                 masked = masks is not None and bool(masks[b, row * width + column])
                 patches.append(state["mask_token"][0] if masked else patch)

@@ -1,6 +1,6 @@
 """The forward pass of a model with weights of its own, in the form that a CPU computes with fastest.
 
-The weights are packed once (see `linear`) with LayerScale and the softmax scale in them, and a few pictures at a time
+The weights are packed once (see `linear`) with LayerScale and the softmax scale in them, and a few images at a time
 go through a block.  What lies between two products is one pass of compiled C (see `compiled`); where that cannot be, q
 and k are turned by one complex product, for which the channels of a pair lie side by side, and attention is made of
 packed products.  What each step brings is in tests/benchmarks/records/plan_steps.md.
@@ -26,9 +26,9 @@ __all__ = ["CpuPlan", "Spans", "spans_of"]
 
 Spans: TypeAlias = dict[str, tuple[Tensor, Tensor, Tensor]]  # least, largest and mean input of each channel of a linear
 _ROWS = 512  # at a time for each thread: what is computed of them stays in the cache
-_SCORES = 1 << 20  # of q k^T at a time: for the cache too, and so that large pictures need no more memory
+_SCORES = 1 << 20  # of q k^T at a time: for the cache too, and so that large images need no more memory
 _FEW_ROWS = 16  # a single row goes to another kernel, which rounds differently
-_GRIDS = 32  # sizes of pictures whose tables are kept
+_GRIDS = 32  # sizes of images whose tables are kept
 # x W^T with W as it is: torch's own products in float32 have the fault that `linear` speaks of
 _PRODUCT: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _REST: tuple[Any, ...] = (None, "none", [], "")
@@ -75,7 +75,7 @@ class CpuPlan:
                 kept[i] = [[part.tokens() for part in own] for own in parts]
 
         def named(streams: list[Tensor], count: int) -> tuple[Tensor, Tensor, Tensor]:
-            """Without the pictures that were repeated."""
+            """Without the images that were repeated."""
             return model.split(model.normed(torch.cat(streams)[:count]))
 
         return [
@@ -87,7 +87,7 @@ class CpuPlan:
         ]
 
     def _entered(self, model: VisionTransformer, batch: Tensor) -> Iterator["_Part"]:
-        """The tokens before the first block, as many pictures at a time as the caches are good for."""
+        """The tokens before the first block, as many images at a time as the caches are good for."""
         template, turns = self._tables(model, model.grid_of(batch))
         length, prefix = template.shape[1], self.config.num_prefix
         if (rows := len(batch) * (length - prefix)) < _FEW_ROWS:
@@ -104,7 +104,7 @@ class CpuPlan:
         return parts.to(self.dtype).reshape(-1, self.config.in_chans * size * size)  # type: ignore[no-any-return]
 
     def _tables(self, model: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """Of one picture: its tokens before the first block with all patches zero, [1, N, C], and its turns."""
+        """Of one image: its tokens before the first block with all patches zero, [1, N, C], and its turns."""
         found = self.grids.get(grid)
         if found is None:
             rope = model.rope(grid)
@@ -123,12 +123,12 @@ class CpuPlan:
 
 @dataclass
 class _Part:
-    """Some pictures of one size on their way through the blocks."""
+    """Some images of one size on their way through the blocks."""
 
     x: Tensor  # [T, C] float32: the stream
     more: Tensor | None  # [T, C] to be added to it
-    count: int  # pictures
-    turns: Tensor | None  # of a picture
+    count: int  # images
+    turns: Tensor | None  # of an image
 
     alone: bool = False  # the first rows are the class tokens, and what follows is not needed
 
