@@ -84,7 +84,7 @@ def test_the_norm_of_what_is_pooled(tmp_path: Path, caplog: pytest.LogCaptureFix
     with torch.no_grad():
         expected = theirs.fc_norm(theirs.forward_features(pixels))
         assert worst_token(tokens(ours(pixels)), expected) < SAME
-    assert "its norm follows the mean" in caplog.text
+    assert "timm applies its norm after the mean" in caplog.text
     state = dict(theirs.state_dict())
     both = state | {name.replace("fc_", ""): tensor + 1 for name, tensor in state.items() if name.startswith("fc_norm")}
     config = {"architecture": "vit_own", "model_args": {"num_heads": 4}}

@@ -127,7 +127,7 @@ def test_meta_files_have_the_names_of_meta(key: str, tmp_path: Path) -> None:
 def test_metas_strict_loaders_find_all_that_they_ask_for(
     name: str, made: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a model of timm's files: the names of Meta's own file, and one line of what was made up."""
+    """Of a model of timm's files: the names of Meta's own file, and one line of what was which Meta's strict loaders need."""
     row = MODELS[name]
     small = replace(row.config, embed_dim=64, depth=2, num_heads=1, ffn_dim=128)
     monkeypatch.setitem(zoo.ARCHITECTURES, row.architecture, small)
@@ -138,7 +138,7 @@ def test_metas_strict_loaders_find_all_that_they_ask_for(
     expected = torch.load(whole.save_pretrained(tmp_path / "whole.pth", "meta"), weights_only=True)
     written = torch.load(path, weights_only=True)
     assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in expected.items()}
-    said = [r.getMessage() for r in caplog.records if "made up" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "which Meta's strict loaders need" in r.getMessage()]
     assert len(said) == (made is not None) and (made is None or re.search(made, said[0])), said
     again = load(path, num_heads=1)
     assert again.fingerprint() == model.fingerprint()
@@ -212,7 +212,7 @@ def test_timm_with_zero_biases(name: str, architecture: str, tmp_path: Path) -> 
     [(dict(prefix_norm=True), "hf", "no separate norm"), (dict(prefix_norm=True), "timm", "cls_norm"),
      (dict(key_bias=True), "timm", "no bias for the keys"),
      (dict(layerscale=False), "hf", "always has layer scale"),
-     (dict(ffn_dim=72), "timm", "known names only")],
+     (dict(ffn_dim=72), "timm", "only architectures that it has a name for")],
     ids=lambda v: "_".join(v) if isinstance(v, dict) else str(v).replace(" ", "_"),
 )  # fmt: skip
 def test_what_a_layout_cannot_hold_is_refused(changes: dict[str, Any], layout: str, says: str, tmp_path: Path) -> None:
@@ -412,7 +412,7 @@ def test_mean_and_std_go_where_there_is_a_place(tmp_path: Path, caplog: pytest.L
     again = load(model.save_pretrained(tmp_path / "m.safetensors", layout="meta"))
     assert again.preprocess == model.preprocess and again.info == model.info and not caplog.records
     model.save_pretrained(tmp_path / "m.pth", layout="meta")
-    assert "no mean and std" in caplog.text
+    assert "no name and no transform" in caplog.text
 
 
 def test_a_folder_in_the_way_of_a_file(tmp_path: Path) -> None:

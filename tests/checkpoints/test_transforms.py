@@ -195,7 +195,7 @@ def test_what_the_layout_of_others_cannot_hold_is_said(
     bb = Backbone.from_config("dinov2_vits14", seed=0)
     bb.preprocess = replace(bb.preprocess, **changes)
     path = bb.save_pretrained(tmp_path, layout)
-    assert lost in caplog.text and ("prepare images in the family's way" in caplog.text) is bool(lost)
+    assert lost in caplog.text and ("use the family's default transform" in caplog.text) is bool(lost)
     assert Backbone.from_pretrained(path, device="cpu").preprocess == bb.preprocess
     if lost:
         return

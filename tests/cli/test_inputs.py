@@ -52,7 +52,7 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("nowhere.jpg", r"no picture, folder or pattern at '.*nowhere\.jpg'; check the path"),
         ("*.tif", "no folder and no file at"),
-        ("empty", r"no pictures under 'empty' \(looked for .*; 0 other files\)"),
+        ("empty", r"no images under 'empty' \(looked for .*; 0 other files\)"),
         ("@nowhere", r"the list 'nowhere' cannot be read \(No such file or directory\); check the path"),
         ("@void", "the list 'void' is empty; give one path per line"),
     ],
