@@ -47,7 +47,7 @@ REFUSALS = {
     ),
     "a token with its line break": (
         {}, "a/b", dict(token=f"hf_{SECRET}\n"), InputError,
-        "token is empty or holds white",
+        "token is empty or contains white",
     ),
     "an empty token": (
         {}, "a/b", dict(token=""), InputError,
@@ -59,13 +59,13 @@ REFUSALS = {
     ),
     "private, no token": (
         dict(private=True), "a/b", {}, ModelNotFoundError,
-        r"'a/b' is no path here, and the hub has no model of that name that you can see \(no token was sent\); check",
+        r"'a/b' is no path here, and the hub has no model of that name \(no token was sent\); check",
     ),
     "private, token of somebody else": (
         dict(private=True), "a/b", dict(token=STRANGER), ModelNotFoundError,
         "can see with the token that was sent; check",
     ),
-    "no such repository": (None, "a/b", {}, ModelNotFoundError, "no model of that name that you can see"),
+    "no such repository": (None, "a/b", {}, ModelNotFoundError, "no model of that name"),
     "no such repository, with a token": (
         None, "a/b", dict(token=READER), ModelNotFoundError,
         "with the token that was",
@@ -119,7 +119,7 @@ def test_without_a_network(name: str, repository: str, tmp_path: Path, cut_off: 
     outcome = cut_off("load", name, cache_dir=tmp_path, revision="v1")
     assert outcome.error is OfflineError and issubclass(outcome.error, FileNotFoundError)
     assert outcome.seconds < 2
-    start = f"'{repository}' is no path here and not in the cache '{tmp_path}', and the hub cannot be reached (Connect"
+    start = f"'{repository}' is no existing path and not in the cache '{tmp_path}', and the hub cannot be reached (Connect"
     assert outcome.text.startswith(start)
     assert outcome.text.endswith(
         f"); run 'hf download {repository} --revision v1' where it can be, copy the cache, or give weights=PATH"
