@@ -102,7 +102,7 @@ def test_statistics_of_another_number_of_channels(tmp_path: Path, caplog: pytest
     assert Backbone.from_pretrained(path, device="cpu").preprocess.channels == 4
     assert "nothing states the mean and std" in caplog.text
     stated([0.1, 0.2])
-    with pytest.raises(CheckpointError, match="of 2 channels, and the patches have 4"):
+    with pytest.raises(CheckpointError, match="for 2 channels, but the patches have 4"):
         Backbone.from_pretrained(path, device="cpu")
 
 

@@ -234,7 +234,7 @@ def test_a_file_that_fails_keeps_another_name(suffix: str, tmp_path: Path, monke
     path = bb.export(tmp_path / f"m.{suffix}", size=32)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     spoil(monkeypatch)
-    with pytest.raises(PrecisionError, match=rf"off by .* is allowed; it is kept as '.*m\.{suffix}\.failed'"):
+    with pytest.raises(PrecisionError, match=rf"off by .* is allowed; the file is kept as '.*m\.{suffix}\.failed'"):
         bb.export(path, size=32)
     after = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert set(after) == set(before) | {name.replace(suffix, f"{suffix}.failed") for name in before}

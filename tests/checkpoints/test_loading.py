@@ -158,7 +158,7 @@ def test_teacher_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.INFO, "dinov3_infer"):
         model = load(put(tmp_path, {"teacher": teacher, "iteration": 7}, None, "teacher_checkpoint.pth"))
     same_features(model, source)
-    assert "left 2 others aside" in caplog.text and "'teacher.backbone.'" in caplog.text
+    assert "ignored 2 others" in caplog.text and "'teacher.backbone.'" in caplog.text
 
 
 def test_main_dino_checkpoint_gives_the_teacher(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_shared_names_of_v1(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert "same names" not in caplog.text
     assert load(bare).config.position_resize == "offset"
     assert caplog.text.count("same names") == 1
-    assert "layout='timm'" in caplog.text and "taken as 'meta'" in caplog.text
+    assert "layout='timm'" in caplog.text and "read as 'meta'" in caplog.text
 
 
 @pytest.mark.parametrize(

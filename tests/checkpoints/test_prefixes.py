@@ -54,7 +54,7 @@ def test_registers_may_have_positions(registers: int, no_embed_class: bool, live
 def test_a_table_of_no_square_is_refused(tmp_path: Path) -> None:
     state = timm_named(hf_model(SMALL["dinov2_reg"]).state_dict(), SMALL["dinov2_reg"])
     state["pos_embed"] = torch.zeros(1, 31, 64)
-    with pytest.raises(UnsupportedError, match="not a square grid with 0 or 5 tokens before it"):
+    with pytest.raises(UnsupportedError, match="no square grid after 0 or 5 tokens"):
         Backbone.from_pretrained(put(tmp_path, state), num_heads=4, device="cpu")
 
 

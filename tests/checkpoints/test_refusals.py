@@ -37,7 +37,7 @@ TYPES = {
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind, names in IDS.items() for name in names])
 def test_by_its_id(kind: str, name: str) -> None:
     """Before anything is downloaded."""
-    with pytest.raises(UnsupportedError, match=rf"'{name}' is {kind}.*: it.* not here; load it with"):
+    with pytest.raises(UnsupportedError, match=rf"'{name}' is {kind}.*: it.* not supported; load it with"):
         Backbone.from_pretrained(name, local_files_only=True)
 
 

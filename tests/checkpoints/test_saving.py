@@ -394,7 +394,7 @@ def test_an_unmerged_adapter_is_said(tmp_path: Path) -> None:
     model = model_of(SOURCES["dinov3"])
     inject_adapter_in_model(LoraConfig(target_modules=["qkv"], r=2), model)
     for layout, target in (("hf", tmp_path / "hf"), ("meta", tmp_path / "m.pth")):
-        with pytest.raises(UnsupportedError, match="adapter is injected and not merged.*merge it"):
+        with pytest.raises(UnsupportedError, match="an adapter that is not merged.*merge it"):
             model.save_pretrained(target, layout=layout)
 
 

@@ -44,7 +44,7 @@ def test_heads_that_nobody_states_are_asked_for(config: ViTConfig, beside: dict[
     config = replace(config, num_heads=2, norm_eps=1e-6)
     source = hf_model(config)
     path = put(tmp_path, timm_named(source.state_dict(), config), beside)
-    with pytest.raises(CheckpointError, match=r"nothing states how many heads .* pass num_heads="):
+    with pytest.raises(CheckpointError, match=r"nothing states the number of attention heads .* pass num_heads="):
         load(path)
     ours = load(path, num_heads=2)
     assert ours.origin["num_heads"] == "2, from num_heads="

@@ -50,7 +50,7 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("nowhere.jpg", r"no picture, folder or pattern at '.*nowhere\.jpg'; check the path"),
+        ("nowhere.jpg", r"no image, folder or pattern at '.*nowhere\.jpg'; check the path"),
         ("*.tif", "no folder and no file at"),
         ("empty", r"no images under 'empty' \(looked for .*; 0 other files\)"),
         ("@nowhere", r"the list 'nowhere' cannot be read \(No such file or directory\); check the path"),

@@ -31,7 +31,7 @@ REFUSALS = {
     ),
     "gated, token of somebody else": (
         dict(gated=True), VITL, dict(token=STRANGER), GatedModelError,
-        "gated, and the token that was sent is not admitted",
+        "gated, and the token that was sent has no access",
     ),
     "a gated copy is not proposed again": (
         dict(gated=True), "timm/vit_large_patch16_dinov3.lvd1689m", {}, GatedModelError, "file that you already have$",
@@ -43,7 +43,7 @@ REFUSALS = {
     ),
     "a token that has ended": (
         {}, "a/b", dict(token=f"hf_ended{SECRET}"), ModelNotFoundError,
-        r"refused the token that was sent for 'a/b' \(HTTP 401\); log in anew .*token=False",
+        r"refused the token for 'a/b' \(HTTP 401\); log in again .*token=False",
     ),
     "a token with its line break": (
         {}, "a/b", dict(token=f"hf_{SECRET}\n"), InputError,
@@ -51,7 +51,7 @@ REFUSALS = {
     ),
     "an empty token": (
         {}, "a/b", dict(token=""), InputError,
-        "token is empty .* give it alone, or None for the stored",
+        "token is empty .* give the token alone, or None for the stored",
     ),
     "a stored token that is not there": (
         {}, "a/b", dict(token=True), InputError,
@@ -59,11 +59,11 @@ REFUSALS = {
     ),
     "private, no token": (
         dict(private=True), "a/b", {}, ModelNotFoundError,
-        r"'a/b' is no path here, and the hub has no model of that name \(no token was sent\); check",
+        r"'a/b' is no existing path, and the hub shows no model of that name \(no token was sent\); check",
     ),
     "private, token of somebody else": (
         dict(private=True), "a/b", dict(token=STRANGER), ModelNotFoundError,
-        "can see with the token that was sent; check",
+        "of that name with the token that was sent; check",
     ),
     "no such repository": (None, "a/b", {}, ModelNotFoundError, "no model of that name"),
     "no such repository, with a token": (
@@ -72,18 +72,18 @@ REFUSALS = {
     ),
     "no id at all": (
         None, "a b/c--d", {}, ModelNotFoundError,
-        "no path here, and no id of a hub's model, .* 'org/name'",
+        "no existing path and no hub id; .* 'org/name'",
     ),
     "no such revision": (
         {}, "a/b", dict(revision="v9"), ModelNotFoundError,
-        "'a/b' has no revision 'v9'; give a branch",
+        "'a/b' has no revision 'v9'; give one of its branches",
     ),
     "no such file": (
         {}, "{hub}/a/b/resolve/main/c.pth", {}, ModelNotFoundError, "'a/b' has no such file; see the list on its page",
     ),
     "an empty repository": (
         dict(files={}), "a/b", {}, ModelNotFoundError,
-        "'a/b' holds no model.safetensors and no pytorch_model.bin, nor any other weights file; give it with weights=",
+        "'a/b' holds no model.safetensors and no pytorch_model.bin, nor any other weights file; give a file with weights=",
     ),
     "another kind of model": (
         dict(files={"README.md": b"#", "flax_model.msgpack": b"0", "tf.h5": b"0"}), "a/b", {}, ModelNotFoundError,
@@ -91,10 +91,10 @@ REFUSALS = {
     ),
     "a login page instead of the hub": (
         dict(play={CONFIG: ["to a login page", "..."]}), "a/b", {}, OfflineError,
-        "what answers for 'a/b' is no hub but perhaps a login page or a proxy; .*HF_ENDPOINT.*weights=PATH",
+        "the server that answered for 'a/b' is no hub, but perhaps a login page or a proxy; .*HF_ENDPOINT.*weights=PATH",
     ),
     "a page instead of the hub": (
-        dict(play={CONFIG: ["html", "..."]}), "a/b", {}, OfflineError, "what answers for 'a/b' is no hub",
+        dict(play={CONFIG: ["html", "..."]}), "a/b", {}, OfflineError, "the server that answered for 'a/b' is no hub",
     ),
 }  # fmt: skip
 
@@ -122,7 +122,7 @@ def test_without_a_network(name: str, repository: str, tmp_path: Path, cut_off: 
     start = f"'{repository}' is no existing path and not in the cache '{tmp_path}', and the hub cannot be reached (Connect"
     assert outcome.text.startswith(start)
     assert outcome.text.endswith(
-        f"); run 'hf download {repository} --revision v1' where it can be, copy the cache, or give weights=PATH"
+        f"); run 'hf download {repository} --revision v1' where the hub can be reached, copy the cache, or give weights=PATH"
     )
 
 
@@ -131,8 +131,8 @@ def test_told_not_to_ask(name: str, tmp_path: Path, small: Path, hub: Hub, clien
     hub.add("a/b", files_of(small))
     name = name.replace("{hub}", hub.url)
     for who, options, why in (
-        (offline, {}, r"was not asked \(HF_HUB_OFFLINE=1\)"),
-        (client, dict(local_files_only=True), r"was not asked \(local_files_only=True\)"),
+        (offline, {}, r"was not contacted \(HF_HUB_OFFLINE=1\)"),
+        (client, dict(local_files_only=True), r"was not contacted \(local_files_only=True\)"),
     ):
         who.fails(OfflineError, f"not in the cache '{tmp_path}.*{why}", "locate", name, cache_dir=tmp_path, **options)
     assert hub.seen == []
@@ -182,7 +182,7 @@ def test_something_else_instead_of_the_weights_is_not_kept(
 ) -> None:
     hub.add("a/b", files_of(small))
     hub.play(blob_of(hub, small), trouble, "...")
-    words = r"download of 'a/b' failed \(a file came incomplete\); try again"
+    words = r"download of 'a/b' failed \(a file arrived incomplete\); try again"
     client.fails(OfflineError, words, "load", "a/b", cache_dir=tmp_path)
     assert not list(tmp_path.rglob("snapshots/*/model.safetensors"))
     hub.troubles.clear()

@@ -83,7 +83,7 @@ def test_metas_file_says_its_licence_and_has_to_be_it(
     plain = f"{hub.elsewhere}/dinov2_vits14_pretrain.pth"
     assert outcome.said == [f"dinov2_vits14: downloaded from '{plain}'; the licence of these weights: Apache-2.0"]
     assert client("locate", known, cache_dir=tmp_path).said == []
-    words = "has the name of dinov2_vits14's file; ask for that"
+    words = "has the name of dinov2_vits14's file; give that name"
     client.fails(CheckpointError, words, "load", "vitb16", weights=known, cache_dir=tmp_path)
 
 
@@ -94,14 +94,14 @@ REFUSED = {  # what happens at the link; its query; the error
     ),
     "refused, who knows why": (
         "expired", f"Signature={SECRET}", GatedModelError,
-        r"was refused \(HTTP 403\); signed links expire, so ask for a new one, and give the whole of it, in quotes$",
+        r"was refused \(HTTP 403\); signed links expire, so ask for a new one, and give the whole link in quotes$",
     ),
-    "refused, not signed": ("expired", "", GatedModelError, "log in with a browser, .* and give the path of the file$"),
+    "refused, not signed": ("expired", "", GatedModelError, "log in with a browser, .* and give its path$"),
     "nothing there": ("gone", f"Signature={SECRET}", ModelNotFoundError, r"nothing at '{plain}' \(HTTP 404\); check"),
     "busy": ("busy", f"Signature={SECRET}", OfflineError, r"download of '{plain}' failed \(HTTP 503\); try again, or"),
     "a page": (
         "html", f"Signature={SECRET}", CheckpointError,
-        "'{plain}' leads to a web page, not to a weights file; open it in a browser, where it may ask to log in, and",
+        "'{plain}' leads to a web page, not to a weights file; open it in a browser, log in if asked, download the file",
     ),
     "to a login page elsewhere": ("to a login page", "", CheckpointError, "'{plain}' leads to a web page"),
     "a page that says nothing of it": (
@@ -188,12 +188,12 @@ def test_without_a_network(tmp_path: Path, cut_off: Client) -> None:
             f"http://host/page?file=m.pth&Signature={SECRET}",
             r"a weights file \(.safetensors, .pth.*, and 'http://host/page",
         ),
-        (f"https://me:{SECRET}@host/", "and 'https://host/' does not; download what you need, and give its path"),
-        (f"https://host/my model.pth?Signature={SECRET}", "'https://...' is no link"),
-        (f"https:/host/m.pth?Signature={SECRET}", "'https://...' is no link"),
+        (f"https://me:{SECRET}@host/", "and 'https://host/' does not; download the file, and give its path"),
+        (f"https://host/my model.pth?Signature={SECRET}", "'https://...' is no http or https link"),
+        (f"https:/host/m.pth?Signature={SECRET}", "'https://...' is no http or https link"),
         (
             f"host/models/m.pth?Signature={SECRET}",
-            r"'host/models/m.pth\?...' is no path and no name; a link begins with h",
+            r"'host/models/m.pth\?...' is no path and no name; give a link that begins with h",
         ),
     ],
     ids=["scheme", "no host", "broken host", "no file", "password", "white space", "made a path", "no scheme"],
@@ -204,7 +204,7 @@ def test_what_is_no_link_to_weights(link: str, words: str, tmp_path: Path, clien
 
 
 def test_a_host_that_cannot_be(tmp_path: Path, client: Client) -> None:
-    words = r"download of 'http://a..b/m.pth' failed \(no such address can be asked for\); try again"
+    words = r"download of 'http://a..b/m.pth' failed \(the address is not valid\); try again"
     client.fails(OfflineError, words, "load", f"http://a..b/m.pth?Signature={SECRET}", cache_dir=tmp_path)
 
 

@@ -134,9 +134,9 @@ def test_a_branch(small: Path, hub: Hub, client: Client) -> None:
 @pytest.mark.parametrize(
     "name, token, kind, words",
     [
-        ("a/b", READER, GatedModelError, r"not let you write to 'a/b' \(HTTP 403\); log in with 'hf auth login' and a"),
-        ("a/b", f"hf_ended{SECRET}", GatedModelError, r"not let you write to 'a/b' \(HTTP 40[13]\)"),
-        ("a/b", False, GatedModelError, r"not let you write to 'a/b' \(HTTP 401\)"),
+        ("a/b", READER, GatedModelError, r"hub refuses to write to 'a/b' \(HTTP 403\); log in with 'hf auth login' and a"),
+        ("a/b", f"hf_ended{SECRET}", GatedModelError, r"hub refuses to write to 'a/b' \(HTTP 40[13]\)"),
+        ("a/b", False, GatedModelError, r"hub refuses to write to 'a/b' \(HTTP 401\)"),
         ("a/b", True, InputError, "pushing needs a token, and none is stored; log in with 'hf auth login'"),
         ("a/b/c", WRITER, InputError, "a repository is 'name' or 'org/name'; got 'a/b/c'"),
         ("a b", WRITER, InputError, "a repository is 'name' or 'org/name'; got 'a b'"),
@@ -151,7 +151,7 @@ def test_what_is_refused(
 
 
 def test_without_a_network(small: Path, hub: Hub, offline: Client, cut_off: Client) -> None:
-    words = r"'a/b' cannot be written to \(HF_HUB_OFFLINE=1\); save_pretrained writes a folder"
+    words = r"'a/b' cannot be written \(HF_HUB_OFFLINE=1\); write a folder with save_pretrained"
     offline.fails(OfflineError, words, "push", small, "a/b", token=WRITER)
     words = r"'a/b' could not be written \(Connect\w+\); try again, or write a folder with save_pretrained"
     assert cut_off.fails(OfflineError, words, "push", small, "a/b", token=WRITER).seconds < 5
