@@ -81,8 +81,8 @@ def download(
             return target, False
         if not_asked:
             raise OfflineError(
-                f"'{shown}' is not in the cache '{folder}', and downloads are off ({not_asked}); download it where "
-                "that is allowed, or give the path of the file"
+                f"'{shown}' is not in the cache '{folder}', and its host was not contacted ({not_asked}); download "
+                "it where that is allowed, or give the path of the file"
             )
         with client_tools().WeakFileLock(folder / ".lock"):  # only one of several processes downloads
             if target.is_file():

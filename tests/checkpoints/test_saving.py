@@ -127,7 +127,7 @@ def test_meta_files_have_the_names_of_meta(key: str, tmp_path: Path) -> None:
 def test_metas_strict_loaders_find_all_that_they_ask_for(
     name: str, made: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a model of timm's files: the names of Meta's own file, and one line of what was which Meta's strict loaders need."""
+    """A model from timm's files gets all names of Meta's own file, and one log line says what was added."""
     row = MODELS[name]
     small = replace(row.config, embed_dim=64, depth=2, num_heads=1, ffn_dim=128)
     monkeypatch.setitem(zoo.ARCHITECTURES, row.architecture, small)

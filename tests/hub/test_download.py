@@ -101,7 +101,7 @@ REFUSED = {  # what happens at the link; its query; the error
     "busy": ("busy", f"Signature={SECRET}", OfflineError, r"download of '{plain}' failed \(HTTP 503\); try again, or"),
     "a page": (
         "html", f"Signature={SECRET}", CheckpointError,
-        "'{plain}' leads to a web page, not to a weights file; open it in a browser, log in if asked, download the file",
+        "'{plain}' leads to a web page, not to a weights file; open it in a browser, log in if asked, download",
     ),
     "to a login page elsewhere": ("to a login page", "", CheckpointError, "'{plain}' leads to a web page"),
     "a page that says nothing of it": (

@@ -134,7 +134,7 @@ def test_a_branch(small: Path, hub: Hub, client: Client) -> None:
 @pytest.mark.parametrize(
     "name, token, kind, words",
     [
-        ("a/b", READER, GatedModelError, r"hub refuses to write to 'a/b' \(HTTP 403\); log in with 'hf auth login' and a"),
+        ("a/b", READER, GatedModelError, r"refuses to write to 'a/b' \(HTTP 403\); log in with 'hf auth login' and a"),
         ("a/b", f"hf_ended{SECRET}", GatedModelError, r"hub refuses to write to 'a/b' \(HTTP 40[13]\)"),
         ("a/b", False, GatedModelError, r"hub refuses to write to 'a/b' \(HTTP 401\)"),
         ("a/b", True, InputError, "pushing needs a token, and none is stored; log in with 'hf auth login'"),

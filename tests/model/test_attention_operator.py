@@ -217,7 +217,7 @@ def test_a_missing_triton_is_named_with_the_way_to_get_it(monkeypatch: pytest.Mo
     attention._import_error.cache_clear()
     try:
         answer = why_not_triton(torch.device("cuda"), torch.bfloat16, 64)
-        assert answer == "'triton' is not installed; on Linux pip install 'dinov3-infer[triton]' brings it"
+        assert answer == "'triton' is not installed; on Linux, pip install 'dinov3-infer[triton]'"
     finally:
         attention._kernels.cache_clear()
         attention._import_error.cache_clear()

@@ -129,7 +129,7 @@ def test_every_tensor_is_noticed(small: ConvNeXtBackbone) -> None:
 
 
 WRONG = [
-    (lambda bb: bb(torch.zeros(1, 3, 31, 64)), InputError, "input 31x64 is too small; a ConvNeXt takes 32 pixels"),
+    (lambda bb: bb(torch.zeros(1, 3, 31, 64)), InputError, "input 31x64 is too small; give at least 32 pixels"),
     (lambda bb: bb(torch.zeros(1, 4, 64, 64)), InputError, r"pixels of shape \[B, 3, height, width\], got \[1, 4,"),
     (lambda bb: bb(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)), InputTypeError, "normalised float pixels, got"),
     (lambda bb: bb(["a.jpg"]), InputTypeError, "got list; use extract_features"),

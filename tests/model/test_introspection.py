@@ -82,9 +82,7 @@ def test_a_map_is_what_the_prefix_leaves_of_one() -> None:
     bb = backbone()
     full = full_matrix(bb, bb.preprocess.with_options(96, "native").batch([IMAGE]).pixels, DEPTH - 1)
     left = 1 - full[:, :, 0, : bb.num_prefix_tokens].sum(-1)
-    assert (
-        torch.allclose(bb.attention_maps(IMAGE, size=96).sum((-1, -2)).double(), left, atol=1e-5) and left.max() < 1
-    )
+    assert torch.allclose(bb.attention_maps(IMAGE, size=96).sum((-1, -2)).double(), left, atol=1e-5) and left.max() < 1
 
 
 def test_points_are_those_of_the_original_image() -> None:
@@ -96,9 +94,7 @@ def test_points_are_those_of_the_original_image() -> None:
     row, column = features.to_patch(65, 45)
     expected = attention_rows(bb, pixels, DEPTH - 1, torch.tensor([bb.num_prefix_tokens + row * 4 + column]))
     assert torch.equal(middle.flatten(2), expected[:, :, 0, bb.num_prefix_tokens :].detach())
-    assert "cropped away" in complaint(
-        InputError, lambda: bb.attention_maps(IMAGE, query=(2, 2), size=64, fit="crop")
-    )
+    assert "cropped away" in complaint(InputError, lambda: bb.attention_maps(IMAGE, query=(2, 2), size=64, fit="crop"))
     assert "call it once for each" in complaint(InputTypeError, lambda: bb.attention_maps(IMAGE, [0, 1]))
     assert "130 wide and 90 high" in complaint(InputError, lambda: bb.attention_maps(IMAGE, query=(130, 2)))
 
@@ -168,9 +164,7 @@ def test_facets_are_the_projections_of_transformers(part: str, facet: Any) -> No
 def test_facets_of_a_stream() -> None:
     """Mixed sizes, as each image alone."""
     bb, images = backbone(), [IMAGE, photo(64, 64), IMAGE]
-    for features, image in zip(
-        bb.iter_features(images, fit="native", layers=2, facet="key"), images, strict=True
-    ):
+    for features, image in zip(bb.iter_features(images, fit="native", layers=2, facet="key"), images, strict=True):
         alone = bb.extract_features(image, fit="native", layers=2, facet="key")
         for a, b in zip(features.layers, alone.layers, strict=True):
             assert torch.equal(a.patch_tokens, b.patch_tokens) and torch.equal(a.cls_token, b.cls_token)
