@@ -1,4 +1,4 @@
-"""Devices by name: a device that is not there is a sentence, and an Apple GPU is tried before it is trusted."""
+"""Devices by name: a missing device is an error, and an Apple GPU is tested before use."""
 
 import logging
 from typing import Any
@@ -93,7 +93,7 @@ def test_the_trial_of_a_device(answer: Any, said: str | None) -> None:
 def test_the_cpu_is_taken_where_the_trial_fails(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With one line, by one trial in a process; `doctor` says the reason."""
+    """One log line and one trial per process; `doctor` reports the reason."""
     trials = []
 
     def trial(bb: Any, device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Models of images that are no RGB: as many channels as the patches have, for arrays and tensors."""
+"""Models for other channels than RGB accept arrays and tensors with as many channels as their patches."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def image(channels: int, dtype: Any = np.uint8) -> np.ndarray:
 @pytest.mark.parametrize("channels", [1, 2, 4, 13])
 @pytest.mark.parametrize("layout", ["hf", "meta.safetensors"])
 def test_saved_and_loaded(channels: int, changes: dict[str, Any], layout: str, tmp_path: Path) -> None:
-    """With mean and std of that length, and the features of the module as it is written."""
+    """A saved model keeps its mean and std, and gives the features of the plain module."""
     bb = Backbone.from_config(own(channels, **changes), seed=0)
     assert bb.preprocess.channels == channels
     kind, _, suffix = layout.partition(".")

@@ -1,4 +1,4 @@
-"""What surrounds a backbone of timm: positions of every token, classifiers, norms of pooled vectors."""
+"""Additions to a backbone in timm: positions of every token, classifiers, norms of pooled vectors."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def folder(place: Path, model: nn.Module, **arguments: Any) -> Path:
 @pytest.mark.parametrize("no_embed_class", [False, True])
 @pytest.mark.parametrize("registers", [0, 1, 4, 5, 8])
 def test_registers_may_have_positions(registers: int, no_embed_class: bool, live: bool, tmp_path: Path) -> None:
-    """On the grid and off it, where rows of the grid alone are resized."""
+    """Register positions load on the table's grid and on other grids, where only patch positions are resized."""
     theirs = vit(reg_tokens=registers, no_embed_class=no_embed_class)
     path = folder(tmp_path, theirs, no_embed_class=no_embed_class)
     ours = Backbone.adopt(theirs) if live else Backbone.from_pretrained(path, device="cpu")
@@ -77,7 +77,7 @@ def test_a_classifier_is_left_aside(name: str, live: bool, tmp_path: Path) -> No
 
 @pytest.mark.peers
 def test_the_norm_of_what_is_pooled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Beside a norm of every token it is of the classifier; without one it is that norm, which is said."""
+    """Beside a norm of all tokens it belongs to the classifier; alone it is that norm, with a warning."""
     theirs = vit(global_pool="avg")
     ours = Backbone.from_pretrained(folder(tmp_path, theirs), device="cpu")
     pixels = torch.randn(2, 3, 70, 70)

@@ -1,4 +1,4 @@
-"""What a file holds is said by name: a Backbone's state_dict, an adapter, a backbone inside something larger."""
+"""Errors name the content of a file: a Backbone's state_dict, an adapter, a backbone inside a larger model."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def state() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "model.", "_orig_mod."])
 @pytest.mark.parametrize("name", ["nano", "dinov3_vits16", "dinov3_vits16plus", "dinov2_vits14", "dino_vits16"])
 def test_a_state_dict_of_ones_own_with_a_name(name: str, prefix: str, tmp_path: Path) -> None:
-    """As Lightning, accelerate, DDP and torch.compile leave it."""
+    """State dicts as Lightning, accelerate, DDP and torch.compile write them."""
     bb = Backbone.from_config(name, seed=0)
     torch.save({prefix + k: v for k, v in bb.state_dict().items()}, tmp_path / "a.pth")
     assert Backbone.from_pretrained(name, weights=tmp_path / "a.pth", device="cpu").fingerprint() == bb.fingerprint()

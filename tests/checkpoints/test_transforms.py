@@ -1,4 +1,4 @@
-"""The transform is what the files beside the weights state, whole, or a sentence says what of it is not here."""
+"""The transform is the one that the files beside the weights state, or an error names the unsupported part."""
 
 import json
 from dataclasses import replace
@@ -35,7 +35,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def beside(written: Path, folder: Path, processor: Any = None, timm: Any = None) -> Path:
-    """The same weights with another statement beside them."""
+    """The same weights beside another statement."""
     config = json.loads((written / "config.json").read_text())
     del config["dinov3_infer"]
     if timm is not None:
@@ -63,7 +63,7 @@ def beside(written: Path, folder: Path, processor: Any = None, timm: Any = None)
     ],
 )
 def test_the_processor_is_followed(written: Path, changes: dict[str, Any], tmp_path: Path) -> None:
-    """By default and when it is asked for; compared with transformers' own on one image."""
+    """By default and on request; compared with transformers on one image."""
     from transformers import BitImageProcessorPil
 
     stated = HF | changes
@@ -191,7 +191,7 @@ def test_what_is_saved_is_what_is_loaded(changes: dict[str, Any], tmp_path: Path
 def test_what_the_layout_of_others_cannot_hold_is_said(
     changes: dict[str, Any], layout: Any, lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """This package reads its own block all the same; without the block the rest is what was written."""
+    """This package reads its own block; without the block the other files are used as written."""
     bb = Backbone.from_config("dinov2_vits14", seed=0)
     bb.preprocess = replace(bb.preprocess, **changes)
     path = bb.save_pretrained(tmp_path, layout)
@@ -224,7 +224,7 @@ def test_a_damaged_block_is_an_error(wrong: dict[str, Any], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_a_config_that_is_known_to_be_wrong_is_corrected(name: str, tmp_path: Path) -> None:
-    """By default, with the source; `preprocessing="timm"` is what the repository states."""
+    """The correction is the default and names its source; `preprocessing="timm"` gives the repository's statement."""
     folder = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "ab12"
     folder.mkdir(parents=True)
     timm_folder(folder, TIMM)

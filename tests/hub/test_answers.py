@@ -1,4 +1,4 @@
-"""What a hub can answer instead of weights, and the sentence that comes of it; secrets are looked for by the client."""
+"""Answers of a hub instead of weights, and the resulting errors; the client checks for secrets in them."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ VITS, VITL = (f"facebook/dinov3-{name}-pretrain-lvd1689m" for name in ("vits16",
 CONFIG = "/a/b/resolve/main/config.json"
 PATIENT = int(huggingface_hub.__version__.split(".")[0]) > 1  # tries again, in newer versions of 1 too
 
-# how the hub is set up; what is asked for; the error
+# setup of the hub; request; error
 REFUSALS = {
     "gated, no token": (
         dict(gated=True), "vitl16", {}, GatedModelError,
@@ -115,7 +115,7 @@ def test_what_a_hub_can_answer(case: str, tmp_path: Path, small: Path, hub: Hub,
 
 @pytest.mark.parametrize("name, repository", [("a/b", "a/b"), ("dinov2_vits14", "facebook/dinov2-small")])
 def test_without_a_network(name: str, repository: str, tmp_path: Path, cut_off: Client) -> None:
-    """At once, not after the half minute that huggingface_hub goes on trying."""
+    """The error comes at once, without the half minute of retries of huggingface_hub."""
     outcome = cut_off("load", name, cache_dir=tmp_path, revision="v1")
     assert outcome.error is OfflineError and issubclass(outcome.error, FileNotFoundError)
     assert outcome.seconds < 2
@@ -154,7 +154,7 @@ def test_a_hub_that_stays_busy(tmp_path: Path, small: Path, hub: Hub, client: Cl
 
 
 def test_xet_that_fails() -> None:
-    """Which the hub on this machine has not; it raises RuntimeError with whatever its server said."""
+    """The hub of the tests has no xet; hf_xet raises RuntimeError with the message of its server."""
     error = explain(RuntimeError(f"CAS service error: https://host/x?Signature={SECRET}"), "a/b", HubOptions())
     assert type(error) is OfflineError
     assert str(error).startswith("download of 'a/b' failed (") and str(error).endswith("set HF_HUB_DISABLE_XET=1")
@@ -162,7 +162,7 @@ def test_xet_that_fails() -> None:
 
 
 def blob_of(hub: Hub, small: Path) -> str:
-    """The path of the weights at the host where the hub keeps them."""
+    """The path of the weights on the host that stores them."""
     from hub_server import digest
 
     return f"/elsewhere/{digest((small / 'model.safetensors').read_bytes())}"

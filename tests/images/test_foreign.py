@@ -1,4 +1,4 @@
-"""Files that are no images, or images of a kind that Pillow does not know: said as what they are."""
+"""Errors for files that are no images, or images of a kind that Pillow does not know, state what the file is."""
 
 import gzip
 import io
@@ -131,7 +131,7 @@ def test_a_file_cut_short_is_called_damaged() -> None:
         assert "damaged" in complaint(ImageError, lambda content=content: load_image(content)) or len(content) == 20
 
 
-# --- plugins ------------------------------------------------------------------------------------------------------
+# Plugins
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 100
 JXL = b"\xff\x0a" + b"\0" * 100
@@ -151,7 +151,7 @@ class Plugged(ImageFile.ImageFile):
 
 @pytest.fixture
 def unplugged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither plugin is registered, nor can it be imported."""
+    """No plugin is registered, and none can be imported."""
     for name in ("HEIF", "JXL"):
         monkeypatch.delitem(Image.OPEN, name, raising=False)
     for name in ("pillow_heif", "pillow_jxl"):

@@ -1,4 +1,4 @@
-"""Images of more than 8 bits: with levels what the file holds, without them a sentence, never nearly black."""
+"""Images with more than 8 bits: with levels the values of the file, without levels an error, never near-black pixels."""
 
 import io
 import struct
@@ -24,7 +24,7 @@ GREY = DEEP[..., 0]
 
 
 def png(values: np.ndarray) -> bytes:
-    """16 bits, [H, W], [H, W, 3] or [H, W, 4]."""
+    """A 16-bit PNG of an array [H, W], [H, W, 3] or [H, W, 4]."""
     height, width, *bands = values.shape
     kind = {(): 0, (3,): 2, (4,): 6}[tuple(bands)]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -37,7 +37,7 @@ def png(values: np.ndarray) -> bytes:
 
 
 def tiff(values: np.ndarray, *, order: str = "<", planes: bool = False, packed: bool = False, **tags: int) -> bytes:
-    """Uncompressed or deflated, one strip, or one for each plane."""
+    """A TIFF, uncompressed or deflated, with one strip or one plane per colour."""
     height, width = values.shape[:2]
     bands = values.shape[2] if values.ndim == 3 else 1
     bits = values.dtype.itemsize * 8
@@ -106,7 +106,7 @@ def test_colours_of_12_bits_in_16_are_refused_without_levels_and_right_with_them
 
 @pytest.mark.parametrize("name", FILES)
 def test_colours_that_fill_16_bits_are_what_they_were(name: str) -> None:
-    """The high bytes, as Pillow has them; and black is black."""
+    """Without levels the pixels are the high bytes, as in Pillow, and black stays black."""
     assert np.array_equal(shown(load_image(FILES[name](DEEP))), DEEP >> 8)
     assert not load_image(FILES[name](DEEP * 0)).any()
 
@@ -163,7 +163,7 @@ def test_planes_of_8_bits_are_right() -> None:
         assert np.array_equal(shown(load_image(tiff(COLOURS, planes=True, packed=packed))), COLOURS)
 
 
-# --- arrays and tensors -------------------------------------------------------------------------------------------
+# Arrays and tensors
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_levels_that_are_none_are_refused(given: Any) -> None:
     complaint(InputError, lambda: Preprocess((0.0,) * 3, (1.0,) * 3, 16, levels=given))
 
 
-# --- through the surface ------------------------------------------------------------------------------------------
+# Through the surface
 
 
 @pytest.fixture(scope="module")

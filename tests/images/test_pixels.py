@@ -1,4 +1,4 @@
-"""Arrays, tensors and streams as images: taken as what they mean, or refused in a sentence."""
+"""Arrays, tensors and streams as images are accepted or refused with an error."""
 
 import io
 

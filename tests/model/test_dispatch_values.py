@@ -1,4 +1,4 @@
-"""Weights that are changed in a way that torch does not see: long calls see it, short ones after `refresh`."""
+"""Weight changes that torch does not count: long calls detect them, short calls need `refresh`."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Attention maps, queries, keys and values: those of transformers, those of a hook, and no matrix in memory."""
+"""Attention maps, queries, keys and values equal those of transformers and of a hook, without the whole matrix."""
 
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,7 @@ def backbone(name: str = "dinov3", dtype: torch.dtype = torch.float32) -> Backbo
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_rows_are_those_of_transformers(name: str, block: int) -> None:
-    """The class token's and two patches' rows of every head in float64, against `output_attentions` in eager mode."""
+    """Rows of the class token and two patches of every head, in float64, against `output_attentions` in eager mode."""
     theirs: Any = hf_model(CONFIGS[name]).double()
     theirs.set_attn_implementation("eager")
     ours = Backbone.adopt(theirs)
@@ -43,7 +43,7 @@ def test_rows_are_those_of_transformers(name: str, block: int) -> None:
 
 
 def full_matrix(bb: Backbone, pixels: Tensor, block: int) -> Tensor:
-    """[B, H, N, N] in float64 from what the attention of a block is called with."""
+    """[B, H, N, N] in float64, from the inputs of a block's attention."""
     seen: list[Any] = []
     attention: Any = bb.blocks[block].attn
     original = attention.attend
@@ -62,7 +62,7 @@ def full_matrix(bb: Backbone, pixels: Tensor, block: int) -> Tensor:
 @pytest.mark.parametrize("layer", [0, 1, -1])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_maps_are_rows_of_the_full_matrix(name: str, layer: int) -> None:
-    """Of images: the class token, and the patch under a point in pixels of the original."""
+    """Maps of the class token, and of the patch under a point in pixels of the original image."""
     bb = backbone(name)
     images, side = [IMAGE, photo(90, 130, seed=1)], 6 * bb.patch_size
     features = bb.extract_features(images, size=side, fit="native")
@@ -78,7 +78,7 @@ def test_maps_are_rows_of_the_full_matrix(name: str, layer: int) -> None:
 
 
 def test_a_map_is_what_the_prefix_leaves_of_one() -> None:
-    """The softmax runs over all tokens."""
+    """The softmax runs over all tokens, so a map sums to 1 minus the share of the prefix."""
     bb = backbone()
     full = full_matrix(bb, bb.preprocess.with_options(96, "native").batch([IMAGE]).pixels, DEPTH - 1)
     left = 1 - full[:, :, 0, : bb.num_prefix_tokens].sum(-1)
@@ -86,7 +86,7 @@ def test_a_map_is_what_the_prefix_leaves_of_one() -> None:
 
 
 def test_points_are_those_of_the_original_image() -> None:
-    """With a crop the same patch under the same point; outside of it, and outside of the image, a sentence."""
+    """A crop keeps the patch under a point; a point outside the crop or the image is an error."""
     bb = backbone()
     middle = bb.attention_maps(IMAGE, query=(65, 45), size=64, fit="crop")
     features = bb.extract_features(IMAGE, size=64, fit="crop")
@@ -120,7 +120,7 @@ def test_the_blocks_above_do_not_run() -> None:
 
 
 def test_no_matrix_is_built() -> None:
-    """4,096 patches: the matrix of 4 heads would be 270 MB in float32; all that is allocated stays below a tenth."""
+    """4,096 patches: the matrix of 4 heads would take 270 MB in float32; all allocations stay below a tenth of that."""
     bb = Backbone.from_config(replace(CONFIGS["dinov3"], depth=1))
     pixels = torch.zeros(1, 3, 1024, 1024)
     with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
@@ -129,13 +129,13 @@ def test_no_matrix_is_built() -> None:
     assert rows.shape == (1, 4, 1, 4101) and 0 < largest < 27e6
 
 
-# --- queries, keys, values ------------------------------------------------------------------------------------------
+# Queries, keys, values
 
 
 @pytest.mark.parametrize("facet", ["query", "key", "value"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_facets_are_what_a_hook_on_qkv_sees(name: str, facet: Any) -> None:
-    """Heads side by side, all tokens, in the order asked for; the embedding stays what it was."""
+    """Heads are concatenated, for all tokens, in the requested order; the embedding does not change."""
     bb, seen = backbone(name), {}
     for i in range(DEPTH):
         bb.blocks[i].attn.qkv.register_forward_hook(lambda module, args, out, i=i: seen.__setitem__(i, out))
@@ -150,7 +150,7 @@ def test_facets_are_what_a_hook_on_qkv_sees(name: str, facet: Any) -> None:
 
 @pytest.mark.parametrize("part, facet", [("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")])
 def test_facets_are_the_projections_of_transformers(part: str, facet: Any) -> None:
-    """Before the rotation of DINOv3, by the names of another implementation."""
+    """Compared by the names of transformers, before the rotation of DINOv3."""
     theirs, seen = hf_model(CONFIGS["dinov3"]), []
     modules = [module for name, module in theirs.named_modules() if name.endswith(part)]
     modules[1].register_forward_hook(lambda module, args, out: seen.append(out))
@@ -162,7 +162,7 @@ def test_facets_are_the_projections_of_transformers(part: str, facet: Any) -> No
 
 
 def test_facets_of_a_stream() -> None:
-    """Mixed sizes, as each image alone."""
+    """Images of mixed sizes give the result of each image alone."""
     bb, images = backbone(), [IMAGE, photo(64, 64), IMAGE]
     for features, image in zip(bb.iter_features(images, fit="native", layers=2, facet="key"), images, strict=True):
         alone = bb.extract_features(image, fit="native", layers=2, facet="key")
