@@ -35,7 +35,7 @@ _MENDED = {  # errno -> what is wrong, and what to do
     "EROFS": "the disk is read-only; use another folder",
     **dict.fromkeys(("EIO", "ENODEV", "ENXIO", "ESTALE", "ENOTCONN", "EHOSTDOWN", "EREMOTEIO", "ENOMEDIUM"), _GONE),
 }
-_TRIED = 1 << 22  # bytes of a trial write that finds out what is wrong with a disk
+_TRIED = 1 << 22  # bytes of a trial write that finds the errno of a disk
 
 
 @contextmanager

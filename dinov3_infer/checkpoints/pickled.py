@@ -156,7 +156,7 @@ def _parameter(data: object, *rest: object) -> _Tensor:
 
 def _with_attributes(make: object, kind: object, arguments: object, state: object) -> _Tensor:
     known = make in (_tensor, _quantised, _sparse, _nowhere, _parameter)
-    _want(known and type(kind) is _Name and type(arguments) is tuple, "a tensor of a class of its own")
+    _want(known and type(kind) is _Name and type(arguments) is tuple, "a tensor of another class")
     assert callable(make) and isinstance(arguments, tuple)
     found = make(*arguments)
     assert isinstance(found, _Tensor)

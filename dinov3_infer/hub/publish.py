@@ -44,17 +44,15 @@ def model_card(model: Network, repository: str, info: ModelInfo | None, origin: 
         lines.append(f"- {info.family}")
         kind = f"A {noun} with the architecture of `{info.name}`{', derived from it' if info.derived else ''}"
         licence = (
-            "\n## Licence\n\nThe weights were trained from random ones, and no released weights went into them: their "
-            "licence is\nthe author's choice.\n"
+            "\n## Licence\n\nThe weights were trained from scratch, without any released weights: their licence is\n"
+            "the author's choice.\n"
         )
     if info is not None and info.licence != OWN:
         lines.append(_LICENCES[info.licence])
-        licence = f"\n## Licence\n\nThat of the weights of `{info.name}`: {info.licence}.\n"
+        licence = f"\n## Licence\n\nThe licence of the weights of `{info.name}` applies: {info.licence}.\n"
         if info.hub_id is not None:
             lines.append(f"base_model: {info.hub_id}")
-            licence += (
-                f"The page of `{info.hub_id}` has its text, with what it asks of those who pass the weights on.\n"
-            )
+            licence += f"The page of `{info.hub_id}` has its text, and its conditions for passing the weights on.\n"
     header = "\n".join(lines)
     shape = f"{model.summary()}, {parameters:,.1f} M parameters"
     if isinstance(model, VisionTransformer):
@@ -66,7 +64,7 @@ def model_card(model: Network, repository: str, info: ModelInfo | None, origin: 
     facts = "".join(
         f"| {name} | {text} |\n" for name, text in (origin or {}).items() if name not in ("name", "licence")
     )
-    sources = f"\n## What was taken from where\n\n| field | value |\n|---|---|\n{facts}" if facts else ""
+    sources = f"\n## Sources of the settings\n\n| field | value and source |\n|---|---|\n{facts}" if facts else ""
     return f"""---
 {header}
 ---

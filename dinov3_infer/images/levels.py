@@ -59,16 +59,13 @@ def scaled(
 
     Raises:
         ImageError: Values are not finite or not numbers, or "full" is used with integers of 32 bits or more.
-    holds {values.dtype}, of which no image fills the whole range
-    ->
-    holds {values.dtype}, and no image fills that range
     """
     if values.dtype.kind not in "iuf":
         raise ImageError(f"{label} holds {values.dtype}, and levels are for whole numbers and floats; convert it")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ImageError(f"{label} holds values that are not finite; replace them, as with numpy.nan_to_num")
     if levels == "full" and values.dtype.kind != "f" and values.itemsize > 2 and full is None:
-        raise ask_for_levels(f"{label} holds {values.dtype}, of which no image fills the whole range")
+        raise ask_for_levels(f"{label} holds {values.dtype}, and no image fills its whole range")
     if levels == "percentile":
         low, high = (float(v) for v in np.percentile(values, PERCENTILES))
     elif levels != "full":

@@ -1,4 +1,4 @@
-"""Images with more than 8 bits: with levels the values of the file, without levels an error, never near-black pixels."""
+"""Images with more than 8 bits: the values of the file with levels, an error without, never near-black pixels."""
 
 import io
 import struct

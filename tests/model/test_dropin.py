@@ -35,7 +35,7 @@ def as_map(patches: Tensor) -> Tensor:
 
 @FAMILIES
 def test_forward_features(name: str) -> None:
-    """Meta's keys and shapes; `x_prenorm` after the final norm gives the other entries, which equal those of forward."""
+    """Meta's keys and shapes; `x_prenorm` after the final norm gives the other entries, which equal forward's."""
     model, pixels = setup(name)
     found, output, prefix = model.forward_features(pixels), model(pixels), model.num_prefix_tokens
     assert isinstance(found, dict)
