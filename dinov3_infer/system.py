@@ -94,12 +94,12 @@ def disk_error(
 ) -> DiskError | None:
     """Turn an exception into a DiskError if a disk caused it, else return None.
 
-    numpy, torch and safetensors give no errno, or only in the text of their exceptions.
+    The exceptions of numpy, torch and safetensors have no errno, or only in their text.
 
     Args:
         error: The exception.
         target: The path to name in the message.
-        written: The file that a library was writing; a trial write to it finds out the errno.
+        written: A file that a library was writing.  If the exception has no errno, a trial write to this file gives it.
     """
     said = re.search(r"\bos error (\d+)\b", str(error))
     number = getattr(error, "errno", None) if isinstance(error, OSError) else int(said[1]) if said else None

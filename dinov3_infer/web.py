@@ -157,7 +157,7 @@ def _next(place: str, target: str, link: str) -> str:
 
 
 def reach(link: str) -> None:
-    """Send one HEAD request with a short timeout; any answer will do.
+    """Check that a server answers, with one HEAD request and a timeout of 10 s.
 
     huggingface_hub itself retries for half a minute without a network.
 

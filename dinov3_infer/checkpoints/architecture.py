@@ -54,7 +54,10 @@ def architecture(
     if stored.layout.name == "hf" and not in_stages:
         _refuse_contradictions(shown, checkpoint.config)
     if expected is not None and not same_architecture(expected.config, shown):
-        raise CheckpointError(f"it {looks_like(shown)}; you asked for {expected.name} {_size(vars(expected.config))}")
+        raise CheckpointError(
+            f"it {looks_like(shown)}; you asked for {expected.name} {_size(vars(expected.config))}, so give its file "
+            "or another name"
+        )
     if in_stages:
         eps = stage_eps(checkpoint)
         return ConvNeXtConfig(**(shown | eps)), {"norm_eps": "config.json" if eps else "released ConvNeXts"}

@@ -72,7 +72,7 @@ def export_model(
     if not target.parent.is_dir():
         raise MissingFileError(f"no folder '{target.parent.absolute()}' to write '{target.name}' to; make it first")
     if dynamic not in (True, False, "batch"):
-        raise InputError(f"dynamic is 'batch', True (height and width too) or False, got {dynamic!r}")
+        raise InputError(f"dynamic is 'batch', True (any height and width too) or False; got {dynamic!r}")
     if opset not in OPSETS:
         raise UnsupportedError(f"opset {opset} cannot be written; give {OPSETS[0]} to {OPSETS[-1]}, or leave it out")
     for needed in kind.needs:

@@ -90,7 +90,7 @@ class Layout:
         return max((int(match[1]) + 1 for match in found if match), default=0)
 
     def parts(self, depth: int) -> dict[str, Parts]:
-        """The table for a network of this depth, by our names; a tensor without an entry has no place in the layout."""
+        """Our tensor names for this depth -> their `Parts`; a tensor that the layout cannot store has no entry."""
         return {
             ours.replace("#", str(number)): _parts(row, str(number))
             for ours, row in self.rows.items()

@@ -215,7 +215,9 @@ class Table(Source):
             except (self._arrow.ArrowException, IndexError, ValueError):  # damaged dictionary index or UTF-8
                 raise self._damaged(index) from None
         if isinstance(item, Mapping) and item["bytes"] is None:  # paths are not followed: a table may come from anyone
-            raise ImageError(f"{label} holds a path and no image bytes; leave it out, or embed the files themselves")
+            raise ImageError(
+                f"{label} holds a path and no image bytes; leave it out, or give the files instead of the table"
+            )
         return stored_picture(item, label)
 
     def _damaged(self, index: int) -> ImageError:

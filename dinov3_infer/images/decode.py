@@ -72,7 +72,7 @@ def load_image(source: ImageLike, label: str = _ALONE, levels: Levels | None = N
             grey: [H_px, W_px].  Redirects to other hosts are followed unless DINOV3_INFER_REDIRECTS=same-host is set.
         label: Name of the image in errors.
         levels: Values that become 0 and 1 in images with more than 8 bits per channel: (low, high), "full" for the
-            range of the dtype, or "percentile" for the 0.5th and 99.5th percentile of each image.  Without it 16-bit
+            range of the dtype, or "percentile" for the 0.5th and 99.5th percentile of each image.  By default 16-bit
             colours are read as 0..65535, and refused if no value is above 4095.
         channels: Channels of the model.  If not 3, only arrays and tensors with that many channels are accepted.
 

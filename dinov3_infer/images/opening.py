@@ -87,7 +87,9 @@ def open_all(given: Iterable[str | Source], base: str | None = None) -> Source:
 
 
 def find_images(given: list[str]) -> Source:
-    """Open the images that command line arguments name, in order: as `as_source`, and "@LIST" for a list of paths.
+    """Open the images named on a command line, in order.
+
+    Each argument is a source, see `as_source`, or "@LIST" for the paths in a list file.
 
     Raises: As in `as_source`; MissingFileError or InputError for a list.
     """

@@ -22,7 +22,7 @@ _CHANNELS = (1, 2, 3, 4)  # a 2D array with so few columns is most likely a row 
 
 
 def own(image: T) -> T:
-    """Copy an array or tensor, which its owner may overwrite; other images are returned unchanged."""
+    """Copy an array or tensor, so that its owner may overwrite it; other images are returned unchanged."""
     copied: Any = image
     if isinstance(image, np.ndarray):
         copied = image.copy()  # with its mask, if it has one
@@ -93,7 +93,7 @@ def from_tensor(tensor: Tensor, label: str, levels: Levels | None = None, channe
     shape = f"{label} has shape {list(tensor.shape)} {tensor.dtype}"
     check_unmasked(tensor, label)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
-        raise ImageError(f"a tensor is dense and holds values; {shape}, but is sparse, quantised, nested or on 'meta'")
+        raise ImageError(f"{shape} and is sparse, quantised, nested or on 'meta'; give a dense tensor of pixel values")
     grey = tensor[None] if tensor.ndim == 2 and (channels == 1 or tensor.shape[1] not in _CHANNELS) else tensor
     if channels != RGB and (grey.ndim != 3 or grey.shape[0] != channels or not grey.numel()):
         raise ImageError(f"this model takes a tensor [{channels}, height, width]; {shape}")

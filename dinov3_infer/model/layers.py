@@ -151,7 +151,7 @@ def _without_filling(found: Tensor, x: Tensor) -> Tensor:
 
 @one_node
 def widened(x: Tensor) -> Tensor:
-    """x, of any shape, in float32 at least."""
+    """Cast x, of any shape, to float32 if its dtype is narrower."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -164,10 +164,10 @@ def with_masks(x: Tensor, masks: Tensor | None, token: Tensor | None) -> Tensor:
     if masks is None:
         return x
     if token is None:
-        raise InputError("this model has no mask token (its file holds none), so masks cannot be applied")
+        raise InputError("this model has no mask token (its file holds none); leave masks out")
     if masks.dtype != torch.bool or masks.shape != x.shape[:2]:
         raise InputError(
-            f"masks are bool {list(x.shape[:2])} for this input; got {masks.dtype} {list(masks.shape)}, give masks > 0"
+            f"masks must be bool {list(x.shape[:2])}, got {masks.dtype} {list(masks.shape)}; give one bool per patch"
         )
     return torch.where(masks[..., None], token.to(x.dtype), x)
 

@@ -178,7 +178,7 @@ class Network(nn.Module):
 
     @property
     def n_blocks(self) -> int:
-        """Number of layers that `layers` numbers."""
+        """Number of layers that can be requested with `layers`."""
         return len(self.blocks)
 
     why_not_padded: str | None = None  # why images cannot be padded with the mean colour

@@ -75,7 +75,7 @@ def augment_coordinates(
     augmentation: RopeAugmentation,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Coordinates [P, 2] after one random draw, which all patches of an image size share."""
+    """Shift and scale patch coordinates [P, 2] at random; all patches share one draw."""
 
     def uniform(count: int, limit: float) -> Tensor:  # [count] in [-limit, limit]
         device = generator.device if generator else "cpu"

@@ -170,7 +170,7 @@ def test_resized_positions_are_used(name: str) -> None:
 def test_wrong_masks_are_refused(masks: Tensor) -> None:
     """The error has the expected shape, and the given shape and dtype."""
     model = model_of(SMALL["dinov3"])
-    with pytest.raises(InputError, match=r"masks are bool \[2, 6\].*torch\.(bool|float32) \["):
+    with pytest.raises(InputError, match=r"masks must be bool \[2, 6\].*torch\.(bool|float32) \["):
         model(torch.randn(2, 3, 32, 48), masks=masks)
 
 
