@@ -87,7 +87,8 @@ class SafetensorsFiles:
                 for name in handle.keys():  # noqa: SIM118  (a handle is no mapping)
                     if name in self.shapes:
                         raise CheckpointError(
-                            f"'{path}' and '{self._path_of[name]}' hold '{name}', so these shards do not belong together; download them again"
+                            f"'{path}' and '{self._path_of[name]}' hold '{name}', so these shards do not belong "
+                            "together; download them again"
                         )
                     self._path_of[name] = path
                     view = handle.get_slice(name)

@@ -187,7 +187,7 @@ class VisionTransformer(Network):
     def forward_sizes(
         self, batches: Sequence[Tensor], layers: int | Sequence[int] | None = None
     ) -> list[BackboneOutput]:
-        """The result of `forward` for each [B_i, 3, H_i, W_i], in one packed pass."""
+        """The result of `forward` for each [B_i, 3, H_i, W_i]; one packed pass in eval mode."""
         if len(batches) == 1 or self.training:  # in training the packed pass norms later sizes differently
             return super().forward_sizes(batches, layers)
         return self.forward_packed(batches, layers=layers)

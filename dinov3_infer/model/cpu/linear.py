@@ -40,7 +40,7 @@ class PackedLinear:
         return self.joined(x, other, self.weight, self.bias, "mul")
 
     def entering(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight [K, ...] and bias [K] of the preceding affine step, changed so that its result needs no `taken`."""
+        """Weight [K, ...] and bias [K] of the preceding affine step, adapted so that `taken` accepts its result."""
         return weight, bias
 
     def taken(self, x: Tensor) -> Tensor:
@@ -89,12 +89,12 @@ class QuantisedLinear:
         return self(x).mul_(other)
 
     def entering(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight [K, ...] and bias [K] of the preceding affine step, changed so that its result needs no `taken`."""
+        """Weight [K, ...] and bias [K] of the preceding affine step, adapted so that its result is in steps of the grid."""
         size = self.size if weight.ndim == 1 else self.size[:, None]
         return weight / size, ((0.0 if bias is None else bias) - self.middle) / self.size
 
     def taken(self, x: Tensor) -> Tensor:
-        """Quantise x [T, K] to uint8; adding half a step rounds, since the conversion truncates."""
+        """Round x [T, K], in steps of the grid, to uint8; adding half a step rounds, since the conversion truncates."""
         if x.dtype == torch.uint8:
             return x
         return (x.float() + 128.5).clamp_(0, 255).to(torch.uint8)

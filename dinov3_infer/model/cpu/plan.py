@@ -232,13 +232,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _norm(norm: Any, linear: Any) -> tuple[Any, ...]:
-    """Arguments of a layer norm whose result is the input of a packed linear layer."""
+    """Arguments of a layer norm whose result `linear.taken` accepts."""
     weight, bias = linear.entering(norm.weight.detach(), norm.bias.detach())
     return weight.clone(), bias.clone(), norm.eps
 
 
 def _qkv(attn: Any, pairs: bool, proj: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias with the softmax scale in q, adjacent channel pairs for rotation, and v quantised for `proj`."""
+    """Weight and bias with the softmax scale in q, adjacent channel pairs for rotation, and v adapted to `proj`."""
     weight, bias = attn.qkv.weight, attn.qkv.bias
     if isinstance(attn.qkv, MaskedKeyLinear):
         bias = attn.qkv.masked_bias
