@@ -69,6 +69,8 @@ class Parts:
 
 @dataclass(frozen=True)
 class Layout:
+    """A checkpoint layout."""
+
     name: LayoutName
     family: str  # "dinov3", "dinov2", "dino" or "convnext"
     has: tuple[str, ...]  # patterns that all must match a name, without wrapper prefixes ...

@@ -88,15 +88,12 @@ def entering(x: Tensor, module: nn.Module) -> Tensor:
 
 @one_node
 def _cast(x: Tensor, weight: Any) -> Tensor:
-    """x in the dtype of the weights; unchanged if a quantiser has left no floats of 16 bits or more.
-
-    Under autocast a 16-bit x stays 16-bit too: widening it would cost two passes over memory and change no bit.
-    """
+    """x in the dtype of the weights; unchanged if a quantiser has left no floats of 16 bits or more."""
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize < 2:
         return x
     widens = x.itemsize == 2 and weight.dtype == torch.float32
     if widens and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        return x
+        return x  # autocast narrows it again: widening would cost two passes over memory and change no bit
     return x.to(weight.dtype)
 
 
@@ -108,8 +105,7 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
 def with_enough_rows(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Call a linear function of the last dimension, [..., K] -> [..., C].
 
-    On a CPU fewer than 12 rows use another kernel with other rounding, so an image of a few patches would get other
-    values alone than in a batch.  Padding the rows avoids that.
+    On a CPU it pads fewer than 12 rows: their kernel rounds differently, so small images would depend on their batch.
     """
     return _without_filling(linear(_filled(x)), x)
 
@@ -182,8 +178,8 @@ def with_gradient(prefix: Tensor, token: Tensor) -> Tensor:
 def _silu(x: Tensor) -> Tensor:
     """x * sigmoid(x).
 
-    torch's CPU kernel rounds differently where the share of a thread ends inside a vector, so that the values of an
-    image would depend on its batch.  This form does not, but it has no gradient below -88.
+    torch's CPU kernel rounds by the position of a thread's share, so that the values of an image would depend on its
+    batch.  This form does not, but it has no gradient below -88.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.silu(x)
@@ -229,6 +225,8 @@ class MaskedKeyLinear(nn.Linear):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention with RoPE."""
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         width = config.embed_dim
@@ -252,6 +250,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with GELU."""
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.embed_dim, config.ffn_dim)
@@ -298,6 +298,8 @@ class Residual(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm transformer block."""
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.norm1 = LayerNorm(config.embed_dim, config.norm_eps)

@@ -89,7 +89,7 @@ class QuantisedLinear:
         return self(x).mul_(other)
 
     def entering(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight [K, ...] and bias [K] of the preceding affine step, adapted so that its result is in steps of the grid."""
+        """Weight [K, ...] and bias [K] of the preceding affine step, adapted so that its result is in grid steps."""
         size = self.size if weight.ndim == 1 else self.size[:, None]
         return weight / size, ((0.0 if bias is None else bias) - self.middle) / self.size
 
