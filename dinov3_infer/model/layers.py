@@ -176,10 +176,10 @@ def with_gradient(prefix: Tensor, token: Tensor) -> Tensor:
 
 @one_node
 def _silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x).
+    """x * sigmoid(x), without torch's float32 CPU kernel, whose rounding depends on the share of a thread, so on the
+    batch.
 
-    torch's CPU kernel rounds by the position of a thread's share, so that the values of an image would depend on its
-    batch.  This form does not, but it has no gradient below -88.
+    This form has no gradient below -88.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.silu(x)
