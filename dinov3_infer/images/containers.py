@@ -91,7 +91,7 @@ class Tar(Source):
         return len(self._spans)
 
     def key(self, index: int) -> str:
-        """ "ARCHIVE.tar#MEMBER"."""
+        """The name "ARCHIVE.tar#MEMBER"."""
         return f"{self.name}#{self._names[index]}"
 
     def identity(self, index: int) -> str | None:
@@ -185,7 +185,7 @@ class Table(Source):
         return int(self._ends[-1])
 
     def key(self, index: int) -> str:
-        """ "TABLE.parquet#ROW"."""
+        """The name "TABLE.parquet#ROW"."""
         return f"{self.name}#{index}"
 
     def identity(self, index: int) -> str | None:
@@ -254,7 +254,7 @@ class Dataset(Source):
         return len(self._dataset)
 
     def key(self, index: int) -> str:
-        """ "DATASET#NUMBER", with the name of the dataset's class."""
+        """The name "DATASET#NUMBER", with the name of the dataset's class."""
         return f"{self.name}#{index}"
 
     def identity(self, index: int) -> str | None:
@@ -290,7 +290,7 @@ class Dataset(Source):
             return own(stored_picture(item, self.label(index)))
 
     def label(self, index: int) -> str:
-        """ "item NUMBER of DATASET"."""
+        """The text "item NUMBER of DATASET"."""
         return f"item {index} of {self.name}"
 
 

@@ -103,7 +103,7 @@ class Items(Source):
         return identity_of(self._images[index])
 
     def label(self, index: int) -> str:
-        """ "item NUMBER"."""
+        """The text "item NUMBER"."""
         return f"item {index}"  # messages name the path anyway
 
 

@@ -176,8 +176,7 @@ def with_gradient(prefix: Tensor, token: Tensor) -> Tensor:
 
 @one_node
 def _silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), without torch's float32 CPU kernel, whose rounding depends on the share of a thread, so on the
-    batch.
+    """x * sigmoid(x), without torch's CPU kernel, whose rounding depends on the share of a thread.
 
     This form has no gradient below -88.
     """
