@@ -64,6 +64,9 @@ def export_model(
         MissingFileError: The folder does not exist.
         UnsupportedError: A package is missing, or the engine has no such opset or dtype.
         PrecisionError: The file does not compute what the model computes.
+
+    Example:
+        >>> export_model(bb, "vits16.onnx", bb.preprocess, bb.info, size=224)
     """
     target = Path(path).expanduser()
     kind = _FORMATS.get(target.suffix)

@@ -138,6 +138,9 @@ def save_checkpoint(
         InputError: `target` is a file where the layout needs a folder, or the reverse, or has a wrong suffix.
         UnsupportedError: The layout cannot store this model.
         DiskError: The disk refuses the file.
+
+    Example:
+        >>> save_checkpoint(bb, "folder", "hf", bb.info, bb.preprocess)
     """
     target = Path(target).expanduser()
     table = layout_for(model.config, layout)

@@ -134,6 +134,9 @@ def push(
         InputError: The id is not valid, or there is no token.
         GatedModelError: The token may not write there.
         OfflineError: The hub cannot be reached.
+
+    Example:
+        >>> push(bb, "me/my-dino", bb.info, bb.preprocess, private=True)
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError

@@ -176,7 +176,12 @@ class VisionTransformer(Network):
         layers: int | Sequence[int] | None = None,
         masks: Tensor | None = None,  # [B, P] bool: these patches become the mask token
     ) -> BackboneOutput:
-        """Compute tokens, see `Network.forward`; layers pass through the final norm like the last one."""
+        """Compute tokens; layers pass through the final norm like the last one.  For arguments see `Network.forward`.
+
+        Returns: cls_token [B, C], register_tokens [B, R, C], patch_tokens [B, P, C], and a tuple of layers.
+
+        Raises: InputError, InputTypeError or LayerError, as there.
+        """
         if isinstance(layers, Proxy):  # an input of a torch.fx graph
             pixels, layers = without_layers(pixels, layers), None
         indices = resolve_layers(layers, self.config.depth)
