@@ -294,7 +294,7 @@ def test_what_cannot_be_written(
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bb = made("dinov3")
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match=r"takes onnx, which is not installed; pip install '.*\[onnx\]'"):
+    with pytest.raises(UnsupportedError, match=r"needs onnx, which is not installed; pip install '.*\[onnx\]'"):
         bb.export(tmp_path / "m.onnx", size=32)
     monkeypatch.setattr(module, "find_spec", lambda name: True)
     with pytest.raises(UnsupportedError, match="bfloat16 cannot be checked as '.onnx'"):

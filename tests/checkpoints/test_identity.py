@@ -81,7 +81,7 @@ def test_weights_without_a_name_claim_no_licence(name: str, tmp_path: Path, capl
         assert again.origin["name"].startswith("none") and again.origin["licence"] == "not stated"
         card = model_card(again, "someone/mine", again.info, again.origin)
         assert "icen" not in card and "base_model" not in card
-    assert "and the mean and std; taken" in caplog.text  # of the .pth
+    assert "and the mean and std; used" in caplog.text  # of the .pth
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_weights_that_were_trained_on_are_derived(name: str, layout: Any, tmp_pa
         assert bb.info == replace(MODELS[name], derived=True) and f"derived from {name}" in bb.extra_repr()
         assert bb.origin["licence"].startswith(MODELS[name].licence)
     card = model_card(bb, "someone/mine", bb.info, bb.origin)
-    assert "derived from it" in card and f"`{name}`: {MODELS[name].licence}" in card
+    assert "derived from it" in card and f"`{name}` applies: {MODELS[name].licence}" in card
 
 
 def test_casting_and_moving_derive_nothing(tmp_path: Path) -> None:

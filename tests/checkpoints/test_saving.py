@@ -118,9 +118,9 @@ def test_meta_files_have_the_names_of_meta(key: str, tmp_path: Path) -> None:
         ("dinov3_vits16", "a mask token of zeros, biases of zero for queries, keys and values, with their mask"),
         ("dinov3_vitl16_sat493m", "zeros, biases of zero .* a norm for local crops, a copy of the other"),
         ("dinov3_vit7b16", "zeros, a norm for local crops"),
-        ("lingbot_vitg16", "a mask token of zeros$"),
-        ("dinov2_vits14", "a mask token of zeros$"),
-        ("dinov2_vitb14_reg", "a mask token of zeros$"),
+        ("lingbot_vitg16", "added a mask token of zeros, which"),
+        ("dinov2_vits14", "added a mask token of zeros, which"),
+        ("dinov2_vitb14_reg", "added a mask token of zeros, which"),
         ("dino_vits16", None),
     ],
 )

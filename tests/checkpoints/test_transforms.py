@@ -124,7 +124,7 @@ def test_the_config_of_timm_is_followed(
 
 @pytest.mark.parametrize("changes", [{"interpolation": "lanczos"}, {"crop_mode": "border"}, {"input_size": "x"}])
 def test_what_timm_states_and_is_not_here_is_said(changes: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="is not here; leave preprocessing out"):
+    with pytest.raises(UnsupportedError, match="is not supported; leave preprocessing out"):
         Backbone.from_pretrained(timm_folder(tmp_path, TIMM | changes), preprocessing="timm", device="cpu")
 
 
@@ -143,7 +143,7 @@ def test_a_model_of_ones_own_has_the_size_of_its_positions(written: Path, tmp_pa
 
 def test_no_statistics_are_taken_in_silence(written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bb = Backbone.from_pretrained(beside(written, tmp_path), device="cpu")
-    assert "default" in bb.origin["mean and std"] and "and the mean and std; taken" in caplog.text
+    assert "default" in bb.origin["mean and std"] and "and the mean and std; used" in caplog.text
 
 
 def test_a_published_processor_changes_nothing(tmp_path: Path) -> None:
@@ -179,8 +179,8 @@ def test_what_is_saved_is_what_is_loaded(changes: dict[str, Any], tmp_path: Path
 @pytest.mark.parametrize(
     "changes, layout, lost",
     [
-        (dict(fit="pad"), "hf", "no fit 'pad'"),
-        (dict(fit="native"), "timm", "no fit 'native'"),
+        (dict(fit="pad"), "hf", "cannot store fit 'pad'"),
+        (dict(fit="native"), "timm", "cannot store fit 'native'"),
         (dict(fit="crop", size=(112, 98)), "hf", "a crop to the size"),
         (dict(size=(112, 98)), "timm", "a squash to the size"),
         (dict(size=(112, 98)), "hf", ""),

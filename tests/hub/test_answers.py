@@ -27,7 +27,7 @@ REFUSALS = {
     "gated, no token": (
         dict(gated=True), "vitl16", {}, GatedModelError,
         rf"access to '{VITL}' is gated, and no token was sent: accept the licence on its page and log in with "
-        r"'hf auth login', or pass weights=PATH to a file .*timm's copy.*'timm/vit_large_patch16_dinov3.lvd1689m'$",
+        r"'hf auth login', or pass weights=PATH with a file .*timm's copy.*'timm/vit_large_patch16_dinov3.lvd1689m'$",
     ),
     "gated, token of somebody else": (
         dict(gated=True), VITL, dict(token=STRANGER), GatedModelError,

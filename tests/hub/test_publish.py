@@ -52,7 +52,7 @@ def test_the_header_of_a_card(name: str) -> None:
     if info.hub_id:
         expected |= dict(base_model=info.hub_id)
     assert header == expected
-    assert f"architecture of `{name}`" in card and f"`{name}`: {info.licence}." in card
+    assert f"architecture of `{name}`" in card and f"`{name}` applies: {info.licence}." in card
 
 
 def test_a_card_of_an_architecture_of_ones_own_claims_no_licence(small: Path) -> None:

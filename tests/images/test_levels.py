@@ -100,7 +100,7 @@ def test_all_16_bits_of_a_file_count(name: str, values: np.ndarray, levels: Any)
 def test_colours_of_12_bits_in_16_are_refused_without_levels_and_right_with_them(name: str) -> None:
     values = DEEP >> 4
     text = complaint(ImageError, lambda: load_image(FILES[name](values)))
-    assert f"reach {values.max()} of 65535" in text and "levels=" in text and "--levels" in text
+    assert f"16-bit colours up to {values.max()} of 65535" in text and "levels=" in text and "--levels" in text
     assert np.abs(shown(load_image(FILES[name](values), levels=(0, 4095))) - wanted(values, 0, 4095)).max() < 1e-6
 
 
@@ -153,7 +153,7 @@ def test_planes_of_16_bits_are_refused_or_right(values: np.ndarray, order: str) 
     packed = tiff(values, planes=True, packed=True, order=order)
     if values.ndim == 3:
         assert np.array_equal(shown(load_image(packed)), values >> 8)
-        assert "side by side" in complaint(ImageError, lambda: load_image(packed, levels="full"))
+        assert "interleaved" in complaint(ImageError, lambda: load_image(packed, levels="full"))
     else:
         assert np.abs(shown(load_image(packed, levels="full")) - wanted(values, 0, 65535)).max() < 1e-6
 
