@@ -18,7 +18,7 @@ from dinov3_infer.devices import find_device, find_dtype
         ("tpu9", "device is 'auto' or a torch device such as 'cpu' or 'cuda:1'; got 'tpu9'"), (3.5, "got 3.5"),
         ("mps", "this torch sees no Apple GPU"), ("xpu", "this torch sees no device of type xpu"),
         ("hpu:1", "sees no device of type hpu"), ("vulkan", "sees no device of type vulkan"),
-        ("cuda", "this torch sees no CUDA"), (torch.device("cuda:9"), "device 'cuda:9' is not available"), ("", "got ''"),
+        ("cuda", "this torch sees no CUDA"), (torch.device("cuda:9"), "'cuda:9' is not available"), ("", "got ''"),
     ],
 )  # fmt: skip
 def test_a_device_that_is_not_there_is_a_sentence(device: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ def test_flops_are_counted_like_those_of_sdpa() -> None:
     [
         ("cpu", torch.bfloat16, 64, "the model is on 'cpu'"),
         ("mps", torch.bfloat16, 64, "the model is on 'mps'"),
-        ("cuda", torch.float64, 64, "the tokens come in torch.float64"),
+        ("cuda", torch.float64, 64, "the tokens are torch.float64"),
         ("cuda", torch.bfloat16, 32, "heads of 64 and 128 channels, and these have 32"),
         ("cuda", torch.float32, 128, "float32 tiles of 128 channels"),
         ("cuda:1", torch.bfloat16, 64, None),

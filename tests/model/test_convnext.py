@@ -136,7 +136,7 @@ WRONG = [
     (lambda bb: bb(torch.zeros(1, 3, 64, 64), layers=5), LayerError, "layers=5 asks for the last 5 blocks of 4"),
     (lambda bb: bb(torch.zeros(1, 3, 64, 64), masks=torch.zeros(1, 4).bool()), UnsupportedError, "mask token"),
     (lambda bb: bb.get_intermediate_layers(torch.zeros(1, 3, 64, 64), [0, 0]), InputError, "a stage twice"),
-    (lambda bb: bb.set_attention("sdpa"), UnsupportedError, "needs attention, which this network has not"),
+    (lambda bb: bb.set_attention("sdpa"), UnsupportedError, "needs attention, which this network does not have"),
     (lambda bb: bb.attention_maps(torch.zeros(3, 64, 64)), UnsupportedError, "an attention map needs attention"),
     (lambda bb: bb.extract_features(torch.zeros(3, 64, 64), layers=1, facet="key"), UnsupportedError, "facet='key'"),
     (lambda bb: bb.extract_features(torch.zeros(3, 64, 64), fit="pad"), UnsupportedError, "fit='pad' is not for this"),
