@@ -31,7 +31,7 @@ def test_an_architecture_of_ones_own_has_a_transform_too() -> None:
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(device="gpu"), "device is 'auto', 'cpu'"),
+        (dict(device="gpu"), "device is 'auto' or a torch device"),
         (dict(dtype="float8"), "dtype is 'auto', float32"),
         (dict(attn_implementation="flash"), "attn_implementation is one of"),
         (dict(rope_periods="rounded"), "rope_periods is 'exact'"),

@@ -1,4 +1,4 @@
-"""The guide on checkpoints says what is so."""
+"""The code in the guide on checkpoints runs."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ GUIDE = EXAMPLES / "guides" / "checkpoints.md"
 
 
 def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every block, one after the other."""
+    """All blocks run, one after the other."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 2

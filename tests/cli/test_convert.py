@@ -52,12 +52,12 @@ def test_convert_by_the_layout_that_is_told(tmp_path: Path) -> None:
     guessed = run("convert", source, tmp_path / "guessed", "--to", "hf", "--num-heads", 1)
     told = run("convert", source, tmp_path / "told", "--to", "hf", "--layout", "timm", "--num-heads", 1)
     assert guessed.status == told.status == 0
-    assert "use the same names here; taken as 'meta'" in guessed.err and "same names" not in told.err
+    assert "use the same names; read as 'meta'" in guessed.err and "same names" not in told.err
 
 
 def test_what_cannot_be_converted(tmp_path: Path) -> None:
     source = small_model()
-    refused(1, "timm reads models of known names only", "convert", source, tmp_path / "t", "--to", "timm")
+    refused(1, "timm reads only architectures", "convert", source, tmp_path / "t", "--to", "timm")
     refused(1, r"should end in \.pth or \.safetensors", "convert", source, tmp_path / "t", "--to", "meta")
     refused(1, "no weights at", "convert", tmp_path / "x.pth", tmp_path / "t", "--to", "hf")
     refused(1, "make it first", "convert", source, tmp_path / "a" / "b", "--to", "hf")

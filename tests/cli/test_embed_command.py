@@ -64,4 +64,4 @@ def test_a_list_may_name_what_is_gone(tmp_path: Path) -> None:
     write_pictures(tmp_path, "a.png")
     (tmp_path / "list").write_text(f"{tmp_path / 'a.png'}\n{tmp_path / 'gone.png'}\n")
     assert run("embed", f"@{tmp_path / 'list'}", "-o", tmp_path / "x.npy", *MODEL, *SMALL).status == 3
-    assert "no picture at" in str(listed(tmp_path / "x.jsonl")[1]["error"])
+    assert "no image at" in str(listed(tmp_path / "x.jsonl")[1]["error"])

@@ -50,9 +50,9 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("nowhere.jpg", r"no picture, folder or pattern at '.*nowhere\.jpg'; check the path"),
+        ("nowhere.jpg", r"no image, folder or pattern at '.*nowhere\.jpg'; check the path"),
         ("*.tif", "no folder and no file at"),
-        ("empty", r"no pictures under 'empty' \(looked for .*; 0 other files\)"),
+        ("empty", r"no images under 'empty' \(looked for .*; 0 other files\)"),
         ("@nowhere", r"the list 'nowhere' cannot be read \(No such file or directory\); check the path"),
         ("@void", "the list 'void' is empty; give one path per line"),
     ],
@@ -117,7 +117,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("-m", "vits-16"), "unknown model 'vits-16': did you mean 'vits16'"),
         (("-m", "nowhere.safetensors"), r"no weights at '.*nowhere\.safetensors'"),
-        ((*MODEL, "--device", "abacus"), "device is 'auto', 'cpu'"),
+        ((*MODEL, "--device", "abacus"), "device is 'auto' or a torch device"),
         ((*MODEL, "--dtype", "int8"), "dtype"),
         ((*MODEL, "--size", "250", "--fit", "squash"), "size 250 is not a multiple of the patch size 16"),
         ((*MODEL, "--size", "own", "--fit", "crop"), "--size own goes with --fit native"),

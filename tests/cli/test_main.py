@@ -111,7 +111,7 @@ def test_values_that_begin_with_a_minus(tmp_path: Path) -> None:
         out = tmp_path / f"out{len(values)}"
         ran = run("features", source, "-o", out, "-m", small_model(), option, *values, "--size", "32")
         assert ran.status == 0 and (out / "a.safetensors").is_file(), ran
-    refused(1, "outside the picture", "show", "attention", source, "-o", tmp_path / "a.jpg", "-m", small_model(),
+    refused(1, "outside the image", "show", "attention", source, "-o", tmp_path / "a.jpg", "-m", small_model(),
             "--point", "-1,-4")  # fmt: skip
 
 

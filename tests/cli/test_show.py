@@ -120,7 +120,7 @@ def test_what_cannot_be_shown(tmp_path: Path) -> None:
     out = ("-o", tmp_path / "x.png", *MODEL)
     refused(1, "65 images do not fit on one sheet; give 64 at most", "show", "pca", tmp_path / "many", *out)
     refused(1, "cannot decode", "show", "pca", tmp_path / "a.png", tmp_path / "broken.png", *out)
-    refused(1, r"point \(x=900, y=9\) lies outside", "show", "similarity", CAT, *out, "--point", "900,9")
+    refused(1, r"point \(x=900, y=9\) is outside", "show", "similarity", CAT, *out, "--point", "900,9")
     refused(1, "layer 9 does not exist", "show", "attention", CAT, *out, "--layer", "9")
     assert not (tmp_path / "x.png").exists()
 

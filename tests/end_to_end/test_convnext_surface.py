@@ -197,7 +197,7 @@ def test_adapters_of_peft(saved: Path) -> None:
             if "lora_B" in name:
                 parameter.fill_(0.1)
     assert not adapted.extract_features(PHOTOS[0], size=64).cls_token.equal(before)
-    with pytest.raises(UnsupportedError, match="an adapter is injected and not merged"):
+    with pytest.raises(UnsupportedError, match="has an adapter that is not merged"):
         adapted.save_pretrained(saved.parent / "adapted")
 
 

@@ -161,7 +161,7 @@ DAMAGES = [
     (lambda s, n: s.pop(n), "1 missing: "),
     (lambda s, n: s.update({n: s[n][..., :-1]}), "of another shape|has shape|is of shape|does not fit"),
     (lambda s, n: s.update({f"{n}2": s[n]}), "1 left over: "),
-    (lambda s, n: s.update({"stages.0.0.grn.gamma": s[n]}), "second version"),
+    (lambda s, n: s.update({"stages.0.0.grn.gamma": s[n]}), "ConvNeXt V2"),
 ]
 
 
