@@ -99,7 +99,7 @@ def test_points_are_those_of_the_original_picture() -> None:
     assert "cropped away" in complaint(
         InputError, lambda: bb.attention_maps(PICTURE, query=(2, 2), size=64, fit="crop")
     )
-    assert "call it once for each" in complaint(InputTypeError, lambda: bb.attention_maps(PICTURE, [0, 1]))
+    assert "once per block" in complaint(InputTypeError, lambda: bb.attention_maps(PICTURE, [0, 1]))
     assert "130 wide and 90 high" in complaint(InputError, lambda: bb.attention_maps(PICTURE, query=(130, 2)))
 
 
