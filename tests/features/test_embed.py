@@ -70,7 +70,7 @@ def test_failures_keep_their_row(bb: Backbone, caplog: pytest.LogCaptureFixture)
     assert np.isnan(rows).all(axis=1).tolist() == [True, False, True, False, True, True]
     assert np.array_equal(rows[[1, 3]], bb.embed(PICTURES[:2], size=64))
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("4 of 6 pictures could not be read, their rows are NaN: ") and said.endswith("; ...")
+    assert said.startswith("4 of 6 images could not be read and have a row of NaN: ") and said.endswith("; ...")
     assert "item 0" in said and "gone.png" in said and said.count("item 5") == 0
     assert np.isnan(bb.embed(iter([PICTURES[0], *[BROKEN] * 70]), size=64, on_error="skip")[1:]).all()
 
@@ -136,7 +136,7 @@ def test_nothing_is_left_of_a_run_that_fails(bb: Backbone, tmp_path: Path, monke
     [
         ("x.csv", InputError, "x.csv' should end in .npy, .safetensors, .parquet, or be a folder"),
         ("here.npy", InputError, "here.npy' exists already"), ("list.npy", InputError, "list.jsonl' exists already"),
-        ("photos", InputError, "holds other things"), ("here.npy/", InputError, "is a file, and a folder is needed"),
+        ("photos", InputError, "holds other files"), ("here.npy/", InputError, "is a file, and a folder is needed"),
         ("none/x.npy", MissingFileError, "none' to write 'x.npy'"),
     ],
 )  # fmt: skip

@@ -40,7 +40,7 @@ def test_one_picture_of_a_batch(index: int, number: int, features: Features) -> 
 
 @pytest.mark.parametrize("index", [3, -4])
 def test_a_picture_that_is_not_there(index: int, features: Features) -> None:
-    assert f"picture number {index} does not exist" in complaint(InputError, lambda: features[index])
+    assert f"image number {index} does not exist" in complaint(InputError, lambda: features[index])
 
 
 @pytest.mark.parametrize("index", [slice(0, 2), "0", 1.0], ids=str)

@@ -207,7 +207,7 @@ def test_memory_that_does_not_do_is_halved(monkeypatch: pytest.MonkeyPatch, capl
     found = list(bb.iter_features([*PICTURES, *PICTURES], size=64, batch_size=8))
     assert all(same(a, b) for a, b in zip(found, expected, strict=True))
     assert sizes == [8, 4, *[2] * 7]
-    assert [r.getMessage() for r in caplog.records][0] == "out of memory with 8 pictures in one pass; going on with 4"
+    assert [r.getMessage() for r in caplog.records][0] == "out of memory with 8 images per pass; continuing with 4"
 
 
 def test_one_picture_too_large_for_the_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,13 +220,13 @@ def test_one_picture_too_large_for_the_memory_is_said(monkeypatch: pytest.Monkey
     monkeypatch.setattr(bb, "forward", full)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         list(bb.iter_features([PICTURES[0]] * 2, size=64))
-    assert caught.value.__notes__ == ["item 0 alone is too large for the memory; give a smaller size="]
+    assert caught.value.__notes__ == ["item 0 does not fit in memory even alone; give a smaller size="]
 
 
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        (dict(batch_size=0), InputError, "batch_size is a whole number from 1 on, got 0"),
+        (dict(batch_size=0), InputError, "batch_size is a whole number of at least 1, got 0"),
         (dict(batch_size=2.5), InputTypeError, "got 2.5"), (dict(num_workers=-1), InputError, "num_workers"),
         (dict(on_error="ignore"), InputError, "one of raise, skip, return; got 'ignore'"),
         (dict(pooling="max"), InputError, "'max'"), (dict(layers=[9]), IndexError, "layer 9"),

@@ -93,7 +93,7 @@ def test_damaged_files_are_named(damage: Callable[[Path], None], out: str, bb: B
         damage(path)
         if not (damage is gone and path == Path(out)):  # without it there is nothing, and all is made again
             if damage is gone and path.suffix == ".json":
-                assert "not from embed" in complaint(InputError, lambda: bb.embed(album, out, **OPTIONS))
+                assert "not written by embed" in complaint(InputError, lambda: bb.embed(album, out, **OPTIONS))
             else:
                 text = complaint(InputError, lambda: bb.embed(album, out, **OPTIONS))
                 assert path.name in text or Path(out).name in text
@@ -128,7 +128,7 @@ def test_opening_looks_at_sizes_and_counts(bb: Backbone, album: Path) -> None:
     np.save(out / "000001.npy", np.load(out / "000001.npy")[:2])
     assert "000001.npy" in complaint(InputError, lambda: Store(out))
     text = complaint(InputError, lambda: bb.embed(album, f"{out}/", **OPTIONS))
-    assert "holds 2 rows, and 4 belong there" in text
+    assert "holds 2 rows, but embed wrote 4" in text
     for path in out.glob("000001.*"):
         path.rename(path.with_name(path.name.replace("000001", "000007")))
     assert "holds 2 of 3 shards" in complaint(InputError, lambda: Store(out))

@@ -27,4 +27,4 @@ def test_lists_lead_back_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert np.flatnonzero(listed_in(store, tmp_path / "l.txt")).tolist() == [2, 5]
     write_list(tmp_path / "l.txt", ["elsewhere.png"])
     assert "names none of the 6 pictures" in complaint(InputError, lambda: listed_in(store, tmp_path / "l.txt"))
-    assert "no names" in complaint(InputError, lambda: write_list(tmp_path / "l.txt", ["", ""]))
+    assert "no image has a path" in complaint(InputError, lambda: write_list(tmp_path / "l.txt", ["", ""]))

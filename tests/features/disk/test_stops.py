@@ -43,7 +43,7 @@ def test_a_shard_of_other_settings_is_no_part_of_a_folder(others: Any, bb: Backb
     bb.embed(album, f"{album.parent}/y/", **OPTIONS | others)
     for path in (album.parent / "y").glob("000001.*"):
         shutil.copy(path, album.parent / "x" / path.name)
-    assert "not of these vectors" in complaint(InputError, lambda: Store(album.parent / "x", verify=True))
+    assert "belongs to other vectors" in complaint(InputError, lambda: Store(album.parent / "x", verify=True))
     bb.embed(album, f"{album.parent}/x/", **OPTIONS)
     np.testing.assert_allclose(rows(album.parent / "x"), plain(bb, album), atol=1e-6)
 

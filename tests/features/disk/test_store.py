@@ -39,9 +39,9 @@ def test_a_store_is_read_in_blocks(suffix: str, tmp_path: Path) -> None:
 def test_what_is_no_store_is_said(tmp_path: Path) -> None:
     made(tmp_path / "a", directions(12))
     assert "no vectors at" in complaint(MissingFileError, lambda: Store(tmp_path / "none.npy"))
-    assert "is not one of embed" in complaint(InputError, lambda: Store(tmp_path))
+    assert "was not written by embed" in complaint(InputError, lambda: Store(tmp_path))
     np.save(tmp_path / "plain.npy", np.zeros((3, 4)))
-    assert "does not say how it was made" in complaint(InputError, lambda: Store(tmp_path / "plain.npy"))
+    assert "has no record of its settings" in complaint(InputError, lambda: Store(tmp_path / "plain.npy"))
     record = tmp_path / "a.npy" / "dinov3_infer.json"
     whole = record.read_text()
     record.write_text(json.dumps(json.loads(whole) | {"kind": "map"}))

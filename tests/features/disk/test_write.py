@@ -137,7 +137,7 @@ def test_streams_and_nothing(out: str, bb: Backbone, tmp_path: Path) -> None:
     found = np.concatenate([block for _, block in Store(tmp_path / out).blocks()])
     np.testing.assert_allclose(found, bb.embed(pictures, size=32, normalize=True), atol=1e-6)
     text = complaint(InputError, lambda: bb.embed(iter(pictures), f"{tmp_path}/{out}", size=32))
-    assert "objects or as a stream" in text
+    assert "in-memory images or a stream" in text
     assert bb.embed([], tmp_path / "none.npy").shape == (0, 64)
     assert np.load(tmp_path / "none.npy").shape == (0, 64)
 
@@ -181,7 +181,7 @@ def test_a_rerun_adds_what_is_missing(out: str, bb: Backbone, album: Path, monke
         (dict(normalize=True), "with normalize false, not true"), (dict(decode="fast"), 'decode "exact", not "fast"'),
         (dict(out_dtype="float16"), 'out_dtype "float32", not "float16"'),
         (dict(shard_size=5), "plan.shard_size 3, not 5"),
-        (dict(batch_size=9), "plan.batch_size"), ("model", "with fingerprint "), ("pictures", "from other pictures"),
+        (dict(batch_size=9), "plan.batch_size"), ("model", "with fingerprint "), ("pictures", "from other images"),
         ("more pictures", "with count 7, not 8"), ("rope", "with architecture.rope_periods"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value.split()[0],
@@ -230,7 +230,7 @@ def test_memory_that_does_not_do_begins_the_shard_again(
     report = bb.embed([*sorted(album.iterdir()), *sorted(album.iterdir())], f"{album.parent}/x.safetensors/",
                       size=64, batch_size=4, shard_size=6)  # fmt: skip
     assert sizes == [4, 2, 4, 2, 2, 2] and report.batch_size == 2
-    assert [r.getMessage() for r in caplog.records] == ["out of memory; going on with 2 pictures in one pass"]
+    assert [r.getMessage() for r in caplog.records] == ["out of memory; continuing with 2 images per pass"]
     recorded = []
     for i in range(2):
         shard = album.parent / "x.safetensors" / f"00000{i}.safetensors"
@@ -299,7 +299,7 @@ sys.exit(main(["embed", {str(album)!r}, "-o", {str(tmp_path / "x")!r}, "-m", {st
         [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
     )
     assert ran.returncode == status, ran.stderr
-    assert "4 of 7 images are kept; the same call goes on from there" in ran.stderr and "Traceback" not in ran.stderr
+    assert "4 of 7 images are kept; the same call continues from there" in ran.stderr and "Traceback" not in ran.stderr
     assert sorted(os.listdir(tmp_path / "x")) == [
         "000000.json", "000000.jsonl", "000000.npy", "000001.json", "000001.jsonl", "000001.npy", "dinov3_infer.json",
     ]  # fmt: skip
