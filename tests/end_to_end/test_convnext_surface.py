@@ -91,7 +91,7 @@ def test_dense_features_lie_on_the_grid_of_their_stage(bb: Backbone) -> None:
     one = bb.extract_features(PHOTOS[2], size=192, fit="native", layers=[1]).layers[0]
     torch.testing.assert_close(whole.feature_map, one.feature_map, rtol=0, atol=1e-4)
     assert dense_features(bb, PHOTOS[2], size=192, layers=[1], tile=64).grid == (24, 16)
-    with pytest.raises(InputError, match="maps of 2 sizes, which cannot lie side by side; give one"):
+    with pytest.raises(InputError, match="maps of 2 sizes, which cannot be concatenated; give one layer"):
         dense_features(bb, PHOTOS[2], layers=2)
 
 

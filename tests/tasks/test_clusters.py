@@ -105,4 +105,4 @@ def test_what_is_like_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("clusters", [[10, 10], [5, 9], [10**4], [0]], ids=str)
 def test_clusters_that_cannot_be(clusters: list[int], tmp_path: Path) -> None:
     store = made(tmp_path / "a", directions(30))
-    assert "fewer on each level" in complaint(InputError, lambda: hierarchy(store, clusters))
+    assert "must decrease from level to level" in complaint(InputError, lambda: hierarchy(store, clusters))

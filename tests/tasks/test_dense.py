@@ -127,7 +127,7 @@ def test_an_upsampler_gets_the_map_and_the_picture_and_gives_a_finer_map(bb: Bac
 
 WRONG: dict[str, tuple[Any, str]] = {
     "no tensor": (lambda f, i: None, "gave NoneType"),
-    "other channels": (lambda f, i: f[:, :7], "gave [1, 7, 3, 4]; it has to give [1, 64, h, w]"),
+    "other channels": (lambda f, i: f[:, :7], "returned [1, 7, 3, 4]; it has to return [1, 64, h, w]"),
     "coarser": (lambda f, i: f[..., :2], "gave [1, 64, 3, 2]"),
     "no batch": (lambda f, i: f[0], "gave [64, 3, 4]"),
     "not finite": (lambda f, i: f / 0, "not finite; run it in float32"),
@@ -142,8 +142,8 @@ def test_what_an_upsampler_gets_wrong_is_said(wrong: Any, said: str, bb: Backbon
 @pytest.mark.parametrize(
     "options, said",
     [
-        (dict(tile=50), "give whole patches, such as 48"), (dict(tile=0), "such as 16"),
-        (dict(overlap=1.0), "overlap is a share of a tile, got 1.0"), (dict(overlap=-0.1), "give 0 to below 1"),
+        (dict(tile=50), "give a multiple of the patch, such as 48"), (dict(tile=0), "such as 16"),
+        (dict(overlap=1.0), "overlap is a share of a tile, at least 0 and below 1"), (dict(overlap=-0.1), "got -0.1"),
         (dict(scales=()), "multiples of size, got []"), (dict(scales=(1, 0)), "got [1, 0]"),
         (dict(scales=(float("nan"),)), "got [nan]"),
     ],

@@ -110,7 +110,7 @@ def test_the_image_is_the_part_that_was_seen(fit: Any, bb: Backbone, tmp_path: P
 
 def test_what_cannot_be_explored_is_said(bb: Backbone, tmp_path: Path) -> None:
     out = tmp_path / "e.html"
-    assert "no place for padding" in complaint(InputError, lambda: explore(bb, [CAT], out, fit="pad"))
+    assert "does not show padding" in complaint(InputError, lambda: explore(bb, [CAT], out, fit="pad"))
     assert "got no images" in complaint(InputError, lambda: explore(bb, [], out))
     assert "1 images and 2 names" in complaint(InputError, lambda: explore(bb, [CAT], out, names=["a", "b"]))
     assert not out.exists()

@@ -148,9 +148,9 @@ def test_one_call_shows_an_image(fit: Any, size: int, bb: Backbone) -> None:
 def test_what_cannot_be_shown_is_said(bb: Backbone) -> None:
     found = bb.extract_features([CAT, CAT], size=64)
     for draw in (pca_picture, lambda image, features: similarity_picture(image, features, (1, 1))):
-        assert "features of 2 images, and one is drawn" in complaint(InputError, lambda d=draw: d(CAT, found))  # type: ignore[misc]
+        assert "got features of 2 images" in complaint(InputError, lambda d=draw: d(CAT, found))  # type: ignore[misc]
         said = complaint(InputError, lambda d=draw: d(photo(64, 96), found[0]))  # type: ignore[misc]
-        assert "the image is 96 wide and 64 high, and the features are of one" in said
+        assert "the image is 96 x 64 pixels, but the features are of an image of" in said
     assert "give exactly one" in complaint(InputError, lambda: similarity_picture(CAT, found[0]))
     both = lambda: similarity_picture(CAT, found[0], (1, 1), vector=found.cls_token[0])  # noqa: E731
     assert "give exactly one" in complaint(InputError, both)

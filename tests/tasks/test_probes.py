@@ -268,7 +268,7 @@ def test_files_of_others_are_refused(bb: Backbone, tmp_path: Path) -> None:
     learnt, _ = fitted("knn", bb)
     with pytest.raises(InputError, match="call fit"):
         KNN().save(tmp_path / "x", bb)
-    assert "options are numbers, words" in complaint(InputError, lambda: learnt.save(tmp_path / "x", bb, f=print))
+    assert "options are numbers, strings" in complaint(InputError, lambda: learnt.save(tmp_path / "x", bb, f=print))
     assert "no file at" in complaint(MissingFileError, lambda: KNN.load(tmp_path / "none", bb))
     damaged = tmp_path / "damaged.safetensors"
     whole = learnt.save(tmp_path / "whole.safetensors", bb).read_bytes()
@@ -297,7 +297,7 @@ NAN[7, 3] = math.nan
 @pytest.mark.parametrize(
     "features, targets, said",
     [
-        (X[0], Y, "features are float [N, C]"), (X[:0], Y[:0], "one row for each"), (X > 0, Y, "torch.bool"),
+        (X[0], Y, "features are float [N, C]"), (X[:0], Y[:0], "one row per example"), (X > 0, Y, "torch.bool"),
         (X[:, None], Y, "[30, 1, 16]"), (NAN, Y, "1 of 30 rows of the features are not finite, the first is number 7"),
         (X, Y[:20], "one for each of 30 rows, got int64 [20]"),
         (X, Y + 0.5, "targets are class names or whole numbers"),
@@ -318,5 +318,5 @@ def test_wrong_questions_are_said() -> None:
     assert "16 channels do not split into 5 heads" in complaint(
         InputError, lambda: AttentiveProbe(num_heads=5).fit(X[:, None], Y)
     )
-    assert "queries have 16 numbers and the bank 4" in complaint(InputError, lambda: nearest(X, X[:, :4], 1))
+    assert "queries have width 16 and the bank 4" in complaint(InputError, lambda: nearest(X, X[:, :4], 1))
     assert "k is 0 and the bank holds 30" in complaint(InputError, lambda: nearest(X, X, 0))

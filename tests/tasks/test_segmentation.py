@@ -169,7 +169,7 @@ def test_what_was_cropped_away_is_unknown() -> None:
 
 ONE, MASK = scene(0)
 WRONG: list[tuple[Any, Any, str]] = [
-    (ONE, MASK[:100], "mask 0 is [100, 224] and its picture [160, 224]"), (ONE, MASK.T, "turned upright like it"),
+    (ONE, MASK[:100], "mask 0 is [100, 224] and its image [160, 224]"), (ONE, MASK.T, "after EXIF rotation"),
     (ONE, MASK * 0, "the masks are 0 at every pixel; mark a part"),
     (ONE, MASK * 0 + 3, "the masks are 3 at every pixel"), (ONE, MASK * 0 + 255, "the masks are 255 at every pixel"),
     (ONE, MASK.float() / 3, "holds torch.float32 from 0 to 1"),
