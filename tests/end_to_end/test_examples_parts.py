@@ -238,7 +238,7 @@ def test_labels_follow_what_moves() -> None:
     for step, labels in enumerate(tracking.track(frames, mask)):
         expected = np.roll(mask, 10 * step, axis=1)
         assert ((labels == 2) & (expected == 2)).sum() / ((labels == 2) | (expected == 2)).sum() > 0.9
-    with pytest.raises(InputError, match="give it at the size of the picture"):
+    with pytest.raises(InputError, match="give a mask of the size of the image"):
         next(tracking.track(frames, mask[:50]))
 
 

@@ -69,7 +69,7 @@ def test_folders_and_what_embed_wrote(fd: Any, tmp_path: Path, monkeypatch: Any,
         value, rest = capsys.readouterr().out.split("  ")
         assert float(value) == pytest.approx(expected, abs=1e-3) and rest == "6 and 5 images, 192 numbers each\n"
     monkeypatch.setattr(sys, "argv", ["fd.py", str(tmp_path / "0.npy"), str(sets[1]), "--model", "nano"])
-    assert "two results of embed" in complaint(InputError, fd.main)
+    assert "two files that embed wrote" in complaint(InputError, fd.main)
     bb.embed(sets[1], tmp_path / "other.npy", size=96)
     monkeypatch.setattr(sys, "argv", ["fd.py", str(tmp_path / "0.npy"), str(tmp_path / "other.npy")])
     assert "cannot be compared" in complaint(InputError, fd.main)
