@@ -1,4 +1,4 @@
-"""What a Backbone knows of itself, and what it says of wrong options before it reads gigabytes."""
+"""Properties of a Backbone, and errors for wrong options before weights are read."""
 
 from pathlib import Path
 from typing import Any

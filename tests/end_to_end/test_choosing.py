@@ -1,4 +1,4 @@
-"""The page on what to choose shows its record, and its half-patch shift is one."""
+"""examples/CHOOSING.md shows its record, and its half-patch shift is right."""
 
 import sys
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def test_tables_of_a_record(script: Any) -> None:
 
 
 def test_a_shift_by_half_a_patch_leads_back(script: Any) -> None:
-    """Patches of both passes hold the pixels that their placement says: brightness comes back where it was."""
+    """Patches of both passes hold the pixels that their placement states: brightness returns to its position."""
     bb = randomise(Backbone.from_config(SMALL["dinov2"]))
     picture = photo(100, 100)
     straight, moved = script.shifted(bb, picture, [1])

@@ -1,4 +1,4 @@
-"""Examples run as a newcomer would run them, on a small model with random weights."""
+"""Runs the examples as a newcomer would, on a small model with random weights."""
 
 import ast
 import importlib
@@ -43,7 +43,7 @@ def call(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callabl
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Iterator[Path]:
-    """A folder with four parts of the cat, each with its depth and its segments, and annotations.json beside it."""
+    """A folder with four crops of the cat, each with depth and segments, and annotations.json."""
     cat, folder = Image.open(CAT), tmp_path / "pictures"
     for name in ("pictures", "depths", "segments"):
         (tmp_path / name).mkdir()
@@ -63,7 +63,7 @@ def pictures(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_stand_on_the_public_surface(path: Path) -> None:
-    """A reader copies them: the package, its tasks and its trainer, and nothing from inside."""
+    """Readers copy the examples, so they import only the package, its tasks and its trainer."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     found = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -120,7 +120,7 @@ def test_scripts_are_short_and_named_in_the_readme(path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(str(v) for v in value if "cat" not in str(v)),
 )
-def test_it_runs_and_writes_a_picture(script: str, arguments: list[object], call: Any, pictures: Path) -> None:
+def test_it_runs_and_writes_an_image(script: str, arguments: list[object], call: Any, pictures: Path) -> None:
     call(script, *arguments, "--out", "out.png")
     assert len(np.unique(np.asarray(Image.open("out.png")))) > 50
 

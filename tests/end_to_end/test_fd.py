@@ -1,4 +1,4 @@
-"""The Fréchet distance: its formula, stored vectors, and what does not compare."""
+"""The Fréchet distance: its formula, stored vectors, and sets that cannot be compared."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ def drawn(count: int, width: int, seed: int, rank: int | None = None) -> Tensor:
 
 @pytest.mark.parametrize("rank", [None, 5], ids=["full rank", "flat"])
 def test_the_formula_of_torchmetrics(rank: int | None, fd: Any) -> None:
-    """|m1 - m2|^2 + tr S1 + tr S2 - 2 sum of sqrt(eigenvalues of S1 S2), as torchmetrics computes it in float64."""
+    """|m1 - m2|^2 + tr S1 + tr S2 - 2 sum of sqrt(eigenvalues of S1 S2), the formula of torchmetrics, in float64."""
     for seed in (1, 2):
         a, b = drawn(300, 24, seed, rank), drawn(200, 24, seed + 1, rank)
         s1, s2 = torch.cov(a.T), torch.cov(b.T)

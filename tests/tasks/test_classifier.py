@@ -1,4 +1,4 @@
-"""Probes as estimators: class names, every container of rows, the interface of scikit-learn."""
+"""Probes as estimators: class names, all containers of rows, the interface of scikit-learn."""
 
 import json
 from collections.abc import Callable

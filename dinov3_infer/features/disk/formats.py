@@ -83,6 +83,8 @@ class _Listed(Format):
 
 
 class Npy(_Listed):
+    """A .npy file with its record in a .json and its list in a .jsonl."""
+
     suffix, sides, sealed = ".npy", (".jsonl", ".json"), (".json", ".npy", ".jsonl")
 
     def _make(self, target: Path, recipe: Recipe, images: range, lines: _Put, vectors: _Put) -> None:
@@ -122,6 +124,8 @@ class Npy(_Listed):
 
 
 class Safetensors(_Listed):
+    """A .safetensors file with its record inside and its list in a .jsonl."""
+
     suffix, sides, sealed = ".safetensors", (".jsonl",), (".safetensors", ".jsonl")
 
     def _make(self, target: Path, recipe: Recipe, images: range, lines: _Put, vectors: _Put) -> None:
@@ -172,6 +176,8 @@ class Safetensors(_Listed):
 
 
 class Parquet(Format):
+    """A .parquet file with its record and its list inside.  Raises: UnsupportedError without pyarrow."""
+
     suffix, sealed, ragged = ".parquet", (".parquet",), True
 
     def __init__(self) -> None:

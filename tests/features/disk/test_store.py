@@ -1,4 +1,4 @@
-"""A store is read in blocks, and what is none is told."""
+"""A store is read in blocks, and other files raise an error."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,13 @@ from dinov3_infer.features.disk.store import Store
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks for a handful of rows."""
+    """Makes blocks small, so that a few rows fill several of them."""
     monkeypatch.setattr(store_module.Store.blocks, "__defaults__", (7,))
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_store_is_read_in_blocks(suffix: str, tmp_path: Path) -> None:
-    """Rows of length 1 with the number of the first, over all shards; names and failures of each."""
+    """Blocks hold rows of length 1 and the number of the first row, over all shards; names and failures match."""
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     vectors = 3 * directions(23)
