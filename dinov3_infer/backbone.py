@@ -240,7 +240,7 @@ class Backbone(Network):
             return cls(config).eval()
         if not isinstance(config, str):
             raise InputTypeError(
-                f"from_config takes a name, a ViTConfig or a ConvNeXtConfig, got {type(config).__name__}"
+                f"from_config takes a name, a ViTConfig or a ConvNeXtConfig, got {type(config).__name__}; give 'vits16'"
             )
         info = find(config)
         return cls(info.config, info).eval()
@@ -695,10 +695,10 @@ class Backbone(Network):
     def refresh(self) -> None:
         """Drops the plan, so that the next call uses the present weights.
 
-        Call it after writing to weights in a way that torch does not see, such as through `.data` or a pointer.  On a
-        CPU a call with many images sees such a change by itself: it compares a checksum of all values if that takes
-        less than 2 % of the call (about 1,000 tokens per thread; 250 for weights up to 16 MiB).  Shorter calls compare
-        tensor versions and four values of each tensor.
+        Call it after writing to weights in a way that torch does not notice, such as through `.data` or a pointer.  On
+        a CPU, long calls notice such a change themselves, by a checksum of all weights.  Shorter calls, for which the
+        checksum would take more than 2 % of the time, compare only tensor versions and four values of each tensor.  The
+        limit is about 1,000 tokens per thread, or 250 for weights up to 16 MiB.
         """
         drop_plan(self)
 

@@ -162,7 +162,7 @@ def _refusal(name: str) -> Callable[..., HubBackbone]:
                 f"{name!r} is a head that this package does not have; load its backbone {backbone!r}"
             )
         find(name)  # raises an error with the reason
-        raise UnsupportedError(f"this package does not have {name!r}; call entry_points() for the names")
+        raise UnsupportedError(f"this package does not have {name!r}; torch.hub.list() gives the names")
 
     refuse.__name__ = refuse.__qualname__ = name
     refuse.__doc__ = "This package does not have it: raises UnsupportedError with the reason."

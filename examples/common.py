@@ -184,7 +184,10 @@ def load(args: argparse.Namespace) -> Backbone:
 
 
 def maps(bb: Backbone, images: Sequence[ImageLike], size: int, layers: Sequence[int] = ()) -> Tensor:
-    """Feature maps of images squashed to a square, for training: [N, C, h, w]; of several layers [N, L * C, h, w]."""
+    """Feature maps [N, C, h, w] of images squashed to a square, for training.
+
+    The maps of several layers are concatenated, [N, L * C, h, w].
+    """
     found = bb.iter_features(
         list(images), size=max(1, size // bb.patch_size) * bb.patch_size, fit="squash", layers=layers
     )

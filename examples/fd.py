@@ -63,7 +63,9 @@ def main() -> None:
     options.add_argument("real", metavar="REAL")
     options.add_argument("fake", metavar="FAKE")
     options.add_argument("--model", default=MODEL, help="name, hub id, folder or weights file (default: %(default)s)")
-    options.add_argument("--size", type=int, default=224, help="pixels of a side (default: %(default)s)")
+    options.add_argument(
+        "--size", type=int, default=224, help="side of the model input in pixels (default: %(default)s)"
+    )
     args = options.parse_args()
     kept = [stored(source) for source in (args.real, args.fake)]
     if all(kept):

@@ -48,7 +48,7 @@ def focal(scores: Tensor, truth: Tensor) -> Tensor:
 
 
 def class_cost(scores: Tensor, classes: Tensor) -> Tensor:
-    """The cost of assigning each query, with scores [P, K], to an object of each class [n], [n, P]."""
+    """Cost [n, P] of assigning each of P queries, with scores [P, K], to each of n objects of these classes [n]."""
     yes, no = focal(scores, torch.ones_like(scores)), focal(scores, torch.zeros_like(scores))
     return (yes - no)[:, classes].T
 

@@ -131,7 +131,7 @@ class Extractor:
         return plan_of(self.network, self.mode, self._request(pixels))
 
     def why_not_plan(self) -> str | None:
-        """The reason why there is no plan, or None."""
+        """The reason why the plain modules run instead of a plan, or None if there is a plan."""
         if self.network.device.type == "meta":
             return "the model is on the 'meta' device and has no values"
         with self._inference():
@@ -269,6 +269,6 @@ class Extractor:
         dtype = torch.bfloat16 if self._autocasts() else self.network.main_weight.dtype
         if dtype in (torch.float16, torch.bfloat16):
             raise PrecisionError(
-                f"the features are not finite in {dtype}: activations left its range; load with dtype=torch.float32"
+                f"the features are not finite in {dtype}: activations exceeded its range; load with dtype=torch.float32"
             )
         raise PrecisionError("the features are not finite: the weights hold NaN or infinity; load another checkpoint")

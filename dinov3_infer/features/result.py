@@ -207,8 +207,9 @@ class Features:
         return self.normalize().embedding @ other.normalize().embedding.to(self.embedding.device).T
 
     def numpy(self) -> dict[str, Any]:
-        """All tensors as float32 arrays on the CPU, by name; also `layers`, a list of such dicts, and `valid`, if
-        present.
+        """Copies all tensors to float32 arrays, in a dict by name.
+
+        `layers` is a list of such dicts.  `layers` and `valid` are missing if there are none.
         """
 
         def arrays(part: Any, *names: str) -> dict[str, Any]:

@@ -152,7 +152,9 @@ def as_features(given: Vectors, what: str, dims: int = 2) -> Tensor:
     tensor = _tensor(given, what, shape)
     whole = dims == 2 and not tensor.is_floating_point() and tensor.dtype != torch.bool and not tensor.is_complex()
     if tensor.ndim != dims or not tensor.numel() or not (tensor.is_floating_point() or whole):
-        raise InputError(f"{what} are float {shape}, one row per example, got {tensor.dtype} {list(tensor.shape)}")
+        raise InputError(
+            f"{what} are float {shape}, one row per example, got {tensor.dtype} {list(tensor.shape)}; reshape them"
+        )
     finite = tensor.flatten(1).sum(dim=1, dtype=torch.float32).isfinite()
     if not finite.all():
         raise InputError(

@@ -122,8 +122,8 @@ class Fitted:
                 sides.setdefault(letter, side) == side > 0 for letter, side in zip(letters, tensor.shape, strict=True)
             )
             if not fits or tensor.dtype != expected:
-                shape = " x ".join(str(sides.get(letter, letter)) for letter in letters)
-                return f"{name} as {tensor.dtype} {list(tensor.shape)} instead of {expected} {shape}"
+                shape = ", ".join(str(sides.get(letter, letter)) for letter in letters)
+                return f"{name} as {tensor.dtype} {list(tensor.shape)} instead of {expected} [{shape}]"
             low, high = (float(number) for number in tensor.aminmax())
             if not (math.isfinite(low) and math.isfinite(high)) or (name in _WHOLE and not 0 <= low <= high < classes):
                 return f"{name} from {low:g} to {high:g}"

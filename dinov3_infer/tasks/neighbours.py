@@ -94,7 +94,7 @@ def duplicates(
     limit = threshold if against_threshold is None else against_threshold
     for cosine in (threshold, limit):
         if not -1 <= cosine <= 1:
-            raise InputError(f"a threshold is a cosine from -1 to 1; got {cosine:g}")
+            raise InputError(f"a threshold is a cosine from -1 to 1, got {cosine:g}; give for example 0.75")
     if against is not None:
         store.check_comparable(against)
     parent = np.arange(len(store))

@@ -58,7 +58,8 @@ class Pyramid(nn.Module):
         super().__init__()
         if not strides or any(s < 1 or s & (s - 1) for s in strides) or len(set(names)) != len(strides):
             raise InputError(
-                f"a pyramid has strides that are powers of 2 and a name for each, got {list(strides)} and {list(names)}"
+                f"strides are powers of 2 with one name each, got {list(strides)} and {list(names)}; give for example "
+                "strides=(8, 16), names=('0', '1')"
             )
         self.backbone, self.freeze, self.out_channels = backbone, freeze, out_channels
         self.strides = dict(zip(names, strides, strict=True))

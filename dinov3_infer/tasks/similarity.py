@@ -25,7 +25,7 @@ def each(features: Features | Sequence[Features]) -> Iterator[Features]:
 
 
 def similarity_map(features: Features, vector: Tensor) -> Tensor:
-    """Cosine of every patch with a vector [C], [B, h, w]; -1 in padding.
+    """Cosine similarity of every patch with a vector [C]: maps [B, h, w], with -1 in padding.
 
     With the vector that `region_vector` gives for another image, the map shows where the same object is in this one.
 

@@ -62,7 +62,7 @@ def test_a_frozen_backbone_stays_as_it_is() -> None:
 def test_wrong_strides_are_said(bb: Backbone) -> None:
     for strides, names in (((4, 12), ("a", "b")), ((), ()), ((4, 8), ("a",)), ((4, 8), ("a", "a")), ((0,), ("a",))):
         said = complaint(InputError, lambda s=strides, n=names: Pyramid(bb, strides=s, names=n))  # type: ignore[misc]
-        assert "powers of 2 and a name for each" in said
+        assert "powers of 2 with one name each" in said
 
 
 def plain_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:

@@ -60,8 +60,9 @@ class Filling:
         self.came += 1
 
     def end_pass(self) -> None:
-        """Marks the rows up to now as safe to keep: a run that continues here groups the next images in the same
-        way.
+        """Marks the rows up to now as rows of finished passes, which can be kept.
+
+        A run that continues after them groups the remaining images into the same passes.
         """
         self._whole = len(self.rows or ())
 

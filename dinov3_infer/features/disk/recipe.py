@@ -79,7 +79,9 @@ class Recipe:
             raise InputError(f"'{origin}' exists already and was made {said}; give another name, or overwrite it")
 
     def differs(self, there: "Recipe") -> str | None:
-        """The first difference from the recipe `there`, worded by `difference`, or None."""
+        """The first difference from the recipe `there`, as a clause to follow "was made"; None if the recipes are
+        equal.
+        """
         mine, theirs = (json.loads(replace(r, origin=None).to_json()) for r in (self.planned(there.plan), there))
         for name, value in theirs.items():
             if not _same(value, mine[name]) or (name == "inputs" and value is None):

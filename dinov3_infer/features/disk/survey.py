@@ -44,8 +44,8 @@ class _Unusable(Exception):
 class Survey:
     """Looks at shards one by one.
 
-    `base`: whether a finished file of the same recipe exists; its rows are used where there is no shard.  `trusted`:
-    take a file of the same name for the same image.
+    `base`: whether a finished file of the same recipe exists; its rows are used for shards that do not exist.
+    `trusted`: take a file of the same name for the same image.
 
     Raises: InputError for a finished file that is damaged.
     """
@@ -64,7 +64,8 @@ class Survey:
     def work(self, shard: int, images: range) -> Work | None:
         """The rows to compute of a shard, or None.  A damaged file is removed.
 
-        Raises: InputError for a complete file with another number of rows, and for images that cannot be identified.
+        Raises: InputError for a complete file with another number of rows, and for in-memory images, because a rerun
+        cannot notice their changes.
         """
         path, parts = self.target.shard(shard), self.target.parts_of(shard)
         if path.exists():
@@ -123,9 +124,7 @@ class Survey:
         except InputError as error:
             raise _Unusable(str(error)) from None
         if rows is not None and there != rows:
-            raise InputError(
-                f"'{path}' holds {there} rows, but embed wrote {rows}; remove it, and the same call writes it again"
-            )
+            raise InputError(f"'{path}' holds {there} rows, but embed wrote {rows}; remove it and repeat the call")
         seal = None if record is None else record.seal
         lacks = seal is None and not (self.old if record is None else record.old)
         if lacks or (record is not None and not record.old and not record.recipe.is_like(self.recipe)):

@@ -149,7 +149,8 @@ class Target:
         """Starts or continues a run; returns the recipe with its plan, the state, and whether a finished file of that
         recipe exists.
 
-        `plan`: decides what the plan of the recipe leaves open.  `shared`: other processes of this run may be inside.
+        `plan`: decides what the plan of the recipe leaves open.
+        `shared`: whether other processes of this run may be inside.
 
         Raises: InputError if the vectors on disk have another recipe, or their record is damaged.
         """
@@ -229,7 +230,7 @@ class Target:
         self.clear()  # removes the record first: shards without a record are removed by the next run
 
     def abandon(self) -> None:
-        """Removes a folder without shards, which a run leaves that failed or had nothing to do."""
+        """Removes the folder of shards if it is empty, after a run that failed or had nothing to do."""
         if self.parts.is_dir() and not any(self.shards()) and not self.parts_of():
             self.clear()
             if all(path.name == LOCK for path in self.parts.iterdir()):

@@ -62,7 +62,8 @@ class Writer:
         """Writes the missing rows.  A stream, which has no length, is written once and cannot be continued.
 
         `only`: the shards of a folder to write, if other processes write the rest; under torchrun each process has a
-        part.  `run`: a name that all processes of this run share (default: from torchrun's environment).
+        part.
+        `run`: a name that all processes of this run share (default: from torchrun's environment).
 
         Raises: InputError if the vectors on disk have another recipe, or another run is writing them; with
         on_error="raise" the error of the first image that cannot be read.
@@ -143,7 +144,7 @@ class Writer:
         for path in dict.fromkeys(piece.path for piece in pieces):
             record = form.record(path)
             if wrong := form.damage(path, None if record is None else record.seal):
-                raise InputError(f"{wrong}; the same call writes it again")
+                raise InputError(f"{wrong}; repeat the call, which writes it again")
 
     def _stopped(self, total: int | None) -> None:
         """Writes the rows up to now when a run is stopped."""
