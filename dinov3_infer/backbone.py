@@ -683,12 +683,11 @@ class Backbone(Network):
         )  # fmt: skip
 
     def why_not_plan(self) -> str | None:
-        """Says why `extract_features` and `embed` run the modules of the network, or returns None if they run by a
-        plan.
+        """Says why `extract_features` and `embed` run plain modules, or returns None if they run by a plan.
 
         A plan computes the same features in fewer steps from repacked weights.  If there is none yet, this call makes
         one.  On CUDA the first plan of each kind is compared with the plain network on images of the package; if it
-        fails or differs it is not used, and the reason is kept here.
+        fails or differs it is not used, and this method returns the reason.
         """
         return self.extractor.why_not_plan()
 

@@ -82,8 +82,7 @@ class Embedder:
         self._width = pooled_width(self._bb.embed_dim, pooling)
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
-        """The rows of a batch with their vectors, a pyarrow table; "embedding" holds [C], or [2C] with pooling
-        "cls_mean".
+        """The rows of a batch with their vectors, [C] or [2C] (pooling "cls_mean"), as a pyarrow table.
 
         Raises: InputError for a batch without images.
         """
@@ -117,8 +116,7 @@ class Embedder:
 
 
 def check_cluster(actors: int, num_cpus: float, num_gpus: float, total: Mapping[str, float]) -> None:
-    """Checks that the actors fit the cluster and leave a CPU for reading and writing; otherwise Ray would wait
-    silently.
+    """Checks that the actors leave a CPU for reading and writing; Ray would wait without a message.
 
     Raises: InputError if they do not.
     """

@@ -64,7 +64,7 @@ def difference(found: Tensor, recorded: Tensor) -> float:
 
 
 def why_not(bb: Any, device: torch.device, close: float = 1e-3) -> str | None:
-    """Why a device must not be used: it raises an error, or gives other features than recorded.  None if it is right.
+    """The reason not to use a device, or None: it raises an error, or gives other features than recorded.
 
     `close`: allowed relative distance.  Float32 on other hardware differs by about 1e-5, wrong kernels by far more.
     """

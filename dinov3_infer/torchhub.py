@@ -77,9 +77,7 @@ HubBackbone.networks |= {ViTConfig: HubViT, ConvNeXtConfig: HubConvNeXt}
 
 
 def entry_points() -> dict[str, Callable[..., Any]]:
-    """A function for each model and each released head, and for Meta's other entries one that raises
-    UnsupportedError.
-    """
+    """A function for each model and each released head; those for Meta's other entries raise UnsupportedError."""
     heads = {info.name: _head_entry(info.name) for info in HEADS}
     models = {name: _entry(info) for name, info in MODELS.items()}
     return models | heads | {name: _refusal(name) for name in _ELSEWHERE}

@@ -32,9 +32,7 @@ MODEL = "dinov2_vits14"  # the smallest model under Apache-2.0, which needs no r
 def parser(
     doc: str | None, out: str, *inputs: str, size: int = 768, steps: int = 0, layer: bool = False
 ) -> argparse.ArgumentParser:
-    """The common options: the inputs, --model, --size and --out; with `layer` also --layer, with `steps` also
-    --steps.
-    """
+    """Makes a parser with the inputs, --model, --size and --out; optionally --layer and --steps."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in inputs:
         found.add_argument(name)
@@ -209,9 +207,7 @@ def layer_features(
 def fit(
     head: nn.Module, loss: Callable[[Tensor], Tensor], count: int, steps: int, *, batch_size: int = 8, lr: float = 1e-3
 ) -> None:
-    """Trains `head` to minimise `loss`, a scalar [] for the example numbers [batch_size] below `count` that it is
-    given.
-    """
+    """Trains `head` to minimise `loss`, a function from example numbers [batch_size] to a scalar []."""
     optimizer = torch.optim.AdamW(head.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     order = torch.empty(0, dtype=torch.long)

@@ -19,9 +19,7 @@ from dinov3_infer.tasks import sheet
 
 
 def dense(a: Features, b: Features) -> tuple[Tensor, Tensor, Tensor]:
-    """For each patch of `a`: its nearest patch in `b` [P], their cosine [P], and whether the match is mutual [P]
-    bool.
-    """
+    """For each patch of `a`: its nearest in `b` [P], their cosine [P], and whether the match is mutual [P]."""
     cosines = F.normalize(a.patch_tokens[0], dim=-1) @ F.normalize(b.patch_tokens[0], dim=-1).T
     best, there = cosines.max(dim=1)
     return there, best, cosines.argmax(dim=0)[there] == torch.arange(len(there))

@@ -20,8 +20,7 @@ from dinov3_infer.tasks import sheet
 
 
 def normals_of(depths: Tensor, focal: float, radius: int = 6) -> tuple[Tensor, Tensor]:
-    """Unit normals [N, 3, H, W] (right, up, to the camera) of depths [N, H, W], and where they are known, [N, H, W]
-    bool.
+    """Unit normals [N, 3, H, W] (right, up, to the camera) of depths [N, H, W], and where they are known.
 
     The inverse depth of a plane is linear in the image: r = a u + b v + c with (u, v) in focal lengths from the centre,
     and (a, b, c) is its normal.  The plane is fitted to the known pixels of a window; the normal is known if it fits to

@@ -87,8 +87,9 @@ def mask_cost(masks: Tensor, share: Tensor) -> Tensor:
 
 
 def read_coco(path: str) -> tuple[list[str], list[tuple[Tensor, Tensor]], list[str]]:
-    """Reads COCO annotations: names of the images, their boxes [n, 4] in 0..1 with classes [n], and names of the
-    classes.
+    """Reads COCO annotations.
+
+    Returns names of images, their boxes [n, 4] in 0..1 with classes [n], and names of classes.
 
     Raises: InputError for a file that is not in COCO's format.
     """
@@ -115,8 +116,7 @@ def read_coco(path: str) -> tuple[list[str], list[tuple[Tensor, Tensor]], list[s
 
 
 def read_segments(folder: str, images: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-    """Masks [n, height, width] bool and classes [n] from PNGs with the names of the images: 1000 * class + object
-    number.
+    """Masks [n, height, width] bool and classes [n] of images, from PNGs of 1000 * class + object number.
 
     Raises: InputError for a PNG of another kind.
     """

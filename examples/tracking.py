@@ -23,8 +23,7 @@ CONTEXT, RADIUS, NEIGHBOURS, TEMPERATURE = 7, 12.0, 5, 0.2  # frames, patches, p
 
 
 def track(frames: Iterable[Features], mask: np.ndarray) -> Iterator[np.ndarray]:
-    """The labels of every frame, [height, width] at its original size, from the mask [height, width] of the first
-    frame.
+    """The labels of every frame, [height, width], from the mask [height, width] of the first frame.
 
     Raises: InputError for a mask of another size than the frames, or an empty mask, and for frames of different sizes.
     """

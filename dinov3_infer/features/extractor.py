@@ -225,9 +225,7 @@ class Extractor:
         return f"{dtype}{products}{'' if plan is None else ', by a plan'}{mode}"
 
     def samples(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Pixels [3, 3, H_px, W_px] of the three images of the package; `size`: (height, width), or the model's
-        default.
-        """
+        """Pixels [3, 3, H_px, W_px] of the three images of the package, at `size` (height, width) or the default."""
         transform = self.preprocess if size is None else self.preprocess.with_options(size, "squash")
         images: list[ImageLike] = [_SAMPLES / f"{name}.png" for name in ("cat", "coffee", "rocket")]
         if transform.channels != 3:  # repeats the colours

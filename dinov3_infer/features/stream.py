@@ -191,9 +191,7 @@ class Batcher(Generic[T]):
             yield pending.popleft().result()
 
     def _in_rounds(self, pool: ThreadPoolExecutor, items: Iterator[Item]) -> Iterator[_Read]:
-        """Reads, then computes: a model on the CPU uses every core, and decoding beside it only slows its threads
-        down.
-        """
+        """Reads, then computes: a model on the CPU uses every core, and decoding beside it slows it down."""
         while batch := [self._submit(pool, item) for item in itertools.islice(items, self.batch_size)]:
             yield from (future.result() for future in batch)
 

@@ -18,8 +18,9 @@ __all__ = ["AttentiveProbe"]
 
 @dataclass(repr=False, eq=False)
 class AttentiveProbe(Probe):
-    """A classifier with one learned query that attends to the patches [N, P, C] with several heads, then a norm and a
-    linear layer.
+    """A classifier with one learned query that attends to the patches [N, P, C] with several heads.
+
+    A norm and a linear layer follow.
 
     For a video, concatenate the patches of all its frames.  Training uses AdamW with warm-up and cosine decay, once for
     each learning rate.  A tenth of the examples chooses the rate; the final probe is trained on all examples.

@@ -56,8 +56,9 @@ class Hierarchy:
 
 
 def allocate(sizes: Array, count: int, rng: np.random.Generator) -> Array:
-    """Splits `count` over sets of sizes [n]: returns min(size, c) for each, [n], with the largest c that fits, and
-    gives what is left, one each, to random larger sets.
+    """Splits `count` over sets of sizes [n] as evenly as the sizes allow, [n].
+
+    Each set gives min(size, c) with the largest possible c; random larger sets give one more each, up to `count`.
     """
     if count >= sizes.sum():
         return sizes.copy()
@@ -125,9 +126,7 @@ def hierarchy(
 
 
 def kmeans(points: Points, k: int, generator: torch.Generator, iterations: int = 25) -> tuple[Tensor, Array]:
-    """Centres [k, C] and the cluster of each point [n], by Lloyd's iterations from k-means++, with one block in
-    memory.
-    """
+    """Centres [k, C] and the cluster of each point [n], by k-means++ and Lloyd's iterations over blocks."""
     centres = _first_centres(points, k, generator)
     before = float("inf")
     for _ in range(iterations):
@@ -164,8 +163,7 @@ def _assigned(points: Points, centres: Tensor) -> tuple[Array, Array]:
 
 
 def _first_centres(points: Points, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007) on a sample: draws points by their squared distance to the centres so
-    far.
+    """k-means++ (Arthur and Vassilvitskii 2007) on a sample of the points.
 
     For a large k many centres are drawn at a time, as in k-means|| (Bahmani et al., arXiv 1203.6402); one by one takes
     hours.

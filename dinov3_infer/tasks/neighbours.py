@@ -57,9 +57,7 @@ class Duplicates:
     foreign: Array  # [N] bool: images of a group that touches the other set
 
     def kept(self, store: Store) -> Array:
-        """Numbers of the images to keep, [n] int64: the first of each group that is not foreign, without unreadable
-        images.
-        """
+        """Numbers of the images to keep, [n] int64: the first readable image of each group that is not foreign."""
         return np.flatnonzero(store.good & (self.group == np.arange(len(self.group))) & ~self.foreign)
 
 

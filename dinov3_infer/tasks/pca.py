@@ -46,10 +46,9 @@ def pca_rgb(
 
 
 def foreground(features: Features | Sequence[Features]) -> list[np.ndarray]:
-    """The patches of the main object of each image, bool [h, w]: one side of the first component of all images
-    together.
+    """The patches of the main object of each image, bool [h, w].
 
-    Of the two sides it is the one that touches the image borders less.
+    They are one side of the first component of all images together: the side that touches the borders less.
 
     Raises: InputError for fewer than 3 patches.
 

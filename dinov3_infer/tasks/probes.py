@@ -17,8 +17,9 @@ HELD_OUT = 0.1  # share of the examples that chooses a learning rate or a penalt
 
 
 def nearest(queries: Vectors, bank: Vectors, k: int) -> tuple[Tensor, Tensor]:
-    """The k vectors of a bank [N, C] most similar to each query [M, C]: cosines [M, k], best first, and row numbers [M,
-    k].
+    """The k vectors of a bank [N, C] most similar to each query [M, C].
+
+    Returns cosines [M, k], best first, and row numbers [M, k].
 
     Raises: InputError for different widths, values that are not finite, or a bank of fewer than k vectors.
     """
@@ -125,8 +126,9 @@ class LinearProbe(Probe):
 class LogisticProbe(Probe):
     """Logistic regression with an L2 penalty, by L-BFGS in float64: minimises C * (sum of losses) + |weight|^2 / 2.
 
-    With `C=None`, 45 values from 1e-6 to 1e5 are tried on a tenth of the examples, and the best is fitted to all.  Each
-    trial starts from the result of the last one and takes at most 100 steps.  `tensors["strength"]` holds the chosen C.
+    With `C=None`, 45 values from 1e-6 to 1e5 are fitted to nine tenths of the examples; the value that is best on the
+    other tenth is then fitted to all.  Each fit of the search starts from the last one and takes at most 100 steps.
+    `tensors["strength"]` holds the chosen C.
 
     Source: DINOv2, reference code, which uses scikit-learn; the minimum is the same.
     """

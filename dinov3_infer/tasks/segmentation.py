@@ -166,9 +166,7 @@ class _Pixels:
         self.axes = torch.tensor(rows, dtype=torch.float64, device="cpu").view(len(features), 2, 6)
 
     def __call__(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """The 4 patches around each pixel [count, 4], numbered over all images, their weights [count, 4], and labels
-        [count].
-        """
+        """The 4 patches around each pixel [count, 4], their weights [count, 4], and labels [count]."""
         image = torch.randint(len(self.axes), (count,), generator=generator, device="cpu")
         start, length, seen, resized, size, patches = self.axes[image].unbind(-1)  # [count, 2] each
         at = torch.rand(count, 2, generator=generator, dtype=torch.float64, device="cpu") * seen

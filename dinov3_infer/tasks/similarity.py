@@ -48,8 +48,7 @@ def similarity_picture(
     *,
     vector: Tensor | None = None,  # [C], for example by `region_vector` from another image
 ) -> Image.Image:
-    """Draws the image, and over it in colours the cosine of every patch with the patch at `point` (x, y), or with a
-    vector.
+    """Draws the image, and over it the cosine of every patch with that at `point` (x, y), or with a vector.
 
     Raises: InputError unless exactly one of them is given; for features of several images, or of an image of another
     size.
@@ -73,8 +72,7 @@ def region_vector(
     mask: Tensor | np.ndarray | None = None,
     index: int = 0,
 ) -> Tensor:
-    """One vector [C] of length 1 for a part of image number `index`: its patches, scaled to length 1, averaged by
-    coverage.
+    """One vector [C] of length 1 for a part of image number `index`: the mean of its patches, by coverage.
 
     Give one of `point` (x, y), `box` (left, top, right, bottom) and `mask` [height, width] bool, in pixels of the
     original image.

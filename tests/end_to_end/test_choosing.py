@@ -39,7 +39,7 @@ def test_tables_of_a_record(script: Any) -> None:
         },
     }  # fmt: skip
     text = script.filled(script.PAGE.read_text(encoding="utf-8"), record)
-    assert "(ffffffffffff), 3,000 + 1,000 pictures" in text and "| 8 | 11 | 0.500 | 0.600 |" in text
+    assert "(ffffffffffff), 3,000 + 1,000 images" in text and "| 8 | 11 | 0.500 | 0.600 |" in text
     assert "accuracy ± 0.016 at most" in text
     assert "| input | layer 11 | last 4 |" in text and "| 32 patches a side | 0.500 ± 0.100 | 0.600 ± 0.100 |" in text
     assert "| 32, and mirrored | 0.550 ± 0.100 (+0.050 ± 0.000) | 0.550 ± 0.150 (-0.050 ± 0.050) |" in text

@@ -34,9 +34,7 @@ def fuzzed(kind: str, count: int, out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["pictures", "checkpoints"])
 def test_two_thousand(kind: str, tmp_path: Path) -> None:
-    """There is no fault, every error branch of the readers is met, and at least half of the inputs look valid at
-    first.
-    """
+    """There is no fault, every error branch is met, and at least half of the inputs look valid at first."""
     found = fuzzed(kind, 2000, tmp_path / "record.json")
     assert found["faults"] == [] and found["all ended"], found["faults"][:5]
     assert found["branches not hit"] == []

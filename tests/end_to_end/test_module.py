@@ -232,9 +232,7 @@ def test_threads() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["dinov3", "dinov3_no_bias", "dinov2_reg"])
 def test_lora(name: str, dtype: torch.dtype) -> None:
-    """peft's adapters are injected and change nothing at first; only they get gradients; then they change the
-    output.
-    """
+    """peft's adapters change nothing at first; only they get gradients; then they change the output."""
     peft = pytest.importorskip("peft")
     model, pixels = setup(name)
     model.to(dtype)

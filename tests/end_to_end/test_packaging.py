@@ -113,9 +113,7 @@ def test_sdist_holds_what_a_build_needs(built: dict[str, Path]) -> None:
 
 
 class Environment:
-    """A virtual environment outside the checkout that borrows torch and other dependencies; its own packages come
-    first.
-    """
+    """A virtual environment outside the checkout that borrows torch; its own packages come first."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -48,9 +48,7 @@ def test_one_eye_of_the_cat_finds_the_other(bb, photographs) -> None:
 
 @pytest.mark.parametrize("name, box", [("coffee", (80, 20, 490, 395)), ("astronaut", (150, 15, 315, 205))])
 def test_the_class_token_looks_at_the_thing(name, box, bb, photographs) -> None:
-    """Attention per area is at least 1.5 times as high on the objects (cup and saucer; face and hair) as around
-    them.
-    """
+    """Attention per area is at least 1.5 times as high on cup and saucer, and on face and hair, as around."""
     picture = photographs[name]
     maps = at_pixels(bb.attention_maps(picture)[0].mean(dim=0)[None], None, picture.size[::-1])[0].numpy()
     thing = ellipse(picture.size, *box)
@@ -60,9 +58,7 @@ def test_the_class_token_looks_at_the_thing(name, box, bb, photographs) -> None:
 
 
 def test_the_first_component_is_the_thing(bb, photographs) -> None:
-    """Cup and saucer are separated from the table, with an intersection over union above 0.7 with a hand-drawn
-    ellipse.
-    """
+    """Cup and saucer are found with an intersection over union above 0.7 with a hand-drawn ellipse."""
     picture = photographs["coffee"]
     (mask,) = foreground(bb.extract_features(picture, size=768, fit="native"))
     found = at_pixels(torch.from_numpy(mask)[None].float(), None, picture.size[::-1])[0].numpy() > 0.5

@@ -56,9 +56,7 @@ def pixels_of(picture: Image.Image, side: int) -> Tensor:
 
 @torch.no_grad()
 def compare(ours: nn.Module, theirs: nn.Module, pixels: Tensor, record: pytest.FixtureRequest) -> tuple[float, float]:
-    """Relative L2 distance of all tokens and of the worst token; both and the largest absolute difference are
-    printed.
-    """
+    """Relative L2 distance of all tokens and of the worst token; prints both and the largest difference."""
     a, b = tokens(ours(pixels)), hf_tokens(theirs, pixels)
     assert a.shape == b.shape
     whole, worst, largest = relative(a, b), worst_token(a, b), float((a - b).abs().max())

@@ -50,9 +50,7 @@ def test_intersection_over_union_by_hand() -> None:
 
 
 def detections(seed: int, kind: str) -> tuple[list[Any], list[Any]]:
-    """Found and true boxes or masks of 12 images: shifted copies, duplicates, false boxes, misses, and images without
-    objects.
-    """
+    """Found and true boxes or masks of 12 images: shifted copies, duplicates, false boxes, misses, empty images."""
     rng = np.random.default_rng(seed)
     found, truth = [], []
 

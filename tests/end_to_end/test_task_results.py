@@ -58,9 +58,7 @@ def test_verdicts(real: list[float], other: list[float], expected: str, script: 
 
 
 def test_panoptic_quality_by_hand(script: Any) -> None:
-    """One match of 3/4 and one overlap of 1/4, which counts as a false and a missed segment: 0.75 / 2; class 0 is
-    missed.
-    """
+    """A match of 3/4 counts; an overlap of 1/4 is a false and a missed segment: 0.75 / 2; class 0 is missed."""
     masks = torch.zeros(5, 4, 4, dtype=torch.bool)
     masks[0, 0], masks[1, 0, :3], masks[2, 1, :1], masks[3, 1], masks[4, 2] = True, True, True, True, True
     truth = [(masks[[0, 3, 4]], torch.tensor([1, 1, 0]))]

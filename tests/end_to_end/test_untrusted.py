@@ -62,9 +62,7 @@ def test_long_messages_keep_both_ends() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_pixels_are_limited_by_what_their_decoder_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit is 12 bytes of decoder memory per pixel of Pillow's MAX_IMAGE_PIXELS, which users can change or
-    remove.
-    """
+    """The limit is 12 bytes of decoder memory per pixel of Pillow's MAX_IMAGE_PIXELS, which users can change."""
     picture = Image.fromarray(photo(30, 30))
     contents = [
         (525, encoded(picture)), (750, encoded(picture, "jpeg", progressive=True)), (900, encoded(picture, "gif")),
@@ -107,9 +105,7 @@ def test_strips_give_what_the_whole_gives(mode: str, orientation: int, monkeypat
 
 
 def test_streams_without_an_end_are_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An endless stream is not read until memory ends, a large file is not opened, and an input at the limit is
-    read.
-    """
+    """Endless streams are abandoned, large files are not opened, and an input at the limit is read."""
     content = encoded(Image.fromarray(photo(20, 30)))
     monkeypatch.setattr(images, "MAX_BYTES", len(content))
     assert load_image(io.BytesIO(content)).shape == (3, 20, 30)

@@ -191,9 +191,7 @@ def test_a_bad_image_costs_its_own_place(num_workers: int, bb: Backbone, caplog:
 
 
 def test_memory_that_does_not_do_is_halved(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """The batch is halved until it fits, with one log line each time, and it stays small; the features do not
-    change.
-    """
+    """The batch is halved until it fits, with one log line each time; the features do not change."""
     bb = backbone()
     bb.mode = "plain"  # replacing forward would drop the plan, which rounds differently
     expected = list(bb.iter_features([*PICTURES, *PICTURES], size=64))

@@ -67,9 +67,7 @@ def test_tiles_see_their_window_only(bb: Backbone) -> None:
 
 @pytest.mark.parametrize("length, side, overlap", [(10, 4, 0.5), (9, 4, 0.0), (4, 4, 0.5), (30, 7, 0.33), (5, 1, 0.9)])
 def test_tiles_cover_everything(length: int, side: int, overlap: float) -> None:
-    """There are as few tiles as possible, each with at least the overlap (to a patch), and the last ends at the
-    border.
-    """
+    """There are as few tiles as possible with at least the overlap (to a patch); the last ends at the border."""
     starts = _starts(length, side, overlap)
     step = max(1, int(side * (1 - overlap)))
     assert starts[0] == 0 and starts[-1] == length - side and starts == sorted(set(starts))

@@ -53,9 +53,7 @@ def test_duplicates_are_connected_components(tmp_path: Path) -> None:
 
 
 def test_whitening_tells_duplicates_from_kin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The vectors share most of their direction; the rest separates images, and separates copies from similar
-    images.
-    """
+    """The vectors share most of their direction; whitening separates copies from similar images."""
     monkeypatch.setattr("dinov3_infer.tasks.neighbours.BLOCK", 50)
     vectors = directions(1, 64, 5) + 0.2 * directions(300, 64)
     copies = vectors[:20] + 0.04 * directions(20, 64, 8)

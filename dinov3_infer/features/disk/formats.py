@@ -104,6 +104,7 @@ class Npy(_Listed):
                 _append(stream, part)
 
     def vectors(self, path: Path) -> Array:
+        """[n, *shape], memory-mapped.  Raises: InputError for a damaged file."""
         try:
             found: Array = np.load(path, mmap_mode="r", allow_pickle=False)
             if not isinstance(found, np.ndarray) or not found.ndim:
@@ -159,6 +160,7 @@ class Safetensors(_Listed):
             raise InputError(f"'{path}' was not written by embed; give a file that embed wrote") from None
 
     def vectors(self, path: Path) -> Array:
+        """[n, *shape], memory-mapped.  Raises: InputError for a damaged file."""
         shape, kind, _ = self._opened(path)
         offset = 8 + len(self.region(path)[1])
         return np.memmap(path, kind, "r", offset, tuple(shape)) if shape[0] else np.zeros(shape, kind)
@@ -205,6 +207,7 @@ class Parquet(Format):
             stamp(made, self.region(made))
 
     def vectors(self, path: Path) -> Array:
+        """[n, C], in memory.  Raises: InputError for a damaged file, and for rows that differ in shape."""
         content = self._opened(path)
         try:
             column = content.read(columns=["embedding"]).column(0).combine_chunks()

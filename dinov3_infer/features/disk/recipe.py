@@ -72,16 +72,12 @@ class Recipe:
         return replace(self, plan=BatchPlan(**{k: asdict(found)[k] if v is None else v for k, v in mine.items()}))
 
     def check_continues(self, there: "Recipe", origin: object) -> None:
-        """Raises: InputError if rows of this recipe must not be added to those at `origin`, made by the recipe
-        `there`.
-        """
+        """Raises: InputError if rows of this recipe do not fit those at `origin`, whose recipe is `there`."""
         if said := self.differs(there):
             raise InputError(f"'{origin}' exists already and was made {said}; give another name, or overwrite it")
 
     def differs(self, there: "Recipe") -> str | None:
-        """The first difference from the recipe `there`, as a clause to follow "was made"; None if the recipes are
-        equal.
-        """
+        """The first difference from the recipe `there`, as a clause to follow "was made", or None."""
         mine, theirs = (json.loads(replace(r, origin=None).to_json()) for r in (self.planned(there.plan), there))
         for name, value in theirs.items():
             if not _same(value, mine[name]) or (name == "inputs" and value is None):

@@ -23,8 +23,9 @@ BLOCK = 16384  # rows in memory at a time
 
 
 class Store:
-    """A file or a folder of vectors, one per image.  Opening it compares the files with the sizes and counts in their
-    records.
+    """A file or a folder of vectors, one per image.
+
+    Opening a store compares the files with the sizes and counts in their records.
 
     Args:
         path: the file or folder that embed wrote.
@@ -60,7 +61,7 @@ class Store:
         return (self.recipe.shape or (0,))[0]
 
     def check_comparable(self, other: "Store") -> None:
-        """Raises: InputError if vectors of the two stores were made with different models or settings."""
+        """Raises: InputError if the two stores were made with different models or settings."""
         if self.recipe.fingerprint != other.recipe.fingerprint:
             raise InputError(f"'{self.path}' and '{other.path}' come from different models; embed both with one model")
         for name in ("pooling", "preprocess"):
@@ -72,8 +73,7 @@ class Store:
                 )
 
     def blocks(self, rows: int = BLOCK) -> Iterator[tuple[int, Array]]:
-        """Yields (number of the first row, float32 [n, C] of length 1), in order; an image that failed has a row of
-        NaN.
+        """Yields (number of the first row, float32 [n, C] of length 1), in order; a failed image has a row of NaN.
 
         Raises: InputError for a damaged file.
         """

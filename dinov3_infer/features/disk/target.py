@@ -122,9 +122,7 @@ class Target:
         return not self.is_folder and self.path.is_file()
 
     def clear(self, shards_alone: bool = False) -> None:
-        """Removes the record, unless `shards_alone`, and then the shards.  A finished file stays until another replaces
-        it.
-        """
+        """Removes the record, unless `shards_alone`, and then the shards; a finished file stays."""
         if self.parts.is_dir():
             if not shards_alone:
                 (self.parts / RECORD).unlink(missing_ok=True)
@@ -146,8 +144,9 @@ class Target:
     def enter(
         self, recipe: Recipe, plan: Callable[[BatchPlan], BatchPlan], overwrite: bool, shared: bool
     ) -> tuple[Recipe, State, bool]:
-        """Starts or continues a run; returns the recipe with its plan, the state, and whether a finished file of that
-        recipe exists.
+        """Starts or continues a run.
+
+        Returns the recipe with its plan, the state, and whether a finished file of that recipe exists.
 
         `plan`: decides what the plan of the recipe leaves open.
         `shared`: whether other processes of this run may be inside.

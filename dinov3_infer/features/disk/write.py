@@ -225,9 +225,7 @@ class Writer:
                 log.warning("out of memory; continuing with %d images per pass", self.batch_size)
 
     def _items(self, images: Source, numbers: Iterable[int]) -> Iterator[Item]:
-        """Records the identity of an image before reading it, so that a change during the run is noticed by the next
-        run.
-        """
+        """Records the identity of an image before reading it, so the next run notices a change during this run."""
         for item in items_of(images, numbers):
             self.sources[item.number] = images.identity(item.number)
             yield item

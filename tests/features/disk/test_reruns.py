@@ -138,9 +138,7 @@ def test_other_sources_under_old_names_are_computed(
     kind: Callable[[Path], tuple[Any, Any, set[int]]], out: str, bb: Backbone, album: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Only changed sources are computed and counted; the next rerun finds nothing to do; trust_names skips the
-    check.
-    """
+    """Only changed sources are computed and counted, once; trust_names skips the check."""
     monkeypatch.chdir(tmp_path)
     out = f"{tmp_path}/{out}"
     before, again, changed = kind(album)

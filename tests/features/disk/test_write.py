@@ -216,9 +216,7 @@ def test_what_does_not_match_is_refused(change: Any, said: str, out: str, bb: Ba
 def test_memory_that_does_not_do_begins_the_shard_again(
     bb: Backbone, album: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The shard starts again with half the batch size, which is recorded, so results depend on the list and that number
-    only.
-    """
+    """The shard starts again with half the batch size, which is recorded; results depend on nothing else."""
     forward, sizes = bb.forward, []
 
     def tight(pixels: torch.Tensor, *args: Any, **options: Any) -> Any:
