@@ -207,7 +207,7 @@ class Features:
         return self.normalize().embedding @ other.normalize().embedding.to(self.embedding.device).T
 
     def numpy(self) -> dict[str, Any]:
-        """Copies all tensors to float32 arrays, in a dict by name.
+        """All tensors as float32 arrays on the CPU, in a dict by name.
 
         `layers` is a list of such dicts.  `layers` and `valid` are missing if there are none.
         """
