@@ -120,7 +120,7 @@ def test_features_show_their_shapes_and_not_their_numbers() -> None:
     assert repr(features).startswith("Features(embedding [1, 64], cls_token [1, 64]") and len(repr(features)) < 250
     with pytest.raises(InputError, match="image number 3 does not exist"):
         features.to_patch(1, 1, index=3)
-    with pytest.raises(InputTypeError, match="similarity() compares Features with Features"):
+    with pytest.raises(InputTypeError, match="compares Features with Features"):
         features.similarity(features.embedding)  # type: ignore[arg-type]
 
 

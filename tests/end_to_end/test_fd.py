@@ -77,4 +77,4 @@ def test_folders_and_what_embed_wrote(fd: Any, tmp_path: Path, monkeypatch: Any,
 
 def test_what_has_no_distance(fd: Any) -> None:
     assert "at least 2 images, got 1" in complaint(InputError, lambda: fd.frechet(drawn(1, 4, 0), drawn(5, 4, 1)))
-    assert "4 and 5 numbers" in complaint(InputError, lambda: fd.frechet(drawn(9, 4, 0), drawn(9, 5, 1)))
+    assert "length 4 and 5" in complaint(InputError, lambda: fd.frechet(drawn(9, 4, 0), drawn(9, 5, 1)))

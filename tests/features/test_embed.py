@@ -91,7 +91,7 @@ def test_maps_of_unequal_shape_are_said(bb: Backbone) -> None:
     assert "item 1" in text and "[64, 4, 6]" in text and "fit='squash'" in text
     assert bb.embed(PICTURES, fit="native").shape == (5, 64)  # one vector each, whatever the size
     text = complaint(InputError, lambda: bb.embed([BROKEN], kind="map", on_error="skip"))
-    assert "none of the 1 pictures" in text
+    assert "none of the 1 images" in text
 
 
 # --- files --------------------------------------------------------------------------------------------------------

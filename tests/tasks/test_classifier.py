@@ -128,7 +128,7 @@ def test_features_of_images_are_named(make: Callable[[], Probe]) -> None:
     found = Backbone.from_pretrained("nano").extract_features(np.zeros((64, 64, 3), np.uint8))
     probe = make()
     said = complaint(InputTypeError, lambda: probe.fit(found, [0, 1]))
-    assert ("give their .embedding" if probe.dims == 2 else "give their .patch_tokens") in said
+    assert ("give features.embedding" if probe.dims == 2 else "give features.patch_tokens") in said
     assert "a sparse matrix is not supported" in complaint(InputTypeError, lambda: probe.fit(Sparse(), [0, 1]))
 
 

@@ -126,10 +126,10 @@ def test_an_upsampler_gets_the_map_and_the_image_and_gives_a_finer_map(bb: Backb
 
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "no tensor": (lambda f, i: None, "gave NoneType"),
+    "no tensor": (lambda f, i: None, "returned NoneType"),
     "other channels": (lambda f, i: f[:, :7], "returned [1, 7, 3, 4]; it has to return [1, 64, h, w]"),
-    "coarser": (lambda f, i: f[..., :2], "gave [1, 64, 3, 2]"),
-    "no batch": (lambda f, i: f[0], "gave [64, 3, 4]"),
+    "coarser": (lambda f, i: f[..., :2], "returned [1, 64, 3, 2]"),
+    "no batch": (lambda f, i: f[0], "returned [64, 3, 4]"),
     "not finite": (lambda f, i: f / 0, "not finite; run it in float32"),
 }
 

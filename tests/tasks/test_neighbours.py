@@ -33,7 +33,7 @@ def test_nearest_are_those_of_a_full_sort(tmp_path: Path) -> None:
     expected = np.argsort(-cosines, axis=1)[:, :6]
     np.testing.assert_array_equal(numbers.numpy(), expected)
     np.testing.assert_allclose(scores.numpy(), np.take_along_axis(cosines, expected, 1), atol=1e-6)
-    assert "have 3 numbers" in complaint(InputError, lambda: search(store, np.zeros((1, 3), np.float32), 2))
+    assert "have width 3" in complaint(InputError, lambda: search(store, np.zeros((1, 3), np.float32), 2))
 
 
 def test_duplicates_are_connected_components(tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_wrong_examples_are_said(features: Tensor, targets: Tensor, said: str) -
 
 def test_wrong_questions_are_said() -> None:
     probe = KNN(k=3).fit(X, Y)
-    assert "fitted to features of 16 numbers, got 15" in complaint(InputError, lambda: probe.predict(X[:, :15]))
+    assert "fitted to features of width 16, got 15" in complaint(InputError, lambda: probe.predict(X[:, :15]))
     assert "call fit() first" in complaint(InputError, lambda: LogisticProbe().predict(X))
     assert "k is 31 and there are 30 examples" in complaint(InputError, lambda: KNN(k=31).fit(X, Y))
     assert "[N, P, C]" in complaint(InputError, lambda: AttentiveProbe().fit(X, Y))

@@ -174,7 +174,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (ONE, MASK * 0 + 3, "the masks are 3 at every pixel"), (ONE, MASK * 0 + 255, "the masks are 255 at every pixel"),
     (ONE, MASK.float() / 3, "holds torch.float32 from 0 to 1"),
     (ONE, MASK - 1, "from -1 to 2; give bool, or whole numbers"), (ONE, MASK * 100, "from 0 to 300"),
-    (ONE, [MASK, MASK], "1 pictures and 2 masks"), ([], [], "0 pictures and 0 masks"),
+    (ONE, [MASK, MASK], "1 images and 2 masks"), ([], [], "0 images and 0 masks"),
 ]  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def test_wrong_questions_are_said() -> None:
     other = Features(
         *(torch.zeros(1, 8) for _ in range(2)), torch.zeros(1, 0, 8), torch.zeros(1, 140, 8), ONE.grid, ONE.placements
     )
-    assert "features of 24 numbers, got 8" in complaint(InputError, lambda: segmenter.predict(other))
+    assert "features of width 24, got 8" in complaint(InputError, lambda: segmenter.predict(other))
     place = Placement((160, 448), (160, 448), (0, 0, 160, 224))
     cut = Features(ONE.embedding, ONE.cls_token, ONE.register_tokens, ONE.patch_tokens, ONE.grid, (place,))
     right = torch.zeros(160, 448, dtype=torch.bool)

@@ -59,7 +59,7 @@ def test_weights_are_shares_of_patches(fit: Any, size: int, bb: Backbone) -> Non
     [
         (dict(), "exactly one"), (dict(point=(1, 1), box=(0, 0, 2, 2)), "exactly one"),
         (dict(point=(200, 1)), "130 wide"), (dict(box=(5, 5, 5, 9)), "(left, top, right, bottom)"),
-        (dict(box=(0, 0, 131, 9)), "130 wide and 90 high"), (dict(mask=np.ones((4, 4))), "mask is [4, 4]"),
+        (dict(box=(0, 0, 131, 9)), "130 x 90 pixels"), (dict(mask=np.ones((4, 4))), "mask is [4, 4]"),
         (dict(mask=np.zeros((90, 130))), "empty or was cropped away"), (dict(point=(60, 40), index=3), "number 3"),
         (dict(box=(0, 0, 3, 3)), "cropped away"),
     ],
@@ -72,4 +72,4 @@ def test_wrong_regions_are_said(region: dict[str, Any], said: str, bb: Backbone)
 
 def test_vectors_of_another_model_are_said(bb: Backbone) -> None:
     features = bb.extract_features(CAT, size=32)
-    assert "patches have 64 numbers" in complaint(InputError, lambda: similarity_map(features, torch.ones(32)))
+    assert "patches have width 64" in complaint(InputError, lambda: similarity_map(features, torch.ones(32)))

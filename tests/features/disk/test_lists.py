@@ -26,5 +26,5 @@ def test_lists_lead_back_to_images(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_list(tmp_path / "l.txt", [store.paths[2], store.paths[5]])
     assert np.flatnonzero(listed_in(store, tmp_path / "l.txt")).tolist() == [2, 5]
     write_list(tmp_path / "l.txt", ["elsewhere.png"])
-    assert "names none of the 6 pictures" in complaint(InputError, lambda: listed_in(store, tmp_path / "l.txt"))
+    assert "names none of the 6 images" in complaint(InputError, lambda: listed_in(store, tmp_path / "l.txt"))
     assert "no image has a path" in complaint(InputError, lambda: write_list(tmp_path / "l.txt", ["", ""]))
