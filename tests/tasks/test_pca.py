@@ -81,9 +81,7 @@ def test_foreground_is_the_side_away_from_the_border() -> None:
 def test_wrong_masks_and_too_few_patches_are_said(bb: Backbone) -> None:
     features = bb.extract_features(CAT, fit="native", size=96)
     for wrong in ([np.ones((4, 6))], [np.ones((5, 6), bool)], []):
-        assert "masks are bool, one for each of 1 images" in complaint(
-            InputError, lambda w=wrong: pca_rgb(features, w)
-        )
+        assert "masks are bool, one for each of 1 images" in complaint(InputError, lambda w=wrong: pca_rgb(features, w))
     nothing = [np.zeros((4, 6), bool)]
     assert "at least 3 patches, got 0" in complaint(InputError, lambda: pca_rgb(features, nothing))
     assert "no features; give" in complaint(InputError, lambda: pca_rgb([]))
