@@ -136,7 +136,7 @@ def test_nothing_is_left_of_a_run_that_fails(bb: Backbone, tmp_path: Path, monke
     [
         ("x.csv", InputError, "x.csv' should end in .npy, .safetensors, .parquet, or be a folder"),
         ("here.npy", InputError, "here.npy' exists already"), ("list.npy", InputError, "list.jsonl' exists already"),
-        ("photos", InputError, "holds other files"), ("here.npy/", InputError, "is a file, and a folder is needed"),
+        ("photos", InputError, "holds other files"), ("here.npy/", InputError, "is a file, but a folder is needed"),
         ("none/x.npy", MissingFileError, "none' to write 'x.npy'"),
     ],
 )  # fmt: skip

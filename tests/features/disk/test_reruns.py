@@ -248,7 +248,7 @@ def test_old_outputs_are_read_and_continued(
     (album / "5.png").write_bytes(content)
     report = bb.embed(album, out, **OPTIONS)
     assert (report.retried, report.resumed, report.failures) == (1, COUNT - 1, ())
-    said = [r.getMessage() for r in caplog.records if "taken unchecked" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "not checked:" in r.getMessage()]
     assert len(said) == 1 and f"the sources of {COUNT - 1} images" in said[0] and "no checksums" in said[0]
     found = np.concatenate([block for _, block in Store(out).blocks()])
     np.testing.assert_allclose(found, plain(bb, album), atol=1e-6)
