@@ -109,7 +109,7 @@ def test_the_cpu_is_taken_where_the_trial_fails(
         with caplog.at_level(logging.WARNING, "dinov3_infer"):
             assert Backbone.from_pretrained("nano").device.type == "cpu"
         assert [r.getMessage() for r in caplog.records] == [
-            "the Apple GPU is not used and the CPU is: its features are 3.0e-01 away from the recorded ones"
+            "using the CPU in place of the Apple GPU: its features are 3.0e-01 away from the recorded ones"
         ]
         assert Backbone.from_pretrained("nano", device="mps").device.type == "cpu" and trials == [torch.device("mps")]
         assert "mps is not used: its features are 3.0e-01 away" in run("doctor").out

@@ -189,7 +189,7 @@ def classification_table(record: dict[str, Any]) -> str:
             values = " | ".join(f"{row[p]['knn']:.3f} | {row[p]['linear']:.3f}" for p in POOLINGS)
             lines.append(f"| {name.split()[0]} | {layer} | {values} |")
     error = 0.5 / math.sqrt(record.get("test", 1))
-    return told(record, f"{{train:,}} + {{test:,}} pictures of CIFAR-10, accuracy ± {error:.3f} at most", lines)
+    return told(record, f"{{train:,}} + {{test:,}} images of CIFAR-10, accuracy ± {error:.3f} at most", lines)
 
 
 def segmentation_table(record: dict[str, Any]) -> str:

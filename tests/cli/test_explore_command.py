@@ -36,7 +36,7 @@ def test_a_page_of_a_folder(tmp_path: Path) -> None:
     "flags, words",
     [
         (("-o", "x.png"), r"should end in \.html or \.htm"), (("-o", "none/x.html"), "no folder"),
-        (("-o", "x.html", "--fit", "pad"), "no place for padding"),
+        (("-o", "x.html", "--fit", "pad"), "does not show padding"),
         (("-o", "x.html", "--fit", "squash", "--size", "own"), "--size own goes with --fit native"),
     ],
 )  # fmt: skip

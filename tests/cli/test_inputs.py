@@ -73,9 +73,9 @@ def test_sources_that_are_none(source: str, words: str, tmp_path: Path, monkeypa
     [
         ("embed", "x.csv", r"should end in \.npy, \.safetensors, \.parquet, or be a folder"),
         ("embed", "missing/x.npy", r"no folder '.*missing' to write '.*x\.npy' to; make it first"),
-        ("embed", "there.npy", r"'.*there\.npy' exists already, and not from embed; give another name, or --overwrite"),
+        ("embed", "there.npy", r"'.*there\.npy' exists already and was not written by embed; .* or --overwrite"),
         ("embed", "beside.npy", r"'.*beside\.jsonl' exists already"),
-        ("embed", "in", r"the folder '.*in' holds other things; give an empty one or another name"),
+        ("embed", "in", r"the folder '.*in' holds other files; give an empty folder or another name"),
         ("features", "missing/maps", r"no folder '.*missing' to write"),
         ("features", "full", "the folder '.*full' is not empty; give another one, or --overwrite"),
         ("features", "there.npy", "is a file, and a folder is needed; give another name"),

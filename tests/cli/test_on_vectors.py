@@ -78,4 +78,4 @@ def test_dedup_finds_exact_copies(flags: tuple[str, ...], count: int, tmp_path: 
     assert ran.status == 0 and kept and not any({f"{i}", f"{i}-copy"} <= kept for i in range(count))
     against = ("--against", tmp_path / "x.npy")
     ran = run("embed", "dedup", tmp_path / "x.npy", "-o", tmp_path / "none.txt", *against, *flags)
-    assert "no names of pictures" in ran.err, "all are like those of the set itself"
+    assert "there is nothing to write" in ran.err, "all are like those of the set itself"

@@ -1,4 +1,4 @@
-"""Metrics by hand, and as scikit-learn and pycocotools have them."""
+"""Metrics compared with hand calculation, scikit-learn and pycocotools."""
 
 import sys
 from typing import Any
@@ -50,7 +50,7 @@ def test_intersection_over_union_by_hand() -> None:
 
 
 def detections(seed: int, kind: str) -> tuple[list[Any], list[Any]]:
-    """Found and true boxes or masks of 12 pictures: moved copies, doubles, strangers, misses; pictures with none."""
+    """Found and true boxes or masks of 12 images: shifted copies, duplicates, false boxes, misses, empty images."""
     rng = np.random.default_rng(seed)
     found, truth = [], []
 
@@ -82,7 +82,7 @@ def detections(seed: int, kind: str) -> tuple[list[Any], list[Any]]:
 
 
 def test_average_precision_by_hand() -> None:
-    """Hit, miss, hit, and one truth never found: precision 1 up to recall 1/3, 2/3 up to 2/3, then nothing."""
+    """Hit, miss, hit, and one object never found: precision 1 up to recall 1/3, 2/3 up to 2/3, then 0."""
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]])
     found = [(torch.tensor([0.9, 0.8, 0.7]), torch.stack((boxes[0], boxes[0], boxes[1] + 1)), torch.ones(3).long())]
     truth = [(boxes, torch.ones(3).long())]

@@ -139,7 +139,7 @@ WRONG = [
     (lambda bb: bb.set_attention("sdpa"), UnsupportedError, "needs attention, which this network does not have"),
     (lambda bb: bb.attention_maps(torch.zeros(3, 64, 64)), UnsupportedError, "an attention map needs attention"),
     (lambda bb: bb.extract_features(torch.zeros(3, 64, 64), layers=1, facet="key"), UnsupportedError, "facet='key'"),
-    (lambda bb: bb.extract_features(torch.zeros(3, 64, 64), fit="pad"), UnsupportedError, "fit='pad' is not for this"),
+    (lambda bb: bb.extract_features(torch.zeros(3, 64, 64), fit="pad"), UnsupportedError, "fit='pad' does not work"),
     (lambda bb: next(bb.iter_features([torch.zeros(3, 64, 64)], fit="pad")), UnsupportedError, "would see the padding"),
     (lambda bb: bb.embed([torch.zeros(3, 64, 64)], fit="pad"), UnsupportedError, "use 'native', 'crop' or 'squash'"),
     (lambda bb: ConvNeXtConfig((3, 3, 9), (8, 16, 24, 32)), InputError, r"depths is \(3, 3, 9\); give four"),

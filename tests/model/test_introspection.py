@@ -95,7 +95,7 @@ def test_points_are_those_of_the_original_image() -> None:
     expected = attention_rows(bb, pixels, DEPTH - 1, torch.tensor([bb.num_prefix_tokens + row * 4 + column]))
     assert torch.equal(middle.flatten(2), expected[:, :, 0, bb.num_prefix_tokens :].detach())
     assert "cropped away" in complaint(InputError, lambda: bb.attention_maps(IMAGE, query=(2, 2), size=64, fit="crop"))
-    assert "call it once for each" in complaint(InputTypeError, lambda: bb.attention_maps(IMAGE, [0, 1]))
+    assert "once per block" in complaint(InputTypeError, lambda: bb.attention_maps(IMAGE, [0, 1]))
     assert "130 wide and 90 high" in complaint(InputError, lambda: bb.attention_maps(IMAGE, query=(130, 2)))
 
 
