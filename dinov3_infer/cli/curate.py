@@ -1,4 +1,4 @@
-"""`dinov3-infer embed curate`: a list that is balanced over what there is, or like seed pictures."""
+"""`dinov3-infer embed curate`: a list that is balanced over what there is, or like seed images."""
 
 import argparse
 
@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     if args.seeds is None and args.count is None:
         raise InputError("nothing says what to choose; give -n for a balanced sample, or --seeds")
     if args.seeds is None and args.nearest is not None:
-        raise InputError("--nearest is said of seed pictures; give --seeds too, or leave it out")
+        raise InputError("--nearest is said of seed images; give --seeds too, or leave it out")
     if args.seeds is not None and args.clusters is not None:
         raise InputError("--clusters is said of a balanced sample; leave it out, or --seeds")
     out = check_file(args.out, args.overwrite, (".txt",))
@@ -38,5 +38,5 @@ def run(args: argparse.Namespace) -> int:
         levels = hierarchy(store, args.clusters, within, args.seed, device=device)
         numbers = levels.sample(args.count, args.seed)
     count = write_list(out, (store.paths[int(number)] for number in numbers))
-    tell(f"wrote '{out}': {count} of {len(store)} pictures")
+    tell(f"wrote '{out}': {count} of {len(store)} images")
     return OK

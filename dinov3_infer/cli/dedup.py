@@ -36,5 +36,5 @@ def run(args: argparse.Namespace) -> int:
         parts.append(f"{len(foreign)} like those of '{args.against}'")
     if failed := int((~store.good).sum()):
         parts.append(f"{failed} have no vector")
-    tell(f"wrote '{out}': {len(kept)} of {len(store)} pictures; {', '.join(parts)}")
+    tell(f"wrote '{out}': {len(kept)} of {len(store)} images; {', '.join(parts)}")
     return OK

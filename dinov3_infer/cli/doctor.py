@@ -162,7 +162,7 @@ def _forward() -> Iterator[str]:
         took = f"{1e3 * (time.perf_counter() - begun):.0f} ms"
         if not distance <= CLOSE[device]:
             raise RuntimeError(f"on {device} the features are {distance:.1e} away from the recorded ones")
-        yield f"three pictures on {device} in {took}; features {distance:.1e} from the recorded ones"
+        yield f"three images on {device} in {took}; features {distance:.1e} from the recorded ones"
 
 
 _CHECKS: tuple[tuple[str, Callable[[], Iterator[str]]], ...] = (

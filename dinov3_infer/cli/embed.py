@@ -1,4 +1,4 @@
-"""`dinov3-infer embed`: one vector per picture."""
+"""`dinov3-infer embed`: one vector per image."""
 
 import argparse
 import math

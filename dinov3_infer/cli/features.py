@@ -1,4 +1,4 @@
-"""`dinov3-infer features`: dense maps, one file per picture."""
+"""`dinov3-infer features`: dense maps, one file per image."""
 
 import argparse
 import json
@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> int:
         beside.unlink(missing_ok=True)
     left_out = f"; {skipped} could not be read, see '{folder / INDEX}'" if skipped else ""
     count = done - skipped
-    tell(f"wrote maps of {count} {'picture' if count == 1 else 'pictures'} to '{folder}'{left_out}")
+    tell(f"wrote maps of {count} {'image' if count == 1 else 'images'} to '{folder}'{left_out}")
     return status(done, skipped)
 
 
 def _check_names(paths: list[str], names: list[str]) -> None:
-    """No two pictures may go to one file."""
+    """No two images may go to one file."""
     first: dict[str, int] = {}
     for i, (path, name) in enumerate(zip(paths, names, strict=True)):
         other = first.setdefault(os.path.normcase(name), i)

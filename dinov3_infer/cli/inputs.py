@@ -30,7 +30,7 @@ class Geometry(TypedDict):
 
 
 def geometry(args: argparse.Namespace) -> Geometry:
-    """Raises InputError for the picture's own size where the fit needs another, and for levels that are none."""
+    """Raises InputError for the image's own size where the fit needs another, and for levels that are none."""
     if args.size == "own" and args.fit != "native":
         raise InputError(f"--size own goes with --fit native; with --fit {args.fit or 'of the model'} give pixels")
     return Geometry(size=None if args.size == "own" else args.size, fit=args.fit, levels=as_levels(args.levels))
@@ -62,7 +62,7 @@ def load_backbone(args: argparse.Namespace) -> "Backbone":
 def results(
     bb: "Backbone", images: Source, args: argparse.Namespace, layers: list[int] | None = None
 ) -> Iterable["Features | Dinov3Error"]:
-    """One per picture, in order, under a bar where stderr is a terminal.  Wrong options are refused at once."""
+    """One per image, in order, under a bar where stderr is a terminal.  Wrong options are refused at once."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     found = bb.iter_features(
@@ -77,7 +77,7 @@ def results(
 
 
 def status(count: int, skipped: int) -> int:
-    """Exit status after `skipped` of `count` pictures could not be read."""
+    """Exit status after `skipped` of `count` images could not be read."""
     return OK if not skipped else FAILED if skipped == count else SKIPPED
 
 

@@ -1,4 +1,4 @@
-"""`dinov3-infer embed search`: the pictures most like a given one."""
+"""`dinov3-infer embed search`: the images most like a given one."""
 
 import argparse
 import os
@@ -24,11 +24,11 @@ from .main import OK, say, tell
 
 __all__ = ["run"]
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SHEETS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def run(args: argparse.Namespace) -> int:
-    outs = [check_file(out, args.overwrite, (*PICTURES, ".txt")) for out in args.out or ()]
+    outs = [check_file(out, args.overwrite, (*SHEETS, ".txt")) for out in args.out or ()]
     store = Store(args.vectors)
     queries = list_images(args.query) if is_collection(args.query) else [args.query]
     vectors = _embedded(store, queries, args)
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             captions += [f"{score:.3f} {os.path.basename(name)}" for score, name in found]
             shown = [panel(query, levels) for query in queries] + _panels(names, levels)
             with whole(out) as path:
-                sheet([_square(picture) for picture in shown], captions).save(path)
+                sheet([_square(image) for image in shown], captions).save(path)
         tell(f"wrote '{out}'")
     return OK
 
@@ -89,23 +89,23 @@ def _embedded(
 
 
 def _panels(names: list[str], levels: Levels | None) -> list[Image.Image]:
-    """Pictures that have gone since are left grey."""
+    """Images that have gone since are left grey."""
     source = open_names(names, "the results")
     found = []
     for i in range(len(source)):
         try:
-            picture: ImageLike = source.load(i, levels=levels).image
-            found.append(panel(picture))
+            image: ImageLike = source.load(i, levels=levels).image
+            found.append(panel(image))
         except Dinov3Error:
             found.append(Image.new("RGB", (512, 512), "grey"))
     return found
 
 
-def _square(picture: Image.Image, side: int = 320) -> Image.Image:
+def _square(image: Image.Image, side: int = 320) -> Image.Image:
     """Small, and in the middle of a square, so that rows are even."""
     made = Image.new("RGB", (side, side), "white")
-    picture.thumbnail((side, side))
-    made.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    image.thumbnail((side, side))
+    made.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return made
 
 

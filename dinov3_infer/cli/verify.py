@@ -82,7 +82,7 @@ def _check_file(path: Path, bb: Backbone, asked: ModelInfo | None, found: Findin
 
 
 def _check_weights(bb: Backbone, asked: ModelInfo | None, found: Findings) -> None:
-    """Weights that were seen before, by fingerprint, and what they make of three pictures."""
+    """Weights that were seen before, by fingerprint, and what they make of three images."""
     fingerprint, records = bb.fingerprint(), known()
     record = next((one for one in records if one.fingerprint == fingerprint), None)
     if record is None:
@@ -96,7 +96,7 @@ def _check_weights(bb: Backbone, asked: ModelInfo | None, found: Findings) -> No
     else:
         found.identity = found.identity or record.what
     distance = difference(compute(bb), record.vectors)
-    line = f"features of three pictures, {distance:.1e} from the recorded ones"
+    line = f"features of three images, {distance:.1e} from the recorded ones"
     if distance <= CLOSE:
         found.checked.append(line)
     else:

@@ -15,39 +15,39 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import Dinov3Error, ImageError, InputError, MissingFileError
 from ..system import torch_threads
+from .datasets import Data, open_data
 from .draws import generator
-from .pictures import Data, open_data
 from .views import Batch, ViewConfig, Views, block_mask, collate, make_views, masked_counts
 
 __all__ = ["Batches", "Data", "batches", "open_data"]
 
-CHUNK = 4  # pictures that a worker prepares at a time: few, since containers often give 64 MB of shared memory
-REPLACEMENTS = 32  # pictures tried in the place of a broken one
+CHUNK = 4  # images that a worker prepares at a time: few, since containers often give 64 MB of shared memory
+REPLACEMENTS = 32  # images tried in the place of a broken one
 
 
 class Task(NamedTuple):
-    """Some pictures of a step."""
+    """Some images of a step."""
 
     step: int
     row: int  # of the resolutions
     slots: list[int]  # places in the effective batch
-    indices: list[int]  # the pictures that belong there
+    indices: list[int]  # the images that belong there
 
 
 class Chunk(NamedTuple):
     """What becomes of a task."""
 
     row: int
-    views: Views  # of n pictures: [n, 2, 3, S, S] and so on
+    views: Views  # of n images: [n, 2, 3, S, S] and so on
     masks: Tensor  # [n, 2, P]
-    indices: Tensor  # [n], the pictures that were taken
+    indices: Tensor  # [n], the images that were taken
     broken: dict[int, str]  # those that could not be read, and why
 
 
 class Batches:
     """Iterator of batches, endless unless it was given a stop; its workers end with it, or at `close`.
 
-    broken: which pictures could not be read so far, and why; another one of the same source took the place of each.
+    broken: which images could not be read so far, and why; another one of the same source took the place of each.
     """
 
     def __init__(self, collated: Generator[Batch, None, None], broken: dict[int, str]) -> None:
@@ -78,12 +78,12 @@ def batches(
 ) -> Batches:
     """The batches of steps `start` to `stop`, as this process sees them.
 
-    batch_size: pictures of a step, of all processes together; this one gets its `world_size`-th part, in order.
+    batch_size: images of a step, of all processes together; this one gets its `world_size`-th part, in order.
     views: of every step, or (probability, views) for several resolutions, of which all processes draw the same.
-    workers: processes that prepare pictures; 0 prepares them in this one.  The numbers are the same.
+    workers: processes that prepare images; 0 prepares them in this one.  The numbers are the same.
 
-    Each source is gone through in random order, every picture once before any comes again.
-    Raises: InputError; while iterating, ImageError where one broken picture follows another.
+    Each source is gone through in random order, every image once before any comes again.
+    Raises: InputError; while iterating, ImageError where one broken image follows another.
     """
     rows = [(1.0, views)] if isinstance(views, ViewConfig) else list(views)
     if batch_size < 1 or batch_size % world_size:
@@ -136,7 +136,7 @@ def _ahead(configs: Sequence[ViewConfig], per_step: int, workers: int, world_siz
     """
     wanted = 2 * per_step
     if os.path.isdir("/dev/shm"):
-        largest = CHUNK * max(config.picture_bytes for config in configs)
+        largest = CHUNK * max(config.image_bytes for config in configs)
         wanted = min(wanted, shutil.disk_usage("/dev/shm").free // (2 * world_size * largest))
     return max(2, -(-wanted // workers))
 
@@ -157,10 +157,10 @@ def _tasks(
         return torch.randperm(length, generator=generator(seed, epoch, "order", stream), device="cpu")
 
     # Each source of pure batches is a stream of its own, the others are one together.
-    pictures: dict[int, list[range]] = {}
+    images: dict[int, list[range]] = {}
     for which, probability in enumerate(data.pure):
-        pictures.setdefault(which if probability else len(data.pure), []).append(data.range_of(which))
-    streams = list(pictures)
+        images.setdefault(which if probability else len(data.pure), []).append(data.range_of(which))
+    streams = list(images)
     chances = [data.pure[stream] if stream < len(data.pure) else 1 - sum(data.pure) for stream in streams]
     drawn = dict.fromkeys(streams, 0)  # steps so far
     for step in itertools.count() if stop is None else range(stop):
@@ -169,7 +169,7 @@ def _tasks(
         drawn[stream] += 1
         if step < start:
             continue
-        ranges = pictures[stream]
+        ranges = images[stream]
         length = sum(map(len, ranges))
         row = _pick(rows, seed, step, "resolution")
         for begin in range(mine.start, mine.stop, CHUNK):
@@ -198,7 +198,7 @@ def _pick(chances: Sequence[float], seed: int, step: int, purpose: str) -> int:
 
 
 class _Prepared(Dataset[Chunk]):
-    """Tasks in, chunks out; a picture's views depend on seed, step and slot, whoever makes them."""
+    """Tasks in, chunks out; an image's views depend on seed, step and slot, whoever makes them."""
 
     def __init__(self, data: Data, configs: Sequence[ViewConfig], seed: int, batch_size: int) -> None:
         self._data, self._configs, self._seed, self._batch_size = data, configs, seed, batch_size
@@ -215,7 +215,7 @@ class _Prepared(Dataset[Chunk]):
         broken: dict[int, str] = {}
         taken, made = [], []
         for slot, index in zip(task.slots, task.indices, strict=True):
-            index, image = self._read(index, step, slot, config.picture_px, broken)
+            index, image = self._read(index, step, slot, config.image_px, broken)
             taken.append(index)
             made.append(make_views(image, config, generator(seed, step, "views", slot)))
         rows, columns = config.grid
@@ -233,7 +233,7 @@ class _Prepared(Dataset[Chunk]):
         return Chunk(task.row, views, torch.stack(masks).unflatten(0, (-1, 2)), torch.tensor(taken), broken)
 
     def _read(self, index: int, step: int, slot: int, short_px: int, broken: dict[int, str]) -> tuple[int, Tensor]:
-        """The picture, or another one of its source that is drawn for this slot."""
+        """The image, or another one of its source that is drawn for this slot."""
         wanted = self._data.range_of(self._data.source_of(index))
         others = torch.randint(
             len(wanted), (REPLACEMENTS,), generator=generator(self._seed, step, "instead", slot), device="cpu"
@@ -243,7 +243,7 @@ class _Prepared(Dataset[Chunk]):
                 return candidate, self._data.read(candidate, short_px)
             except (ImageError, MissingFileError) as error:
                 broken[candidate] = str(error)
-        raise ImageError(f"{len(broken)} pictures drawn one after the other cannot be read, such as: {broken[index]}")
+        raise ImageError(f"{len(broken)} images drawn one after the other cannot be read, such as: {broken[index]}")
 
 
 def _as_it_is(chunk: Any) -> Any:

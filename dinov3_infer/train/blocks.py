@@ -6,7 +6,7 @@ state-dict keys, adapters and groups of the optimiser stay what they are.  On a 
 - products in float32 go to oneDNN: torch hands them to a library that on many CPUs uses half of their vectors;
 - no cast of the weights is kept under autocast, and no branch for the gradient of its LayerScale;
 - attention keeps what enters it alone: q and k are rotated, and the weights made, once more in the backward pass, a few
-  pictures at a time, so that the matrices of all of them are never in memory.
+  images at a time, so that the matrices of all of them are never in memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ __all__ = ["Linear", "Recompute", "attend", "linear", "wrap_blocks"]
 Recompute = Literal["none", "cheap", "all"]
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]  # of the first and the second run
 
-_ENTRIES = 2**21  # of the attention matrices of one time, unless a picture alone has more
+_ENTRIES = 2**21  # of the attention matrices of one time, unless an image alone has more
 _EMPTY = ContextVar("_EMPTY", default=False)  # `linear` leaves its product out
 
 
@@ -290,8 +290,8 @@ def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 def _heads(x: Tensor, count: int) -> Tensor:
     """[T, H, D] -> [count * H, N, D]."""
-    pictures: Tensor = x.unflatten(0, (count, -1))
-    return pictures.transpose(1, 2).flatten(0, 1)
+    images: Tensor = x.unflatten(0, (count, -1))
+    return images.transpose(1, 2).flatten(0, 1)
 
 
 def _per_token(x: Tensor, count: int) -> Tensor:

@@ -16,7 +16,7 @@ __all__ = ["dry_run"]
 
 
 def dry_run(config: TrainConfig) -> dict[str, Any]:
-    """The settings and what a step needs, counted on two pictures; writes the first batch as a picture into `out`.
+    """The settings and what a step needs, counted on two images; writes the first batch as an image into `out`.
 
     Activations are counted as if none were recomputed, so that the real peak is below the sum of the two sizes.
     """

@@ -56,7 +56,7 @@ class ProjectionHead(nn.Module):
         return F.linear(narrow, F.normalize(self.prototypes.weight, dim=-1))
 
 
-# of a variance: random weights give all pictures the same token, and their rounding errors are nothing to magnify
+# of a variance: random weights give all images the same token, and their rounding errors are nothing to magnify
 LEAST = 1e-4
 
 
@@ -64,7 +64,7 @@ class Standardise(nn.Module):
     """Tokens -> tokens of mean 0 and variance 1 per channel, by the mean and variance of the last `window` steps or so,
     or of all steps, where the model that makes the tokens does not change.
 
-    What released features have in common is much larger than what tells two pictures apart; new heads take hundreds of
+    What released features have in common is much larger than what tells two images apart; new heads take hundreds of
     steps to see past it.
     """
 

@@ -24,12 +24,12 @@ from .adapters import plain_copy
 from .batches import Batches, batches
 from .blocks import wrap_blocks
 from .config import TrainConfig
+from .datasets import Data, Spec, open_data
 from .distributed import Engine, device_of, is_main, joined, mean_of, rank, world_size
 from .draws import generator
 from .health import Health, TrainingStopped
 from .method import Method, split_batch
 from .optim import clip_gradients, make_optimizer, set_rates
-from .pictures import Data, Spec, open_data
 from .plots import draw_batch, draw_curves
 from .progress import Progress
 from .resume import check_same_run, cut_metrics, write_settings
@@ -118,7 +118,7 @@ class Run:
         self.data: Data = given if isinstance(given, Data) else open_data(given, config.levels or None)
         if len(self.data) < config.batch_size:
             raise InputError(
-                f"there are {len(self.data)} pictures and batch_size is {config.batch_size}; give more or a smaller one"
+                f"there are {len(self.data)} images and batch_size is {config.batch_size}; give more or a smaller one"
             )
         self.method = _build(config, device, backbone)
         info, other = self.method.backbone.preprocess, self.method.teacher or self.method.gram_teacher
@@ -160,7 +160,7 @@ class Run:
         size = config.batch_size // parts
         if (config.koleo_weight or config.sigreg_weight) and (size < 2 or size % min(size, config.spread_group)):
             raise InputError(
-                f"each process computes {size} pictures at a time, which KoLeo cannot split into groups of "
+                f"each process computes {size} images at a time, which KoLeo cannot split into groups of "
                 f"{config.spread_group}; give another batch_size, accumulate or spread_group"
             )
         found = run_state.latest(self.checkpoints)
@@ -277,7 +277,7 @@ class Run:
         return metrics
 
     def parts(self, batch: Batch) -> list[Batch]:
-        """A batch as it is computed; float64 runs take float64 pictures."""
+        """A batch as it is computed; float64 runs take float64 images."""
         if self.config.precision == "float64":
             crops = {name: getattr(batch, name) for name in ("global_crops", "local_crops", "gram_crops")}
             batch = batch._replace(**{name: c.double() for name, c in crops.items() if c is not None})

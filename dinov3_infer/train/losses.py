@@ -106,7 +106,7 @@ def centred_softmax(
 @torch.no_grad()
 @_without_autocast
 def share_of_entropy(distributions: Tensor) -> Tensor:  # [..., K]
-    """Mean entropy over that of the uniform distribution: at 1 the targets tell no picture from another."""
+    """Mean entropy over that of the uniform distribution: at 1 the targets tell no image from another."""
     entropy: Tensor = torch.special.entr(_wide(distributions)).sum(-1).mean()
     return entropy / math.log(max(distributions.shape[-1], 2))
 
@@ -121,7 +121,7 @@ def dino_loss(
     temperature: float = 0.1,  # of the student
     ignore_diagonal: bool = False,  # crop s is not compared with crop t = s
 ) -> Tensor:
-    """Cross-entropy of each student crop against each teacher crop of the same picture, mean over the pairs.
+    """Cross-entropy of each student crop against each teacher crop of the same image, mean over the pairs.
 
     Source: dinov3/loss/dino_clstoken_loss.py at 6876159.
     """
@@ -141,14 +141,14 @@ def ibot_loss(
     masks: Tensor,  # [B, P] bool
     temperature: float = 0.1,  # of the student
 ) -> Tensor:
-    """Cross-entropy on masked patches: mean over the masked patches of a picture, then over all pictures.
+    """Cross-entropy on masked patches: mean over the masked patches of an image, then over all images.
 
-    Pictures without a mask count as 0, so with half of them masked this is half the loss of a masked picture.
+    Images without a mask count as 0, so with half of them masked this is half the loss of a masked image.
 
     Source: dinov3/loss/ibot_patch_loss.py at 6876159.
     """
     entropy = -(_wide(teacher) * (_wide(student) / temperature).log_softmax(-1)).sum(-1)
-    counts = masks.sum(1, keepdim=True).expand_as(masks)[masks]  # [M]: masked patches of the same picture
+    counts = masks.sum(1, keepdim=True).expand_as(masks)[masks]  # [M]: masked patches of the same image
     return (entropy / counts).sum() / len(masks)
 
 

@@ -30,7 +30,7 @@ Add = Callable[[str, float, Tensor], None]  # takes a term: name, weight, value
 
 
 class Targets(NamedTuple):
-    """What the teachers say about a batch of B pictures (2B global crops); None where nobody asks."""
+    """What the teachers say about a batch of B images (2B global crops); None where nobody asks."""
 
     dino: Tensor | None = None  # [2, B, K] distributions
     ibot: Tensor | None = None  # [M, K] distributions of the masked patches
@@ -40,10 +40,10 @@ class Targets(NamedTuple):
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Consecutive pictures, in `parts` equal parts."""
+    """Consecutive images, in `parts` equal parts."""
 
-    def cut(crops: Tensor, per_picture: int) -> list[Tensor]:
-        return [c.flatten(0, 1) for c in crops.unflatten(0, (per_picture, -1)).chunk(parts, dim=1)]
+    def cut(crops: Tensor, per_image: int) -> list[Tensor]:
+        return [c.flatten(0, 1) for c in crops.unflatten(0, (per_image, -1)).chunk(parts, dim=1)]
 
     if parts == 1:
         return [batch]
@@ -228,7 +228,7 @@ class Method(nn.Module):
             scores = self.scores(self.student, "ibot_head", seen.patch_tokens[batch.masks])
             ibot = losses.ibot_loss(scores, targets.ibot, batch.masks, config.student_temperature)
             add("ibot", config.ibot_weight, ibot)
-        # groups divide the pictures, so none holds two crops of one picture, which would be nearest neighbours
+        # groups divide the images, so none holds two crops of one image, which would be nearest neighbours
         size = min(config.spread_group, len(batch.indices))
         if config.koleo_weight:
             add("koleo", 2 * config.koleo_weight, losses.koleo(seen.cls_token, size))  # summed over the two crops

@@ -1,4 +1,4 @@
-"""Pictures of a run: the curves of its metrics, and the first batch as the model sees it."""
+"""Images of a run: the curves of its metrics, and the first batch as the model sees it."""
 
 import json
 import math
@@ -47,9 +47,9 @@ def draw_curves(metrics: Path, target: Path) -> None:
     sheet.save(target)
 
 
-def draw_batch(batch: Batch, views: ViewConfig, target: Path, pictures: int = 8) -> None:
-    """A row per picture: global crops with the masked patches in grey, those of another teacher, local crops."""
-    count = min(pictures, len(batch.indices))
+def draw_batch(batch: Batch, views: ViewConfig, target: Path, images: int = 8) -> None:
+    """A row per image: global crops with the masked patches in grey, those of another teacher, local crops."""
+    count = min(images, len(batch.indices))
     kinds = [_masked(batch.global_crops, batch.masks, views.patch_size), batch.gram_crops, batch.local_crops]
     side = min(views.global_px, 160)
     cells: list[list[Image.Image]] = [[] for _ in range(count)]
@@ -58,7 +58,7 @@ def draw_batch(batch: Batch, views: ViewConfig, target: Path, pictures: int = 8)
             continue
         for crop in crops.unflatten(0, (-1, len(batch.indices))):
             for row, pixels in zip(cells, crop, strict=False):
-                row.append(_picture(pixels, views).resize((side, side)))
+                row.append(_to_image(pixels, views).resize((side, side)))
     sheet = Image.new("RGB", (len(cells[0]) * (side + 4), count * (side + 4)), "white")
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
@@ -73,7 +73,7 @@ def _masked(crops: Tensor, masks: Tensor, patch_size: int) -> Tensor:
     return crops.masked_fill(hidden[:, None], 0.0)
 
 
-def _picture(pixels: Tensor, views: ViewConfig) -> Image.Image:
+def _to_image(pixels: Tensor, views: ViewConfig) -> Image.Image:
     mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu").view(3, 1, 1) for v in (views.mean, views.std))
     shown = ((pixels.detach().cpu().float() * std + mean) * 255.0).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(shown.permute(1, 2, 0).numpy())

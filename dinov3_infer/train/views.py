@@ -1,4 +1,4 @@
-"""Views of a picture for self-supervised training: random crops, their distortions, and masks of patches.
+"""Views of an image for self-supervised training: random crops, their distortions, and masks of patches.
 
 The augmentations are those of DINOv2 and DINOv3, at the probabilities that their released models were trained with.
 Everything is drawn from the generator that is handed in.
@@ -37,7 +37,7 @@ _CENTRE, _SIGN, _OFFSET = (
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """What becomes of one picture.  Defaults: DINOv2's and DINOv3's recipe for a ViT-L on ImageNet.
+    """What becomes of one image.  Defaults: DINOv2's and DINOv3's recipe for a ViT-L on ImageNet.
 
     The blur probabilities are those in effect: the published code inverts what its arguments say, and the released
     models were trained so.
@@ -47,7 +47,7 @@ class ViewConfig:
     local_px: int = 96
     gram_px: int | None = None  # the regions of the global crops once more, for a teacher that looks at another size
     num_local: int = 8
-    global_scale: Range = (0.32, 1.0)  # share of the picture's area
+    global_scale: Range = (0.32, 1.0)  # share of the image's area
     local_scale: Range = (0.05, 0.32)
     flip: float = 0.5  # probability, as all below that have no range
     jitter_probability: float = 0.8
@@ -56,7 +56,7 @@ class ViewConfig:
     global_blur: tuple[float, float] = (0.0, 0.9)  # crop 1, crop 2
     local_blur: float = 0.5
     solarize: float = 0.2  # crop 2
-    gram_distortions: bool = False  # colours of the gram crops: as in the global crops, or as in the picture
+    gram_distortions: bool = False  # colours of the gram crops: as in the global crops, or as in the image
     patch_size: int = 16  # px, of the student
     mask_probability: float = 0.5  # share of the global crops of a step that are masked
     mask_ratio: Range = (0.1, 0.5)  # share of the patches of a masked crop
@@ -89,20 +89,20 @@ class ViewConfig:
         return side, side
 
     @property
-    def picture_px(self) -> int:
-        """Short side from which on a picture is large enough for its smallest crops not to be blown up."""
+    def image_px(self) -> int:
+        """Short side from which on an image is large enough for its smallest crops not to be blown up."""
         largest = max(self.global_px, self.gram_px or 0) / math.sqrt(self.global_scale[0])
         local = self.local_px / math.sqrt(self.local_scale[0]) if self.num_local else 0.0
         return math.ceil(max(largest, local))
 
     @property
-    def picture_bytes(self) -> int:
-        """Of all views of one picture."""
+    def image_bytes(self) -> int:
+        """Of all views of one image."""
         return 3 * (2 * self.global_px**2 + self.num_local * self.local_px**2 + 2 * (self.gram_px or 0) ** 2)
 
 
 class Views(NamedTuple):
-    """Of one picture: uint8, not normalised, so that a quarter of the bytes goes from the workers to the model."""
+    """Of one image: uint8, not normalised, so that a quarter of the bytes goes from the workers to the model."""
 
     global_crops: Tensor  # [2, 3, S, S]
     local_crops: Tensor  # [L, 3, s, s]
@@ -110,19 +110,19 @@ class Views(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Of B pictures, crop-major: crop 1 of all pictures, then crop 2 of all, and so on."""
+    """Of B images, crop-major: crop 1 of all images, then crop 2 of all, and so on."""
 
     global_crops: Tensor  # [2*B, 3, S, S] float32, normalised
     local_crops: Tensor  # [L*B, 3, s, s] likewise
     gram_crops: Tensor | None  # [2*B, 3, g, g] likewise
     masks: Tensor  # [2*B, P] bool, True where the student is not shown the patch
-    indices: Tensor  # [B] int64, which pictures
+    indices: Tensor  # [B] int64, which images
 
 
 def collate(
     views: Sequence[Views], masks: Tensor, indices: Tensor, config: ViewConfig, device: torch.device | str = "cpu"
 ) -> Batch:
-    """Views of several pictures each, [n, 2, 3, S, S] and so on, with masks [B, 2, P] -> one batch on the device.
+    """Views of several images each, [n, 2, 3, S, S] and so on, with masks [B, 2, P] -> one batch on the device.
 
     Pixels are normalised there.
     """
@@ -145,7 +145,7 @@ def collate(
 
 
 def make_views(image: Tensor, config: ViewConfig, generator: torch.Generator) -> Views:
-    """The crops of a picture, uint8 [3, H_px, W_px]."""
+    """The crops of an image, uint8 [3, H_px, W_px]."""
     keep_freed_memory()
     draw = _uniform(generator)
     image = torch.stack(image.unbind(0), -1).permute(2, 0, 1) if image.stride(0) != 1 else image
@@ -180,7 +180,7 @@ def _between(low: float, high: float, draw: Iterator[float]) -> float:
 
 
 def _region(image: Tensor, scale: Range, draw: Iterator[float]) -> Region:
-    """A random share of the picture's area, with a random aspect; the largest that fits in the middle, if none does."""
+    """A random share of the image's area, with a random aspect; the largest that fits in the middle, if none does."""
     height, width = image.shape[1:]
     for _ in range(10):
         area = height * width * _between(*scale, draw)

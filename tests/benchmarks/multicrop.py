@@ -102,7 +102,7 @@ def main() -> None:
                 pixels, opened = list(data), [Image.open(path).convert("RGB") for path in paths]
                 results["pixels"] = contest(partial(ours, pixels), lambda _, opened=opened: theirs(opened))
             results[kind] = contest(
-                lambda step, data=data: ours([data.read(i, CONFIG.picture_px) for i in range(len(data))], step),
+                lambda step, data=data: ours([data.read(i, CONFIG.image_px) for i in range(len(data))], step),
                 lambda _, paths=paths: theirs([Image.open(path).convert("RGB") for path in paths]),
             )
     record = {

@@ -155,7 +155,7 @@ def test_every_place_has_views_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     run = batches(open_data(photo(60, 60)[None]), SMALL, batch_size=6, stop=2)
     crops = torch.cat([batch.global_crops for batch in run])
     assert len({crop.sum().item() for crop in crops}) == 24
-    assert asked == [SMALL.picture_px] * 12
+    assert asked == [SMALL.image_px] * 12
 
 
 def test_threads_change_nothing() -> None:

@@ -37,9 +37,12 @@ def test_help_says_what_the_fields_say(capsys: pytest.CaptureFixture[str]) -> No
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert all(f"--{field.name.replace('_', '-')}" in said for field in fields(TrainConfig))
-    assert "optimiser (AdamW): --lr-at-1024 X times sqrt(batch_size / 1024)" in said
+    assert (
+        "optimiser (AdamW): --lr-at-1024 X learning rate for a batch of 1024, multiplied by sqrt(--batch-size / 1024)"
+        in said
+    )
     assert all(path.stem in said for path in (ROOT / "examples" / "configs").glob("*.toml"))  # and for what each is
-    assert "--global-scale X X share of the picture's area; v3 (0.32 1.0)" in said
+    assert "--global-scale X X share of the image's area in a global crop, as DINOv3 (default: 0.32 1.0)" in said
 
 
 def test_errors_name_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,9 +190,9 @@ def test_the_short_run_is_the_recorded_one() -> None:
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
 def test_what_is_marked_as_published_is(name: str) -> None:
-    """A default whose text ends with "v3" is a value of at least one of the published configurations."""
+    """A default whose text ends with "as DINOv3" is a value of at least one of the published configurations."""
     [field] = [field for field in fields(TrainConfig) if field.name == name]
-    if not field.metadata.get("text", "").endswith("v3"):
+    if not field.metadata.get("text", "").endswith("as DINOv3"):
         return
     values = [recipe.settings[name][0] for recipe in RECIPES[:4] if name in recipe.settings]
     assert any(same(field.default, value) for value in values), values

@@ -24,7 +24,7 @@ from dinov3_infer.locks import locked
 from dinov3_infer.train.command import main, parse
 from dinov3_infer.train.config import TrainConfig
 from dinov3_infer.train.loop import train
-from dinov3_infer.train.pictures import open_data
+from dinov3_infer.train.datasets import open_data
 
 SMALL: dict[str, Any] = dict(
     steps=4, batch_size=4, num_local=0, global_px=32, dino_prototypes=16, ibot_prototypes=16, head_hidden=16,

@@ -96,9 +96,9 @@ def test_resizing_is_pillows() -> None:
 
 def test_size_from_which_nothing_is_blown_up() -> None:
     """The smallest crop of each kind still has as many pixels in the picture as in the view."""
-    assert ViewConfig().picture_px == 430  # 96 / sqrt(0.05)
-    assert ViewConfig(num_local=0).picture_px == 396  # 224 / sqrt(0.32)
-    assert ViewConfig(gram_px=512).picture_px == 906
+    assert ViewConfig().image_px == 430  # 96 / sqrt(0.05)
+    assert ViewConfig(num_local=0).image_px == 396  # 224 / sqrt(0.32)
+    assert ViewConfig(gram_px=512).image_px == 906
 
 
 @pytest.mark.parametrize("distorted", [False, True], ids=["clean", "distorted"])

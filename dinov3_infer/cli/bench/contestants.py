@@ -139,7 +139,7 @@ def _prepared(module: Callable[[], Any], way: str, mode: str | None, device: tor
 
 
 def _ours(setup: Setup) -> Iterator[Contestant]:
-    """The plain module, and on a CPU as users call it, from the picture on, in each mode."""
+    """The plain module, and on a CPU as users call it, from the image on, in each mode."""
     for precision, mode in MODES.items() if setup.device.type == "cpu" else ():
         yield Contestant("ours", f"extract_features {mode}", precision, partial(_extracting, setup, mode))
     yield from _ways(setup, "ours", "module", lambda: setup.model)

@@ -1,4 +1,4 @@
-"""Pictures to train on, by number: folders, list files, tar archives, any torch Dataset, and mixtures of them."""
+"""Images to train on, by number: folders, list files, tar archives, any torch Dataset, and mixtures of them."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ Spec: TypeAlias = Any  # a path, "PATH:PROBABILITY:pure", a torch Dataset, or a 
 
 
 class Data:
-    """Pictures of all sources under one numbering; what `open_data` gives."""
+    """Images of all sources under one numbering; what `open_data` gives."""
 
     def __init__(self, sources: Sequence[Source], pure: Sequence[float], levels: Levels | str | None = None) -> None:
         """`pure`: for each source the probability of a batch out of it alone; 0 where it is one of the mixed ones.
@@ -42,7 +42,7 @@ class Data:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Tensor:
-        """uint8 [3, H_px, W_px].  Raises: ImageError for a picture that cannot be read, IndexError."""
+        """uint8 [3, H_px, W_px].  Raises: ImageError for an image that cannot be read, IndexError."""
         return self.read(index)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -57,11 +57,11 @@ class Data:
 
     def source_of(self, index: int) -> int:
         if not 0 <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
+            raise IndexError(f"image {index} of {len(self)}")
         return int(np.searchsorted(self._ends, index, side="right"))
 
     def range_of(self, which: int) -> range:
-        """Numbers of the pictures of a source."""
+        """Numbers of the images of a source."""
         end = int(self._ends[which])
         return range(end - len(self.sources[which]), end)
 
@@ -78,7 +78,7 @@ class Data:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the labels, sorted; empty where not every picture has one."""
+        """Names of the labels, sorted; empty where not every image has one."""
         found: set[str] = set()
         for source in self.sources:
             if source.labels is None:
@@ -88,7 +88,7 @@ class Data:
 
     @property
     def labels(self) -> Tensor | None:
-        """[N] int64, indices into `classes`; None where not every picture has one or all have the same."""
+        """[N] int64, indices into `classes`; None where not every image has one or all have the same."""
         number = {name: i for i, name in enumerate(self.classes)}
         if len(number) < 2:
             return None
@@ -100,13 +100,13 @@ def open_data(specs: Spec | Sequence[Spec], levels: Levels | str | None = None) 
     where the list lies, and a label after a tab if you have one), a tar archive, a Parquet table, or a Dataset.
 
     "PATH:0.1:pure", or a pair (source, 0.1), takes a tenth of the batches from that source alone; the other batches
-    are mixed from all sources without such a number, in proportion to their pictures.
+    are mixed from all sources without such a number, in proportion to their images.
 
-    Raises: MissingFileError, InputError (no pictures, damaged archive, probabilities), InputTypeError.
+    Raises: MissingFileError, InputError (no images, damaged archive, probabilities), InputTypeError.
     """
     given = specs if isinstance(specs, list) or (isinstance(specs, tuple) and not _is_pair(specs)) else [specs]
     if not given:
-        raise InputError("no data was given; give a folder of pictures")
+        raise InputError("no data was given; give a folder of images")
     pairs = [_probability(spec) for spec in given]
     return Data([_open(spec) for spec, _ in pairs], [probability for _, probability in pairs], levels)
 
@@ -146,7 +146,7 @@ def _open(spec: Any) -> Source:
             raise MissingFileError(f"no data at '{spec.absolute()}'; check the path")
         suffix = spec.suffix.lower()
         if suffix in image_suffixes() and not spec.is_dir():
-            raise InputError(f"'{spec}' is one picture; give a folder of them, or a list in a .txt file")
+            raise InputError(f"'{spec}' is one image; give a folder of them, or a list in a .txt file")
         if spec.is_file() and suffix not in (*ARCHIVES, *LISTS):
-            raise InputError(f"'{spec}' is no source of pictures; give a folder, {', '.join((*LISTS, *ARCHIVES))}")
+            raise InputError(f"'{spec}' is no source of images; give a folder, {', '.join((*LISTS, *ARCHIVES))}")
     return as_source(spec)
