@@ -1,8 +1,9 @@
 """The trainer: self-supervised learning with the objectives of DINO, DINOv2 and DINOv3, and distillation.
 
-    python -m dinov3_infer.train --data FOLDER --model vits16 --out RUN
+    dinov3-infer train --data FOLDER --model vits16 --out RUN
+    torchrun --nproc-per-node 8 -m dinov3_infer.train --data FOLDER --model vits16 --out RUN
 
-Reading order: losses, method, loop; then config, views, batches, images; blocks for the speed.
+Reading order: losses, method, loop; then config, views, datasets, batches; blocks for the speed on a CPU.
 """
 
 from ..errors import DiskError

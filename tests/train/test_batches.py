@@ -53,7 +53,7 @@ def test_nothing_but_broken_pictures(tmp_path: Path, workers: int) -> None:
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"")
     run = batches(open_data(tmp_path), SMALL, batch_size=2, workers=workers)
-    assert "3 pictures drawn one after the other" in complaint(ImageError, lambda: next(run))
+    assert "3 images in a row cannot be read" in complaint(ImageError, lambda: next(run))
 
 
 @pytest.mark.parametrize("end", ["closed", "failed"])
@@ -75,7 +75,7 @@ def test_workers_end(tmp_path: Path, end: str) -> None:
 
 def test_wrong_batches() -> None:
     """One sentence."""
-    assert "7 does not split over 2" in complaint(
+    assert "batch_size=7 does not divide among 2" in complaint(
         InputError, lambda: batches(shaded(4), SMALL, batch_size=7, world_size=2)
     )
     assert "probability above 0" in complaint(InputError, lambda: batches(shaded(4), [(0.0, SMALL)], batch_size=2))

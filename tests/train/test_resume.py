@@ -23,8 +23,8 @@ from dinov3_infer.errors import CheckpointError, InputError
 from dinov3_infer.locks import locked
 from dinov3_infer.train.command import main, parse
 from dinov3_infer.train.config import TrainConfig
-from dinov3_infer.train.loop import train
 from dinov3_infer.train.datasets import open_data
+from dinov3_infer.train.loop import train
 
 SMALL: dict[str, Any] = dict(
     steps=4, batch_size=4, num_local=0, global_px=32, dino_prototypes=16, ibot_prototypes=16, head_hidden=16,
@@ -87,7 +87,7 @@ def rewritten(images: Path) -> None:
 def test_other_images_are_refused(change: Callable[[Path], None], place: Path) -> None:
     change(place / "images")
     text = complaint(InputError, lambda: go(settings(place, steps=6), resume=True))
-    assert "began with other images" in text and str(place / "run") in text
+    assert "started with other images" in text and str(place / "run") in text
 
 
 def test_a_folder_may_be_moved(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_another_seed_or_batch_size_is_refused(change: dict[str, Any], place: Pa
 
 def test_other_settings_are_named(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     go(settings(place, steps=6, workers=1), resume=True)
-    assert "going on with other settings than before: steps 4 -> 6" in caplog.text
+    assert "settings changed since the checkpoint: steps 4 -> 6" in caplog.text
 
 
 # --- records --------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_damage_is_one_sentence(
         [] if name == "config.json" else ["--data", str(place / "images")]
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dinov3_infer.train.loop._build", _never)
+        patch.setattr("dinov3_infer.train.loop.build_method", _never)
         status = main(argv)
     said = capsys.readouterr().err
     if "never" in said:  # what a checkpoint says is looked at after the model is there
@@ -164,7 +164,7 @@ def test_damage_is_one_sentence(
         said = complaint((InputError, CheckpointError), lambda: go(config, resume=True))  # type: ignore[arg-type]
         status = 2
     assert status == 2 and said.count("\n") <= 1
-    assert path.name in said or path.parent.name in said or "began with" in said or "the run in" in said
+    assert path.name in said or path.parent.name in said or "started with" in said or "the run in" in said
     assert {p: p.read_bytes() for p in (place / "run").rglob("*") if p.is_file()} == before
 
 
@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_may_be_removed(place: Path) -> None:
     """The one before it is whole."""
     (place / "run" / TENSORS).write_bytes(b"")
     said = complaint(CheckpointError, lambda: go(settings(place), resume=True))
-    assert "remove that folder, and --resume goes on from the one before" in said
+    assert "remove that folder and --resume, which continues from the checkpoint before" in said
     shutil.rmtree(place / "run" / "checkpoints" / "00000004")
     go(settings(place), resume=True)
 
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_may_be_removed(place: Path) -> None:
 def test_a_checkpoint_without_a_state_is_named(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     (place / "run" / STATE).unlink()
     go(settings(place), resume=True)
-    assert "00000004' has no state.json and is left out" in caplog.text
+    assert "00000004', which has no state.json" in caplog.text
 
 
 def test_old_checkpoints_are_resumed(place: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -192,7 +192,7 @@ def test_old_checkpoints_are_resumed(place: Path, caplog: pytest.LogCaptureFixtu
     path = place / "run" / STATE
     path.write_bytes(without("sha256")(without("data")(path.read_bytes())))
     go(settings(place, steps=6), resume=True)
-    assert "its tensors are taken unchecked" in caplog.text and "so these are taken unchecked" in caplog.text
+    assert "its tensors are not checked" in caplog.text and "does not record its images" in caplog.text
 
 
 @pytest.mark.parametrize("line", ['{"a": 1}', "[]", "{", '{"step": "x"}', "\xff", '{"step": null}'], ids=ascii)
@@ -201,7 +201,7 @@ def test_damaged_metrics_are_named_and_left_out(line: str, place: Path, caplog: 
     whole = path.read_bytes()
     path.write_bytes(line.encode("latin-1") + b"\n" + whole + b'{"step": 5, "lo')
     go(settings(place), resume=True)
-    assert "metrics.jsonl': 1 damaged lines are left out" in caplog.text
+    assert "metrics.jsonl': removed 1 damaged lines" in caplog.text
     assert path.read_bytes() == whole
 
 
@@ -265,4 +265,4 @@ def test_a_run_that_is_told_to_stop_keeps_its_steps(number: int, status: int, wo
     assert started.returncode == status and "Traceback" not in said, said
     (kept,) = (place / "new" / "checkpoints").iterdir()
     step = int(kept.name)
-    assert 3 <= step < 200 and f"stopped at step {step} of 400; --resume goes on from there" in said
+    assert 3 <= step < 200 and f"stopped at step {step} of 400; --resume continues from there" in said
