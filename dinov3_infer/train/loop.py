@@ -142,7 +142,7 @@ class Run:
         size = config.batch_size // parts
         if (config.koleo_weight or config.sigreg_weight) and (size < 2 or size % min(size, config.spread_group)):
             raise InputError(
-                f"each process computes {size} images at a time, which do not divide into groups of spread_group="
+                f"each process computes parts of {size} images, which do not divide into groups of spread_group="
                 f"{config.spread_group}; change batch_size, accumulate or spread_group"
             )
         found = run_state.latest(self.checkpoints)

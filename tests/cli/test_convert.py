@@ -19,7 +19,7 @@ def test_convert(to: str, name: str, tmp_path: Path) -> None:
     before = Backbone.from_pretrained(source).fingerprint()
     ran = run("convert", source, out, "--to", to)
     assert (ran.status, ran.out) == (0, "")
-    assert f"wrote '{out}', layout {to}; read back, its fingerprint is that of '{source}': {before[:16]}" in ran.err
+    assert f"wrote '{out}' in the layout {to}; read back, it has the fingerprint of '{source}': {before[:9]}" in ran.err
     assert Backbone.from_pretrained(out, layout=to).fingerprint() == before
     refused(1, "exists already|is not empty", "convert", source, out, "--to", to)
     assert run("convert", source, out, "--to", to, "--overwrite").status == 0

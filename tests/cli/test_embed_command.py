@@ -44,7 +44,7 @@ def test_embed_goes_on_after_a_bad_picture(tmp_path: Path) -> None:
     out = tmp_path / "x.npy"
     ran = run("embed", tmp_path / "in", "-o", out, *MODEL, *SMALL)
     assert (ran.status, ran.out) == (3, "")
-    assert f"3 vectors of 192 numbers; 1 could not be read, its row is NaN, see '{tmp_path / 'x.jsonl'}'" in ran.err
+    assert f"3 vectors of 192 numbers; 1 could not be read (its row is NaN), see '{tmp_path / 'x.jsonl'}'" in ran.err
     rows = listed(tmp_path / "x.jsonl")
     assert [bool(row["error"]) for row in rows] == [False, True, False]
     assert [Path(str(row["path"])).name for row in rows] == ["a.png", "broken.png", "c.png"]

@@ -120,7 +120,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ((*MODEL, "--device", "abacus"), "device is 'auto', 'cpu'"),
         ((*MODEL, "--dtype", "int8"), "dtype"),
         ((*MODEL, "--size", "250", "--fit", "squash"), "size 250 is not a multiple of the patch size 16"),
-        ((*MODEL, "--size", "own", "--fit", "crop"), "--size own goes with --fit native"),
+        ((*MODEL, "--size", "own", "--fit", "crop"), "--size own needs --fit native"),
     ],
     ids=lambda value: " ".join(str(v) for v in value[-2:]) if isinstance(value, tuple) else "",
 )
@@ -141,7 +141,7 @@ def test_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     dinov3_error: Dinov3Error = __import__("dinov3_infer").ModelNotFoundError("no weights of 'nano'")
     monkeypatch.setattr(Backbone, "from_pretrained", load)
-    words = "no model was named, and this release holds no weights of its own; give -m with a name"
+    words = "no model is given and this release contains no weights; add -m with a name"
     refused(1, words, "embed", source, "-o", tmp_path / "x.npy")
     assert asked == ["nano"]
 

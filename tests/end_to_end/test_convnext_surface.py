@@ -216,7 +216,7 @@ def test_commands(saved: Path, tmp_path: Path) -> None:
     assert "ConvNeXt with stages of 2 1 3 1 blocks" in ran.out and "nothing speaks against" in ran.out
     assert run("features", picture, "-m", saved, "--out", tmp_path / "a", "--layers", "0,1", "--size", "64").status == 0
     assert json.loads((tmp_path / "a/index.jsonl").read_text())["error"] == ""
-    words = "maps of several sizes, and an .npy file holds one array"
+    words = "maps of several sizes, which do not fit into one .npy array"
     refused(1, words, "features", picture, "-m", saved, "--out", tmp_path / "b", "--layers", "0,1", "--format", "npy")
     assert run("show", "pca", picture, "-m", saved, "--out", tmp_path / "a.png", "--size", "96").status == 0
     refused(1, "needs attention", "show", "attention", picture, "-m", saved, "--out", tmp_path / "b.png")

@@ -248,7 +248,7 @@ def test_collate_is_crop_major_and_normalises() -> None:
         (dict(local_px=96, patch_size=14, global_px=112), "the nearest is 98"),
         (dict(global_scale=(0.5, 0.3)), "global_scale=(0.5, 0.3)"),
         (dict(mask_ratio=(0.0, 0.5)), "mask_ratio"),
-        (dict(global_blur=(0.0, 1.5)), "global_blur=1.5 is a probability"),
+        (dict(global_blur=(0.0, 1.5)), "global_blur=1.5 is no probability"),
         (dict(flip=-0.1), "flip=-0.1"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
