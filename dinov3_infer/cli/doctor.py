@@ -38,7 +38,7 @@ _VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE",
     "MKL_NUM_THREADS", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_HOME", "TRITON_INTERPRET",
 )  # fmt: skip
-CLOSE = {"cpu": 2e-5, "cuda": 2e-2}  # largest relative distance from the recorded vectors, in float32, and with bfloat16 products
+CLOSE = {"cpu": 2e-5, "cuda": 2e-2}  # largest relative distance from the recorded vectors
 _GATED = "dinov3_vits16"
 
 
@@ -103,9 +103,10 @@ def _attention() -> Iterator[str]:
 def _plan() -> Iterator[str]:
     """Which modes and parts of the fast path for CPUs are available."""
     lacking = {"exact": why_not_packed(), "fast": why_not_packed(torch.bfloat16), "int8": why_not_int8()}
-    yield ", ".join(f"{mode} {'works' if reason is None else f'not available: {reason}'}" for mode, reason in lacking.items())
+    yield ", ".join(f"{mode} {'works' if reason is None else f'is not available: {reason}'}"
+                    for mode, reason in lacking.items())  # fmt: skip
     reason = why_not_compiled()
-    yield "attention and norms in C" if reason is None else f"attention and norms in torch: {reason}"
+    yield "attention and norms are compiled C" if reason is None else f"attention and norms run in torch: {reason}"
 
 
 def _cache() -> Iterator[str]:
