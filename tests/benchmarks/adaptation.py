@@ -1,9 +1,9 @@
-"""A released backbone goes on with pictures of another kind: the real DINOv2 ViT-S/14, all of it, on CIFAR-10.
+"""A released backbone goes on with images of another kind: the real DINOv2 ViT-S/14, all of it, on CIFAR-10.
 
     python tests/benchmarks/adaptation.py OUT [--steps 320] [--only plain gram]     # needs npm, pip, apt-get, dpkg-deb
 
 Two runs that differ in Gram anchoring alone.  Before and after: 20-NN and a linear probe on class tokens at 112 pixels
-(classes are never trained on, test pictures never seen), the relative change of the weights, and the quality of dense
+(classes are never trained on, test images never seen), the relative change of the weights, and the quality of dense
 features, which is one-shot segmentation of pasted cut-outs (nano/one_shot.py) at 448 pixels.  A number is
 [value, lower end, upper end] with its interval of 95 %.  Interrupted runs are resumed.
 
@@ -25,7 +25,7 @@ from dinov3_infer import Backbone
 from dinov3_infer.train import TrainConfig, train
 
 RECORDS = Path(__file__).parent / "records"
-SIDE, SETS = 112, ((3000, 1000), (6000, 3000))  # pixels; pictures to know, pictures to ask
+SIDE, SETS = 112, ((3000, 1000), (6000, 3000))  # pixels; images to know, images to ask
 RUNS = {"plain": {}, "gram": dict(gram="start")}
 SETTINGS = dict(
     global_px=SIDE, local_px=56, num_local=4, batch_size=32, precision="bfloat16", dino_prototypes=4096,

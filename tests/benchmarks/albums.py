@@ -1,4 +1,4 @@
-"""Albums for the runs on many pictures: small ones and photographs, many kinds of files, some broken in twenty ways."""
+"""Albums for the runs on many images: small ones and photographs, many kinds of files, some broken in twenty ways."""
 
 import io
 import random
@@ -40,7 +40,7 @@ def _flipped(content: bytes, rng: random.Random) -> bytes:
 _NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
 PNG, JPEG = _saved(_NOISE, "PNG"), _saved(_NOISE, "JPEG")
 
-# What may stand where a picture should be; None is a link that leads nowhere, a string a folder of that name.
+# What may stand where an image should be; None is a link that leads nowhere, a string a folder of that name.
 BREAKAGES: dict[str, Callable[[random.Random], bytes | None | str]] = {
     "empty": lambda rng: b"",
     "one byte": lambda rng: b"\xff",
@@ -73,7 +73,7 @@ def write_album(
     share_broken: float = 0.01,
     seed: int = 0,
 ) -> list[Path]:
-    """`count` files: PNG and JPEG of small pictures, every 40th a part of a photograph in one of many modes and sizes,
+    """`count` files: PNG and JPEG of small images, every 40th a part of a photograph in one of many modes and sizes,
     and as many as `share_broken` says broken, each way as often as the others.
     """
     rng, draws = random.Random(seed), np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""What to choose: layer, size and pooling, by what they are worth on labelled pictures.
+"""What to choose: layer, size and pooling, by what they are worth on labelled images.
 
     python tests/benchmarks/choosing.py MODEL [--train 500 --test 400 --pairs 12]
     python tests/benchmarks/choosing.py --render
@@ -6,7 +6,7 @@
 Measures what the record lacks for this model and these numbers, a cell at a time, so that it can be stopped and started
 again, and writes the tables of examples/CHOOSING.md from the record.  CIFAR-10: 20 neighbours and a linear probe.
 One-shot segmentation: cut-outs pasted on photographs, each found in another view on another photograph, by
-`OneShotSegmenter`.  The pictures are those of tests/benchmarks/tasks/sets.py.
+`OneShotSegmenter`.  The images are those of tests/benchmarks/tasks/sets.py.
 """
 
 import argparse
@@ -39,8 +39,8 @@ from dinov3_infer.tasks import KNN, LinearProbe, OneShotSegmenter, dense_feature
 RECORD = Path(__file__).parent / "records" / "choosing.json"
 PAGE = ROOT / "examples" / "CHOOSING.md"
 POOLINGS = ("cls", "mean", "cls_mean")
-GRIDS = (8, 16)  # patches a side that a picture of CIFAR-10 is shown with
-SEEN = 32  # patches a side of a picture to segment, where nothing else is said
+GRIDS = (8, 16)  # patches a side that an image of CIFAR-10 is shown with
+SEEN = 32  # patches a side of an image to segment, where nothing else is said
 
 
 def layers_of(bb: Backbone) -> list[int]:
@@ -48,7 +48,7 @@ def layers_of(bb: Backbone) -> list[int]:
     return list(range(bb.config.depth // 2, bb.config.depth))
 
 
-# --- pictures as a whole ---------------------------------------------------------------------------------------------
+# --- images as a whole ---------------------------------------------------------------------------------------------
 
 
 def classification(bb: Backbone, grid: int, train: int, test: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 ViT-S/16 and ViT-B/16 of DINOv3 with the same random weights, saved once by each library in its own format to a local
 directory.  Every measurement is a process of its own that imports its library, loads the directory and computes one
 class token at 256 x 256: of a JPEG file by the library's own preprocessing ("picture"), or of pixels that are there
-already ("pixels", which spares the others the import of torchvision).  Pictures go through the plan for CPUs, which is
+already ("pixels", which spares the others the import of torchvision).  Images go through the plan for CPUs, which is
 made in that time; "new machine" is the same where its C was never compiled before, against "picture" of the others.
 Classes are imported directly, which is faster than transformers' Auto classes.  Before measuring, the vectors of
 "pixels" are compared.

@@ -3,13 +3,13 @@
     pip install onnx
     python tests/benchmarks/curation.py
 
-CIFAR-10 with 100 times as many pictures of the first class as of the last, embedded by a real ViT-S/14.  Recorded are
+CIFAR-10 with 100 times as many images of the first class as of the last, embedded by a real ViT-S/14.  Recorded are
 the entropies of the classes in balanced samples and in random ones, on one level and on two: of the class token as it
 is, centred and whitened, of the mean of the patches, and of both.  "labelled" is what no sampling of these vectors can
 be expected to exceed: equal numbers from each class that a linear classifier, trained with the labels of the others,
-takes a picture for.
+takes an image for.
 
-Then copies of some pictures are planted, enlarged to 128 pixels and there saved as JPEG, cut at the borders, made
+Then copies of some images are planted, enlarged to 128 pixels and there saved as JPEG, cut at the borders, made
 lighter or darker, or scaled: dedup should find them and nothing else.  CIFAR-10 itself holds near-duplicates, mirrored
 and shifted ones too: a pair counts as right if its pixels correlate when one is laid over the other.  The record goes
 to records/curation.json.
@@ -42,7 +42,7 @@ ALIKE = 0.8  # correlation of pixels
 
 
 def long_tail(labels: np.ndarray, most: int, factor: float, rng: np.random.Generator) -> np.ndarray:
-    """Numbers of the pictures: `most` of class 0, down to most / factor of class 9."""
+    """Numbers of the images: `most` of class 0, down to most / factor of class 9."""
     sizes = np.geomspace(most, most / factor, 10).round().astype(int)
     chosen = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in enumerate(sizes)]
     return rng.permutation(np.concatenate(chosen))
@@ -52,7 +52,7 @@ def long_tail(labels: np.ndarray, most: int, factor: float, rng: np.random.Gener
 
 
 def changed(pixels: np.ndarray, way: str, rng: np.random.Generator) -> Image.Image:
-    """Nearly the same picture: JPEG of quality 60 to 95, up to 3 % less at each border, a twentieth to a fifth lighter
+    """Nearly the same image: JPEG of quality 60 to 95, up to 3 % less at each border, a twentieth to a fifth lighter
     or darker, or 64 to 192 pixels.
     """
     picture = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -70,7 +70,7 @@ def changed(pixels: np.ndarray, way: str, rng: np.random.Generator) -> Image.Ima
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Of the colours of two pictures [32, 32, 3] without their means, the best over mirroring, scales and shifts."""
+    """Of the colours of two images [32, 32, 3] without their means, the best over mirroring, scales and shifts."""
     best = -1.0
     for turned in (other, other[:, ::-1]):
         for side in (32, 36, 40, 45):
@@ -96,8 +96,8 @@ def dedup(
     whiten: bool = True,
     most: int | None = None,
 ) -> list[dict[str, Any]]:
-    """For each threshold the share of planted copies that are found, and of pictures that are dropped rightly: for a
-    copy of theirs, or a picture whose pixels say so.  A group has to be right in every picture that it drops.
+    """For each threshold the share of planted copies that are found, and of images that are dropped rightly: for a
+    copy of theirs, or an image whose pixels say so.  A group has to be right in every image that it drops.
     `most`: looks at so many of those that are dropped, chosen at random.
     """
     found, known = [], dict[tuple[int, int], bool]()

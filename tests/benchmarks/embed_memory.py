@@ -1,4 +1,4 @@
-"""Memory does not grow with the number of pictures: embed of 2,000 and of 20,000, a process each.
+"""Memory does not grow with the number of images: embed of 2,000 and of 20,000, a process each.
 
     python tests/benchmarks/embed_memory.py WEIGHTS
 

@@ -1,10 +1,10 @@
-"""From random weights on CIFAR-10: the trainer against lightly's DINO, same ViT, pictures, batch and steps.
+"""From random weights on CIFAR-10: the trainer against lightly's DINO, same ViT, images, batch and steps.
 
     pip install lightly torchvision
     python tests/benchmarks/from_scratch.py OUT [--steps 4500] [--only ours lightly]    # needs npm
 
-20-NN of the class tokens of the 50,000 training pictures for the 10,000 test pictures, beside those of the same ViT
-with random weights and of raw pixels; "centred" takes the mean of the training pictures off first.  A number is [value,
+20-NN of the class tokens of the 50,000 training images for the 10,000 test images, beside those of the same ViT
+with random weights and of raw pixels; "centred" takes the mean of the training images off first.  A number is [value,
 lower end, upper end] with its interval of 95 %.  lightly's side follows its own DINO example: its transform, head and
 loss, with our optimiser and our schedules of learning rate and momentum, since its own momentum is meant for longer
 runs.  The record is written to records/from_scratch.json, our curves beside it.
@@ -64,7 +64,7 @@ def ours(config: TrainConfig, data: Pictures) -> Backbone:
 
 
 class Crops(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """lightly's transform of the same pictures."""
+    """lightly's transform of the same images."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         from lightly.transforms import DINOTransform

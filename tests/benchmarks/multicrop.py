@@ -5,7 +5,7 @@
 
 Both make two global crops of 224 pixels and eight local ones of 96, float32 and normalised, of the same four
 photographs, with the augmentations of DINOv2 and DINOv3 at the probabilities in effect.  "pixels" starts from decoded
-pictures, in the form that each takes (a tensor, a PIL picture); "files" reads JPEG files, those of 12 megapixels being
+images, in the form that each takes (a tensor, a PIL image); "files" reads JPEG files, those of 12 megapixels being
 the same photographs enlarged: there ours decodes at a fraction of the size, as the trainer does.
 
 Rounds alternate; a figure is the median over the rounds of lightly's CPU time divided by ours.  The record is written

@@ -58,7 +58,7 @@ def settings(args: argparse.Namespace) -> TrainConfig:
 
 
 def start(args: argparse.Namespace) -> Backbone:
-    """Random weights under which pictures differ: else KoLeo's gradients are rounding errors."""
+    """Random weights under which images differ: else KoLeo's gradients are rounding errors."""
     backbone = Backbone.from_config(args.model, seed=0)
     backbone.init_weights(layerscale=0.5)
     with torch.no_grad():

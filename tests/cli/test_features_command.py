@@ -1,4 +1,4 @@
-"""`features` writes what the library gives, one file per picture."""
+"""`features` writes what the library gives, one file per image."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ SMALL = ("--size", "64")
 
 
 def test_features_writes_what_the_library_gives(tmp_path: Path) -> None:
-    """One file per picture, in the folders that the pictures lie in, at sizes of their own."""
+    """One file per image, in the folders that the images lie in, at sizes of their own."""
     write_pictures(tmp_path / "in", "a.png", "sub/a.png", "sub/b.jpg")
     ran = run("features", tmp_path / "in", "-o", tmp_path / "maps", *MODEL)
     assert (ran.status, ran.out) == (0, "")

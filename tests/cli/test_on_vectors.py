@@ -1,4 +1,4 @@
-"""`embed search`, `embed dedup` and `embed curate`: from pictures to a sheet and to lists."""
+"""`embed search`, `embed dedup` and `embed curate`: from images to a sheet and to lists."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from dinov3_infer.train import open_data
 
 
 def test_commands(tmp_path: Path) -> None:
-    """From pictures to a sheet of what is alike, and to lists; the query is embedded as the vectors were."""
+    """From images to a sheet of what is alike, and to lists; the query is embedded as the vectors were."""
     album = write_pictures(tmp_path / "in", *(f"{i}.png" for i in range(8)), "broken.png")
     Image.open(album / "3.png").save(album / "copy.png")
     vectors, model = tmp_path / "x.npy", ("-m", small_model(), "--device", "cpu")

@@ -1,4 +1,4 @@
-"""`show`: the photographs are whole on the sheet, the maps lie where they belong, several pictures share one scale."""
+"""`show`: the photographs are whole on the sheet, the maps lie where they belong, several images share one scale."""
 
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def test_attention_of_a_point_and_of_heads(tmp_path: Path, bb: Backbone) -> None
         np.testing.assert_array_equal(shown, pixels(expected), err_msg=name)
     assert run("show", "attention", CAT, "-o", tmp_path / "heads.png", *MODEL, "--heads").status == 0
     one, heads = (Image.open(tmp_path / f"{name}.png") for name in ("cls", "heads"))
-    assert heads.width * heads.height > 2 * one.width * one.height  # the picture, the mean and three heads
+    assert heads.width * heads.height > 2 * one.width * one.height  # the image, the mean and three heads
 
 
 def test_similarity_has_one_scale_over_all_pictures(

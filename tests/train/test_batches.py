@@ -1,4 +1,4 @@
-"""Batches of the trainer: their order, their parts, and what broken pictures do to them."""
+"""Batches of the trainer: their order, their parts, and what broken images do to them."""
 
 import contextlib
 import multiprocessing
@@ -28,7 +28,7 @@ def same(a: Batch, b: Batch) -> bool:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_broken_pictures_cost_their_own_place(tmp_path: Path, workers: int) -> None:
-    """Another picture of the same source comes instead, always the same; all others stay; all broken ones are named."""
+    """Another image of the same source comes instead, always the same; all others stay; all broken ones are named."""
     for i in range(8):
         write(tmp_path / f"{i}.png", 20 * i)
     whole = next(batches(open_data(tmp_path), SMALL, batch_size=8))
@@ -89,7 +89,7 @@ def indices(data: Data, steps: int, batch_size: int, seed: int = 0) -> list[list
 
 
 def test_every_picture_once_before_any_comes_again() -> None:
-    """Also where batches and pictures do not go into each other; in another order each time and for each seed."""
+    """Also where batches and images do not go into each other; in another order each time and for each seed."""
     flat = sum(indices(shaded(10), 5, 6), [])
     epochs = [flat[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -148,7 +148,7 @@ def test_one_run_however_it_is_cut(workers: int, world_size: int) -> None:
 
 
 def test_every_place_has_views_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one picture too, and in every step; pictures are asked for at the size that the views need."""
+    """Of one image too, and in every step; images are asked for at the size that the views need."""
     asked: list[int] = []
     read = Data.read
     monkeypatch.setattr(Data, "read", lambda self, i, short_px=0: asked.append(short_px) or read(self, i, short_px))

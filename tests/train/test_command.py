@@ -54,7 +54,7 @@ def test_errors_name_options(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Settings, memory and the first batch as a picture; the folder is free for the run itself."""
+    """Settings, memory and the first batch as an image; the folder is free for the run itself."""
     for i in range(4):
         Image.new("RGB", (60, 50), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
     argv = ["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--model", "nano", "--from-scratch", "--device",

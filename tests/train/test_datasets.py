@@ -53,7 +53,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     ids=lambda v: "-".join(map(str, v or ["none"])).replace("/", "|"),
 )
 def test_labels_of_folders(tmp_path: Path, names: tuple[str, ...], classes: list[str], labels: Any) -> None:
-    """The first folder in which the paths differ; no labels where a picture lies in none."""
+    """The first folder in which the paths differ; no labels where an image lies in none."""
     for name in names:
         write(tmp_path / name, 0)
     data = open_data(tmp_path)
@@ -89,7 +89,7 @@ def png(shade: int) -> bytes:
 
 
 def test_tar(tmp_path: Path) -> None:
-    """Any picture by its number, long names too; labels from .cls files or folders."""
+    """Any image by its number, long names too; labels from .cls files or folders."""
     members = {f"{i:03}.png": png(i) for i in (5, 6, 7)} | {"x" * 120 + "/9.png": png(9), "notes.json": b"{}"}
     data = open_data(tar(tmp_path / "a.tar", members))
     assert [int(data[i][0, 0, 0]) for i in (3, 1, 2, 0)] == [9, 6, 7, 5]
@@ -112,7 +112,7 @@ def test_tar(tmp_path: Path) -> None:
     ids=["PIL", "array", "float tensor with label", "mapping"],
 )
 def test_dataset(item: Any) -> None:
-    """Whatever a Dataset gives for a picture."""
+    """Whatever a Dataset gives for an image."""
 
     class One(Shades):
         def __getitem__(self, index: int) -> Any:
@@ -208,6 +208,6 @@ def test_pickles(tmp_path: Path) -> None:
 
 
 def test_bare_tensors_are_no_sources() -> None:
-    """A list of pictures in memory would be taken for a list of datasets, and each row for a picture."""
+    """A list of images in memory would be taken for a list of datasets, and each row for an image."""
     with pytest.raises(InputTypeError, match="Tensor of 3 dimensions is no source; stack"):
         open_data([torch.zeros(3, 8, 8, dtype=torch.uint8)])  # type: ignore[list-item]

@@ -33,7 +33,7 @@ SMALL = dict(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with pictures in two classes and a saved model to start from."""
+    """A folder with images in two classes and a saved model to start from."""
     folder = tmp_path_factory.mktemp("training")
     rng = np.random.default_rng(0)
     for i in range(16):
@@ -41,7 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = rng.integers(0, 255, (6, 8, 3), np.uint8).repeat(10, 0).repeat(10, 1)
         Image.fromarray(pixels).save(folder / "pictures" / "ab"[i % 2] / f"{i}.png")
     start = Backbone.from_config(ViTConfig(24, 2, 2, 48), seed=0)
-    for name, parameter in start.named_parameters():  # weights under which pictures differ
+    for name, parameter in start.named_parameters():  # weights under which images differ
         if name.endswith("gamma"):
             torch.nn.init.constant_(parameter, 0.5)
         elif name.endswith("weight") and parameter.ndim == 2:

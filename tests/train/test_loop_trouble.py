@@ -41,7 +41,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def start() -> Backbone:
-    """Weights under which pictures differ."""
+    """Weights under which images differ."""
     backbone = Backbone.from_config(ViTConfig(24, 2, 2, 48), seed=0)
     for name, parameter in backbone.named_parameters():
         if name.endswith("gamma"):
@@ -107,7 +107,7 @@ def test_a_diverged_run_stops_with_the_last_good_weights(pictures: Path, monkeyp
 
 
 def test_a_collapsed_run_stops(pictures: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    """Weights under which all pictures are alike are seen, said, and not kept."""
+    """Weights under which all images are alike are seen, said, and not kept."""
     plain = Method.update_ema
 
     def flat(self, step):
@@ -157,7 +157,7 @@ def test_measures_of_health() -> None:
 
 
 def test_half_broken_folder(pictures: Path, caplog: Any) -> None:
-    """Broken pictures are replaced and counted, and each has its reason in a file, once, over a run that goes on."""
+    """Broken images are replaced and counted, and each has its reason in a file, once, over a run that goes on."""
     for i in range(3):
         (pictures / f"{i}.png").write_bytes(b"no picture")
     caplog.clear()

@@ -192,9 +192,9 @@ def test_parts_of_a_batch_add_up_to_the_whole(changes: dict) -> None:
 
 
 def test_parts_hold_the_same_pictures() -> None:
-    """Crops, masks and indices of a part belong to the same pictures, crop-major."""
+    """Crops, masks and indices of a part belong to the same images, crop-major."""
     batch = batch_of(gram_px=32)
-    number = torch.arange(4.0, dtype=torch.float64).repeat(2)  # of the picture, crop-major
+    number = torch.arange(4.0, dtype=torch.float64).repeat(2)  # of the image, crop-major
     crop = torch.tensor([0.0, 0.5]).repeat_interleave(4)
 
     def mark(crops: Tensor, value: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def ramps(side: int = 240) -> Tensor:
 
 
 def region(crop: Tensor) -> tuple[float, float, bool]:
-    """Height and width of a crop of `ramps` as shares of the picture, and whether it was flipped."""
+    """Height and width of a crop of `ramps` as shares of the image, and whether it was flipped."""
     red, green = crop[0].float().mean(0), crop[1].float().mean(1)
     inner = slice(len(red) // 4, 3 * len(red) // 4)  # the filter bends the ends
     scale = len(red) / (inner.stop - inner.start - 1) / 240
@@ -95,7 +95,7 @@ def test_resizing_is_pillows() -> None:
 
 
 def test_size_from_which_nothing_is_blown_up() -> None:
-    """The smallest crop of each kind still has as many pixels in the picture as in the view."""
+    """The smallest crop of each kind still has as many pixels in the image as in the view."""
     assert ViewConfig().image_px == 430  # 96 / sqrt(0.05)
     assert ViewConfig(num_local=0).image_px == 396  # 224 / sqrt(0.32)
     assert ViewConfig(gram_px=512).image_px == 906
@@ -144,7 +144,7 @@ def test_generators_differ_in_every_argument() -> None:
 
 
 def test_probabilities_are_those_of_the_released_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every distortion leaves a mark on a grey picture: which crops got it, and how often.
+    """Every distortion leaves a mark on a grey image: which crops got it, and how often.
 
     The published code says 1.0 and 0.1 for the blur of crops 1 and 2, and does 0 and 0.9.
     """
@@ -195,7 +195,7 @@ def test_distorted_pixels_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_masked_counts_are_the_published_ladder() -> None:
-    """DINOv3 at 6876159 with 4 pictures of 256 patches: half of the 8 crops, from 0.2 to 0.5 in equal steps."""
+    """DINOv3 at 6876159 with 4 images of 256 patches: half of the 8 crops, from 0.2 to 0.5 in equal steps."""
     counts = masked_counts(8, 256, generator(0, 0, "masked"))
     assert sorted(counts) == [0, 0, 0, 0, 51, 76, 102, 128]
     orders = {tuple(masked_counts(8, 256, generator(0, step, "masked"))) for step in range(20)}
@@ -226,7 +226,7 @@ def test_masks_are_made_of_rectangles() -> None:
 
 
 def test_collate_is_crop_major_and_normalises() -> None:
-    """Crop 1 of all pictures, then crop 2; pixels are (value / 255 - mean) / std."""
+    """Crop 1 of all images, then crop 2; pixels are (value / 255 - mean) / std."""
     config = ViewConfig(32, 16, num_local=3, gram_px=16)
     made = [make_views(picture(), config, generator(0, 0, "views", i)) for i in range(3)]
     parts = [views.Views(*(torch.stack(crops) for crops in zip(*some, strict=True))) for some in (made[:2], made[2:])]

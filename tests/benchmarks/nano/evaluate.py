@@ -3,7 +3,7 @@
     python tests/benchmarks/nano/evaluate.py nano TEACHER OUT     # needs npm, pip, apt-get and dpkg-deb
 
 CIFAR-10: the weighted vote of 20 neighbours by cosine, temperature 0.07, class tokens of 8 x 8 patches, or pixels;
-"centred" takes the mean of the training pictures off first.  One-shot segmentation: see one_shot.py.  No picture is
+"centred" takes the mean of the training images off first.  One-shot segmentation: see one_shot.py.  No image is
 one that nano was trained on.  A number is [value, lower end, upper end] with its interval of 95 %.
 """
 
@@ -33,8 +33,8 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
 def cifar10(train: int, test: int) -> tuple[np.ndarray, Tensor, np.ndarray, Tensor]:
-    """The first pictures for training and for testing, [N, 32, 32, 3] uint8, each with their classes [N]."""
-    found = fetch(CIFAR)  # a row of a sheet is a picture, and the pictures are in no order
+    """The first images for training and for testing, [N, 32, 32, 3] uint8, each with their classes [N]."""
+    found = fetch(CIFAR)  # a row of a sheet is an image, and the images are in no order
 
     def read(sheets: list[str], labels: str, count: int) -> tuple[np.ndarray, Tensor]:
         pixels = np.concatenate([np.array(Image.open(io.BytesIO(found[sheet])))[..., :3] for sheet in sheets])
@@ -45,14 +45,14 @@ def cifar10(train: int, test: int) -> tuple[np.ndarray, Tensor, np.ndarray, Tens
 
 
 def vectors(pictures: np.ndarray, model: Backbone | None) -> Tensor:
-    """One vector a picture, [N, C]: the class token, or without a model the pixels."""
+    """One vector an image, [N, C]: the class token, or without a model the pixels."""
     if model is None:
         return torch.from_numpy(pictures).flatten(1).float()
     return torch.from_numpy(model.embed(list(pictures), size=8 * model.patch_size))
 
 
 def knn(known: Tensor, classes: Tensor, asked: Tensor, truth: Tensor) -> list[float]:
-    """Share of the pictures [n, C] whose class their neighbours among [N, C] name, with Wilson's interval of 95 %."""
+    """Share of the images [n, C] whose class their neighbours among [N, C] name, with Wilson's interval of 95 %."""
     known, hits, n = F.normalize(known, dim=-1), 0, len(truth)
     for part, right in zip(F.normalize(asked, dim=-1).split(500), truth.split(500), strict=True):
         nearest = (part @ known.T).topk(NEIGHBOURS)

@@ -1,4 +1,4 @@
-"""Fetch the openly licensed pictures that `nano` was trained on.
+"""Fetch the openly licensed images that `nano` was trained on.
 
     python tests/benchmarks/nano/fetch_pictures.py OUT        # needs pip, apt-get (Debian 12), dpkg-deb and Pillow
 
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-LONG_SIDE, SHORT_SIDE, SAME = 640, 120, 6  # pixels at most, pixels at least, hash bits that tell two pictures apart
+LONG_SIDE, SHORT_SIDE, SAME = 640, 120, 6  # pixels at most, pixels at least, hash bits that tell two images apart
 CANVAS = 288  # pixels of a drawing on its background
 
 
@@ -121,7 +121,7 @@ def resources(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def photograph(data: bytes) -> Image.Image | None:
-    """The picture, upright and scaled down; None where it is small, long, grey, flat or drawn."""
+    """The image, upright and scaled down; None where it is small, long, grey, flat or drawn."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     short, long = sorted(image.size)
     image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)

