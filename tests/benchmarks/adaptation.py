@@ -49,12 +49,12 @@ def moved(model: Backbone, start: Backbone) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=320)
-    parser.add_argument("--pairs", type=int, default=60)
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--change", type=json.loads, default={}, help="settings of the trainer, as JSON")
-    parser.add_argument("--weights", type=Path, help="a directory with the ViT-S/14; left out, it is fetched")
+    parser.add_argument("out", type=Path, help="folder of the runs")
+    parser.add_argument("--steps", type=int, default=320, help="optimiser steps (default: 320)")
+    parser.add_argument("--pairs", type=int, default=60, help="image pairs per one-shot task (default: 60)")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="runs to do (default: all)")
+    parser.add_argument("--change", type=json.loads, default={}, help="settings of the trainer to change, as JSON")
+    parser.add_argument("--weights", type=Path, help="folder with the ViT-S/14 (default: downloaded)")
     args = parser.parse_args()
     weights = args.weights
     if weights is None:

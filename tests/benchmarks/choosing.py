@@ -225,10 +225,14 @@ def told(record: dict[str, Any], what: str, lines: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("model", nargs="?", help="name, folder or file; without one the page is written anew")
+    parser.add_argument(
+        "model", nargs="?", help="model to measure: name, folder or file (default: only write the page)"
+    )
     for name, default in (("train", 500), ("test", 400), ("pairs", 12)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--render", action="store_true", help="write the page from the record, measure nothing")
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"number of {name} images (default: {default})"
+        )
+    parser.add_argument("--render", action="store_true", help="only write the page, from the record")
     args = parser.parse_args()
     if args.model and not args.render:
         measure(args.model, args.train, args.test, args.pairs)

@@ -178,15 +178,19 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 512])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes for each cell")
-    parser.add_argument("--reference", type=Path, help="a checkout of Meta's code")
-    parser.add_argument("--name", default="cpu", help="of the record")
-    parser.add_argument("--render", action="store_true", help="measure nothing")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="models to measure (default: all)"
+    )
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 512], help="sides in pixels (default: 224 512)")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="images per batch (default: 1 8)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds (default: 9)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads per library (default: torch's)"
+    )
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile; takes minutes per cell")
+    parser.add_argument("--reference", type=Path, help="also measure Meta's code in this checkout")
+    parser.add_argument("--name", default="cpu", help="name of the record (default: cpu)")
+    parser.add_argument("--render", action="store_true", help="only write the README's table, from the records")
     args = parser.parse_args()
     if args.render:
         README.write_text(filled(README.read_text(encoding="utf-8"), recorded()), encoding="utf-8")

@@ -201,18 +201,26 @@ def balance(store: Store, labels: np.ndarray, counts: list[int], seeds: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--most", type=int, default=5000, help="pictures of the first class")
-    parser.add_argument("--planted", type=int, default=500)
-    parser.add_argument("--counts", type=int, nargs="+", default=[100, 500], help="of the samples")
-    parser.add_argument("--classes", type=int, nargs=10, default=range(10), help="from the most frequent one on")
-    parser.add_argument("--size", type=int, default=112, help="pixels")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--weights", type=Path, help="other weights than those that the tests fetch")
+    parser.add_argument("--most", type=int, default=5000, help="images of the most frequent class (default: 5000)")
+    parser.add_argument("--planted", type=int, default=500, help="near-duplicates to plant (default: 500)")
     parser.add_argument(
-        "--plain", metavar="NAME", help="only near-duplicates without whitening, under this name, beside what is there"
+        "--counts", type=int, nargs="+", default=[100, 500], help="images per sample (default: 100 500)"
     )
-    parser.add_argument("--folder", type=Path, help="keeps pictures and vectors there, and goes on with those")
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "curation.json")
+    parser.add_argument(
+        "--classes",
+        type=int,
+        nargs=10,
+        default=range(10),
+        help="order of the classes, most frequent first (default: 0 to 9)",
+    )
+    parser.add_argument("--size", type=int, default=112, help="input size in pixels (default: 112)")
+    parser.add_argument("--seeds", type=int, default=5, help="random seeds (default: 5)")
+    parser.add_argument("--weights", type=Path, help="weights (default: those that the tests download)")
+    parser.add_argument(
+        "--plain", metavar="NAME", help="measure only near-duplicates without whitening; add them to the record as NAME"
+    )
+    parser.add_argument("--folder", type=Path, help="folder that keeps images and vectors for the next run")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "curation.json", help="record to write")
     args = parser.parse_args()
     from evaluate import cifar10
 

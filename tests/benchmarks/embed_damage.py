@@ -84,8 +84,8 @@ def outcome(call: Callable[[], object], out: Path, whole: dict[Path, bytes]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_damage.json")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random damage (default: 0)")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_damage.json", help="record to write")
     args = parser.parse_args()
     bb, rng, made = Backbone.from_pretrained("nano", device="cpu"), random.Random(args.seed), np.random.default_rng(0)
     counts: dict[str, Counter[str]] = {}

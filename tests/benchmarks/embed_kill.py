@@ -106,16 +106,16 @@ def experiment(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("--made-up", action="store_true", help="pictures of noise, for which nothing is fetched")
-    parser.add_argument("--count", type=int, default=20_000)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--others", type=int, default=20, help="signals that a run can hear")
-    parser.add_argument("--shard-size", type=int, default=200)
-    parser.add_argument("--form", default="/", help="of the output: /, .npy, .safetensors, .parquet, .parquet/")
-    parser.add_argument("--size", default="32")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_kill.json")
+    parser.add_argument("weights", type=Path, help="weights file or folder of the model")
+    parser.add_argument("--made-up", action="store_true", help="use images of noise, and download nothing")
+    parser.add_argument("--count", type=int, default=20_000, help="number of images (default: 20000)")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
+    parser.add_argument("--others", type=int, default=20, help="number of signals that a run can handle (default: 20)")
+    parser.add_argument("--shard-size", type=int, default=200, help="images per shard (default: 200)")
+    parser.add_argument("--form", default="/", help="output: /, .npy, .safetensors, .parquet, .parquet/ (default: /)")
+    parser.add_argument("--size", default="32", help="input size in pixels (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of images and kills (default: 0)")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_kill.json", help="record to write")
     args = parser.parse_args()
     small, pictures = None, [Image.open(ROOT / "examples" / "cat.jpg").convert("RGB")]
     if not args.made_up:

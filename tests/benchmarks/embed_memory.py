@@ -38,9 +38,11 @@ def peak(call: list[str]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("--counts", type=int, nargs=2, default=(2_000, 20_000))
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_memory.json")
+    parser.add_argument("weights", type=Path, help="weights file or folder of the model")
+    parser.add_argument(
+        "--counts", type=int, nargs=2, default=(2_000, 20_000), help="numbers of images (default: 2000 20000)"
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_memory.json", help="record to write")
     args = parser.parse_args()
     peaks, names = [], 0
     for count in args.counts:

@@ -191,12 +191,21 @@ def contest(weights: Path, album: Path, rounds: int, most_workers: int, tenth: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--counts", type=int, nargs=2, default=(3000, 300), help="pictures of each set")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="at most")
-    parser.add_argument("--model", default="vits16")
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_throughput.json")
+    parser.add_argument(
+        "--sets", nargs="+", choices=SETS, default=list(SETS), help="image sets to measure (default: all)"
+    )
+    parser.add_argument(
+        "--counts", type=int, nargs=2, default=(3000, 300), help="images per set, small and large (default: 3000 300)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="rounds (default: 9)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="largest number of workers (default: one per core)",
+    )
+    parser.add_argument("--model", default="vits16", help="model (default: vits16)")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_throughput.json", help="record to write")
     args = parser.parse_args()
     import torch
 

@@ -78,7 +78,9 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records" / "explore.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "records" / "explore.json", help="record to write"
+    )
     parser.add_argument("--shots", type=Path, help="folder for a screenshot of each page")
     args = parser.parse_args()
     binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

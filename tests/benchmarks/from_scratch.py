@@ -133,10 +133,12 @@ def lightlys(config: TrainConfig, data: Pictures) -> Backbone:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--only", nargs="+", choices=("ours", "lightly"), default=["ours", "lightly"])
-    parser.add_argument("--change", type=json.loads, default={}, help="settings of the trainer, as JSON")
+    parser.add_argument("out", type=Path, help="folder of the runs")
+    parser.add_argument("--steps", type=int, default=4500, help="optimiser steps (default: 4500)")
+    parser.add_argument(
+        "--only", nargs="+", choices=("ours", "lightly"), default=["ours", "lightly"], help="libraries (default: both)"
+    )
+    parser.add_argument("--change", type=json.loads, default={}, help="settings of the trainer to change, as JSON")
     args = parser.parse_args()
     config = TrainConfig(out=str(args.out / "ours"), steps=args.steps, **(SETTINGS | args.change))
     pixels, classes, asked, truth = cifar10(50_000, 10_000)

@@ -35,14 +35,14 @@ def main() -> int:
     from fuzzing.kinds import ADDRESS, CHECKPOINT, PICTURE, PROBE, TABLE, TAR
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--checkpoints", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=2000, help="damaged images (default: 2000)")
+    parser.add_argument("--checkpoints", type=int, default=2000, help="damaged checkpoints (default: 2000)")
     for name in ("addresses", "tars", "tables", "probes"):
-        parser.add_argument(f"--{name}", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--only", metavar="KIND:NUMBER")
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "fuzz.json")
+        parser.add_argument(f"--{name}", type=int, default=300, help=f"damaged {name} (default: 300)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the cases (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument("--only", metavar="KIND:NUMBER", help="run a single case again")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "fuzz.json", help="record to write")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -153,9 +153,9 @@ def damaged(half: Path, alone: Path, folder: Path, rng: random.Random) -> list[d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "train_kill.json")
+    parser.add_argument("--kills", type=int, default=12, help="number of kills (default: 12)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills (default: 0)")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "train_kill.json", help="record to write")
     args = parser.parse_args()
     rng, made = random.Random(args.seed), np.random.default_rng(args.seed)
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"

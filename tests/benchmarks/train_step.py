@@ -201,13 +201,19 @@ def contender_parameters(contender: Ours | Peers) -> list[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="dinov3_vits16")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--memory", choices=["ours", "peers"])
+    parser.add_argument("--model", default="dinov3_vits16", help="model (default: dinov3_vits16)")
+    parser.add_argument("--batch", type=int, default=8, help="images per batch (default: 8)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="arithmetic (default: float32)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="rounds (default: 9)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device (default: cuda or cpu)"
+    )
+    parser.add_argument(
+        "--memory", choices=["ours", "peers"], help="measure the peak memory of one side instead of the time"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)

@@ -48,9 +48,9 @@ def commit(checkout: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("before", type=Path, help="checkout of the old version")
+    parser.add_argument("after", type=Path, help="checkout of the new version")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds (default: 15)")
     args = parser.parse_args()
     checkouts = {"before": args.before.resolve(), "after": args.after.resolve()}
     rounds: list[dict[str, dict[str, float]]] = []

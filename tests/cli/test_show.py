@@ -24,8 +24,8 @@ def bb() -> Backbone:
     return Backbone.from_pretrained(small_model(), device="cpu")
 
 
-def pixels(picture: Image.Image | Path) -> np.ndarray:
-    opened = Image.open(picture) if isinstance(picture, Path) else picture
+def pixels(image: Image.Image | Path) -> np.ndarray:
+    opened = Image.open(image) if isinstance(image, Path) else image
     return np.asarray(opened.convert("RGB"))
 
 

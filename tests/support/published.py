@@ -1,5 +1,4 @@
-"""Values of the published configurations, with file and line, in the units and under the names of our settings.
-"""
+"""Values of the published configurations, with file and line, in the units and under the names of our settings."""
 
 import math
 

@@ -94,7 +94,7 @@ def case(mix: str, turned: bool, dtype: torch.dtype) -> tuple[Tensor, dict[str, 
     return (qkv if groups else qkv.unflatten(0, (3, 7))).requires_grad_(), {"cos": cos, "sin": sin, "cu_seqlens": where}
 
 
-@pytest.mark.parametrize("entries", [1, 300, 2**20], ids=["picture by picture", "some", "all at once"])
+@pytest.mark.parametrize("entries", [1, 300, 2**20], ids=["image by image", "some", "all at once"])
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("mix", MIXES)
 def test_attention_is_the_definition(mix: str, turned: bool, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:

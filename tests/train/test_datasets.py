@@ -63,11 +63,11 @@ def test_labels_of_folders(tmp_path: Path, names: tuple[str, ...], classes: list
 
 def test_list_file(tmp_path: Path) -> None:
     """Paths from where the list lies, or absolute ones; labels after a tab."""
-    write(tmp_path / "pictures/a.png", 1)
+    write(tmp_path / "images/a.png", 1)
     absolute = write(tmp_path / "b.png", 2)
     listed = tmp_path / "lists/some.txt"
     listed.parent.mkdir()
-    listed.write_text(f"../pictures/a.png\tfrog\n\n{absolute}\tant\n")
+    listed.write_text(f"../images/a.png\tfrog\n\n{absolute}\tant\n")
     data = open_data(listed)
     assert shades(data) == [1, 2]
     assert data.classes == ["ant", "frog"] and data.labels.tolist() == [1, 0]
@@ -122,7 +122,7 @@ def test_dataset(item: Any) -> None:
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 8, 8) and (pixels == 51).all()
 
 
-def test_a_dataset_that_cannot_read_a_picture() -> None:
+def test_a_dataset_that_cannot_read_an_image() -> None:
     """Is said as for a file; any other error of a Dataset is a mistake in it, and is left as it is."""
 
     class Failing(Shades):
@@ -150,10 +150,10 @@ def test_labels_and_arrays(tmp_path: Path) -> None:
 def test_large_jpegs_are_decoded_smaller(tmp_path: Path) -> None:
     """Not below the size asked for, upright, and showing the same."""
     path = tmp_path / "large.jpg"
-    picture = Image.fromarray(photo(900, 1600)).resize((1600, 900), box=(0, 0, 160, 90))
+    photograph = Image.fromarray(photo(900, 1600)).resize((1600, 900), box=(0, 0, 160, 90))
     exif = Image.Exif()
     exif[274] = 6  # lies on its side
-    picture.save(path, quality=95, exif=exif)
+    photograph.save(path, quality=95, exif=exif)
     data = open_data(tmp_path)
     whole, small = data[0], data.read(0, 430)
     assert whole.shape == (3, 1600, 900) and small.shape == (3, 800, 450)
@@ -169,7 +169,7 @@ def test_large_jpegs_are_decoded_smaller(tmp_path: Path) -> None:
     "make, error, said",
     [
         (lambda p: p / "nowhere", MissingFileError, "does not exist; check the path of the data"),
-        (lambda p: p, InputError, "which holds no files; give a folder of pictures"),
+        (lambda p: p, InputError, "which holds no files"),
         (lambda p: (p / "a.npy").write_text("") * 0 or p, InputError, "which holds 1 .npy"),
         (lambda p: write(p / "a.png", 0), InputError, "is a single image; give a folder"),
         (lambda p: tar(p / "a.tar", {"notes.txt": b"x"}), InputError, "no pictures in"),
@@ -184,7 +184,7 @@ def test_large_jpegs_are_decoded_smaller(tmp_path: Path) -> None:
         (lambda p: [(Shades(2), 1.0), Shades(2)], InputError, "less than 1 if another source has none"),
         (lambda p: (Shades(2), 0.5), InputError, "else to 1"),
     ],
-    ids=["missing", "empty", "other files", "one picture", "tar without", "no tar", "empty list", "type", "nothing",
+    ids=["missing", "empty", "other files", "one image", "tar without", "no tar", "empty list", "type", "nothing",
          "empty Dataset", "no number", "above 1", "sum above 1", "no share left", "share left"],
 )  # fmt: skip
 def test_wrong_data(tmp_path: Path, make: Any, error: type[Dinov3Error], said: str) -> None:

@@ -37,9 +37,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     rng = np.random.default_rng(0)
     for i in range(16):
-        (folder / "pictures" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (folder / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 255, (6, 8, 3), np.uint8).repeat(10, 0).repeat(10, 1)
-        Image.fromarray(pixels).save(folder / "pictures" / "ab"[i % 2] / f"{i}.png")
+        Image.fromarray(pixels).save(folder / "images" / "ab"[i % 2] / f"{i}.png")
     start = Backbone.from_config(ViTConfig(24, 2, 2, 48), seed=0)
     for name, parameter in start.named_parameters():  # weights under which images differ
         if name.endswith("gamma"):
@@ -51,7 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(world: Path, name: str, **changes) -> TrainConfig:
-    places = dict(data=(str(world / "pictures"),), model=str(world / "start"), out=str(world / name))
+    places = dict(data=(str(world / "images"),), model=str(world / "start"), out=str(world / name))
     return TrainConfig(**(SMALL | places | changes))
 
 
@@ -268,7 +268,7 @@ def test_a_dataset_and_a_live_model(world: Path) -> None:
 def test_the_example_of_a_fine_tune(world: Path, tmp_path: Path) -> None:
     """The script runs as its first lines say."""
     script = [sys.executable, str(ROOT / "examples" / "finetune.py")]
-    argv = [str(world / "pictures"), str(tmp_path / "run"), str(world / "start"), "2"]
+    argv = [str(world / "images"), str(tmp_path / "run"), str(world / "start"), "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*script, *argv], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

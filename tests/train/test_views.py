@@ -19,7 +19,7 @@ from dinov3_infer.train.views import ViewConfig, block_mask, collate, make_views
 PLAIN = dict(jitter_probability=0.0, grey=0.0, global_blur=(0.0, 0.0), local_blur=0.0, solarize=0.0)
 
 
-def picture(height: int = 300, width: int = 400) -> Tensor:
+def sample(height: int = 300, width: int = 400) -> Tensor:
     return torch.from_numpy(photo(height, width).transpose(2, 0, 1).copy())
 
 
@@ -43,10 +43,10 @@ def region(crop: Tensor) -> tuple[float, float, bool]:
 
 def test_shapes() -> None:
     """Two global crops, L local ones, and the gram crops if they are asked for; always uint8."""
-    made = make_views(picture(), ViewConfig(64, 32, gram_px=48, num_local=3), generator(0, 0, "views"))
+    made = make_views(sample(), ViewConfig(64, 32, gram_px=48, num_local=3), generator(0, 0, "views"))
     assert [tuple(crops.shape) for crops in made] == [(2, 3, 64, 64), (3, 3, 32, 32), (2, 3, 48, 48)]
     assert {crops.dtype for crops in made} == {torch.uint8}
-    bare = make_views(picture(), ViewConfig(64, num_local=0), generator(0, 0, "views"))
+    bare = make_views(sample(), ViewConfig(64, num_local=0), generator(0, 0, "views"))
     assert bare.gram_crops is None and len(bare.local_crops) == 0
 
 
@@ -71,19 +71,19 @@ def test_regions_and_flips(kind: str) -> None:
 @pytest.mark.parametrize("size", [(7, 900), (900, 7), (1, 1), (3, 4)], ids=str)
 def test_odd_pictures(size: tuple[int, int]) -> None:
     """Strips and single pixels give crops as well."""
-    made = make_views(picture(*size), ViewConfig(64, 32, gram_px=32), generator(0, 0, "views"))
+    made = make_views(sample(*size), ViewConfig(64, 32, gram_px=32), generator(0, 0, "views"))
     assert made.global_crops.float().std() > 0 or size == (1, 1)
 
 
 def test_a_strip_gives_what_fits_in_its_middle() -> None:
     """Where no crop of the asked area fits, the largest of a permitted aspect in the middle counts."""
-    assert views._region(picture(6, 900), (0.9, 1.0), iter([0.5] * 99)) == (0, 446, 6, 8)
-    assert views._region(picture(900, 6), (0.9, 1.0), iter([0.5] * 99)) == (446, 0, 8, 6)
+    assert views._region(sample(6, 900), (0.9, 1.0), iter([0.5] * 99)) == (0, 446, 6, 8)
+    assert views._region(sample(900, 6), (0.9, 1.0), iter([0.5] * 99)) == (446, 0, 8, 6)
 
 
 def test_resizing_is_pillows() -> None:
     """An antialiased bicubic cut of a region, as Pillow cuts it."""
-    image = picture()
+    image = sample()
     ours = views._cut(image, (20, 30, 200, 260), False, 96)
     theirs = (
         Image.fromarray(image.permute(1, 2, 0).numpy())
@@ -104,7 +104,7 @@ def test_size_from_which_nothing_is_blown_up() -> None:
 @pytest.mark.parametrize("distorted", [False, True], ids=["clean", "distorted"])
 def test_gram_crops_show_the_same_regions(distorted: bool) -> None:
     """They are the global crops at another size, without or with their colours."""
-    smooth = torch.nn.functional.interpolate(picture(12, 16)[None], size=(300, 400), mode="bicubic", antialias=True)[0]
+    smooth = torch.nn.functional.interpolate(sample(12, 16)[None], size=(300, 400), mode="bicubic", antialias=True)[0]
     config = ViewConfig(96, 32, gram_px=192, num_local=0, gram_distortions=distorted, solarize=1.0)
     made = make_views(smooth, config, generator(1, 0, "views"))
     assert made.gram_crops is not None
@@ -122,7 +122,7 @@ def test_gram_crops_show_the_same_regions(distorted: bool) -> None:
 
 def test_views_depend_on_the_generator_alone() -> None:
     """Not on threads, on the order of bytes in memory or on torch's own generator."""
-    image, config = picture(), ViewConfig(64, 32)
+    image, config = sample(), ViewConfig(64, 32)
     first = make_views(image, config, generator(0, 3, "views", 5))
     torch.rand(7)
     packed = image[None].contiguous(memory_format=torch.channels_last)[0]
@@ -172,7 +172,7 @@ def test_jitter_amounts_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
         jitters = [lambda _, amount, k=k, done=done: done.append((k, amount)) for k in range(4)]
         monkeypatch.setattr(views, "JITTERS", jitters)
         config = ViewConfig(16, num_local=0, jitter_probability=1.0)
-        make_views(picture(32, 32), config, generator(0, i, "views"))
+        make_views(sample(32, 32), config, generator(0, i, "views"))
         orders.append(tuple(k for k, _ in done[:4]))
         amounts.append([amount for _, amount in sorted(done[:4])])
     assert len(set(orders)) == 24
@@ -228,7 +228,7 @@ def test_masks_are_made_of_rectangles() -> None:
 def test_collate_is_crop_major_and_normalises() -> None:
     """Crop 1 of all images, then crop 2; pixels are (value / 255 - mean) / std."""
     config = ViewConfig(32, 16, num_local=3, gram_px=16)
-    made = [make_views(picture(), config, generator(0, 0, "views", i)) for i in range(3)]
+    made = [make_views(sample(), config, generator(0, 0, "views", i)) for i in range(3)]
     parts = [views.Views(*(torch.stack(crops) for crops in zip(*some, strict=True))) for some in (made[:2], made[2:])]
     masks = torch.stack([torch.full((2, 4), i < 1) for i in range(3)])
     batch = collate(parts, masks, torch.arange(3), config)

@@ -70,11 +70,13 @@ def wilson(hits: int, n: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("teacher")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("model", help="name or folder of the model")
+    parser.add_argument("teacher", help="folder of the teacher")
+    parser.add_argument("out", type=Path, help="record to write")
     for name, default in (("train", 50_000), ("test", 10_000), ("pairs", 120)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"number of {name} images (default: {default})"
+        )
     args = parser.parse_args()
     nano, teacher = Backbone.from_pretrained(args.model), Backbone.from_pretrained(args.teacher)
     models = {"nano": nano, "teacher": teacher, "random": Backbone.from_config(nano.config, seed=0), "pixels": None}

@@ -127,8 +127,8 @@ def write_table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)}; all where none is named")
-    parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"tasks to measure: {', '.join(TASKS)} (default: all)")
+    parser.add_argument("--table", action="store_true", help="only write the table, from the record")
     args = parser.parse_args()
     if unknown := set(args.tasks) - set(TASKS):
         sys.exit(f"no task is named {', '.join(sorted(unknown))}; there are {', '.join(TASKS)}")
