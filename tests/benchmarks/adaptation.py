@@ -1,11 +1,11 @@
-"""A released backbone goes on with images of another kind: the real DINOv2 ViT-S/14, all of it, on CIFAR-10.
+"""Adapts a released backbone to images of another kind: full tuning of the real DINOv2 ViT-S/14 on CIFAR-10.
 
     python tests/benchmarks/adaptation.py OUT [--steps 320] [--only plain gram]     # needs npm, pip, apt-get, dpkg-deb
 
-Two runs that differ in Gram anchoring alone.  Before and after: 20-NN and a linear probe on class tokens at 112 pixels
-(classes are never trained on, test images never seen), the relative change of the weights, and the quality of dense
-features, which is one-shot segmentation of pasted cut-outs (nano/one_shot.py) at 448 pixels.  A number is
-[value, lower end, upper end] with its interval of 95 %.  Interrupted runs are resumed.
+The two runs differ only in Gram anchoring.  Measured before and after: 20-NN and a linear probe on class tokens at 112
+pixels (training uses no classes and no test images), the relative change of the weights, and the quality of dense
+features by one-shot segmentation of pasted cut-outs (nano/one_shot.py) at 448 pixels.  Each number is [value, lower
+end, upper end] of a 95 % interval.  Interrupted runs are resumed.
 
 The record is written to records/adaptation.json, the curves beside it.
 """
@@ -25,7 +25,7 @@ from dinov3_infer import Backbone
 from dinov3_infer.train import TrainConfig, train
 
 RECORDS = Path(__file__).parent / "records"
-SIDE, SETS = 112, ((3000, 1000), (6000, 3000))  # pixels; images to know, images to ask
+SIDE, SETS = 112, ((3000, 1000), (6000, 3000))  # pixels; (training images, test images)
 RUNS = {"plain": {}, "gram": dict(gram="start")}
 SETTINGS = dict(
     global_px=SIDE, local_px=56, num_local=4, batch_size=32, precision="bfloat16", dino_prototypes=4096,
@@ -42,7 +42,7 @@ def measured(model: Backbone, many: dict[str, list[Pair]], pictures: tuple) -> d
 
 
 def moved(model: Backbone, start: Backbone) -> float:
-    """Length of the change of all weights over the length of all weights."""
+    """Norm of the change of all weights, divided by the norm of all weights."""
     ours, theirs = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model, start))
     return float((ours - theirs).norm() / theirs.norm())
 
@@ -67,7 +67,7 @@ def main() -> None:
     target = RECORDS / "adaptation.json"
 
     def put(**found: object) -> None:
-        """Into the record, to which a run in another process may have added."""
+        """Adds to the record, which another process may have changed."""
         written = json.loads(target.read_text()) if target.is_file() else {}
         what = "DINOv2 ViT-S/14 (HF layout), full tuning on the 50,000 training pictures of CIFAR-10 without classes"
         versions = {"dinov3_infer": dinov3_infer.__version__, "torch": torch.__version__}

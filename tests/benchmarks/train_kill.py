@@ -1,11 +1,11 @@
-"""A training run that is killed, or whose folder is damaged, ends as if nothing had been, or says what is wrong.
+"""Kills training runs and damages their folders; a run must end with the same weights, or name the fault.
 
     python tests/benchmarks/train_kill.py
 
-A model with the architecture of nano trains 48 steps on 64 images of noise.  One run is left alone; the other is killed
-with SIGKILL 12 times, at a random moment after a new checkpoint, and resumed each time: both have to end with the same
-weights.  Then the folder of a run that is half done is damaged in 12 ways, and resumed: "told" where it ends with a
-sentence or a line that names the file, "mended" where the weights in the end are the same.  The record goes to
+A model with the architecture of nano trains 48 steps on 64 images of noise.  One run is undisturbed; the other is
+killed with SIGKILL 12 times, at a random moment after a new checkpoint, and resumed each time.  Both must end with the
+same weights.  Then the folder of a half-finished run is damaged in 12 ways, and the run is resumed.  The result is
+"told" if a message names the file, and "mended" if the final weights are the same.  The record goes to
 records/train_kill.json.
 """
 

@@ -1,4 +1,4 @@
-"""Import time and cold start of two checkouts of this repository, one beside the other.
+"""Compares import time and cold start of two checkouts of this repository.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/two_checkouts.py BEFORE AFTER [--rounds 15]
 
@@ -56,7 +56,7 @@ def main() -> None:
     rounds: list[dict[str, dict[str, float]]] = []
     for _ in range(args.rounds + 1):
         rounds.append({name: measured(path) for name, path in checkouts.items()})
-    rounds = rounds[1:]  # the first one compiles
+    rounds = rounds[1:]  # the first process compiles
     ratios = {what: sorted(r["after"][what] / r["before"][what] for r in rounds) for what in ("import", "first")}
     summary = {
         what: dict(ratio=round(median(found), 3), quartiles=[round(q, 3) for q in quantiles(found, n=4)[::2]])
