@@ -1,4 +1,4 @@
-"""`convert`: the same weights in another layout, read back."""
+"""`convert`: the same weights in another layout, read back and compared."""
 
 import json
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_convert_keeps_the_precision_of_a_file(dtype: torch.dtype, tmp_path: Pat
 
 
 def test_convert_by_the_layout_that_is_told(tmp_path: Path) -> None:
-    """Meta and timm have the same names for DINO, and other rules for positions."""
+    """Meta and timm use the same names for DINO, with different rules for positions."""
     config = replace(ARCHITECTURES["dino_vits16"], embed_dim=64, depth=2, num_heads=1, ffn_dim=128, position_grid=4)
     source = Backbone.from_config(config, seed=0).save_pretrained(tmp_path / "m.pth", layout="meta")
     refused(1, "convert' with --num-heads", "convert", source, tmp_path / "x", "--to", "hf", "--layout", "timm")

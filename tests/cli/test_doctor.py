@@ -1,4 +1,4 @@
-"""`doctor`: what is said of the installation is true, and no secret is told."""
+"""`doctor`: its report of the installation is right, and contains no secret."""
 
 import os
 import re
@@ -67,7 +67,7 @@ def test_doctor_goes_on_after_what_fails(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_doctor_asks_the_hub() -> None:
-    """Whether the gate is open, with the token that is there; no token is told."""
+    """It reports whether the stored token opens the gated repository, without printing the token."""
     hub = Hub()
     hub.add(str(MODELS["dinov3_vits16"].hub_id), {"config.json": b"{}"}, gated=True)
     script = """

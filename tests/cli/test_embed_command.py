@@ -1,4 +1,4 @@
-"""`embed` writes what the library gives."""
+"""`embed` writes the vectors of the library."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def test_embed_goes_on_after_a_bad_picture(tmp_path: Path) -> None:
 
 
 def test_a_list_may_name_what_is_gone(tmp_path: Path) -> None:
-    """Lists come from programs: one path that leads nowhere costs its own row."""
+    """A missing path in a list affects only its row, since programs write such lists."""
     write_pictures(tmp_path, "a.png")
     (tmp_path / "list").write_text(f"{tmp_path / 'a.png'}\n{tmp_path / 'gone.png'}\n")
     assert run("embed", f"@{tmp_path / 'list'}", "-o", tmp_path / "x.npy", *MODEL, *SMALL).status == 3

@@ -1,4 +1,4 @@
-"""`explore`: one page from files, with their names; what does not fit is said before a model is loaded."""
+"""`explore`: one page for several files, with their names; wrong options fail before a model is loaded."""
 
 import json
 import re

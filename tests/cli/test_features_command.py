@@ -1,4 +1,4 @@
-"""`features` writes what the library gives, one file per image."""
+"""`features` writes the maps of the library, one file per image."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ SMALL = ("--size", "64")
 
 
 def test_features_writes_what_the_library_gives(tmp_path: Path) -> None:
-    """One file per image, in the folders that the images lie in, at sizes of their own."""
+    """One file per image, in the folders of the images, each with the size of its image."""
     write_pictures(tmp_path / "in", "a.png", "sub/a.png", "sub/b.jpg")
     ran = run("features", tmp_path / "in", "-o", tmp_path / "maps", *MODEL)
     assert (ran.status, ran.out) == (0, "")
@@ -98,7 +98,7 @@ def test_two_pictures_of_one_name(tmp_path: Path) -> None:
 
 
 def test_features_of_archives(tmp_path: Path) -> None:
-    """The same sources as embed; images that lie in one archive or table are named by what they are called there."""
+    """It takes the same sources as embed; images of an archive or table are named as in it."""
     write_tar(tmp_path / "a.tar", CONTENT[:2])
     assert run("features", tmp_path / "a.tar", "-o", tmp_path / "maps", *MODEL, *SMALL).status == 0
     index = listed(tmp_path / "maps" / "index.jsonl")

@@ -1,4 +1,4 @@
-"""The command line as such: help, usage, errors, exit statuses, streams, interruption."""
+"""The command line: help, usage, errors, exit statuses, streams, interruption."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def python(*arguments: str, **options: object) -> subprocess.CompletedProcess[st
 
 
 def test_every_help_comes_at_once_and_without_torch() -> None:
-    """CPU time of the whole process, so that a busy machine does not count."""
+    """Measured as CPU time of the whole process, so that a busy machine has no effect."""
     script = f"""
 import sys, time
 from dinov3_infer.cli import main
@@ -176,7 +176,7 @@ sys.exit(main(["models"]))
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of Unix")
 @pytest.mark.parametrize("what", ["interrupted", "closed pipe"])
 def test_a_real_interruption_and_a_closed_pipe(what: str) -> None:
-    """What a shell does: the status is 130, and `dinov3-infer models | head` ends without a complaint."""
+    """As from a shell: the status is 130, and `dinov3-infer models | head` ends without a message."""
     process = subprocess.Popen(
         [sys.executable, "-c", PROCESS, "wait" if what == "interrupted" else ""],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -13,7 +13,7 @@ from dinov3_infer.train import open_data
 
 
 def test_commands(tmp_path: Path) -> None:
-    """From images to a sheet of what is alike, and to lists; the query is embedded as the vectors were."""
+    """From images to a contact sheet of similar ones, and to lists; the query is embedded like the vectors."""
     album = write_pictures(tmp_path / "in", *(f"{i}.png" for i in range(8)), "broken.png")
     Image.open(album / "3.png").save(album / "copy.png")
     vectors, model = tmp_path / "x.npy", ("-m", small_model(), "--device", "cpu")
@@ -48,7 +48,7 @@ def test_commands(tmp_path: Path) -> None:
 
 
 def test_search_takes_the_model_of_the_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of weights too, named from elsewhere; where it has gone, it is said which one that was."""
+    """This holds for a folder of weights in another place too; if it is gone, the error names it."""
     album = write_pictures(tmp_path / "in", "a.png", "b.png")
     weights = Backbone.from_config("nano", seed=3).save_pretrained(tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
@@ -68,7 +68,7 @@ def test_search_takes_the_model_of_the_vectors(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("flags", [(), ("--plain",), ("--threshold", "1"), ("--plain", "--threshold", "1")], ids=str)
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_dedup_finds_exact_copies(flags: tuple[str, ...], count: int, tmp_path: Path) -> None:
-    """Whatever the whitening, which of a few images, or of copies alone, leaves next to nothing."""
+    """This holds with whitening too, which leaves almost nothing of a few images or of copies only."""
     album = write_pictures(tmp_path / "in", *(f"{i}.png" for i in range(count)))
     for i in range(count):
         shutil.copy(album / f"{i}.png", album / f"{i}-copy.png")

@@ -1,4 +1,4 @@
-"""`show`: the photographs are whole on the sheet, the maps lie where they belong, several images share one scale."""
+"""`show`: the sheet holds the whole photographs, the maps lie at the right place, all images share one scale."""
 
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def test_similarity_has_one_scale_over_all_pictures(
 def test_rows_have_one_width_and_no_holes(
     heights: list[int], places: list[tuple[int, int]], size: tuple[int, int]
 ) -> None:
-    """Each row goes to the column that is shortest."""
+    """Each row goes to the shortest column."""
     rows = [Image.new("RGB", (300 * (1 + i), h * (1 + i)), (i, 0, 0)) for i, h in enumerate(heights)]
     made = show_command._together(rows)
     assert made.size == size
@@ -126,7 +126,7 @@ def test_what_cannot_be_shown(tmp_path: Path) -> None:
 
 
 def test_frames_of_an_animation(tmp_path: Path) -> None:
-    """A GIF becomes a GIF of the same frames with joint colours, or a sheet of them; one frame is an image."""
+    """A GIF gives a GIF of the same frames with shared colours, or a sheet; a single frame is an image."""
     frames = [Image.open(CAT).convert("RGB").crop((10 * i, 0, 10 * i + 96, 64)) for i in range(3)]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "one.gif")

@@ -1,4 +1,4 @@
-"""`verify`: what is said of weights is true."""
+"""`verify`: its statements about weights are right."""
 
 import hashlib
 import re
@@ -22,7 +22,7 @@ def formula(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_verify_known_weights(formula: Path, tmp_path: Path) -> None:
-    """In any layout and precision of arithmetic the same weights are the same."""
+    """The same weights are recognised in every layout."""
     assert run("convert", formula, tmp_path / "m.pth", "--to", "meta").status == 0
     for path in (formula, tmp_path / "m.pth"):
         ran = run("verify", path)
@@ -68,7 +68,7 @@ def test_verify_sees_wrong_arithmetic(formula: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_verify_by_the_published_hash(formula: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Meta's DINOv3 files are known by the beginning of their SHA-256, whatever they are called."""
+    """Meta's DINOv3 files are recognised by the start of their SHA-256, under any name."""
     run("convert", small_model(), tmp_path / "mine.pth", "--to", "meta")
     digest = hashlib.sha256((tmp_path / "mine.pth").read_bytes()).hexdigest()[:8]
     row = replace(MODELS["nano"], name="dinov3_vits16", meta_file=f"dinov3_vits16_pretrain_lvd1689m-{digest}")

@@ -1,4 +1,4 @@
-"""Pictures to train on: folders, lists, archives, Datasets."""
+"""Images to train on: folders, lists, archives, Datasets."""
 
 import io
 import pickle
@@ -18,7 +18,7 @@ from dinov3_infer.train.batches import open_data
 
 
 def test_folder(tmp_path: Path) -> None:
-    """All formats, to the bottom, in the order of names; hidden files and other files are left out."""
+    """A folder gives all formats, recursively, in the order of names, without hidden files and other files."""
     for i, name in enumerate(("a.png", "b/c.JPG", "b/d/e.ppm", "f.tiff", "g.bmp")):
         write(tmp_path / name, 10 * i)
     for name in (".hidden.png", ".thumbnails/x.png"):
@@ -33,7 +33,7 @@ def test_folder(tmp_path: Path) -> None:
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
-    """A linked folder counts; a link to a folder above does not go round for ever."""
+    """A linked folder is read; a link to a parent folder does not loop."""
     write(tmp_path / "real/a.png", 1)
     (tmp_path / "set").mkdir()
     (tmp_path / "set/there").symlink_to(tmp_path / "real")
@@ -53,7 +53,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     ids=lambda v: "-".join(map(str, v or ["none"])).replace("/", "|"),
 )
 def test_labels_of_folders(tmp_path: Path, names: tuple[str, ...], classes: list[str], labels: Any) -> None:
-    """The first folder in which the paths differ; no labels where an image lies in none."""
+    """Labels are the first folder names that differ; there are none if an image has no such folder."""
     for name in names:
         write(tmp_path / name, 0)
     data = open_data(tmp_path)
@@ -62,7 +62,7 @@ def test_labels_of_folders(tmp_path: Path, names: tuple[str, ...], classes: list
 
 
 def test_list_file(tmp_path: Path) -> None:
-    """Paths from where the list lies, or absolute ones; labels after a tab."""
+    """Paths are absolute or relative to the list; labels follow a tab."""
     write(tmp_path / "images/a.png", 1)
     absolute = write(tmp_path / "b.png", 2)
     listed = tmp_path / "lists/some.txt"
@@ -89,7 +89,7 @@ def png(shade: int) -> bytes:
 
 
 def test_tar(tmp_path: Path) -> None:
-    """Any image by its number, long names too; labels from .cls files or folders."""
+    """Images are read by number, also those with long names; labels come from .cls files or folders."""
     members = {f"{i:03}.png": png(i) for i in (5, 6, 7)} | {"x" * 120 + "/9.png": png(9), "notes.json": b"{}"}
     data = open_data(tar(tmp_path / "a.tar", members))
     assert [int(data[i][0, 0, 0]) for i in (3, 1, 2, 0)] == [9, 6, 7, 5]
@@ -112,7 +112,7 @@ def test_tar(tmp_path: Path) -> None:
     ids=["PIL", "array", "float tensor with label", "mapping"],
 )
 def test_dataset(item: Any) -> None:
-    """Whatever a Dataset gives for an image."""
+    """Each form of an item of a Dataset gives the same pixels."""
 
     class One(Shades):
         def __getitem__(self, index: int) -> Any:
@@ -123,7 +123,7 @@ def test_dataset(item: Any) -> None:
 
 
 def test_a_dataset_that_cannot_read_an_image() -> None:
-    """Is said as for a file; any other error of a Dataset is a mistake in it, and is left as it is."""
+    """The error is that of a file; any other exception of a Dataset passes unchanged."""
 
     class Failing(Shades):
         def __getitem__(self, index: int) -> Any:
@@ -136,7 +136,7 @@ def test_a_dataset_that_cannot_read_an_image() -> None:
 
 
 def test_labels_and_arrays(tmp_path: Path) -> None:
-    """An array [N, H, W, 3] is a Dataset; `targets` are labels; sources with and without labels have none together."""
+    """An array [N, H, W, 3] is a Dataset; `targets` are labels; a source without labels removes those of all."""
     labelled = Shades(3)
     for targets in ([2, 0, 2], torch.tensor([2, 0, 2])):
         labelled.targets = targets
@@ -148,7 +148,7 @@ def test_labels_and_arrays(tmp_path: Path) -> None:
 
 
 def test_large_jpegs_are_decoded_smaller(tmp_path: Path) -> None:
-    """Not below the size asked for, upright, and showing the same."""
+    """They are at least of the requested size, upright, and show the same."""
     path = tmp_path / "large.jpg"
     photograph = Image.fromarray(photo(900, 1600)).resize((1600, 900), box=(0, 0, 160, 90))
     exif = Image.Exif()
@@ -188,19 +188,19 @@ def test_large_jpegs_are_decoded_smaller(tmp_path: Path) -> None:
          "empty Dataset", "no number", "above 1", "sum above 1", "no share left", "share left"],
 )  # fmt: skip
 def test_wrong_data(tmp_path: Path, make: Any, error: type[Dinov3Error], said: str) -> None:
-    """One sentence, before anything is trained."""
+    """The error is one sentence, before any training."""
     assert said in complaint(error, lambda: open_data(make(tmp_path)))
 
 
 def test_a_tar_that_is_cut_short(tmp_path: Path) -> None:
-    """Is not taken for a smaller one."""
+    """A truncated archive is an error."""
     whole = tar(tmp_path / "a.tar", {f"{i}.png": png(i) + bytes(3000) for i in range(5)}).read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[:9000])
     assert "copy it again" in complaint(InputError, lambda: open_data(tmp_path / "a.tar"))
 
 
 def test_pickles(tmp_path: Path) -> None:
-    """What is handed to workers survives being sent, as systems without fork do."""
+    """The data can be pickled for workers, as systems without fork need it."""
     write(tmp_path / "a.png", 7)
     tar(tmp_path / "b.tar", {"1.png": png(9)})
     data = pickle.loads(pickle.dumps(open_data([tmp_path, tmp_path / "b.tar"])))
@@ -208,6 +208,6 @@ def test_pickles(tmp_path: Path) -> None:
 
 
 def test_bare_tensors_are_no_sources() -> None:
-    """A list of images in memory would be taken for a list of datasets, and each row for an image."""
+    """A list of images in memory would be read as a list of datasets, each row as an image."""
     with pytest.raises(InputTypeError, match="Tensor of 3 dimensions is no source; stack"):
         open_data([torch.zeros(3, 8, 8, dtype=torch.uint8)])  # type: ignore[list-item]

@@ -1,4 +1,4 @@
-"""What goes wrong in training: the right sentence, nothing lost, and never a bad number in a checkpoint."""
+"""Failures in training give the right sentence, lose nothing, and never put a bad number into a checkpoint."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def start() -> Backbone:
-    """Weights under which images differ."""
+    """A model whose features differ between images."""
     backbone = Backbone.from_config(ViTConfig(24, 2, 2, 48), seed=0)
     for name, parameter in backbone.named_parameters():
         if name.endswith("gamma"):
@@ -66,7 +66,7 @@ def finite(folder: Path) -> bool:
 
 
 def rows(images: Path) -> list[dict]:
-    """What was recorded after steps."""
+    """The records after each step."""
     found = [json.loads(line) for line in (images.parent / "run" / "metrics.jsonl").read_text().splitlines()]
     assert found[0]["step"] == 0 and found[0]["verdict"] == "start"
     return found[1:]
@@ -76,7 +76,7 @@ def rows(images: Path) -> list[dict]:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """The loss of these steps is NaN."""
+    """Makes the loss of these steps NaN."""
     plain = Method.forward
 
     def forward(self, batch, targets, step):
@@ -107,7 +107,7 @@ def test_a_diverged_run_stops_with_the_last_good_weights(images: Path, monkeypat
 
 
 def test_a_collapsed_run_stops(images: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    """Weights under which all images are alike are seen, said, and not kept."""
+    """Weights that give all images the same features are noticed, reported and not kept."""
     plain = Method.update_ema
 
     def flat(self, step):
@@ -124,7 +124,7 @@ def test_a_collapsed_run_stops(images: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_verdicts(images: Path) -> None:
-    """The words follow the numbers."""
+    """The verdicts follow the measures."""
     run = Run(settings(images), torch.device("cpu"), backbone=start())
     health, first = run.health, run.health.first
     health.first = first | {"knn": 0.8}
@@ -157,7 +157,7 @@ def test_measures_of_health() -> None:
 
 
 def test_half_broken_folder(images: Path, caplog: Any) -> None:
-    """Broken images are replaced and counted, and each has its reason in a file, once, over a run that goes on."""
+    """Broken images are replaced and counted, and reported once, with the reason, also over a resume."""
     for i in range(3):
         (images / f"{i}.png").write_bytes(b"no picture")
     caplog.clear()
@@ -208,7 +208,7 @@ def refuse(*args, **kwargs) -> None:
 
 
 def test_a_full_disk_for_a_while(images: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    """The run goes on, earlier checkpoints stay whole, no metric is lost."""
+    """The run continues, earlier checkpoints stay complete, no metric is lost."""
     plain, calls = run_state.save_file, []
 
     def full_once(*args, **kwargs):
@@ -224,7 +224,7 @@ def test_a_full_disk_for_a_while(images: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_disk_that_stays_full(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of a run on a full disk is an error, and once there is room the run can be resumed."""
+    """A full disk at the end of a run is an error; once there is space, the run can be resumed."""
     plain, calls = run_state.save_file, []
 
     def full_later(*args, **kwargs):
@@ -254,7 +254,7 @@ def test_wrong_resume_folder(images: Path) -> None:
 
 
 def test_the_command_says_what_is_wrong(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit status 2 and one sentence."""
+    """The exit status is 2, with one sentence."""
     assert main(["--data", str(images), "--out", str(images.parent / "new"), "--resume"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("dinov3-infer: error: ") and said.count("\n") == 1

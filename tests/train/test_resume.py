@@ -1,4 +1,4 @@
-"""A run that is resumed is the one that was begun: its images, settings, checkpoints and records are looked at."""
+"""A resumed run must have the images, settings, checkpoints and records of the run that was started."""
 
 import json
 import multiprocessing
@@ -59,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(finished: Path, tmp_path: Path) -> Path:
-    """A folder with images, and the run of them."""
+    """A folder with images and a finished run on them."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -91,7 +91,7 @@ def test_other_images_are_refused(change: Callable[[Path], None], place: Path) -
 
 
 def test_a_folder_may_be_moved(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all that is in it, and be named in another way."""
+    """The folder of a run may be moved with its contents, and be named by another path."""
     before = open_data(place / "images").digest()
     monkeypatch.chdir(place)
     assert open_data("images").digest() == before
@@ -148,7 +148,7 @@ STATE, TENSORS = "checkpoints/00000004/state.json", "checkpoints/00000004/tensor
 def test_damage_is_one_sentence(
     name: str, change: Callable[[bytes], bytes], place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It names the file, or what is other than before, and the way on; the run is not touched."""
+    """The error names the file or the difference, and the remedy; the run is unchanged."""
     path = place / "run" / name
     path.write_bytes(change(path.read_bytes()))
     before = {p: p.read_bytes() for p in (place / "run").rglob("*") if p.is_file()}
@@ -173,7 +173,7 @@ def _never(*_: Any) -> None:
 
 
 def test_a_damaged_checkpoint_may_be_removed(place: Path) -> None:
-    """The one before it is whole."""
+    """The checkpoint before it is complete."""
     (place / "run" / TENSORS).write_bytes(b"")
     said = complaint(CheckpointError, lambda: go(settings(place), resume=True))
     assert "remove that folder and --resume, which continues from the checkpoint before" in said
@@ -188,7 +188,7 @@ def test_a_checkpoint_without_a_state_is_named(place: Path, caplog: pytest.LogCa
 
 
 def test_old_checkpoints_are_resumed(place: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of a version without checksums and digests of images; a line says what could not be checked."""
+    """Older versions wrote no checksums and digests; the log names what was not checked."""
     path = place / "run" / STATE
     path.write_bytes(without("sha256")(without("data")(path.read_bytes())))
     go(settings(place, steps=6), resume=True)
@@ -217,7 +217,7 @@ def _hold(folder: Path, ready: Any, done: Any) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="locks")
 @pytest.mark.parametrize("resume", [False, True], ids=["new", "resumed"])
 def test_a_second_run_into_a_folder_is_refused(resume: bool, place: Path) -> None:
-    """Also before the first one has a checkpoint; the lock ends with its process."""
+    """This holds before the first checkpoint too; the lock ends with its process."""
     if not resume:
         shutil.rmtree(place / "run")
         (place / "run").mkdir()
@@ -234,7 +234,7 @@ def test_a_second_run_into_a_folder_is_refused(resume: bool, place: Path) -> Non
 
 
 def test_an_unwell_run_goes_on_saving(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is not to stop."""
+    """A collapsed run continues to write checkpoints with stop_on_collapse=False."""
     from dinov3_infer.train.health import Health
 
     shutil.rmtree(place / "run")
@@ -247,7 +247,7 @@ def test_an_unwell_run_goes_on_saving(place: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)], ids=str)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_that_is_told_to_stop_keeps_its_steps(number: int, status: int, workers: int, place: Path) -> None:
-    """A checkpoint of the step it is at; what goes on from there is the run that was not stopped."""
+    """It writes a checkpoint of its step; the resumed run equals an undisturbed one."""
     given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items()
                      if name not in ("workers", "steps", "checkpoint_steps", "stop_on_collapse"))  # fmt: skip
     argv = ["train", "--data", str(place / "images"), "--out", str(place / "new"), "--model", "nano", *given.split(),

@@ -1,4 +1,4 @@
-"""Crops, distortions and masks of the trainer."""
+"""Crops, augmentations and masks of the trainer."""
 
 import colorsys
 import math
@@ -24,7 +24,7 @@ def sample(height: int = 300, width: int = 400) -> Tensor:
 
 
 def ramps(side: int = 240) -> Tensor:
-    """Red grows from left to right, green from top to bottom: a crop shows where it was."""
+    """An image whose red grows to the right and green to the bottom, so that a crop shows its region."""
     ramp = torch.linspace(0, 240, side).round().to(torch.uint8).expand(side, side)
     return torch.stack((ramp, ramp.T, torch.zeros_like(ramp)))
 
@@ -42,7 +42,7 @@ def region(crop: Tensor) -> tuple[float, float, bool]:
 
 
 def test_shapes() -> None:
-    """Two global crops, L local ones, and the gram crops if they are asked for; always uint8."""
+    """Two global crops, L local ones, and Gram crops if requested; all uint8."""
     made = make_views(sample(), ViewConfig(64, 32, gram_px=48, num_local=3), generator(0, 0, "views"))
     assert [tuple(crops.shape) for crops in made] == [(2, 3, 64, 64), (3, 3, 32, 32), (2, 3, 48, 48)]
     assert {crops.dtype for crops in made} == {torch.uint8}
@@ -52,7 +52,7 @@ def test_shapes() -> None:
 
 @pytest.mark.parametrize("kind", ["global_crops", "local_crops"])
 def test_regions_and_flips(kind: str) -> None:
-    """Areas fill their range evenly, aspects lie in 3/4 to 4/3, half of the crops are flipped."""
+    """Areas are uniform in their range, aspects lie in 3/4 to 4/3, half of the crops are mirrored."""
     config = ViewConfig(96, 96, num_local=2, **PLAIN)
     crops = [crop for i in range(150) for crop in getattr(make_views(ramps(), config, generator(0, i, "v")), kind)]
     found = [region(crop) for crop in crops]
@@ -70,19 +70,19 @@ def test_regions_and_flips(kind: str) -> None:
 
 @pytest.mark.parametrize("size", [(7, 900), (900, 7), (1, 1), (3, 4)], ids=str)
 def test_odd_pictures(size: tuple[int, int]) -> None:
-    """Strips and single pixels give crops as well."""
+    """Strips and single pixels give crops too."""
     made = make_views(sample(*size), ViewConfig(64, 32, gram_px=32), generator(0, 0, "views"))
     assert made.global_crops.float().std() > 0 or size == (1, 1)
 
 
 def test_a_strip_gives_what_fits_in_its_middle() -> None:
-    """Where no crop of the asked area fits, the largest of a permitted aspect in the middle counts."""
+    """If no crop of the requested area fits, the crop is the largest permitted one in the middle."""
     assert views._region(sample(6, 900), (0.9, 1.0), iter([0.5] * 99)) == (0, 446, 6, 8)
     assert views._region(sample(900, 6), (0.9, 1.0), iter([0.5] * 99)) == (446, 0, 8, 6)
 
 
 def test_resizing_is_pillows() -> None:
-    """An antialiased bicubic cut of a region, as Pillow cuts it."""
+    """A crop equals Pillow's antialiased bicubic resize of its region."""
     image = sample()
     ours = views._cut(image, (20, 30, 200, 260), False, 96)
     theirs = (
@@ -95,7 +95,7 @@ def test_resizing_is_pillows() -> None:
 
 
 def test_size_from_which_nothing_is_blown_up() -> None:
-    """The smallest crop of each kind still has as many pixels in the image as in the view."""
+    """The smallest crop of each kind has at least as many pixels in the image as in the view."""
     assert ViewConfig().image_px == 430  # 96 / sqrt(0.05)
     assert ViewConfig(num_local=0).image_px == 396  # 224 / sqrt(0.32)
     assert ViewConfig(gram_px=512).image_px == 906
@@ -103,7 +103,7 @@ def test_size_from_which_nothing_is_blown_up() -> None:
 
 @pytest.mark.parametrize("distorted", [False, True], ids=["clean", "distorted"])
 def test_gram_crops_show_the_same_regions(distorted: bool) -> None:
-    """They are the global crops at another size, without or with their colours."""
+    """They are the global crops at another size, with or without their colours."""
     smooth = torch.nn.functional.interpolate(sample(12, 16)[None], size=(300, 400), mode="bicubic", antialias=True)[0]
     config = ViewConfig(96, 32, gram_px=192, num_local=0, gram_distortions=distorted, solarize=1.0)
     made = make_views(smooth, config, generator(1, 0, "views"))
@@ -121,7 +121,7 @@ def test_gram_crops_show_the_same_regions(distorted: bool) -> None:
 
 
 def test_views_depend_on_the_generator_alone() -> None:
-    """Not on threads, on the order of bytes in memory or on torch's own generator."""
+    """Threads, memory layout and torch's global generator have no effect."""
     image, config = sample(), ViewConfig(64, 32)
     first = make_views(image, config, generator(0, 3, "views", 5))
     torch.rand(7)
@@ -133,7 +133,7 @@ def test_views_depend_on_the_generator_alone() -> None:
 
 
 def test_generators_differ_in_every_argument() -> None:
-    """Seed, step, purpose and index each count, and equal arguments draw equally."""
+    """Seed, step, purpose and index each change the draws; equal arguments give equal draws."""
     keys = [(s, t, p, i) for s in (0, 1, 11) for t in (0, 1, 11) for p in ("views", "mask") for i in (0, 1, 11)]
     drawn = {key: float(torch.rand((), generator=generator(*key), dtype=torch.float64)) for key in keys}
     assert len(set(drawn.values())) == len(keys)
@@ -163,7 +163,7 @@ def test_probabilities_are_those_of_the_released_models(monkeypatch: pytest.Monk
 
 
 def test_jitter_amounts_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each amount fills its range, as the blur's does, and the four come in any order."""
+    """Each amount fills its range, as does the blur's, and the four come in all orders."""
     orders, amounts = [], []
     sigmas: list[float] = []
     monkeypatch.setattr(views, "blur", lambda pixels, sigma: sigmas.append(sigma) or pixels)
@@ -183,7 +183,7 @@ def test_jitter_amounts_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_distorted_pixels_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the nearest grey level, white and black included."""
+    """Pixels are rounded to the nearest grey level, including white and black."""
     config = ViewConfig(16, num_local=0, **{**PLAIN, "global_blur": (1.0, 1.0)})
     for level, change, wanted in ((100, 0.6, 101), (100, 0.4, 100), (255, 0.0, 255), (0, 0.0, 0)):
         monkeypatch.setattr(views, "blur", lambda pixels, _, change=change: pixels.add_(change))
@@ -195,7 +195,7 @@ def test_distorted_pixels_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_masked_counts_are_the_published_ladder() -> None:
-    """DINOv3 at 6876159 with 4 images of 256 patches: half of the 8 crops, from 0.2 to 0.5 in equal steps."""
+    """As DINOv3 at 6876159 for 4 images of 256 patches: half of 8 crops, from 0.2 to 0.5 in equal steps."""
     counts = masked_counts(8, 256, generator(0, 0, "masked"))
     assert sorted(counts) == [0, 0, 0, 0, 51, 76, 102, 128]
     orders = {tuple(masked_counts(8, 256, generator(0, step, "masked"))) for step in range(20)}
@@ -206,7 +206,7 @@ def test_masked_counts_are_the_published_ladder() -> None:
 @pytest.mark.parametrize("grid", [(16, 16), (14, 14), (8, 12), (2, 2), (1, 1)], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.11, 0.5, 1.0])
 def test_masks_have_the_exact_count(grid: tuple[int, int], share: float) -> None:
-    """Whatever the rectangles leave over is filled up."""
+    """Single patches fill up the rectangles to the exact count."""
     count = int(share * grid[0] * grid[1])
     for seed in range(10):
         assert int(block_mask(grid, count, generator(seed, 0, "mask")).sum()) == count
@@ -254,7 +254,7 @@ def test_collate_is_crop_major_and_normalises() -> None:
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_wrong_settings(options: dict[str, object], said: str) -> None:
-    """One sentence that names the setting."""
+    """The error is one sentence that names the setting."""
     assert said in complaint(InputError, lambda: ViewConfig(**options))
 
 
@@ -276,7 +276,7 @@ def turned(x: np.ndarray, amount: float) -> np.ndarray:
 
 
 def blurred(x: np.ndarray, sigma: float) -> np.ndarray:
-    """A double loop over the 81 taps."""
+    """A crop blurred by a double loop over the 81 taps."""
     offsets = range(-4, 5)
     weight = {i: math.exp(-(i**2) / (2 * sigma**2)) for i in offsets}
     padded = np.pad(x, ((4, 4), (4, 4), (0, 0)), mode="reflect")
@@ -325,7 +325,7 @@ def distorted(name: str, pixels: Tensor, amount: float) -> Tensor:
 
 @pytest.mark.parametrize("name, amount", CASES, ids=str)
 def test_distortions_are_their_definitions(name: str, amount: float) -> None:
-    """Within a hundredth of a grey level of the definition in float64 (the blur: a tenth, it leaves out far taps)."""
+    """They agree within 0.01 grey levels with the definition in float64, the blur within 0.1."""
     pixels = colours()
     ours = distorted(name, torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)), amount)
     wanted = DEFINITIONS[name](pixels / 255.0, amount) * 255.0
@@ -335,7 +335,7 @@ def test_distortions_are_their_definitions(name: str, amount: float) -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("name, amount", CASES, ids=str)
 def test_distortions_are_torchvisions(name: str, amount: float) -> None:
-    """torchvision's v2 functionals on float pixels, from which the published recipes are made."""
+    """They agree with torchvision's v2 functionals on float pixels, which the published recipes use."""
     v2 = pytest.importorskip("torchvision.transforms.v2.functional")
     pixels = torch.from_numpy(colours().transpose(2, 0, 1).astype(np.float32))
     peer = {

@@ -1,4 +1,4 @@
-"""Makes the images of examples/README.md, all of them of photographs and drawings in the public domain or CC0.
+"""Makes the images of examples/README.md from photographs and drawings in the public domain or CC0.
 
 python tests/benchmarks/tasks/make_pictures.py [NAME ...]
 """
@@ -40,7 +40,7 @@ CAT = Image.open(OUT.parent / "cat.jpg").convert("RGB")
 
 
 def drawing(name: str) -> Image.Image:
-    """One of the Open Clip Art Library, RGBA."""
+    """A drawing of the Open Clip Art Library, RGBA."""
     found = next(data for path, data in sets.files(sets.DRAWINGS).items() if path.endswith(f"/{name}.png"))
     picture = Image.open(io.BytesIO(found)).convert("RGBA")
     picture = picture.crop(picture.getchannel("A").getbbox())
@@ -77,7 +77,7 @@ def discovered() -> Image.Image:
 
 
 def matched() -> Image.Image:
-    """Points of a cat carried over to a tiger, and what each patch of the tiger is of the cat."""
+    """Points of a cat transferred to a tiger, and the nearest patch of the cat for each patch of the tiger."""
     head = drawing("tiger_graig_ryan_smith_-_01")
     tiger = Image.new("RGB", (head.width + 40, head.height + 40), "white")
     tiger.paste(head, (20, 20), head)
@@ -108,7 +108,7 @@ def tracked() -> list[Image.Image]:
 
 
 def drawn(held_out: bool, number: int) -> list[sets.Scene]:
-    """Always the same drawings, three of a kind; the photographs and where the drawings are on them are held out."""
+    """A fixed set of drawings, three per kind, on held-out photographs at held-out places."""
     pool = [
         thing for kind in range(len(sets.DRAWN)) for thing in [t for t in sets.drawings(False) if t[1] == kind][::9][:3]
     ]
@@ -149,7 +149,7 @@ def cut_out() -> Image.Image:
 
 
 def told(picture: Image.Image, labels: torch.Tensor, names: torch.Tensor) -> Image.Image:
-    """Segments in colours, with their kinds, over the image in grey; class 0, the background, stays clear."""
+    """Coloured segments with their names over the grey image; the background, class 0, stays clear."""
     things = torch.cat((torch.zeros(1, dtype=torch.long), (names > 0).cumsum(0) * (names > 0)))
     shown = paint(picture.convert("L"), things[labels].numpy(), 0.7)
     for number in things.unique()[1:].tolist():
@@ -201,7 +201,7 @@ def room(draw: random.Random, side: int = 224, focal: float = 1.0) -> tuple[Imag
 
 
 def surfaces() -> Image.Image:
-    """Depth and normals of a rendered room, what is true above what is found."""
+    """Depth and normals of a rendered room: truth above prediction."""
     draw = random.Random(0)
     rooms = [room(draw) for _ in range(121)]
     known, asked = (four_layers([p for p, _ in part]) for part in (rooms[:120], rooms[120:]))

@@ -1,4 +1,4 @@
-"""How good it is, by the definitions of the field: IoU, AP, depth errors, PQ, J&F, epipolar inliers."""
+"""Measures of quality with their published definitions: IoU, AP, depth errors, PQ, J&F, epipolar inliers."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -76,7 +76,7 @@ def average_precision(found: Sequence[Found], truth: Sequence[Truth], threshold:
 
 
 def _precision(found: Sequence[Found], truth: Sequence[Truth], label: int, threshold: float) -> Tensor:
-    """Of one class, float64."""
+    """The precision of one class, float64."""
     scores, hits, total = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)], 0
     for (given, regions, classes), (right, right_classes) in zip(found, truth, strict=True):
         right = right[right_classes == label]
@@ -156,12 +156,12 @@ def region_and_contour(found: Tensor, truth: Tensor) -> float:
 
 
 def contour(mask: Tensor) -> Tensor:
-    """The pixels of a mask beside one that is not in it, or beside the border of the image."""
+    """The pixels of a mask next to a pixel outside it, or to the border of the image."""
     return mask & wider(~F.pad(mask, (1, 1, 1, 1)), 1)[1:-1, 1:-1]
 
 
 def wider(mask: Tensor, reach: int) -> Tensor:
-    """All pixels within `reach` of a mask, by a disc."""
+    """All pixels within a distance of `reach` from a mask."""
     rows, columns = torch.meshgrid(*(torch.arange(-reach, reach + 1),) * 2, indexing="ij")
     disc = (rows**2 + columns**2 <= reach**2).float()
     return F.conv2d(mask[None, None].float(), disc[None, None], padding=reach)[0, 0] > 0.5
@@ -188,7 +188,7 @@ def epipolar_inliers(here: Tensor, there: Tensor, within: float, seed: int, roun
 
 
 def normalising(points: Tensor) -> Tensor:
-    """The [3, 3] matrix that brings points to mean 0 and mean distance sqrt 2."""
+    """The [3, 3] matrix that maps points to mean 0 and mean distance sqrt 2."""
     middle = points.mean(dim=0)
     scale = 2**0.5 / (points - middle).norm(dim=1).mean()
     return torch.tensor([[scale, 0, -scale * middle[0]], [0, scale, -scale * middle[1]], [0, 0, 1]]).double()

@@ -101,7 +101,7 @@ def verdict(task: Task, values: dict[str, list[float]]) -> str:
 
 
 def table(record: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
-    """Markdown; means over the seeds with standard errors."""
+    """The Markdown table: means over the seeds with standard errors."""
     rows = [
         "| task | by | pictures | measure | real weights | random weights | plain pixels | outcome |",
         "|" + " --- |" * 8,

