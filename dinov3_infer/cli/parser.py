@@ -19,18 +19,15 @@ __all__ = ["parse"]
 _EPILOG = """\
 Run 'dinov3-infer COMMAND --help' for the options of a command.
 
-Every SRC is an image file, a folder (searched recursively), a glob pattern, a URL, or @FILE. The FILE lists one SRC
-per line, or is the output of 'find -print0'; @- reads the list from stdin.
+Every SRC is an image file, a folder (searched recursively), a glob pattern, a URL, or @LIST. A LIST is a file
+with one SRC per line, or the output of 'find -print0'; @- reads it from stdin.
 
 exit status: 0 success; 1 failure; 2 wrong usage; 3 success, but some inputs were skipped or could not be verified;
 130 interrupted"""
 
 _MODEL = "model name, hub id, folder, weights file or link"
-_MODEL_OR_NANO = f"{_MODEL} (default: nano)"
-_DEVICE = "cpu, cuda, cuda:1 or mps (default: a GPU if there is one that works, else cpu)"
+_DEVICE = "cpu, cuda, cuda:1 or mps (default: cuda or mps if available, else cpu)"
 _FORMATS = ("hf", "meta", "timm")
-
-
 _OF_EMBED = ("search", "dedup", "curate")
 
 
@@ -67,13 +64,13 @@ def _make_parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, parents: tuple[_Parser, ...] = ()) -> argparse.ArgumentParser:
         description = text[0].upper() + text[1:] + "."
-        return commands.add_parser(
-            name, help=text, description=description, parents=[*parents, _talk()], allow_abbrev=False
-        )
+        return commands.add_parser(name, help=text, description=description, parents=[*parents, _talk()],
+                                   allow_abbrev=False)
 
     _embed(command("embed", "write one embedding per image to a file or a folder of shards",
                    (_sources(), _model(), _batches(None))))
-    _search(command("embed search", "find the images most similar to a given one", (_model(),)))
+    _search(command("embed search", "find the images most similar to a given one",
+                    (_model("the model that made VECTORS"),)))
     _dedup(command("embed dedup", "remove near-duplicates: list the images that are kept"))
     _curate(command("embed curate", "choose a balanced subset, or images similar to seed images"))
     _features(command("features", "write dense feature maps, one file per image", (_sources(), _model(), _batches(32))))
@@ -86,11 +83,10 @@ def _make_parser() -> argparse.ArgumentParser:
     _export(command("export", "export a model to ONNX or torch.export, and check the file"))
     _bench(command("bench", "measure the speed here against the other libraries that are installed"))
     doctor = command("doctor", "check this installation and print what a bug report needs")
-    doctor.add_argument("model", nargs="?", metavar="MODEL", help=f"also load this model and print its facts: {_MODEL}")
-    _verify(command("verify", "check that weights are the ones that they claim to be"))
-    train = commands.add_parser(
-        "train", help="train a backbone on images without labels", add_help=False, prefix_chars="\0"
-    )
+    doctor.add_argument("model", nargs="?", metavar="MODEL", help=f"model whose facts and their sources are printed: {_MODEL}")
+    _verify(command("verify", "check weights against published hashes and recorded features"))
+    train = commands.add_parser("train", help="train a backbone on images without labels", add_help=False,
+                                prefix_chars="\0")
     train.add_argument("rest", nargs="*")  # passed on unparsed, since no word begins with that prefix
     return found
 
@@ -98,12 +94,8 @@ def _make_parser() -> argparse.ArgumentParser:
 # --- what commands share -------------------------------------------------------------------------------------------
 
 
-def _group() -> _Parser:
-    return _Parser(add_help=False)
-
-
 def _talk() -> _Parser:
-    found = _group()
+    found = _Parser(add_help=False)
     found.add_argument("-q", "--quiet", action="store_true", help="print errors only, and no progress bar")
     found.add_argument("-v", "--verbose", action="store_true", help="log what the command does")
     found.add_argument("--debug", action="store_true", help="log more, and print the traceback of an error")
@@ -111,21 +103,21 @@ def _talk() -> _Parser:
 
 
 def _sources() -> _Parser:
-    found = _group()
-    found.add_argument("sources", nargs="+", metavar="SRC", help="image file, folder, glob pattern, URL or @FILE")
+    found = _Parser(add_help=False)
+    found.add_argument("sources", nargs="+", metavar="SRC", help="image file, folder, glob pattern, URL or @LIST")
     return found
 
 
-def _model() -> _Parser:
-    found = _group()
-    found.add_argument("-m", "--model", help=_MODEL_OR_NANO)
+def _model(default: str = "nano") -> _Parser:
+    found = _Parser(add_help=False)
+    found.add_argument("-m", "--model", help=f"{_MODEL} (default: {default})")
     found.add_argument("--device", default="auto", help=_DEVICE)
     found.add_argument("--dtype", default="auto",
                        help="dtype of the weights: float32, bfloat16 or float16 (default: float32; CUDA then "
                        "multiplies in bfloat16)")
     found.add_argument("--mode", choices=("exact", "fast", "int8", "plain"), default="exact",
-                       help="arithmetic of matrix products on a CPU: exact is float32, fast bfloat16, int8 8 bits; "
-                       "plain turns the fast path off on every device (default: exact)")
+                       help="arithmetic on a CPU: float32 (exact), bfloat16 (fast) or int8; plain turns the fast path "
+                       "off, on every device (default: exact)")
     found.add_argument("--preprocessing", choices=("meta", "hf", "timm"),
                        help="library whose image transform is used (default: the transform of this package)")
     found.add_argument("--attn-implementation", default="auto", metavar="NAME",
@@ -135,7 +127,7 @@ def _model() -> _Parser:
 
 
 def _batches(default: int | None) -> _Parser:
-    found = _group()
+    found = _Parser(add_help=False)
     found.add_argument("-b", "--batch-size", type=_count, default=default, metavar="N",
                        help=f"images per batch (default: {default or 'the fastest, measured at the start'})")
     found.add_argument("-j", "--workers", dest="num_workers", type=_whole, metavar="N",
@@ -224,8 +216,8 @@ def _curate(found: argparse.ArgumentParser) -> None:
     _vectors(found)
     _out(found, "list of the chosen images", "LIST.txt")
     found.add_argument("-n", "--count", type=_count, metavar="N",
-                       help="number of images to choose; with --seeds, the most")
-    found.add_argument("--within", metavar="LIST.txt", help="choose only from this list, such as one that dedup wrote")
+                       help="number of images to choose; with --seeds an upper limit")
+    found.add_argument("--within", metavar="LIST.txt", help="choose only among these images, such as the list of dedup")
     found.add_argument("--clusters", type=_numbers, metavar="N,N,...",
                        help="number of clusters at each level, finest first (default: chosen by the number of images)")
     found.add_argument("--seeds", metavar="VECTORS", help="vectors of seed images; choose images similar to them")
@@ -266,10 +258,8 @@ def _show(found: argparse.ArgumentParser) -> None:
     kinds = found.add_subparsers(dest="kind", metavar="KIND", required=True)
 
     def kind(name: str, text: str) -> argparse.ArgumentParser:
-        one = kinds.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[_sources(), _model(), _talk()],
-            allow_abbrev=False,
-        )
+        one = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.",
+                               parents=[_sources(), _model(), _talk()], allow_abbrev=False)
         _out(one, "image to write: .png, .jpg or .webp; .gif or .webp for an animation or a video", "OUT.png")
         _geometry(one, dense=True)
         return one
@@ -280,10 +270,11 @@ def _show(found: argparse.ArgumentParser) -> None:
     attention.add_argument("--layer", type=int, default=-1, metavar="N",
                            help="block, counted from 0 or from the end (default: -1)")
     attention.add_argument("--point", type=_point, metavar="X,Y",
-                           help="pixel whose attention is drawn (default: the class token)")
+                           help="point whose attention is drawn, in pixels (default: the class token)")
     attention.add_argument("--heads", action="store_true", help="draw every head instead of the mean over heads")
     similarity = kind("similarity", "draw how similar all patches are to the patch at a point of the first image")
-    similarity.add_argument("--point", type=_point, required=True, metavar="X,Y", help="pixel of the first image")
+    similarity.add_argument("--point", type=_point, required=True, metavar="X,Y",
+                            help="point of the first image, in pixels")
 
 
 def _explore(found: argparse.ArgumentParser) -> None:
@@ -345,4 +336,4 @@ def _bench(found: argparse.ArgumentParser) -> None:
 
 def _verify(found: argparse.ArgumentParser) -> None:
     found.add_argument("weights", metavar="WEIGHTS", help=_MODEL)
-    found.add_argument("--model", metavar="NAME", help="model that the weights should be")
+    found.add_argument("--model", metavar="NAME", help="name of the model that the weights should be")

@@ -242,7 +242,7 @@ def attend(
     max_seqlen: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """As `rope_attention`, with a backward pass that needs little memory on a CPU.
+    """`rope_attention` with a backward pass that needs little memory on a CPU.
 
     On a CPU products have the dtype of qkv, and softmax is in float32 or float64.
 

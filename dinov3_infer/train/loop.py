@@ -200,7 +200,7 @@ class Run:
         return bool(self.failures or (self.unwell and self.config.stop_on_collapse))
 
     def leave(self, told: list[BaseException]) -> None:
-        """After a signal to stop: writes a checkpoint of this step and raises the signal's exception."""
+        """After a signal to stop, writes a checkpoint of this step.  Raises: the exception of the signal."""
         if told and self.step < self.config.steps:
             if not self.sick and self.step and not self._due(self.config.checkpoint_steps):
                 self.save()

@@ -225,7 +225,7 @@ class Method(nn.Module):
             step: number of the step, from 0.
 
         Returns:
-            Scalars by name: each term, their weighted sum "loss", and values for the record.  The mean over the parts
+            Scalars [] by name: each term, the weighted sum "loss", and values for the record.  The mean over the parts
             of a batch equals the value for the whole batch.
 
         Raises:
