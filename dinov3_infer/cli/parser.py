@@ -83,7 +83,8 @@ def _make_parser() -> argparse.ArgumentParser:
     _export(command("export", "export a model to ONNX or torch.export, and check the file"))
     _bench(command("bench", "measure the speed here against the other libraries that are installed"))
     doctor = command("doctor", "check this installation and print what a bug report needs")
-    doctor.add_argument("model", nargs="?", metavar="MODEL", help=f"model whose facts and their sources are printed: {_MODEL}")
+    doctor.add_argument("model", nargs="?", metavar="MODEL",
+                        help=f"also print the facts of a model and their sources: {_MODEL}")
     _verify(command("verify", "check weights against published hashes and recorded features"))
     train = commands.add_parser("train", help="train a backbone on images without labels", add_help=False,
                                 prefix_chars="\0")
