@@ -32,7 +32,7 @@ class Geometry(TypedDict):
 def geometry(args: argparse.Namespace) -> Geometry:
     """The options --size, --fit and --levels.  Raises: InputError for values that do not fit together."""
     if args.size == "own" and args.fit != "native":
-        raise InputError(f"--size own needs --fit native, not {args.fit or 'the fit of the model'}; give pixels")
+        raise InputError(f"--size own needs --fit native, not {args.fit or 'the default'}; add that, or give pixels")
     return Geometry(size=None if args.size == "own" else args.size, fit=args.fit, levels=as_levels(args.levels))
 
 

@@ -302,7 +302,7 @@ def _convert(found: argparse.ArgumentParser) -> None:
 def _export(found: argparse.ArgumentParser) -> None:
     found.add_argument("model", metavar="MODEL", help=_MODEL)
     found.add_argument("out", metavar="OUT",
-                       help=".onnx file, or .pt2 file (torch.export), which torch runs without this package")
+                       help="output file: .onnx, or .pt2 (torch.export), which torch runs without this package")
     found.add_argument("--size", type=_pixels,
                        help="input size in pixels, SIDE or HEIGHTxWIDTH (default: the size of the model)")
     free = found.add_mutually_exclusive_group()

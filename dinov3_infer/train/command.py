@@ -100,6 +100,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[TrainConfig, argparse.Name
     Raises:
         InputError: a setting is wrong, or the file cannot be read.
         SystemExit: after --help, and for wrong usage.
+
+    Example:
+        >>> config, flags = parse(["--data", "photos/", "--model", "vits16", "--out", "run"])
     """
     given = parser().parse_args(argv)
     settings = {name: value for name, value in vars(given).items() if name in FIELDS}

@@ -94,7 +94,7 @@ class Data:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the labels, sorted; empty if an image has none."""
+        """Sorted names of all labels; empty if any image has no label."""
         found: set[str] = set()
         for source in self.sources:
             if source.labels is None:

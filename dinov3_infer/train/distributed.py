@@ -91,7 +91,7 @@ def mean_over(rows: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process' shard of a tensor of any shape; shares its memory.  A tensor without shards is returned as is."""
+    """This process' shard of a tensor of any shape; shares its memory.  Other tensors are returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

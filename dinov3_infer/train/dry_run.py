@@ -30,6 +30,9 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         InputError: the settings or the data are wrong.
+
+    Example:
+        >>> dry_run(TrainConfig(data=("photos/",), model="vits16", out="run"))["gib_of_activations_at_most"]
     """
     run = Run(dataclasses.replace(config, recompute="none", accumulate=1), device_of(config), dry=True)
     stream = run.stream()

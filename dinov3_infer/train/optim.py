@@ -127,9 +127,10 @@ def renews_gram(config: TrainConfig, step: int) -> bool:
 def parameter_groups(student: nn.ModuleDict, config: TrainConfig) -> list[dict[str, Any]]:
     """Groups the trained parameters by learning rate and weight decay.
 
-    The final norm has factor 1.  The last block has factor `layer_decay`, and each earlier block has `layer_decay`
-    times the factor of the next one; the tokens before the blocks continue this series, and the patch embedding has
-    `patch_lr` times their factor.  Heads have factor `head_lr`.  Biases, norms and gammas have no weight decay.
+    The learning rate of a group is a factor times that of the step.  With d = `layer_decay` and N blocks, the factor is
+    1 for the final norm, d for the last block, d^2 for the one before it, d^N for the first block and d^(N + 1) for
+    class, register and mask tokens.  It is `patch_lr` * d^(N + 1) for the patch embedding and `head_lr` for heads.
+    Biases, norms and gammas have no weight decay.
 
     Returns:
         Groups for `torch.optim`, each with its factor as "rate", and "decays", "backbone" and "prototypes" as flags.

@@ -55,7 +55,7 @@ class LeftOut:
             self._told = {json.loads(line)["picture"] for line in lines if line.endswith("}")}
 
     def tell(self, broken: Mapping[int, str]) -> None:
-        """Reports the new ones among all broken images known so far (number -> reason)."""
+        """Reports the broken images that it has not reported yet.  `broken`: number -> reason, for all of them."""
         new = {number: reason for number, reason in broken.items() if number not in self._told}
         if not new:
             return
@@ -194,7 +194,7 @@ def load(path: Path, method: Method, optimizer: torch.optim.Optimizer) -> int:
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}; remove that folder") from None
     if lacking := [name for name in stored if name.endswith(".step") and not _whole_moments(name, stored)]:
-        raise CheckpointError(f"the checkpoint '{path}' lacks AdamW's moments of {lacking[0]}; remove that folder")
+        raise CheckpointError(f"the checkpoint '{path}' lacks AdamW's moments of {lacking[0]}; remove that folder and resume")
     kept = _kept(method)
     moments = {name for name in stored if name.startswith("optimizer.")}
     if different := sorted((set(stored) - moments) ^ set(kept)):

@@ -30,7 +30,7 @@ def test_presets_are_whole(name: str) -> None:
         (dict(dino_weight=0.0, ibot_weight=0.0), "no objective"),
         (dict(mask_share=0.0), "nothing is masked"),
         (dict(feature_weight=1.0), "teacher="),
-        (dict(teacher="dinov2_vits14"), "no distillation weight"),
+        (dict(teacher="dinov2_vits14"), "feature_weight and relation_weight are 0"),
         (dict(tune="lora", engine="fsdp"), "ddp"),
         (dict(gram="ema", gram_renewals=3), "needs gram='renew'"),
         (dict(ibot_prototypes=0, ibot_hidden=8), "shares the DINO head"),

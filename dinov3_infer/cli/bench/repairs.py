@@ -29,8 +29,8 @@ def mend_torchvision() -> None:
 def mend_signal_stack() -> None:
     """Makes signal handlers run on the ordinary stack of this thread.
 
-    When a model is freed, OpenVINO 2026.4 sets a separate stack for them and frees that stack too, so that the next
-    signal, such as the end of a worker, would kill the process.
+    When a model is freed, OpenVINO 2026.4 sets a separate signal stack for this thread, and then frees that stack.
+    Without this function the next signal, such as the end of a worker, would kill the process.
     """
     if sys.platform == "linux":
         none = struct.pack("@Pi4xN", 0, 2, 0)  # stack_t with SS_DISABLE
