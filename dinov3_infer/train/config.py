@@ -36,7 +36,7 @@ class TrainConfig:
     data: tuple[str, ...] = option(
         (), "folders, list files (.txt) or tar shards; 'A:0.1:pure' takes a tenth of the batches from A alone",
         heading="model and data")
-    model: str = option("vits16", "backbone to start from: name, path or hub id; with from_scratch the name of an architecture")
+    model: str = option("vits16", "backbone to start from: name, path or hub id; only a name with from_scratch")
     out: str = option("", "folder of the run: checkpoints, metrics and the trained backbone")
     from_scratch: bool = option(False, "start from random weights")
     teacher: str = option("", "backbone to distil from: name, path or hub id")
@@ -103,7 +103,8 @@ class TrainConfig:
         "sinkhorn", "balancing of the teacher's targets: Sinkhorn-Knopp or a running centre, as DINOv3")
     student_temperature: Positive = option(0.1, "softmax temperature of the student, as DINOv3")
     teacher_temperature_start: Positive = option(0.04, "softmax temperature of the teacher at step 0, as DINOv3")
-    teacher_temperature: Positive = option(0.04, "softmax temperature of the teacher after its warm-up; DINOv3 uses 0.07")
+    teacher_temperature: Positive = option(
+        0.04, "softmax temperature of the teacher after its warm-up; DINOv3 uses 0.07")
     teacher_temperature_share: Share = option(
         0.1, "share of the run in which the teacher's temperature changes, as DINOv3")
 
@@ -316,7 +317,7 @@ def check(config: TrainConfig) -> None:
     if config.batch_size % config.accumulate:
         raise InputError(f"batch_size {config.batch_size} does not split into {config.accumulate} equal parts")
     if config.distils and not (config.feature_weight or config.relation_weight):
-        raise InputError("teacher is set, but feature_weight and relation_weight are 0; set one, or use preset 'distill'")
+        raise InputError("teacher is set, but feature_weight and relation_weight are 0; set one of them")
     if not config.distils and (config.feature_weight or config.relation_weight):
         raise InputError("feature_weight and relation_weight need a teacher; set teacher= to a name, path or hub id")
     if config.gram == "start" and config.from_scratch:

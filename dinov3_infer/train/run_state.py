@@ -194,7 +194,9 @@ def load(path: Path, method: Method, optimizer: torch.optim.Optimizer) -> int:
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}; remove that folder") from None
     if lacking := [name for name in stored if name.endswith(".step") and not _whole_moments(name, stored)]:
-        raise CheckpointError(f"the checkpoint '{path}' lacks AdamW's moments of {lacking[0]}; remove that folder and resume")
+        raise CheckpointError(
+            f"the checkpoint '{path}' lacks AdamW's moments of {lacking[0]}; remove that folder and resume"
+        )
     kept = _kept(method)
     moments = {name for name in stored if name.startswith("optimizer.")}
     if different := sorted((set(stored) - moments) ^ set(kept)):
