@@ -39,7 +39,7 @@ def test_embed_normalizes(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(np.load(tmp_path / "x.npy"), axis=1), 1, rtol=1e-6)
 
 
-def test_embed_goes_on_after_a_bad_picture(tmp_path: Path) -> None:
+def test_embed_goes_on_after_a_bad_image(tmp_path: Path) -> None:
     write_pictures(tmp_path / "in", "a.png", "broken.png", "c.png")
     out = tmp_path / "x.npy"
     ran = run("embed", tmp_path / "in", "-o", out, *MODEL, *SMALL)

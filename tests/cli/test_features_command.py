@@ -59,7 +59,7 @@ def test_layers_halves_padding_and_arrays(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_features_goes_on_after_a_bad_picture(tmp_path: Path) -> None:
+def test_features_goes_on_after_a_bad_image(tmp_path: Path) -> None:
     write_pictures(tmp_path / "in", "a.png", "broken.png", "c.png")
     ran = run("features", tmp_path / "in", "-o", tmp_path / "maps", *MODEL, *SMALL)
     index = tmp_path / "maps" / "index.jsonl"
@@ -87,7 +87,7 @@ def test_interrupted_features_keep_what_is_finished(tmp_path: Path, monkeypatch:
     assert [row["file"] for row in listed(tmp_path / "maps" / "index.jsonl")] == ["a.safetensors"]
 
 
-def test_two_pictures_of_one_name(tmp_path: Path) -> None:
+def test_two_images_of_one_name(tmp_path: Path) -> None:
     write_pictures(tmp_path, "in/a.png", "in/a.jpg", "other/a.png")
     words = r"'.*a\.jpg' and '.*a\.png' would both be written to 'a\.safetensors'; use one command and one folder"
     refused(1, words, "features", tmp_path / "in", "-o", tmp_path / "maps", *MODEL)

@@ -30,7 +30,7 @@ def pixels(image: Image.Image | Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["pca", "attention", "similarity"])
-def test_one_picture_is_itself_beside_its_map(kind: str, tmp_path: Path) -> None:
+def test_one_image_is_itself_beside_its_map(kind: str, tmp_path: Path) -> None:
     flags = ("--point", "180,120") if kind == "similarity" else ()
     ran = run("show", kind, CAT, "-o", tmp_path / "x.png", *MODEL, *flags)
     assert (ran.status, ran.out, ran.err) == (0, "", f"dinov3-infer: wrote '{tmp_path / 'x.png'}'\n")
@@ -42,7 +42,7 @@ def test_one_picture_is_itself_beside_its_map(kind: str, tmp_path: Path) -> None
     assert beside.std() > 10 and np.abs(beside.astype(int) - photograph).mean() > 10
 
 
-def test_pca_is_that_of_all_pictures_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bb: Backbone) -> None:
+def test_pca_is_that_of_all_images_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bb: Backbone) -> None:
     other = write_pictures(tmp_path, "a.png") / "a.png"
     rows: list[Image.Image] = []
     monkeypatch.setattr(show_command, "_together", lambda given: rows.extend(given) or given[0])
@@ -73,7 +73,7 @@ def test_attention_of_a_point_and_of_heads(tmp_path: Path, bb: Backbone) -> None
     assert heads.width * heads.height > 2 * one.width * one.height  # the image, the mean and three heads
 
 
-def test_similarity_has_one_scale_over_all_pictures(
+def test_similarity_has_one_scale_over_all_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bb: Backbone
 ) -> None:
     dark = tmp_path / "dark.png"

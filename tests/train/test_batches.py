@@ -27,7 +27,7 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_broken_pictures_cost_their_own_place(tmp_path: Path, workers: int) -> None:
+def test_broken_images_cost_their_own_place(tmp_path: Path, workers: int) -> None:
     """A fixed image of the same source replaces a broken one; no other image changes; every broken one is named."""
     for i in range(8):
         write(tmp_path / f"{i}.png", 20 * i)
@@ -48,7 +48,7 @@ def test_broken_pictures_cost_their_own_place(tmp_path: Path, workers: int) -> N
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_but_broken_pictures(tmp_path: Path, workers: int) -> None:
+def test_nothing_but_broken_images(tmp_path: Path, workers: int) -> None:
     """The error is one sentence with the reason of one of them, also from a worker."""
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"")
@@ -88,7 +88,7 @@ def indices(data: Data, steps: int, batch_size: int, seed: int = 0) -> list[list
     return [b.indices.tolist() for b in batches(data, SMALL, batch_size=batch_size, seed=seed, stop=steps)]
 
 
-def test_every_picture_once_before_any_comes_again() -> None:
+def test_every_image_once_before_any_comes_again() -> None:
     """This holds if batches do not divide the images; each epoch and each seed has another order."""
     flat = sum(indices(shaded(10), 5, 6), [])
     epochs = [flat[i : i + 10] for i in (0, 10, 20)]

@@ -275,7 +275,7 @@ def test_the_example_of_a_fine_tune(world: Path, tmp_path: Path) -> None:
     assert "16 pictures, 2 steps of 16" in done.stdout and "20-NN" in done.stdout and "width 24" in done.stdout
 
 
-def test_new_heads_soon_tell_pictures_apart(tmp_path: Path) -> None:
+def test_new_heads_soon_tell_images_apart(tmp_path: Path) -> None:
     """On crops of a photograph with a frozen backbone, the DINO loss falls below a uniform guess within 40 steps."""
     photo = torch.from_numpy(np.array(Image.open(ROOT / "examples" / "cat.jpg").convert("RGB"))).permute(2, 0, 1)
     height, width = photo.shape[1:]

@@ -191,7 +191,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(changes: dict) -> None:
     assert all(torch.allclose(found[n], expected[n], rtol=1e-8, atol=1e-11) for n in expected)
 
 
-def test_parts_hold_the_same_pictures() -> None:
+def test_parts_hold_the_same_images() -> None:
     """Crops, masks and indices of a part belong to the same images, crop-major."""
     batch = batch_of(gram_px=32)
     number = torch.arange(4.0, dtype=torch.float64).repeat(2)  # of the image, crop-major

@@ -69,7 +69,7 @@ def test_regions_and_flips(kind: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(7, 900), (900, 7), (1, 1), (3, 4)], ids=str)
-def test_odd_pictures(size: tuple[int, int]) -> None:
+def test_odd_images(size: tuple[int, int]) -> None:
     """Strips and single pixels give crops too."""
     made = make_views(sample(*size), ViewConfig(64, 32, gram_px=32), generator(0, 0, "views"))
     assert made.global_crops.float().std() > 0 or size == (1, 1)
