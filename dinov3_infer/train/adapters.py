@@ -29,7 +29,7 @@ class LowRank(nn.Module):
 
 
 def add_adapters(backbone: Backbone, rank: int) -> None:
-    """Freezes the backbone and adds an adapter of a rank to every linear layer of its blocks."""
+    """Freezes the backbone and adds an adapter of this rank to every linear layer of its blocks."""
     backbone.requires_grad_(False)
     for module in list(backbone.blocks.modules()):
         if isinstance(module, nn.Linear):

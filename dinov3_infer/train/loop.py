@@ -64,6 +64,9 @@ def train(
 
     Raises:
         InputError: the settings or the data are wrong, or the folder holds another run.
+        MissingFileError: a path of the data does not exist.
+        UnsupportedError: the model is no vision transformer of RGB images.
+        CheckpointError: the checkpoint to resume is damaged, or belongs to another model.
         TrainingStopped: the run diverged or collapsed; the folder holds the last good weights.
         DiskError: the result could not be written; the last checkpoint is complete.
 
@@ -155,7 +158,7 @@ class Run:
     # --- the loop ------------------------------------------------------------------------------------------------
 
     def train(self, progress: bool | None = None) -> Backbone:
-        """Takes all remaining steps and returns the moving average of the backbone, as `train` below does."""
+        """Takes all remaining steps and returns the moving average of the backbone, as the function `train` does."""
         config = self.config
         stream = self.stream()
         if self.step == 0:
