@@ -34,8 +34,8 @@ SETTINGS = dict(
 )  # fmt: skip
 
 
-def measured(model: Backbone, many: dict[str, list[Pair]], pictures: tuple) -> dict[str, object]:
-    pixels, classes, asked, truth = pictures
+def measured(model: Backbone, many: dict[str, list[Pair]], images: tuple) -> dict[str, object]:
+    pixels, classes, asked, truth = images
     known, wanted = (vectors(part, model, SIDE) for part in (pixels[: SETS[-1][0]], asked[: SETS[-1][1]]))
     cifar = {f"{a}/{b}": accuracies(known[:a], classes[:a], wanted[:b], truth[:b]) for a, b in SETS}
     return {"cifar10": cifar, "iou": {task: segmentation(some, model) for task, some in many.items()}}
@@ -62,8 +62,8 @@ def main() -> None:
 
         weights, _ = write_dinov2_vits14(args.out)
     start = Backbone.from_pretrained(weights)
-    pictures, many = cifar10(50_000, 10_000), pairs(args.pairs)
-    data = Pictures(*pictures[:2])
+    images, many = cifar10(50_000, 10_000), pairs(args.pairs)
+    data = Pictures(*images[:2])
     target = RECORDS / "adaptation.json"
 
     def put(**found: object) -> None:
@@ -87,13 +87,13 @@ def main() -> None:
             "minutes": round((time.perf_counter() - begun) / 60, 1),
             "threads": torch.get_num_threads(),
             "relative_change": moved(model, start),
-            **measured(model, many, pictures),
+            **measured(model, many, images),
             "curve": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
         }
         put(**{name: record})
         shutil.copy(folder / "curves.png", RECORDS / f"adaptation_{name}.png")
     if not target.is_file() or "start" not in json.loads(target.read_text()):
-        put(start=measured(start, many, pictures))
+        put(start=measured(start, many, images))
 
 
 if __name__ == "__main__":

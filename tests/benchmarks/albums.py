@@ -24,9 +24,9 @@ def _header(width: int, height: int, depth: int = 8, colour: int = 2) -> tuple[b
     return b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
 
 
-def _saved(picture: Image.Image, kind: str, **options: object) -> bytes:
+def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, kind, **options)
+    image.save(stream, kind, **options)
     return stream.getvalue()
 
 
@@ -93,10 +93,10 @@ def write_album(
                 path.write_bytes(content)
             continue
         pixels = small[i % len(small)] if small is not None else draws.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        picture = Image.fromarray(pixels)
+        image = Image.fromarray(pixels)
         if photographs and i % 40 == 0:
             whole = photographs[rng.randrange(len(photographs))]
-            picture = whole.resize((rng.randrange(20, 700), rng.randrange(20, 700)))
-            picture = picture.convert(rng.choice(["RGB", "L", "CMYK"] if path.suffix == ".jpg" else ["RGBA", "P", "1"]))
-        picture.save(path)
+            image = whole.resize((rng.randrange(20, 700), rng.randrange(20, 700)))
+            image = image.convert(rng.choice(["RGB", "L", "CMYK"] if path.suffix == ".jpg" else ["RGBA", "P", "1"]))
+        image.save(path)
     return paths

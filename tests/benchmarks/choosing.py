@@ -82,22 +82,20 @@ def vectors(bb: Backbone, pictures: np.ndarray, grid: int) -> dict[tuple[int, st
 
 
 def plain(grid: int = SEEN, **options: Any) -> Callable[[Backbone, Any, list[int]], list[Features]]:
-    return lambda bb, picture, layers: [
-        dense_features(bb, picture, size=grid * bb.patch_size, layers=layers, **options)
-    ]
+    return lambda bb, image, layers: [dense_features(bb, image, size=grid * bb.patch_size, layers=layers, **options)]
 
 
-def shifted(bb: Backbone, picture: Any, layers: list[int]) -> list[Features]:
+def shifted(bb: Backbone, image: Any, layers: list[int]) -> list[Features]:
     """The features of an image, and of the image shifted by half a patch; their scores are averaged per pixel."""
     half, side = bb.patch_size // 2, SEEN * bb.patch_size
     pixels = torch.nn.functional.interpolate(
-        load_image(picture)[None].float(), size=(side, side), mode="bilinear", antialias=True
+        load_image(image)[None].float(), size=(side, side), mode="bilinear", antialias=True
     ).round()  # fmt: skip
     moved = torch.nn.functional.pad(pixels, (half, half, half, half), mode="replicate")[0].to(torch.uint8)
     found = dense_features(bb, moved, size=None, layers=layers)
-    original = tuple(load_image(picture).shape[1:])
+    original = tuple(load_image(image).shape[1:])
     place = Placement((original[0], original[1]), (side, side), (-half, -half, side + 2 * half, side + 2 * half))
-    return [*plain()(bb, picture, layers), replace(found, placements=(place,))]
+    return [*plain()(bb, image, layers), replace(found, placements=(place,))]
 
 
 PLAIN = f"{SEEN} patches a side"

@@ -53,18 +53,18 @@ def changed(pixels: np.ndarray, way: str, rng: np.random.Generator) -> Image.Ima
     """A near-duplicate: JPEG of quality 60 to 95, up to 3 % cropped at each border, 5 to 20 % lighter or darker, or
     resized to 64 to 192 pixels.
     """
-    picture = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    image = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     if way == "JPEG":
         stream = io.BytesIO()
-        picture.save(stream, "JPEG", quality=int(rng.integers(60, 96)))
+        image.save(stream, "JPEG", quality=int(rng.integers(60, 96)))
         return Image.open(stream).convert("RGB")
     if way == "crop":
         left, top, right, bottom = (int(v) for v in rng.integers(0, 5, 4))
-        return picture.crop((left, top, SIDE - right, SIDE - bottom))
+        return image.crop((left, top, SIDE - right, SIDE - bottom))
     if way == "light":
-        return ImageEnhance.Brightness(picture).enhance(1 + float(rng.choice([1, -1]) * rng.uniform(0.05, 0.2)))
+        return ImageEnhance.Brightness(image).enhance(1 + float(rng.choice([1, -1]) * rng.uniform(0.05, 0.2)))
     side = int(rng.integers(SIDE // 2, SIDE * 3 // 2 + 1))
-    return picture.resize((side, side), Image.Resampling.BICUBIC)
+    return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:

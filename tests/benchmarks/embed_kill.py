@@ -118,14 +118,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of images and kills (default: 0)")
     parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_kill.json", help="record to write")
     args = parser.parse_args()
-    small, pictures = None, [Image.open(ROOT / "examples" / "cat.jpg").convert("RGB")]
+    small, images = None, [Image.open(ROOT / "examples" / "cat.jpg").convert("RGB")]
     if not args.made_up:
         from evaluate import cifar10
         from fetch import photographs
 
-        small, pictures = cifar10(args.count, 1)[0], list(photographs().values())
+        small, images = cifar10(args.count, 1)[0], list(photographs().values())
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_album(Path(folder) / "album", args.count, small, pictures, seed=args.seed)
+        paths = write_album(Path(folder) / "album", args.count, small, images, seed=args.seed)
         record = experiment(
             args.weights, Path(folder) / "album", paths, Path(folder), args.form, args.kills, args.shard_size,
             args.seed, "--size", args.size, "-j", "0", at_most=0.5, others=args.others,

@@ -133,10 +133,10 @@ def write_set(folder: Path, count: int, size: tuple[int, int]) -> Path:
     from fetch import photographs
     from PIL import Image
 
-    rng, pictures = random.Random(0), list(photographs().values())
+    rng, images = random.Random(0), list(photographs().values())
     folder.mkdir()
     for i in range(count):
-        whole = pictures[i % len(pictures)]
+        whole = images[i % len(images)]
         left, top = rng.randrange(whole.width // 3), rng.randrange(whole.height // 3)
         box = (left, top, left + whole.width // 2, top + whole.height // 2)
         whole.resize(size, Image.Resampling.BICUBIC, box).save(folder / f"{i:05d}.jpg", "JPEG", quality=92)

@@ -44,11 +44,11 @@ def cifar10(train: int, test: int) -> tuple[np.ndarray, Tensor, np.ndarray, Tens
     return *read(sheets, "train_lables.json", train), *read(["test_batch.png"], "test_lables.json", test)
 
 
-def vectors(pictures: np.ndarray, model: Backbone | None) -> Tensor:
+def vectors(images: np.ndarray, model: Backbone | None) -> Tensor:
     """One vector per image, [N, C]: the class token, or without a model the pixels."""
     if model is None:
-        return torch.from_numpy(pictures).flatten(1).float()
-    return torch.from_numpy(model.embed(list(pictures), size=8 * model.patch_size))
+        return torch.from_numpy(images).flatten(1).float()
+    return torch.from_numpy(model.embed(list(images), size=8 * model.patch_size))
 
 
 def knn(known: Tensor, classes: Tensor, asked: Tensor, truth: Tensor) -> list[float]:

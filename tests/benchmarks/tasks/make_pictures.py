@@ -42,10 +42,10 @@ CAT = Image.open(OUT.parent / "cat.jpg").convert("RGB")
 def drawing(name: str) -> Image.Image:
     """A drawing of the Open Clip Art Library, RGBA."""
     found = next(data for path, data in sets.files(sets.DRAWINGS).items() if path.endswith(f"/{name}.png"))
-    picture = Image.open(io.BytesIO(found)).convert("RGBA")
-    picture = picture.crop(picture.getchannel("A").getbbox())
-    picture.thumbnail((480, 480))
-    return picture
+    image = Image.open(io.BytesIO(found)).convert("RGBA")
+    image = image.crop(image.getchannel("A").getbbox())
+    image.thumbnail((480, 480))
+    return image
 
 
 def retrieved() -> Image.Image:
@@ -115,25 +115,25 @@ def drawn(held_out: bool, number: int) -> list[sets.Scene]:
     return sets.scenes(number, 1, held_out, count=(1, 3), sizes=(0.3, 0.6), pool=pool)
 
 
-def four_layers(pictures: list[Image.Image], size: int = 224) -> torch.Tensor:
+def four_layers(images: list[Image.Image], size: int = 224) -> torch.Tensor:
     bb = model_of("real", 0)
-    return maps(bb, pictures, size, layers_of("dpt", bb.config.depth))
+    return maps(bb, images, size, layers_of("dpt", bb.config.depth))
 
 
 def detected() -> Image.Image:
     train, test = drawn(False, 240), drawn(True, 6)
-    known, asked = (four_layers([s.picture for s in part], 168) for part in (train, test))
+    known, asked = (four_layers([s.image for s in part], 168) for part in (train, test))
     torch.manual_seed(0)
     detector = detection.train(known, [(s.boxes, s.classes) for s in train], len(sets.DRAWN))
     shown = []
     for scene, (scores, boxes, classes) in zip(test, detection.detect(detector, asked), strict=True):
-        shown.append(detection.draw(scene.picture, scores, boxes, classes, list(sets.DRAWN)))
+        shown.append(detection.draw(scene.image, scores, boxes, classes, list(sets.DRAWN)))
     return sheet(shown, columns=3)
 
 
 def cut_out() -> Image.Image:
     train, test = drawn(False, 240), drawn(True, 6)
-    known, asked = (four_layers([s.picture for s in part], 168) for part in (train, test))
+    known, asked = (four_layers([s.image for s in part], 168) for part in (train, test))
     torch.manual_seed(0)
     truth = []
     for scene in train:
@@ -144,14 +144,14 @@ def cut_out() -> Image.Image:
     shown = []
     for scene, found in zip(test, masks.instances(head, asked, (sets.SIDE, sets.SIDE)), strict=True):
         labels, names = masks.panoptic(*found)
-        shown.append(told(scene.picture, labels, names))
+        shown.append(told(scene.image, labels, names))
     return sheet(shown, columns=3)
 
 
-def told(picture: Image.Image, labels: torch.Tensor, names: torch.Tensor) -> Image.Image:
+def told(image: Image.Image, labels: torch.Tensor, names: torch.Tensor) -> Image.Image:
     """Coloured segments with their names over the grey image; the background, class 0, stays clear."""
     things = torch.cat((torch.zeros(1, dtype=torch.long), (names > 0).cumsum(0) * (names > 0)))
-    shown = paint(picture.convert("L"), things[labels].numpy(), 0.7)
+    shown = paint(image.convert("L"), things[labels].numpy(), 0.7)
     for number in things.unique()[1:].tolist():
         y, x = (things[labels] == number).nonzero().double().mean(dim=0).tolist()
         kind = list(sets.DRAWN)[int(names[things[1:] == number]) - 1]

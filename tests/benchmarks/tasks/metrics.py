@@ -47,12 +47,12 @@ def mean_iou(predicted: Sequence[Tensor], truth: Sequence[Tensor], num_classes: 
     counts = torch.zeros(num_classes, num_classes, dtype=torch.long)  # truth, predicted
     for number, (found, right) in enumerate(zip(predicted, truth, strict=True)):
         if found.shape != right.shape:
-            raise InputError(f"picture {number} is {list(found.shape)}, its truth {list(right.shape)}; give one size")
+            raise InputError(f"image {number} is {list(found.shape)}, its truth {list(right.shape)}; give one size")
         known = right != IGNORE
         a, b = right[known].long(), found[known].long()
         if len(a) and not (min(a.min(), b.min()) >= 0 and max(a.max(), b.max()) < num_classes):
             raise InputError(
-                f"labels of picture {number} reach from {min(a.min(), b.min())} to {max(a.max(), b.max())}; "
+                f"labels of image {number} reach from {min(a.min(), b.min())} to {max(a.max(), b.max())}; "
                 f"with {num_classes} classes they are 0 to {num_classes - 1}"
             )
         counts += torch.bincount(a * num_classes + b, minlength=num_classes**2).view(num_classes, -1)
@@ -68,7 +68,7 @@ def average_precision(found: Sequence[Found], truth: Sequence[Truth], threshold:
     most 100 of a class count in an image.  For AP over 0.50 to 0.95 take the mean of ten calls.
     """
     if len(found) != len(truth):
-        raise InputError(f"there are results for {len(found)} pictures and truth for {len(truth)}; give both for each")
+        raise InputError(f"there are results for {len(found)} images and truth for {len(truth)}; give both for each")
     labels = torch.cat([classes for _, classes in truth]).unique() if truth else torch.empty(0)
     if not len(labels):
         raise InputError("the truth holds nothing to be found; give at least one region")

@@ -95,7 +95,7 @@ def cifar10() -> tuple[np.ndarray, Tensor, np.ndarray, Tensor]:
 def landscapes() -> list[Image.Image]:
     """Photographs in the public domain without a single main object, 640 pixels wide."""
     found = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in sorted(files(LANDSCAPES).items())]
-    return [picture.resize((640, round(640 * picture.height / picture.width))) for picture in found]
+    return [image.resize((640, round(640 * image.height / image.width))) for image in found]
 
 
 @cache
@@ -119,15 +119,15 @@ def things(
     for number, globs in enumerate(kinds.values()):
         names = [name for name in sorted(found) if fnmatch.fnmatchcase(name, globs)]
         for name in [name for i, name in enumerate(names) if (i % 3 == 2) == held_out]:
-            picture = Image.open(io.BytesIO(found[name]))
-            if max(picture.size) < 3000:
-                picture = picture.convert("RGBA")
-                picture = picture.crop(picture.getchannel("A").getbbox())
-                picture.thumbnail((SIDE, SIDE))
-                solid = np.array(picture.getchannel("A")) > 127
-                tints = np.array(picture.convert("RGB").convert("HSV"))[..., 1]
+            image = Image.open(io.BytesIO(found[name]))
+            if max(image.size) < 3000:
+                image = image.convert("RGBA")
+                image = image.crop(image.getchannel("A").getbbox())
+                image.thumbnail((SIDE, SIDE))
+                solid = np.array(image.getchannel("A")) > 127
+                tints = np.array(image.convert("RGB").convert("HSV"))[..., 1]
                 if solid.mean() < 0.9 and not (drawn and (solid.mean() < 0.2 or tints[solid].mean() < 60)):
-                    result.append((picture, number))
+                    result.append((image, number))
     return result
 
 
@@ -135,7 +135,7 @@ def things(
 class Scene:
     """A photograph with cut-outs, SIDE x SIDE."""
 
-    picture: Image.Image
+    image: Image.Image
     numbers: Tensor  # [SIDE, SIDE] int64: which thing a pixel shows, 0 for the photograph, 1 to n
     classes: Tensor  # [n] of the things
 
@@ -175,9 +175,9 @@ def cut_out(stamp: Image.Image, draw: random.Random, scale: float) -> Image.Imag
     return stamp.resize([max(1, round(length * factor)) for length in stamp.size], Image.Resampling.LANCZOS)
 
 
-def paste(picture: Image.Image, numbers: np.ndarray, cut: Image.Image, place: tuple[int, int], number: int) -> None:
-    picture.paste(cut, place, cut)
-    solid = Image.new("L", picture.size)
+def paste(image: Image.Image, numbers: np.ndarray, cut: Image.Image, place: tuple[int, int], number: int) -> None:
+    image.paste(cut, place, cut)
+    solid = Image.new("L", image.size)
     solid.paste(cut.getchannel("A"), place)
     numbers[np.array(solid) > 127] = number
 
@@ -191,16 +191,16 @@ def scene(
 ) -> Scene:
     """A scene with `count` (least, most) cut-outs from `pool` or the stamps, each at most half hidden."""
     while True:
-        picture, numbers = background(draw, held_out), np.zeros((SIDE, SIDE), np.int64)
+        image, numbers = background(draw, held_out), np.zeros((SIDE, SIDE), np.int64)
         chosen = draw.choices(pool or stamps(held_out), k=draw.randint(*count))
         areas = []
         for number, (stamp, _) in enumerate(chosen, start=1):
             cut = cut_out(stamp, draw, draw.uniform(*sizes))
             before = numbers.copy()
-            paste(picture, numbers, cut, tuple(draw.randint(0, SIDE - n) for n in cut.size), number)
+            paste(image, numbers, cut, tuple(draw.randint(0, SIDE - n) for n in cut.size), number)
             areas.append(int((numbers != before).sum()))
         if all((numbers == i).sum() > max(0.5 * area, 64) for i, area in enumerate(areas, start=1)):
-            return Scene(picture, torch.from_numpy(numbers), torch.tensor([name for _, name in chosen]))
+            return Scene(image, torch.from_numpy(numbers), torch.tensor([name for _, name in chosen]))
 
 
 def scenes(number: int, seed: int, held_out: bool, **options: object) -> list[Scene]:
@@ -250,9 +250,9 @@ def textures() -> list[Image.Image]:
     return [Image.open(io.BytesIO(found[f"{name}.png"])).convert("RGB") for name in ("brick", "grass", "gravel")]
 
 
-def grid(picture: Image.Image) -> Tensor:
+def grid(image: Image.Image) -> Tensor:
     """(x, y) of every pixel: [height, width, 2]."""
-    y, x = torch.meshgrid(torch.arange(picture.height), torch.arange(picture.width), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(image.height), torch.arange(image.width), indexing="ij")
     return torch.stack((x, y), dim=-1).float()
 
 
@@ -261,14 +261,14 @@ def stereo(name: str) -> tuple[Image.Image, Image.Image, Tensor]:
     """Left and right image, and the disparity of the left one in pixels [height, width], 0 if unknown."""
     if name == "aloe":
         found = {Path(path).name: data for path, data in files(OPENCV).items()}
-        pictures = [Image.open(io.BytesIO(found[f"aloe{side}.jpg"])).convert("RGB") for side in "LR"]
+        images = [Image.open(io.BytesIO(found[f"aloe{side}.jpg"])).convert("RGB") for side in "LR"]
         disparity = np.array(Image.open(io.BytesIO(found["aloeGT.png"])), np.float32)
     else:
         found = fetch.members(SKIMAGE)
         names = ("motorcycle_left.png", "motorcycle_right.png")
-        pictures = [Image.open(io.BytesIO(found[name])).convert("RGB") for name in names]
+        images = [Image.open(io.BytesIO(found[name])).convert("RGB") for name in names]
         disparity = np.load(io.BytesIO(found["motorcycle_disp.npz"]))["arr_0"].astype(np.float32)
-    return pictures[0], pictures[1], torch.from_numpy(disparity).nan_to_num(0, 0, 0).clamp(min=0)
+    return images[0], images[1], torch.from_numpy(disparity).nan_to_num(0, 0, 0).clamp(min=0)
 
 
 def tiles(seed: int, held_out: bool, views: int = 6) -> list[tuple[Image.Image, Tensor, float]]:
@@ -279,15 +279,15 @@ def tiles(seed: int, held_out: bool, views: int = 6) -> list[tuple[Image.Image, 
     """
     draw, found = random.Random(f"{seed} {held_out}"), []
     for name, focal, offset in (("aloe", 3740.0, 0.0), ("motorcycle", 994.978, 31.086)):  # pixels
-        picture, _, disparity = stereo(name)
+        image, _, disparity = stereo(name)
         inverse = disparity.clamp(min=1) + offset
         depth = torch.where(disparity > 0, inverse[disparity > 0].median() / inverse, 0)
-        wide, high = picture.width // 4, picture.height // 3
+        wide, high = image.width // 4, image.height // 3
         for row, column in ((r, c) for r in range(3) for c in range(4) if ((r + c + seed) % 2 == 1) == held_out):
             for _ in range(1 if held_out else views):
                 side = min(wide, high) if held_out else round(min(wide, high) * draw.uniform(0.6, 1))
                 left, top = column * wide + draw.randint(0, wide - side), row * high + draw.randint(0, high - side)
-                part = picture.crop((left, top, left + side, top + side)).resize((224, 224))
+                part = image.crop((left, top, left + side, top + side)).resize((224, 224))
                 deep = depth[top : top + side, left : left + side]
                 if not held_out and draw.random() < 0.5:
                     part, deep = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT), deep.flip(1)
@@ -324,11 +324,11 @@ def clip(
         moves.append((cut, start, way, draw.uniform(-15, 15), number + 1))
     made = Clip([], [])
     for time in np.linspace(0, 1, frames):
-        picture, labels = photo.copy(), np.zeros((side, side), np.int64)
+        image, labels = photo.copy(), np.zeros((side, side), np.int64)
         for cut, start, way, turn, number in moves:
             turned = cut.rotate(turn * time, Image.Resampling.BICUBIC)
-            paste(picture, labels, turned, tuple(int(v) for v in start + way * time), number)
-        made.frames.append(picture)
+            paste(image, labels, turned, tuple(int(v) for v in start + way * time), number)
+        made.frames.append(image)
         made.labels.append(labels)
     return made
 

@@ -62,8 +62,8 @@ def cifar(model: str, seed: int) -> dict[str, Tensor]:
     train, classes, test, truth = sets.cifar10()
     here, there = slice(seed * COUNT, (seed + 1) * COUNT), slice(seed * ASKED, (seed + 1) * ASKED)
     found: dict[str, Tensor] = {"classes": classes[here], "truth": truth[there]}
-    for name, pictures in (("train", train[here]), ("test", test[there])):
-        each = list(model_of(model, seed).iter_features(list(pictures), size=SMALL, fit="squash"))
+    for name, images in (("train", train[here]), ("test", test[there])):
+        each = list(model_of(model, seed).iter_features(list(images), size=SMALL, fit="squash"))
         found[f"{name} cls"] = torch.cat([f.embedding for f in each])
         found[f"{name} patches"] = torch.cat([f.patch_tokens for f in each])
     return found
@@ -81,9 +81,7 @@ def scene_features(model: str, seed: int) -> tuple[list[Features], list[Features
     bb = model_of(model, seed)
     train, test = (
         list(
-            bb.iter_features(
-                [s.picture for s in part], size=SIDE, fit="squash", layers=layers_of("dpt", bb.config.depth)
-            )
+            bb.iter_features([s.image for s in part], size=SIDE, fit="squash", layers=layers_of("dpt", bb.config.depth))
         )
         for part in scenes(seed)
     )
@@ -122,9 +120,9 @@ def retrieved(model: str, seed: int) -> float:
     draw = random.Random(seed)
     chosen = draw.sample(sets.stamps(False) + sets.stamps(True), 40)
     gallery, queries = (
-        [sets.scene(draw, False, (1, 1), (0.6, 0.9), [stamp]).picture for stamp in chosen] for _ in range(2)
+        [sets.scene(draw, False, (1, 1), (0.6, 0.9), [stamp]).image for stamp in chosen] for _ in range(2)
     )
-    bank, asked = (retrieval.embed(model_of(model, seed), pictures, SEEN) for pictures in (gallery, queries))
+    bank, asked = (retrieval.embed(model_of(model, seed), images, SEEN) for images in (gallery, queries))
     return float((nearest(asked, bank, 5)[1] == torch.arange(len(chosen))[:, None]).any(dim=1).float().mean())
 
 
@@ -149,7 +147,7 @@ def single(seed: int) -> list[sets.Scene]:
 
 
 def split(model: str, seed: int) -> float:
-    features = list(model_of(model, seed).iter_features([s.picture for s in single(seed)], size=SEEN, fit="squash"))
+    features = list(model_of(model, seed).iter_features([s.image for s in single(seed)], size=SEEN, fit="squash"))
     found = [foreground.split([f])[0] for f in features]
     return mean([float(iou(torch.from_numpy(m), s.numbers > 0)) for m, s in zip(found, single(seed), strict=True)])
 
@@ -158,7 +156,7 @@ def discovered(model: str, seed: int) -> float:
     """Share of objects whose box has an IoU of at least 0.5 with the box found."""
     hits = []
     for s in single(seed):
-        thing = discovery.discover(model_of(model, seed).extract_features(s.picture, size=SEEN, fit="squash"))[0]
+        thing = discovery.discover(model_of(model, seed).extract_features(s.image, size=SEEN, fit="squash"))[0]
         box = torch.tensor([discovery.box_of(thing, (1, 1))])
         hits.append(float(iou(box, s.boxes)[0, 0] >= 0.5))
     return mean(hits)
@@ -169,7 +167,7 @@ def one_shot(model: str, seed: int) -> float:
     draw, found, bb = random.Random(seed), [], model_of(model, seed)
     for stamp in draw.sample(sets.stamps(True), 16):
         first, second = (sets.scene(draw, True, (1, 1), (0.4, 0.7), [stamp]) for _ in range(2))
-        a, b = (bb.extract_features(s.picture, size=SEEN, fit="squash") for s in (first, second))
+        a, b = (bb.extract_features(s.image, size=SEEN, fit="squash") for s in (first, second))
         labels = OneShotSegmenter().fit(a, [first.numbers > 0]).predict(b)[0]
         found.append(float(iou(labels > 0, second.numbers > 0)))
     return mean(found)
@@ -285,7 +283,7 @@ def depth_of(head: str) -> Callable[[str, int], float]:
         """delta1: share of pixels of held-out tiles whose depth is right within a quarter."""
         bb, train, test = model_of(model, seed), sets.tiles(seed, False), sets.tiles(seed, True)
         layers = layers_of(head, bb.config.depth)
-        known, asked = (maps(bb, [picture for picture, *_ in part], SEEN, layers) for part in (train, test))
+        known, asked = (maps(bb, [image for image, *_ in part], SEEN, layers) for part in (train, test))
         torch.manual_seed(seed)
         trained = depth.train(known, torch.stack([d for _, d, _ in train]), head, STEPS[head])
         truth = torch.stack([d for _, d, _ in test])
@@ -302,7 +300,7 @@ def facing(model: str, seed: int) -> float:
     for half in (2 * seed, 2 * seed + 1):
         train, test = sets.tiles(half, False), sets.tiles(half, True)
         layers = layers_of("dpt", bb.config.depth)
-        known, asked = (maps(bb, [picture for picture, *_ in part], SEEN, layers) for part in (train, test))
+        known, asked = (maps(bb, [image for image, *_ in part], SEEN, layers) for part in (train, test))
         each = [[normals.normals_of(d[None], focal) for _, d, focal in part] for part in (train, test)]
         (right, sure), (truth, counted) = (tuple(map(torch.cat, zip(*part, strict=True))) for part in each)
         torch.manual_seed(seed)
