@@ -36,10 +36,10 @@ def run(args: argparse.Namespace) -> int:
     for number in foreign:
         say(store.paths[int(number)], args.against)
     write_list(out, (store.paths[int(number)] for number in kept))
-    parts = [f"{len(alike)} are duplicates"]
+    parts = [f"duplicates: {len(alike)}"]
     if against is not None:
-        parts.append(f"{len(foreign)} duplicate images of '{args.against}'")
+        parts.append(f"duplicates of '{args.against}': {len(foreign)}")
     if failed := int((~store.good).sum()):
-        parts.append(f"{failed} have no vector")
+        parts.append(f"without a vector: {failed}")
     tell(f"wrote '{out}': kept {len(kept)} of {len(store)} images; {', '.join(parts)}")
     return OK

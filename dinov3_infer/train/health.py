@@ -86,7 +86,7 @@ class Health:
         self.images = [i for i, reason in reasons.items() if reason is None]
         if len(self.images) < 2:
             raise InputError(
-                f"{len(self.images)} of {count} images can be read, and training needs at least 2; check the data: "
+                f"{len(self.images)} of {count} images tried can be read, and training needs 2; check the data: "
                 f"{next(filter(None, reasons.values()), 'there are no more images')}"
             )
         self.data = data

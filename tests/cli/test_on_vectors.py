@@ -30,16 +30,16 @@ def test_commands(tmp_path: Path) -> None:
     )
     ran = run("embed", "dedup", vectors, "-o", tmp_path / "kept.txt", "--threshold", "0.9999", "--plain")
     assert ran.out == f"{album / 'copy.png'}\t{album / '3.png'}\n"
-    assert "kept 8 of 10 images; 1 are duplicates, 1 have no vector" in ran.err
+    assert "kept 8 of 10 images; duplicates: 1, without a vector: 1" in ran.err
     ran = run("embed", "curate", vectors, "-o", tmp_path / "c.txt", "-n", "4", "--clusters", "3", "--within",
               tmp_path / "kept.txt")  # fmt: skip
     assert ran.status == 0 and len(open_data(tmp_path / "c.txt")) == 4
     assert "copy.png" not in (tmp_path / "c.txt").read_text()
-    refused(1, "-n for a balanced sample, or --seeds", "embed", "curate", vectors, "-o", tmp_path / "d.txt")
+    refused(1, "-n for a balanced subset, or --seeds", "embed", "curate", vectors, "-o", tmp_path / "d.txt")
     for words, command, *options in (
-        ("give --seeds too", "curate", "--nearest", "3", "-n", "2"),
-        ("leave it out, or --seeds", "curate", "--seeds", vectors, "--clusters", "3"),
-        ("give --against too", "dedup", "--against-threshold", "0.5"),
+        ("add --seeds", "curate", "--nearest", "3", "-n", "2"),
+        ("does not work with --seeds", "curate", "--seeds", vectors, "--clusters", "3"),
+        ("add --against", "dedup", "--against-threshold", "0.5"),
     ):
         refused(1, words, "embed", command, vectors, "-o", tmp_path / "d.txt", *options)
     other: Any = ("-m", tmp_path / "other", "--device", "cpu")
@@ -60,7 +60,7 @@ def test_search_takes_the_model_of_the_vectors(tmp_path: Path, monkeypatch: pyte
     shutil.move(weights, tmp_path / "gone")
     refused(1, f"made with '{tmp_path / 'mine'}', which cannot be", "embed", "search", album / "b.png", "../x.npy")
     other = Backbone.from_config("nano", seed=4).save_pretrained(tmp_path / "mine")
-    refused(1, f"than '{other}' holds now", "embed", "search", album / "b.png", "../x.npy", "--device", "cpu")
+    refused(1, f"than '{other}' now has", "embed", "search", album / "b.png", "../x.npy", "--device", "cpu")
     ran = run("embed", "search", album / "b.png", "../x.npy", "-k", "1", "--device", "cpu", "-m", tmp_path / "gone")
     assert ran.status == 0
 

@@ -205,7 +205,7 @@ def test_the_trainer_refuses_it(saved: Path, tmp_path: Path) -> None:
     from dinov3_infer.train import TrainConfig, train
 
     config = TrainConfig.preset("adapt", data=("x",), model=str(saved), out=str(tmp_path / "run"), device="cpu")
-    with pytest.raises(UnsupportedError, match="train takes vision transformers"):
+    with pytest.raises(UnsupportedError, match="training supports vision transformers"):
         train(config, data=torch.zeros(128, 3, 64, 64, dtype=torch.uint8))  # type: ignore[arg-type]
 
 

@@ -176,7 +176,7 @@ def test_broken_and_empty_folders(images: Path) -> None:
     for path in images.iterdir():
         path.write_bytes(b"no picture")
     text = complaint(InputError, lambda: go(settings(images)))
-    assert "0 of 8 images can be read" in text and "is a text and no image" in text
+    assert "0 of 4 images tried can be read" in text and "is a text and no image" in text
     shutil.rmtree(images)
     images.mkdir()
     assert "holds no files" in complaint(InputError, lambda: go(settings(images)))
@@ -191,7 +191,7 @@ def test_broken_and_empty_folders(images: Path) -> None:
         (dict(batch_size=16), "there are 8 images"),
         (dict(batch_size=4, accumulate=4), "spread_group"),
         (dict(batch_size=6, spread_group=4), "spread_group"),
-        (dict(out=""), "set out (--out RUN)"),
+        (dict(out=""), "out is empty; set it"),
         (dict(batch_size=4, accumulate=3), "equal parts"),
     ],
     ids=lambda value: "" if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()),
