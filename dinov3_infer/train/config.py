@@ -36,7 +36,7 @@ class TrainConfig:
     data: tuple[str, ...] = option(
         (), "folders, list files (.txt) or tar shards; 'A:0.1:pure' takes a tenth of the batches from A alone",
         heading="model and data")
-    model: str = option("vits16", "backbone to start from: name, path or hub id; only a name with from_scratch")
+    model: str = option("vits16", "backbone to start from: name, path or hub id; with from_scratch only a name")
     out: str = option("", "folder of the run: checkpoints, metrics and the trained backbone")
     from_scratch: bool = option(False, "start from random weights")
     teacher: str = option("", "backbone to distil from: name, path or hub id")
@@ -68,7 +68,7 @@ class TrainConfig:
         1.0, "weight of the DINO loss, which makes class tokens of different crops of an image agree, as DINOv3",
         heading="objectives")
     local_weight: Weight = option(
-        1.0, "factor of the local crops' part of the DINO loss; 0.5 in DINOv3's high-resolution stage; else as DINOv3")
+        1.0, "factor of the local crops' part of the DINO loss, as DINOv3; 0.5 in its high-resolution stage")
     ibot_weight: Weight = option(1.0, "weight of the iBOT loss, which predicts masked patches, as DINOv3")
     koleo_weight: Weight = option(0.1, "weight of the KoLeo loss, which spreads the class tokens, as DINOv3")
     sigreg_weight: Weight = option(0.0, "weight of SIGReg, which can replace KoLeo; FINO uses 0.05")
@@ -84,15 +84,17 @@ class TrainConfig:
         1.0, "factor on local_weight once the Gram weight has risen; DINOv3 uses 0.5")
     gram_renew_steps: Count = option(10_000, "steps between renewals with gram='renew', as DINOv3")
     gram_renewals: CountFrom0 = option(0, "number of renewals with gram='renew'; 0 sets no limit; DINOv3 uses 3")
-    gram_of: GramOf = option("patches", "tokens whose similarities the Gram loss compares, as DINOv3")
+    gram_of: GramOf = option(
+        "patches", "similarities that the Gram loss compares: between patches or between channels, as DINOv3")
     feature_weight: Weight = option(0.0, "distillation: weight of the loss on the teacher's features")
     relation_weight: Weight = option(
         0.0, "distillation: weight of the loss on the teacher's similarities between images and between patches")
 
     dino_prototypes: Count = option(16_384, "prototypes of the DINO head", heading="heads and targets")
-    ibot_prototypes: CountFrom0 = option(16_384, "prototypes of the iBOT head; 0 shares the DINO head, as DINOv2 can")
-    head_hidden: Count = option(2048, "hidden width of a head; 8192 for DINOv3's 7B; else as DINOv3")
-    head_bottleneck: Count = option(256, "bottleneck width of a head; 512 for DINOv3's 7B; else as DINOv3")
+    ibot_prototypes: CountFrom0 = option(
+        16_384, "prototypes of the iBOT head; with 0 the DINO head scores patches too, as DINOv2")
+    head_hidden: Count = option(2048, "hidden width of a head, as DINOv3; its 7B uses 8192")
+    head_bottleneck: Count = option(256, "bottleneck width of a head, as DINOv3; its 7B uses 512")
     ibot_hidden: CountFrom0 = option(0, "hidden width of the iBOT head; 0 takes head_hidden; DINOv3's 7B uses 4096")
     ibot_bottleneck: CountFrom0 = option(
         0, "bottleneck width of the iBOT head; 0 takes head_bottleneck; DINOv3's 7B uses 384")
@@ -126,14 +128,14 @@ class TrainConfig:
         2.0, "largest random rescaling of the RoPE coordinates: 2 draws from 1/2 to 2, 1 turns it off; as DINOv3")
 
     lr_at_1024: Positive = option(
-        4e-4, "learning rate for a batch of 1024, multiplied by sqrt(batch_size / 1024); DINOv3 writes it divided by 4",
+        4e-4, "learning rate for a batch of 1024, multiplied by sqrt(batch_size / 1024); DINOv3 states a quarter of it",
         heading="optimiser (AdamW)")
     lr_end_share: Weight = option(
         1.0, "last learning rate as a share of the highest; 1 keeps it constant after the warm-up, as DINOv3")
     head_lr: Positive = option(5.0, "learning rate of the heads, as a multiple of the backbone's")
     warmup_share: Share = option(0.1, "share of the run in which the learning rate rises, as DINOv3")
     warmup: Literal["line", "cosine"] = option(
-        "line", "shape of the warm-up; half a cosine in DINOv3's high-resolution stage; else as DINOv3")
+        "line", "shape of the warm-up, as DINOv3; half a cosine in its high-resolution stage")
     weight_decay: Weight = option(0.04, "weight decay at step 0, as DINOv3")
     weight_decay_end: Weight = option(0.04, "weight decay at the last step, as DINOv3")
     betas: Pair = option((0.9, 0.99), "betas of AdamW, as DINOv3")
