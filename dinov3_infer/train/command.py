@@ -37,10 +37,10 @@ def parser() -> argparse.ArgumentParser:
         usage="dinov3-infer train --data SRC [SRC ...] --model MODEL --out RUN [options]",
         epilog="The defaults are those of --preset adapt.  'as DINOv3' means that DINOv3's published configurations "
         "have the same value; FINO is the fine-tuning branch of its repository.  Options that end in -share are shares "
-        "from 0 to 1.  The folder examples/configs of our repository has complete settings for --config: small_folder (adapt to your images on one GPU), short_cpu "
-        "(the same for a ViT-S/14 in 38 minutes on one CPU core), nano (distillation), and the published recipes "
-        "dino_v1, dinov2, dinov3_pretrain, dinov3_gram and dinov3_high_resolution (the last three are the stages of "
-        "DINOv3's 7B).",
+        "from 0 to 1.  The folder examples/configs of our repository has complete settings for --config: small_folder "
+        "(adapt to your images on one GPU), short_cpu (the same for a ViT-S/14 in 38 minutes on one CPU core), nano "
+        "(distillation), and the published recipes dino_v1, dinov2, dinov3_pretrain, dinov3_gram and "
+        "dinov3_high_resolution (the last three are the stages of DINOv3's 7B).",
     )  # fmt: skip
     found.add_argument(
         "--preset", choices=list(PRESETS),
