@@ -31,7 +31,7 @@ if importlib.util.find_spec("torchvision") is not None and not torch.cuda.is_ava
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--plain", action="store_true", help="models run as they are written, without a plan")
+    parser.addoption("--plain", action="store_true", help="run models in the mode plain, without the fast path")
 
 
 @pytest.fixture(autouse=True)

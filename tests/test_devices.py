@@ -115,7 +115,7 @@ def test_the_cpu_is_taken_where_the_trial_fails(
         assert "mps is not used: its features are 3.0e-01 away" in run("doctor").out
         monkeypatch.setattr(backbone_module, "why_not", lambda *_: None)
         backbone_module.why_not_mps.cache_clear()
-        assert "mps: Apple GPU, its features are the recorded ones" in run("doctor").out
+        assert "mps: Apple GPU, features equal the recorded ones" in run("doctor").out
     finally:
         backbone_module.why_not_mps.cache_clear()
 

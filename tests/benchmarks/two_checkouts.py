@@ -1,4 +1,4 @@
-"""Speed of two checkouts of this repository, one beside the other.
+"""Compares the speed of two checkouts of this repository.
 
     OMP_NUM_THREADS=2 python tests/benchmarks/two_checkouts.py BEFORE AFTER [--what PART ...] [--rounds 9]
 
@@ -11,7 +11,7 @@ off; `first` is the wall time from the start of the process to the features of o
 "forward-s", "forward-b": wall time of `extract_features` on pixels in each mode for CPUs, the median of several calls,
 for ViT-S or ViT-B at 224 and 512 pixels, in batches of 1 and 8.
 
-A part that is not measured this time keeps its record in records/two_checkouts.json.
+A part that is not measured keeps its record in records/two_checkouts.json.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def run(checkout: Path, script: str, *arguments: object) -> dict[str, float]:
 
 
 def rounds(checkouts: dict[str, Path], measure: Callable[[Path], dict[str, float]], count: int) -> dict[str, object]:
-    """Interleaved rounds, the order changing from one to the next; the first is not counted."""
+    """Interleaved rounds in alternating order; the first round is not counted."""
     found: list[dict[str, dict[str, float]]] = []
     for turn in range(count + 1):
         order = list(checkouts)[:: -1 if turn % 2 else 1]
@@ -134,10 +134,10 @@ def commit(checkout: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
-    parser.add_argument("--what", nargs="+", choices=PARTS, default=["start"])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("before", type=Path, help="checkout of the old version")
+    parser.add_argument("after", type=Path, help="checkout of the new version")
+    parser.add_argument("--what", nargs="+", choices=PARTS, default=["start"], help="parts (default: start)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds (default: 9)")
     args = parser.parse_args()
     checkouts = {"before": args.before.resolve(), "after": args.after.resolve()}
     target = HERE / "records" / "two_checkouts.json"

@@ -1,4 +1,4 @@
-"""`embed` writes what the library gives."""
+"""`embed` writes the vectors of the library."""
 
 from pathlib import Path
 
@@ -39,12 +39,12 @@ def test_embed_normalizes(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(np.load(tmp_path / "x.npy"), axis=1), 1, rtol=1e-6)
 
 
-def test_embed_goes_on_after_a_bad_picture(tmp_path: Path) -> None:
+def test_embed_goes_on_after_a_bad_image(tmp_path: Path) -> None:
     write_pictures(tmp_path / "in", "a.png", "broken.png", "c.png")
     out = tmp_path / "x.npy"
     ran = run("embed", tmp_path / "in", "-o", out, *MODEL, *SMALL)
     assert (ran.status, ran.out) == (3, "")
-    assert f"3 vectors of 192 numbers; 1 could not be read, its row is NaN, see '{tmp_path / 'x.jsonl'}'" in ran.err
+    assert f"3 vectors of 192 numbers; 1 could not be read (its row is NaN), see '{tmp_path / 'x.jsonl'}'" in ran.err
     rows = listed(tmp_path / "x.jsonl")
     assert [bool(row["error"]) for row in rows] == [False, True, False]
     assert [Path(str(row["path"])).name for row in rows] == ["a.png", "broken.png", "c.png"]
@@ -60,7 +60,7 @@ def test_embed_goes_on_after_a_bad_picture(tmp_path: Path) -> None:
 
 
 def test_a_list_may_name_what_is_gone(tmp_path: Path) -> None:
-    """Lists come from programs: one path that leads nowhere costs its own row."""
+    """A missing path in a list affects only its row, since programs write such lists."""
     write_pictures(tmp_path, "a.png")
     (tmp_path / "list").write_text(f"{tmp_path / 'a.png'}\n{tmp_path / 'gone.png'}\n")
     assert run("embed", f"@{tmp_path / 'list'}", "-o", tmp_path / "x.npy", *MODEL, *SMALL).status == 3

@@ -205,7 +205,7 @@ def test_the_trainer_refuses_it(saved: Path, tmp_path: Path) -> None:
     from dinov3_infer.train import TrainConfig, train
 
     config = TrainConfig.preset("adapt", data=("x",), model=str(saved), out=str(tmp_path / "run"), device="cpu")
-    with pytest.raises(UnsupportedError, match="train takes vision transformers"):
+    with pytest.raises(UnsupportedError, match="training supports vision transformers"):
         train(config, data=torch.zeros(128, 3, 64, 64, dtype=torch.uint8))  # type: ignore[arg-type]
 
 
@@ -213,10 +213,10 @@ def test_commands(saved: Path, tmp_path: Path) -> None:
     """`verify`, `features` and `show` work; commands that need attention are refused."""
     picture = Path(__file__).parents[2] / "dinov3_infer/data/samples/cat.png"
     ran = run("verify", saved)
-    assert "ConvNeXt with stages of 2 1 3 1 blocks" in ran.out and "nothing speaks against" in ran.out
+    assert "ConvNeXt with stages of 2 1 3 1 blocks" in ran.out and "no fault found" in ran.out
     assert run("features", picture, "-m", saved, "--out", tmp_path / "a", "--layers", "0,1", "--size", "64").status == 0
     assert json.loads((tmp_path / "a/index.jsonl").read_text())["error"] == ""
-    words = "maps of several sizes, and an .npy file holds one array"
+    words = "maps of several sizes, which do not fit into one .npy array"
     refused(1, words, "features", picture, "-m", saved, "--out", tmp_path / "b", "--layers", "0,1", "--format", "npy")
     assert run("show", "pca", picture, "-m", saved, "--out", tmp_path / "a.png", "--size", "96").status == 0
     refused(1, "needs attention", "show", "attention", picture, "-m", saved, "--out", tmp_path / "b.png")
