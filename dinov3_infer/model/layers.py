@@ -126,7 +126,7 @@ def narrowed(
     weight: Tensor,  # whose dtype the tokens have, without autocast
     attend: Any,
 ) -> RopeTable:
-    """The table in float16 where a kernel reads it beside tokens of 16 bits, whose rounding is coarser than that."""
+    """The table in float16 where a kernel reads it beside bfloat16 tokens, whose rounding is eight times as coarse."""
     return _narrowed(table, weight, attend in (rope_attention, triton_attention))
 
 
@@ -136,7 +136,7 @@ def _narrowed(table: RopeTable, weight: Tensor, by_kernel: bool) -> RopeTable:
     if kind not in ("cuda", "xpu") or not by_kernel:
         return table
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    if dtype.itemsize != 2 or why_not_triton(weight.device, dtype, 2 * table[0].shape[-1]) is not None:
+    if dtype != torch.bfloat16 or why_not_triton(weight.device, dtype, 2 * table[0].shape[-1]) is not None:
         return table
     return table[0].half(), table[1].half()
 
