@@ -34,8 +34,10 @@ def embed(
         target = Target.find(out, options.overwrite)
         return Writer(target, open_images(images), extractor, options).run()
     opened = open_images(images)
+    transform = extractor.transform(options.size, options.fit, options.levels)
+    extractor.warm(transform)
     batcher = extractor.batcher(
-        extractor.transform(options.size, options.fit, options.levels),
+        transform,
         lambda batches: vectors_of(extractor, batches, options),
         options.batch_size or 32,
         num_workers=options.num_workers,

@@ -15,7 +15,7 @@ from ..images.decode import ImageLike, load_image
 from ..images.levels import Levels
 from ..images.preprocess import Fit, PixelBatch, Preprocess
 from ..model.chips import lacks_bfloat16
-from ..model.dispatch import Mode, Plan, Precision, Request, compare, plan_of, why_not_plan
+from ..model.dispatch import Mode, Plan, Precision, Request, compare, plan_of, warm, why_not_plan
 from ..model.introspection import Facet, attention_rows, with_facet
 from ..model.network import Network, Outputs, Scale, normalised, resolve_layers
 from ..model.vit import VisionTransformer
@@ -180,6 +180,13 @@ class Extractor:
 
     def _normalised(self, batch: PixelBatch) -> Tensor:
         return normalised(batch.pixels.to(self.network.device), self.scale)
+
+    def warm(self, transform: Preprocess) -> None:
+        """Compiles the kernels that images of this transform need on a GPU, so that a long run does not wait for it."""
+        if self.on_gpu and isinstance(self.network, VisionTransformer):
+            side = None if transform.fit == "native" else transform.size
+            sizes = () if side is None else ((side, side),) if isinstance(side, int) else (side,)
+            warm(self.network, self._request()._replace(sizes=sizes))
 
     def batcher(
         self,

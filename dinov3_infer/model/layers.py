@@ -132,7 +132,7 @@ def _narrowed(table: RopeTable, weight: Tensor, by_kernel: bool) -> RopeTable:
     if kind not in ("cuda", "xpu") or not by_kernel:
         return table
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    if dtype.itemsize != 2 or why_not_triton(weight.device, dtype, 2 * table[0].shape[-1]) is not None:
+    if dtype != torch.bfloat16 or why_not_triton(weight.device, dtype, 2 * table[0].shape[-1]) is not None:
         return table
     return table[0].half(), table[1].half()
 

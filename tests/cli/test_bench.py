@@ -113,13 +113,13 @@ def test_a_mode_that_gives_way_is_not_timed(tmp_path: Path, monkeypatch: pytest.
 
     def warn(self: Any, *_: Any, **__: Any) -> None:
         if self.mode == "int8":
-            logging.getLogger("dinov3_infer").warning("mode='int8' gives way to 'fast': it is far off")
+            logging.getLogger("dinov3_infer").warning("mode='int8' is not available here: far off; using mode='fast'")
 
     extract = Backbone.extract_features
     monkeypatch.setattr(Backbone, "extract_features", lambda self, *a, **k: warn(self) or extract(self, *a, **k))
     _, record = measured(tmp_path, "nano")
     entry = settings(record, "ours")["extract_features int8", "int8"]
-    assert entry["refused"].startswith("UnsupportedError: mode='int8' gives way") and "rounds_ms" not in entry
+    assert entry["refused"].startswith("UnsupportedError: mode='int8' is not available") and "rounds_ms" not in entry
 
 
 def test_what_cannot_be_measured(tmp_path: Path) -> None:

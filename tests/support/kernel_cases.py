@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from dinov3_infer_kernels.gpu.backward import delta_kernel, key_value_kernel, query_kernel
 from dinov3_infer_kernels.gpu.configs import ROTATION, SHORT, TABLE, Config
 from dinov3_infer_kernels.gpu.forward import forward_kernel
-from dinov3_infer_kernels.gpu.norms import norm_config, norm_kernel
+from dinov3_infer_kernels.gpu.norms import norm_backward_kernel, norm_config, norm_kernel
 from dinov3_infer_kernels.gpu.pointwise import SWIGLU, swiglu_kernel, unfold_config, unfold_kernel
 from dinov3_infer_kernels.gpu.rotation import rotate_kernel
 from dinov3_infer_kernels.gpu.short import segments, short_kernel
@@ -48,13 +48,18 @@ KERNELS = {
     "rotate": rotate_kernel,
     "norm": norm_kernel,
     "residual_norm": norm_kernel,
+    "norm_backward": norm_backward_kernel,
+    "residual_norm_backward": norm_backward_kernel,
     "swiglu": swiglu_kernel,
     "unfold": unfold_kernel,
 }
 PRODUCTS = ("forward", "short", "key_value", "query")  # kernels that multiply matrices
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
-SINGLE = {"LSE", "DELTA", "X", "SUM", "SCALE", "WEIGHT", "BIAS"}  # arguments that are always float32
+# arguments that are always float32
+SINGLE = {"LSE", "DELTA", "X", "SUM", "SCALE", "WEIGHT", "BIAS", "GRAD_SUM", "GRAD_X", "PARTS"}
+# arguments that are absent from a norm without a branch
+ABSENT = {"norm": ("BRANCH", "SCALE"), "norm_backward": ("BRANCH", "SCALE", "GRAD_SUM", "GRAD_BRANCH")}
 
 
 class Case(NamedTuple):
@@ -72,9 +77,8 @@ class Case(NamedTuple):
 
     def constants(self) -> dict[str, Any]:
         c = self.config
-        if self.kind in ("norm", "residual_norm"):
-            absent = {} if self.kind == "residual_norm" else dict(BRANCH=None, SCALE=None)
-            return dict(C=self.width, BLOCK=c.block_n, ROWS=c.block_m) | absent
+        if "norm" in self.kind:
+            return dict(C=self.width, BLOCK=c.block_n, ROWS=c.block_m) | dict.fromkeys(ABSENT.get(self.kind, ()))
         if self.kind == "swiglu":
             return dict(BLOCK=c.block_n, ROWS=c.block_m)
         if self.kind == "unfold":
@@ -121,6 +125,7 @@ def between(chip: str) -> list[Case]:
     for width in (384, 768, 1024, 1280, 1536, 4096):
         found += [Case(kind, chip, width, BF16, norm_config(width)) for kind in ("norm", "residual_norm")]
         found.append(Case("residual_norm", chip, width, BF16, norm_config(width), out=FP32))
+        found += [Case(f"{kind}_backward", chip, width, BF16, norm_config(width)) for kind in ("norm", "residual_norm")]
     found += [Case("swiglu", chip, 1536, dtype, SWIGLU) for dtype in (BF16, FP32)]
     return found + [Case("unfold", chip, p, dtype, unfold_config(p)) for p in (8, 14, 16) for dtype in (BF16, FP32)]
 

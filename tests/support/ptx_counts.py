@@ -1,7 +1,7 @@
 """Counts the cost of a head of the forward pass on Hopper while its PTX is executed, and the bound on its speed.
 
     python tests/support/ptx_counts.py          # prints the table
-    python tests/support/ptx_counts.py --save   # and writes it to kernels/benchmarks/records/executed.json
+    python tests/support/ptx_counts.py --save   # and writes it to kernels/benchmarks/records/executed-<triton>.json
 
 These numbers are computed, not measured: each is the number of clocks that one resource needs without any waiting.  A
 multiprocessor of an H200 issues 4 warp instructions, multiplies 4096 pairs of 16-bit numbers and moves 128 bytes of
@@ -24,7 +24,7 @@ import triton
 from kernel_cases import BF16, FP16, FP32, Config, segments
 from ptx_runs import Executor, Image, between
 
-RECORD = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks" / "records" / "executed.json"
+RECORDS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks" / "records"
 PROCESSORS, CLOCK, L2_BYTES, SHARED_BYTES, PAIRS = 132, 1.755e9, 26, 128, 4096
 
 
@@ -72,6 +72,7 @@ def attention(n: int, grid: tuple[int, int], config: Config, tables: torch.dtype
         "warps": config.warps,
         "tables": str(tables)[6:],
         "error": image.judged(out),
+        "instructions": {"loop": loop, "all": all_},  # of the compiled code, for a warp
         "bytes": read,
         "bytes_of_tables": counts["global, tensor 2"] + counts["global, tensor 3"],
         "clocks": {name: round(value) for name, value in clocks.items()},
@@ -109,7 +110,8 @@ def main() -> None:
     found = dict(triton=triton.__version__, chip="sm_90a, assumed to be an H200", attention=rows, steps=steps())
     print(*found["steps"], sep="\n")
     if "--save" in sys.argv:
-        RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path = RECORDS / f"executed-{triton.__version__}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -140,6 +140,8 @@ def between(run: Executor, case: Case, rows: int = 7) -> list[tuple[float, float
         run(case, m, [m.put(bits(gate_up)), m.put(out), rows, case.width], programs)
         exact, torchs = ((OPERATORS["swiglu"][1](x),) for x in (gate_up.double(), gate_up))
         found = (out,)
+    elif case.kind.endswith("_backward"):
+        return _norm_backward(run, case, m, rows)
     else:
         x, branch = torch.randn(rows, case.width) * 3, torch.randn(rows, case.width).to(case.dtype)
         scale, weight, bias = torch.randn(3, case.width)
@@ -156,5 +158,38 @@ def between(run: Executor, case: Case, rows: int = 7) -> list[tuple[float, float
         )
         exact, torchs = ((e,) if alone else e for e in (exact, torchs))
         found = (out,) if alone else (total, out)
+    return _errors(found, exact, torchs)
+
+
+def _errors(found: Any, exact: Any, torchs: Any) -> list[tuple[float, float]]:
     pairs = zip(found, exact, torchs, strict=True)
     return [(error(torch.from_numpy(f).view(t.dtype), e), error(t, e)) for f, e, t in pairs]
+
+
+def _norm_backward(run: Executor, case: Case, m: ptx.Memory, rows: int) -> list[tuple[float, float]]:
+    """The gradient of a norm by two programs, and by torch's separate steps under autograd."""
+    alone, config, width = case.kind == "norm_backward", case.config, case.width
+    x, grad_sum = torch.randn(rows, width) * 3, torch.randn(rows, width)
+    branch, grad = (torch.randn(rows, width).to(case.dtype) for _ in range(2))
+    scale, weight, bias = torch.randn(3, width)
+    programs = min(2, triton.cdiv(rows, config.block_m))
+    grad_x, parts = nans(rows, width, dtype=FP32), nans(programs, 3, width, dtype=FP32)
+    grad_branch = nans(rows, width, dtype=case.dtype)
+    given = (x, weight, grad) if alone else (x, branch, scale, weight, grad_sum, grad)
+    tensors = [m.put(bits(t)) for t in given] + [m.put(grad_x)] + ([] if alone else [m.put(grad_branch)])
+    run(case, m, [*tensors, m.put(parts), rows, programs, 1e-5], programs)
+    sums = torch.from_numpy(parts).sum(0)
+    found = [grad_x, *(t.numpy() for t in (sums[:2] if alone else sums))] + ([] if alone else [grad_branch])
+
+    def steps(wide: torch.dtype | None) -> list[Any]:
+        """Of the stream, weight, bias, scale and branch; `x` is the stream after the branch."""
+        normed = (x if wide is None else x.to(wide)).requires_grad_()
+        leaves = [t.clone() if wide is None else t.to(wide) for t in (weight, bias, scale, branch)]
+        w, b, s, more = (t.requires_grad_() for t in leaves)
+        total = normed if alone else normed + (more.to(normed.dtype) * s - (more.to(normed.dtype) * s).detach())
+        out = torch.nn.functional.layer_norm(total, (width,), w, b, 1e-5).to(wide or case.dtype)
+        outputs = [(out, grad)] if alone else [(total, grad_sum), (out, grad)]
+        torch.autograd.backward([o for o, _ in outputs], [g.to(o.dtype) for o, g in outputs])
+        return [t.grad for t in ((normed, w, b) if alone else (normed, w, b, s, more))]
+
+    return _errors(found, steps(torch.float64), steps(None))

@@ -63,8 +63,9 @@ def whole(chip: str, dtype: torch.dtype, tables: torch.dtype, grids: tuple[tuple
 
 def steps(chip: str, some: bool = False) -> Iterator[Judged]:
     """The kernels between products."""
+    few = ("residual_norm", "residual_norm_backward", "swiglu", "unfold")
     for case in kc.between(chip):
-        if not some or case.dtype == BF16 and case.width in (1024, 1536, 16) and not case.out and case.kind != "norm":
+        if not some or case.dtype == BF16 and case.width in (1024, 1536, 16) and not case.out and case.kind in few:
             name = f"{chip} {case.kind} {case.width} {str(case.dtype)[6:]}{' to float32' if case.out else ''}"
             yield name, lambda run, case=case: between(run, case), 1.01  # type: ignore[misc]
 
@@ -101,6 +102,8 @@ def wrong(name: str, run: Callable[[Executor], Pairs], factor: float) -> bool:
 
 # --- mutants -------------------------------------------------------------------------------------------------------
 
+SUBJECTS = {("residual_norm", 1024), ("norm", 384), ("residual_norm_backward", 1024), ("unfold", 16)}
+
 
 def subjects(chip: str) -> Iterator[tuple[str, Callable[[Executor], Pairs], float]]:
     """Kernels that synchronise: the name in the executor, a run that returns its error, and the correct error."""
@@ -118,7 +121,7 @@ def subjects(chip: str) -> Iterator[tuple[str, Callable[[Executor], Pairs], floa
     yield "key_value", gradient("key_value", slice(1, 3)), 8e-3
     yield "query", gradient("query", slice(1)), 8e-3
     for case in kc.between(chip):
-        if case.dtype == BF16 and (case.kind, case.width) in (("residual_norm", 1024), ("norm", 384), ("unfold", 16)):
+        if case.dtype == BF16 and (case.kind, case.width) in SUBJECTS:
             yield case.kind, lambda run, case=case: between(run, case), 5e-3  # type: ignore[misc]
 
 

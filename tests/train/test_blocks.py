@@ -176,6 +176,91 @@ def test_a_wrapped_backbone_gives_what_a_plain_one_gives(recompute: str, adapter
         assert x is None or (x - y).abs().max() < 2e-5 * y.abs().max() + 1e-9
 
 
+@pytest.mark.parametrize("recompute", ["none", "cheap", "all"])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_norms_of_one_kernel_give_what_a_plain_backbone_gives(
+    recompute: str, adapters: bool, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; here by their definitions, and unrounded, so that the numbers can be compared."""
+    plain = Backbone.from_config(ViTConfig(48, 2, 2, 96, layerscale=scaled), seed=0)
+    plain.init_weights(layerscale=0.5)
+    if adapters:
+        add_adapters(plain, 3)
+    wrapped = copy.deepcopy(plain)
+    wrap_blocks(wrapped, False, recompute)  # type: ignore[arg-type]
+    called: list[str] = []
+    for name in ("layer_norm", "residual_norm"):
+        function = getattr(blocks, name)
+        monkeypatch.setattr(blocks, name, lambda *a, n=name, f=function: called.append(n) or f(*a))
+    monkeypatch.setattr(blocks, "_kernel_dtype", lambda x, norm: torch.float32)
+    (a, found), (b, meant) = taught(wrapped), taught(plain.double())
+    assert set(called) == ({"layer_norm", "residual_norm"} if recompute == "none" else {"layer_norm"})
+    assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    for x, y in zip(found, meant, strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or (x - y).abs().max() < 2e-5 * y.abs().max() + 1e-9
+
+
+def test_norms_of_one_kernel_with_stochastic_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same images skip the same branches; a norm runs on the rows that are left."""
+    plain = Backbone.from_config(ViTConfig(48, 2, 2, 96), seed=0)
+    plain.init_weights(layerscale=0.5)
+    wrapped, pixels = copy.deepcopy(plain), torch.randn(5, 3, 48, 32)
+    wrap_blocks(wrapped, False, "none")
+    monkeypatch.setattr(blocks, "_kernel_dtype", lambda x, norm: torch.float32)
+    found, meant = (
+        model.train().forward_packed([pixels], drop_path=0.4, generator=torch.Generator().manual_seed(1))[0]
+        for model in (wrapped, plain)
+    )
+    torch.testing.assert_close(found.patch_tokens, meant.patch_tokens)
+
+
+def test_the_error_of_norms_of_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all gradients together, under autocast, at most that of the separate steps: geometric mean over seeds."""
+    ratios = []
+    for seed in range(6):
+        plain = Backbone.from_config(ViTConfig(64, 2, 2, 128), seed=seed)
+        plain.init_weights(layerscale=0.5)
+        exact = [g for g in taught(copy.deepcopy(plain).double())[1] if g is not None]
+        errors = []
+        for fused in (True, False):
+            model = copy.deepcopy(plain)
+            wrap_blocks(model, False, "none")
+            dtype = torch.bfloat16 if fused else None
+            monkeypatch.setattr(blocks, "_kernel_dtype", lambda x, norm, dtype=dtype: dtype)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = [g for g in taught(model)[1] if g is not None]
+            pairs = [(a, b) for a, b in zip(found, exact, strict=True) if b.any()]
+            squares = [((a - b).norm() / b.norm()).square() for a, b in pairs]
+            errors.append(torch.stack(squares).mean().sqrt())
+        ratios.append((errors[0] / errors[1]).log())
+    assert torch.stack(ratios).mean().exp() <= 1.005, torch.stack(ratios).exp()
+
+
+def test_where_norms_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast on a GPU with Triton, for plain parameters and a float32 stream."""
+    norm = Backbone.from_config(ViTConfig(48, 1, 2, 96), seed=0).norm
+    x = torch.randn(2, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert blocks._kernel_dtype(x, norm) is None
+
+    class There:
+        """A tensor on a GPU, as far as it is looked at."""
+
+        device, dtype = torch.device("cuda", 0), torch.float32
+
+    reasons: list[str | None] = [None]
+    monkeypatch.setattr(blocks, "why_not_triton", lambda *_: reasons[0])
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
+    assert blocks._kernel_dtype(There(), norm) == torch.float16  # type: ignore[arg-type]
+    reasons[0] = "Triton is not installed"
+    assert blocks._kernel_dtype(There(), norm) is None  # type: ignore[arg-type]
+    reasons[0], There.dtype = None, torch.float64
+    assert blocks._kernel_dtype(There(), norm) is None  # type: ignore[arg-type]
+
+
 def test_names_and_parameters_stay() -> None:
     """State-dict keys, adapters and optimiser parameters remain; no method of a module is replaced."""
     model = Backbone.from_config(ViTConfig(48, 2, 2, 96), seed=0)

@@ -105,6 +105,8 @@ class Writer:
             found = survey.found
         total = None if self.recipe.count is None else sum(len(shards[k]) for k in mine)
         before = self.kept = (total or 0) - sum(len(work.numbers) for work in self.works.values())
+        if self.works or not isinstance(self.images, Source):
+            self.extractor.warm(self.transform)
         try:
             with told_to_stop(), self._shown(total, before, self.options.progress if rank == 0 else False):
                 if isinstance(self.images, Source):
