@@ -10,7 +10,7 @@ from .errors import InputTypeError, UnsupportedError
 from .model.convnext import ConvNeXtConfig
 from .model.vit import ViTConfig
 from .released.attach import load_head, random_head
-from .released.catalogue import HEADS, find_head
+from .released.catalogue import HEADS, find_head, variant_of
 from .zoo import MODELS, ModelInfo, find
 
 __all__ = ["HubBackbone", "entry_points"]
@@ -84,8 +84,6 @@ def entry_points() -> dict[str, Callable[..., Any]]:
 
 
 def _head_entry(name: str) -> Callable[..., Any]:
-    usual = find_head(name).variant  # number of layers, data set, or both
-
     def load(
         pretrained: bool = True,
         *,
@@ -97,13 +95,7 @@ def _head_entry(name: str) -> Callable[..., Any]:
     ) -> Any:
         weights = getattr(weights, "value", weights)  # an enum member in Meta's callers
         dataset = weights.upper() if isinstance(weights, str) and weights.upper() in _OF_HEADS else None
-        variant = usual
-        if isinstance(usual, tuple):
-            variant = (dataset or usual[0], layers or usual[1])
-        elif isinstance(usual, int):
-            variant = layers or usual
-        elif isinstance(usual, str):
-            variant = dataset or usual
+        variant = variant_of(name, dataset if dataset in ("NYU", "KITTI") else None, layers)
         if not pretrained:
             return random_head(name, variant)
         backbone = None

@@ -20,7 +20,7 @@ from pictures import complaint, photo
 from repository import ROOT
 from torch import nn
 
-from dinov3_infer import Backbone, InputTypeError, ModelNotFoundError, UnsupportedError
+from dinov3_infer import Backbone, InputError, InputTypeError, ModelNotFoundError, UnsupportedError
 from dinov3_infer.released.catalogue import HEADS
 from dinov3_infer.torchhub import HubBackbone
 from dinov3_infer.zoo import MODELS
@@ -147,6 +147,11 @@ def test_heads_have_metas_names_and_keywords(tmp_path: Path, no_grad: None) -> N
     again = load("dinov2_vits14_dd", weights=str(head), backbone_weights=str(backbone))
     pixels = torch.randn(1, 3, 28, 28)
     assert again(pixels).equal(depth(pixels))
+    assert load("dinov2_vits14_ade20k_ms", pretrained=False)(pixels).shape == (1, 150, 28, 28)
+    wrong = complaint(InputError, lambda: load("dinov2_vits14_dd", pretrained=False, layers=4))
+    assert "was released for 'NYU' or 'KITTI', not for 4" in wrong
+    wrong = complaint(InputError, lambda: load("dinov3_vitl16_chmv2", pretrained=False, weights="NYU"))
+    assert "was released for one kind only, not for 'NYU'" in wrong
 
 
 def test_inside_another_module_and_with_gradients() -> None:

@@ -27,7 +27,7 @@ from .layouts import Layout, LayoutName, Parts, layout_for
 from .reading import INDEX, METADATA, WEIGHTS, read_index
 from .transforms import transform_of
 
-__all__ = ["restore", "save_checkpoint"]
+__all__ = ["our_block", "restore", "save_checkpoint", "write_folder"]
 
 _WITH_LOCAL_NORM = ("dinov3_vit7b16", "dinov3_vit7b16_sat493m", "dinov3_vitl16_sat493m")  # dinov3 at 6876159
 
@@ -157,7 +157,7 @@ def save_checkpoint(
         name.endswith("qkv.bias") and bool(tensor.any()) for name, tensor in state.items()
     )
     files: dict[str, Mapping[str, Any]] = {}
-    block = _our_block(model, info, preprocess)
+    block = our_block(model, info, preprocess)
     if layout == "hf":
         dtype = str(model.main_weight.dtype).removeprefix("torch.")
         files["config.json"] = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": block}
@@ -178,19 +178,31 @@ def save_checkpoint(
         )
     for note in notes + reading_differs(model.config, table):
         log.warning("%s: %s", target, note)
-    weights = target if layout == "meta" else target / WEIGHTS
-    weights.parent.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = dict(layer_norm_eps=model.config.norm_eps)
     if isinstance(model.config, ViTConfig):
         facts["num_attention_heads"] = model.config.num_heads
     facts |= dict(dinov3_infer=block | {"preprocess": asdict(preprocess)})
-    _write_tensors(weights, tensors, facts)
+    if layout == "meta":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_tensors(target, tensors, facts)
+    else:
+        write_folder(target, tensors, facts, files)
+    return target
+
+
+def write_folder(
+    target: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Weights and JSON files of one model, and nothing left of another one that lay there.
+
+    `facts`: what the tensors do not show, for the header of the weights file.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    _write_tensors(target / WEIGHTS, tensors, facts)
     for name, content in files.items():
         with whole(target / name) as path:
             path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if layout != "meta":
-        _remove_shards(target)
-    return target
+    _remove_shards(target)
 
 
 def _complete(tensors: dict[str, Tensor], config: ViTConfig, table: Layout, info: ModelInfo | None) -> list[str]:
@@ -225,7 +237,7 @@ def _sort_metadata(path: Path) -> None:
             file.write(text.ljust(length))
 
 
-def _our_block(model: Network, info: ModelInfo | None, preprocess: Preprocess) -> dict[str, Any]:
+def our_block(model: Network, info: ModelInfo | None, preprocess: Preprocess) -> dict[str, Any]:
     """The facts that the configs of other libraries have no field for."""
     block: dict[str, Any] = {"name": info.name if info else None}
     if info is not None and info.licence == OWN:

@@ -22,6 +22,7 @@ OK, FAILED, SKIPPED, INTERRUPTED = 0, 1, 3, 130  # argparse exits with 2
 _TYPED = {  # Python terms in the package's errors -> the same on the command line
     "list_models()": "'dinov3-infer models'",
     "weights=PATH": "the path of a file",
+    "give it with weights=": "give it with --weights",
     "pass num_heads=": "give it to 'dinov3-infer convert' with --num-heads",
     "or overwrite it": "or --overwrite",
     ", and extract_features(fit='native') goes there by itself": "",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from ..typos import Parser as _Parser, meant
 from ..version import __version__
+from .head_options import HEADS
 from .values import (
     count as _count,
     numbers as _numbers,
@@ -75,7 +76,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _curate(command("embed curate", "choose a balanced subset, or images similar to seed images"))
     _features(command("features", "write dense feature maps, one file per image", (_sources(), _model(), _batches(32))))
     _classify(command("classify", "name the most likely ImageNet classes of each image", (_sources(),)))
-    _show(command("show", "draw the features of images: their principal components, attention or similarity"))
+    _show(command("show", "draw the features of images, their depth or their classes"))
     _explore(command("explore", "write a web page that shows which patches of images are similar",
                      (_sources(), _model())))
     _models(command("models", "list the models that have a name"))
@@ -258,11 +259,13 @@ def _classify(found: argparse.ArgumentParser) -> None:
 def _show(found: argparse.ArgumentParser) -> None:
     kinds = found.add_subparsers(dest="kind", metavar="KIND", required=True)
 
-    def kind(name: str, text: str) -> argparse.ArgumentParser:
-        one = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.",
-                               parents=[_sources(), _model(), _talk()], allow_abbrev=False)
+    def kind(name: str, text: str, with_model: bool = True) -> argparse.ArgumentParser:
+        parents = [_sources(), *([_model()] if with_model else []), _talk()]
+        described = f"{text[0].upper()}{text[1:]}."
+        one = kinds.add_parser(name, help=text, description=described, parents=parents, allow_abbrev=False)
         _out(one, "image to write: .png, .jpg or .webp; .gif or .webp for an animation or a video", "OUT.png")
-        _geometry(one, dense=True)
+        if with_model:
+            _geometry(one, dense=True)
         return one
 
     pca = kind("pca", "colour patches by their first three principal components, shared by all images")
@@ -276,6 +279,8 @@ def _show(found: argparse.ArgumentParser) -> None:
     similarity = kind("similarity", "draw how similar all patches are to the patch at a point of the first image")
     similarity.add_argument("--point", type=_point, required=True, metavar="X,Y",
                             help="point of the first image, in pixels")
+    for name, text, add_options in HEADS:  # they bring a model
+        add_options(kind(name, text, with_model=False))
 
 
 def _explore(found: argparse.ArgumentParser) -> None:

@@ -15,12 +15,13 @@ from .catalogue import HeadInfo, find_head
 from .depth import Depth
 from .head import Released, refuse_other_backbone
 from .imagenet import Classifier
+from .segments import Segments
 
 __all__ = ["load_head", "random_head"]
 
 log = logging.getLogger("dinov3_infer")
 
-_KINDS: dict[str, type[Released]] = {"classifier": Classifier, "depth": Depth}
+_KINDS: dict[str, type[Released]] = {"classifier": Classifier, "depth": Depth, "segments": Segments}
 
 
 def load_head(

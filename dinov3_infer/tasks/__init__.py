@@ -9,6 +9,7 @@ from .classifier import Probe
 from .clusters import Hierarchy, hierarchy, retrieve
 from .dense import dense_features
 from .explore import explore
+from .legend import depth_picture, segments_picture
 from .neighbours import Duplicates, duplicates, search
 from .overlay import at_pixels, attention_picture, overlay, panel, sheet
 from .pca import foreground, pca_picture, pca_rgb
@@ -31,6 +32,7 @@ __all__ = [
     "at_pixels",
     "attention_picture",
     "dense_features",
+    "depth_picture",
     "duplicates",
     "explore",
     "foreground",
@@ -44,6 +46,7 @@ __all__ = [
     "region_vector",
     "retrieve",
     "search",
+    "segments_picture",
     "sheet",
     "similarity_map",
     "similarity_picture",

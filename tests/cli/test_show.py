@@ -137,6 +137,10 @@ def test_frames_of_an_animation(tmp_path: Path) -> None:
     with Image.open(tmp_path / "y.png") as sheet_of_three:
         assert sheet_of_three.height > 3 * 300
     refused(1, "should end in .png or", "show", "pca", tmp_path / "one.gif", "-o", tmp_path / "z.gif", *MODEL)
+    for name, content in (("text.gif", b"no image"), ("half.gif", (tmp_path / "x.gif").read_bytes()[:200])):
+        (tmp_path / name).write_bytes(content)
+        ran = refused(1, name, "show", "pca", tmp_path / name, "-o", tmp_path / "z.png", *MODEL)
+        assert "this is a fault of" not in ran.err
 
 
 def test_frames_of_a_video(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ def lacking(name: str, least: int = 0) -> bool:
 DATA = {
     "dinov3_infer_kernels/cpu.c",
     "dinov3_infer/data/explore/page.html",
+    "dinov3_infer/data/labels/ade20k.txt",
     "dinov3_infer/data/labels/imagenet1k.txt",
+    "dinov3_infer/data/labels/voc2012.txt",
     *(f"{package}/py.typed" for package in ("dinov3_infer", "dinov3_infer_kernels")),
     *(f"dinov3_infer/data/samples/{name}" for name in ("cat.png", "coffee.png", "golden.safetensors", "rocket.png")),
 }
