@@ -16,9 +16,9 @@ from .zoo import MODELS, ModelInfo, find
 __all__ = ["HubBackbone", "entry_points"]
 
 _DATASETS = {"LVD1689M": "", "LVD142M": "", "SAT493M": "_sat493m"}  # Meta's name of the weights -> suffix of our name
-_OF_HEADS = ("NYU", "KITTI", "IMAGENET1K", "SYNTHMIX")  # Meta's names for the weights of heads
+_OF_HEADS = ("NYU", "KITTI", "IMAGENET1K", "SYNTHMIX", "LVTD2300M")  # Meta's names for the weights of heads
 # Entries of Meta's repositories that this package does not have; calling one raises an error that says so.
-_HEADS = ("dinov3_vit7b16_de", "dinov3_vit7b16_ms", "dinov3_vitl16_dinotxt_tet1280d20h24l")
+_HEADS = ("dinov3_vit7b16_de", "dinov3_vit7b16_ms")
 _ELSEWHERE = (
     *("dinov3_vitl16plus", *_HEADS),
     *("dino_resnet50", *(f"dino_xcit_{kind}_p{patch}" for kind in ("small_12", "medium_24") for patch in (16, 8))),
@@ -84,12 +84,18 @@ def entry_points() -> dict[str, Callable[..., Any]]:
 
 
 def _head_entry(name: str) -> Callable[..., Any]:
+    info = find_head(name)
+
+    def called(head: Any) -> Any:  # DINOv3's entry gives the tokenizer, too
+        return (head, head.tokenizer) if info.kind == "text" and info.options["is_v3"] else head
+
     def load(
         pretrained: bool = True,
         *,
         layers: int | None = None,
         weights: Any = None,
         backbone_weights: Any = None,
+        bpe_path_or_url: Any = None,
         check_hash: bool = True,
         device: Any = "cpu",
     ) -> Any:
@@ -97,18 +103,20 @@ def _head_entry(name: str) -> Callable[..., Any]:
         dataset = weights.upper() if isinstance(weights, str) and weights.upper() in _OF_HEADS else None
         variant = variant_of(name, dataset if dataset in ("NYU", "KITTI") else None, layers)
         if not pretrained:
-            return random_head(name, variant)
+            return called(random_head(name, variant))
         backbone = None
-        if backbone_weights is not None:
-            home = find_head(name).backbone
-            backbone = Backbone.from_pretrained(home, weights=backbone_weights, device=device)
-        return load_head(name, backbone, weights=None if dataset else weights, variant=variant, device=device)
+        backbone_weights = getattr(backbone_weights, "value", backbone_weights)
+        if backbone_weights is not None and backbone_weights not in _DATASETS:
+            backbone = Backbone.from_pretrained(info.backbone, weights=backbone_weights, device=device)
+        head = load_head(name, backbone, weights=None if dataset else weights, variant=variant, device=device)
+        return called(head)
 
     load.__name__ = load.__qualname__ = name
     load.__doc__ = (
-        f"{name} on its backbone, in eval mode on the CPU.  Licence of the weights: {find_head(name).licence}.\n\n"
+        f"{name} on its backbone, in eval mode on the CPU.  Licence of the weights: {info.licence}.\n\n"
         "weights: a path, a link, or the name of a data set if there are several.  layers: 4 or 1, if both are\n"
-        "released.  backbone_weights: a path or a link.  pretrained=False gives random weights."
+        "released.  backbone_weights: a path or a link.  pretrained=False gives random weights.  bpe_path_or_url and\n"
+        "check_hash are accepted for Meta's callers: the package contains the merges of the tokenizer."
     )
     return load
 

@@ -18,11 +18,12 @@ import pytest
 import torch
 from pictures import complaint, photo
 from repository import ROOT
+from texts import SMALL, SPLIT, small_heads
 from torch import nn
 
 from dinov3_infer import Backbone, InputError, InputTypeError, ModelNotFoundError, UnsupportedError
 from dinov3_infer.released.catalogue import HEADS
-from dinov3_infer.torchhub import HubBackbone
+from dinov3_infer.torchhub import HubBackbone, _head_entry
 from dinov3_infer.zoo import MODELS
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -36,7 +37,7 @@ META = re.findall(r"\w+", """
 """)  # fmt: skip
 META_ONLY = re.findall(r"\w+", """
     dinov3_vitl16plus
-    dinov3_vit7b16_de dinov3_vit7b16_ms dinov3_vitl16_dinotxt_tet1280d20h24l
+    dinov3_vit7b16_de dinov3_vit7b16_ms
     dino_resnet50 dino_xcit_small_12_p16 dino_xcit_small_12_p8 dino_xcit_medium_24_p16 dino_xcit_medium_24_p8
 """)  # fmt: skip
 
@@ -152,6 +153,20 @@ def test_heads_have_metas_names_and_keywords(tmp_path: Path, no_grad: None) -> N
     assert "was released for 'NYU' or 'KITTI', not for 4" in wrong
     wrong = complaint(InputError, lambda: load("dinov3_vitl16_chmv2", pretrained=False, weights="NYU"))
     assert "was released for one kind only, not for 'NYU'" in wrong
+
+
+def test_text_heads_come_as_metas(tmp_path: Path, no_grad: None) -> None:
+    """DINOv3's entry gives the model and its tokenizer, DINOv2's the model; both are called with pixels and ids."""
+    with small_heads():
+        model, tokenizer = _head_entry(SMALL)(pretrained=False)
+        pixels, ids = torch.randn(2, 3, 64, 64), tokenizer.tokenize(["a cat"])
+        assert [tuple(t.shape) for t in model(pixels, ids)] == [(2, 384), (1, 384), (1,), (2, 16, 192), (2, 16, 192)]
+        backbone, head = tmp_path / "backbone.pth", model.save(tmp_path / "head.safetensors")
+        model.backbone.save_pretrained(backbone, "meta")
+        again, _ = _head_entry(SMALL)(weights=str(head), backbone_weights=str(backbone), bpe_path_or_url="x.gz")
+        assert again.encode_image(pixels).equal(model.encode_image(pixels))
+        assert again.encode_text(ids, normalize=True).equal(model.encode_text(ids, normalize=True))
+        assert len(_head_entry(SPLIT)(pretrained=False)(pixels, ids)) == 3
 
 
 def test_inside_another_module_and_with_gradients() -> None:

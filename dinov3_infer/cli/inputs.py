@@ -4,19 +4,24 @@ import argparse
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..errors import Dinov3Error, InputError, MissingFileError, ModelNotFoundError
 from ..images.levels import Levels, as_levels
+from ..images.paths import read_list
 from ..images.preprocess import Fit
 from ..images.sources import Source
+from .head_options import USUAL
 from .main import FAILED, OK, SKIPPED
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
     from ..features.result import Features
 
-__all__ = ["Geometry", "check_file", "check_folder", "geometry", "load_backbone", "results", "status"]
+__all__ = [
+    "Geometry", "check_file", "check_folder", "geometry", "given_labels", "load_backbone", "load_released", "results",
+    "status",
+]  # fmt: skip
 
 DEFAULT_MODEL = "nano"
 
@@ -57,6 +62,33 @@ def load_backbone(args: argparse.Namespace) -> "Backbone":
             "no model is given and this release contains no weights; add -m with a name ('dinov3-infer models' lists "
             "them), a folder or a weights file"
         ) from None
+
+
+def load_released(args: argparse.Namespace, kind: str, dataset: str | None = None) -> Any:
+    """The released head of the command line.  Raises InputError for one of another kind."""
+    from ..backbone import Backbone
+    from ..released.attach import load_head
+    from ..released.catalogue import HEADS, find_head, variant_of
+
+    info = find_head(args.head or USUAL[kind])
+    if info.kind != kind:
+        names = " or ".join(sorted({f"'{row.name}'" for row in HEADS if row.kind == kind})[:2])
+        labels = "--labels A,B,... or " if info.kind == "text" and hasattr(args, "labels") else ""
+        raise InputError(f"{info.name} is of another kind, {info.kind}; give {labels}one for {kind}, such as {names}")
+    if kind != "text" and getattr(args, "template", None):
+        raise InputError("--template goes with --labels; give both, or neither")
+    variant = variant_of(info.name, dataset, getattr(args, "layers", None))
+    backbone = None
+    if args.backbone is not None:
+        backbone = Backbone.from_pretrained(info.backbone, weights=args.backbone, device=args.device)
+    return load_head(info.name, backbone, weights=args.weights, variant=variant, device=args.device)
+
+
+def given_labels(args: argparse.Namespace) -> list[str]:
+    """Names with commas between, or the lines of @FILE."""
+    text = args.labels
+    names = read_list(text[1:]) if text.startswith("@") else text.split(",")
+    return [name.strip() for name in names if name.strip()]
 
 
 def results(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ..typos import Parser as _Parser, meant
 from ..version import __version__
-from .head_options import HEADS
+from .head_options import DEVICE as _DEVICE, HEADS, classify as _classify, levels
 from .values import (
     count as _count,
     numbers as _numbers,
@@ -27,7 +27,6 @@ exit status: 0 success; 1 failure; 2 wrong usage; 3 success, but some inputs wer
 130 interrupted"""
 
 _MODEL = "model name, hub id, folder, weights file or link"
-_DEVICE = "cpu, cuda, cuda:1 or mps (default: cuda or mps if available, else cpu)"
 _FORMATS = ("hf", "meta", "timm")
 _OF_EMBED = ("search", "dedup", "curate")
 
@@ -75,7 +74,8 @@ def _make_parser() -> argparse.ArgumentParser:
     _dedup(command("embed dedup", "remove near-duplicates: list the images that are kept"))
     _curate(command("embed curate", "choose a balanced subset, or images similar to seed images"))
     _features(command("features", "write dense feature maps, one file per image", (_sources(), _model(), _batches(32))))
-    _classify(command("classify", "name the most likely ImageNet classes of each image", (_sources(),)))
+    _classify(command("classify", "name the most likely ImageNet classes, or labels of yours, of each image",
+                      (_sources(),)))
     _show(command("show", "draw the features of images, their depth or their classes"))
     _explore(command("explore", "write a web page that shows which patches of images are similar",
                      (_sources(), _model())))
@@ -144,10 +144,7 @@ def _geometry(found: argparse.ArgumentParser, dense: bool) -> None:
     found.add_argument("--fit", choices=("squash", "crop", "pad", "native"), default="native" if dense else None,
                        help="how an image takes that size: squash it to a square, crop the centre, pad it to a square, "
                        f"or keep its aspect ratio (native) (default: {'native' if dense else 'the fit of the model'})")
-    found.add_argument("--levels", metavar="LOW,HIGH",
-                       help="for images of more than 8 bits: the values that become black and white; or 'full' for the "
-                       "range of the data type, or 'percentile' for percentiles of each image (default: such images "
-                       "are an error)")
+    levels(found)
 
 
 def _out(found: argparse.ArgumentParser, text: str, metavar: str) -> None:
@@ -243,17 +240,6 @@ def _features(found: argparse.ArgumentParser) -> None:
 def _on_error(found: argparse.ArgumentParser) -> None:
     found.add_argument("--on-error", choices=("skip", "raise"), default="skip",
                        help="skip an image that cannot be read, or stop with an error (default: skip)")
-
-
-def _classify(found: argparse.ArgumentParser) -> None:
-    name = "dinov2_vits14_lc"
-    found.add_argument("--head", default=name, metavar="NAME", help=f"released classifier (default: {name})")
-    found.add_argument("--weights", metavar="FILE",
-                       help="weights of the head, or a folder in the transformers layout (default: downloaded)")
-    found.add_argument("--layers", type=int, choices=(1, 4),
-                       help="blocks that the classifier reads, if both variants are released (default: 4)")
-    found.add_argument("--top", type=_count, default=5, metavar="N", help="classes per image (default: 5)")
-    found.add_argument("--device", default="auto", help=_DEVICE)
 
 
 def _show(found: argparse.ArgumentParser) -> None:

@@ -14,14 +14,12 @@ from ..features.result import Features
 from ..images.decode import ImageLike, load_image
 from ..images.levels import as_levels
 from ..images.opening import find_images
-from ..released.attach import load_head
-from ..released.catalogue import HEADS, find_head, variant_of
 from ..system import whole
 from ..tasks.legend import depth_picture, segments_picture
 from ..tasks.overlay import attention_picture, overlay, panel, sheet
 from ..tasks.pca import foreground, pca_picture, pca_rgb
 from ..tasks.similarity import region_vector, similarity_map
-from .inputs import check_file, geometry, load_backbone
+from .inputs import check_file, geometry, given_labels, load_backbone, load_released
 from .main import OK, tell
 
 __all__ = ["run"]
@@ -136,16 +134,8 @@ def _similarity(bb: Backbone, paths: list[ImageLike], args: argparse.Namespace) 
     ]
 
 
-def _head(args: argparse.Namespace, kind: str, variant: Any = None) -> Any:
-    """Raises InputError for a head of another kind."""
-    if (found := find_head(args.head).kind) != kind:
-        names = " or ".join(sorted({f"'{row.name}'" for row in HEADS if row.kind == kind})[:2])
-        raise InputError(f"{args.head} is of another kind, {found}; give one for {kind}, such as {names}")
-    return load_head(args.head, weights=args.weights, variant=variant, device=args.device)
-
-
 def _depth(paths: list[ImageLike], args: argparse.Namespace) -> list[Image.Image]:
-    head = _head(args, "depth", variant_of(args.head, args.dataset, args.layers))
+    head = load_released(args, "depth", args.dataset)
     maps = [found.depth for path in paths for found in head.predict([path], _size_of(path, head, args.size))]
     limits = min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)  # one scale, so that they compare
     return [depth_picture(path, one, limits) for path, one in zip(paths, maps, strict=True)]
@@ -159,8 +149,12 @@ def _size_of(path: ImageLike, head: Any, asked: Any) -> Any:
 
 
 def _segments(paths: list[ImageLike], args: argparse.Namespace) -> list[Image.Image]:
-    head = _head(args, "segments")
-    return [segments_picture(path, found) for path in paths for found in head.predict([path], args.size)]
+    if args.labels is None:
+        head = load_released(args, "segments")
+        return [segments_picture(path, found) for path in paths for found in head.predict([path], args.size)]
+    head = load_released(args, "text")
+    labels = head.encode_labels(given_labels(args), args.template)
+    return [segments_picture(path, found) for path in paths for found in head.segment([path], labels, size=args.size)]
 
 
 def _pair(path: ImageLike, shown: Image.Image) -> Image.Image:

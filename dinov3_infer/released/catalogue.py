@@ -16,7 +16,7 @@ from ..zoo import MODELS
 
 __all__ = ["HEADS", "HeadInfo", "find_head", "transform_for", "variant_of"]
 
-Kind = Literal["classifier", "depth", "segments"]
+Kind = Literal["classifier", "depth", "segments", "text"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,18 @@ class HeadInfo:
     variant: Any = None  # where one name has several: number of layers, or data set
     # what its module is built with, and as what transformers has it
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    more: tuple[str, ...] = ()  # other files of the owner that hold a part of it
 
     @property
     def link(self) -> str | None:
         """Where anyone can download the file."""
-        return None if self.folder is None else f"https://dl.fbaipublicfiles.com/{self.folder}/{self.file}"
+        return next(iter(self.links), None)
+
+    @property
+    def links(self) -> tuple[str, ...]:
+        """Of all its files; none where they have to be asked for."""
+        names = () if self.folder is None else (self.file, *self.more)
+        return tuple(f"https://dl.fbaipublicfiles.com/{self.folder}/{name}" for name in names)
 
 
 _APACHE, _DINOV3 = "Apache-2.0", "DINOv3 License"
@@ -151,7 +158,24 @@ def _segments() -> list[HeadInfo]:
     return rows
 
 
-HEADS: tuple[HeadInfo, ...] = (*_classifiers(), *_depths(), *_segments())
+def _texts() -> list[HeadInfo]:
+    v3, v2 = "dinov3_vitl16_dinotxt", "dinov2_vitl14_reg4_dinotxt"
+    size = "tet1280d20h24l"  # text transformer of width 1280, 20 heads, 24 layers
+    common: dict[str, Any] = dict(text=dict(width=1280, heads=20, depth=24))
+    crop = dict(size=512, fit="crop", filter="bicubic", engine="pil")
+    return [
+        HeadInfo(
+            f"{v3}_{size}", "text", "dinov3_vitl16", _DINOV3, f"{v3}_vision_head_and_text_encoder-a442d8f5.pth",
+            options=common | dict(is_v3=True, transform=crop),
+        ),
+        HeadInfo(
+            f"{v2}_{size}", "text", "dinov2_vitl14_reg", _APACHE, f"{v2}_{size}_vision_head.pth",
+            "dinov2/dinov2_vitl14", more=(f"{v2}_{size}_text_encoder.pth",), options=common | dict(is_v3=False),
+        ),
+    ]  # fmt: skip
+
+
+HEADS: tuple[HeadInfo, ...] = (*_classifiers(), *_depths(), *_segments(), *_texts())
 
 
 _LEFT_OUT = {

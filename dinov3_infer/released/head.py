@@ -89,9 +89,7 @@ class Released(nn.Module):
         }
         if any(faults.values()):
             counts = "; ".join(f"{len(found)} {what}: {some(found, 3)}" for what, found in faults.items() if found)
-            raise CheckpointError(
-                f"'{checkpoint.path}' does not fit {self.info.name}: {counts}; is it that head's file?"
-            )
+            raise CheckpointError(f"'{checkpoint.path}' does not fit {self.info.name}: {counts}; {self._hint()}")
         with torch.no_grad():
             for ours, tensor in wanted.items():
                 if ours in names:
@@ -128,6 +126,10 @@ class Released(nn.Module):
 
     def _facts(self) -> dict[str, str]:
         return dict(head=self.info.name, backbone=self.backbone.fingerprint())
+
+    def _hint(self) -> str:
+        names = (self.info.file, *self.info.more)
+        return f"give its files as a list: {', '.join(names)}" if self.info.more else "is it that head's file?"
 
     def _refuse_other_weights(self, checkpoint: Checkpoint) -> None:
         stored = getattr(checkpoint.tensors, "metadata", "")

@@ -136,7 +136,7 @@ def test_variants_reach_the_call(folder: Path, tmp_path: Path, monkeypatch: pyte
     asked: list[object] = []
     head = load_head("dinov2_vits14_dd", weights=folder / "dinov2_vits14_dd.safetensors")
     monkeypatch.setattr(
-        show_command, "load_head", lambda name, weights, variant, device: asked.append((name, variant)) or head
+        attach, "load_head", lambda name, _, weights, variant, device: asked.append((name, variant)) or head
     )
     for flags in (
         (), ("--dataset", "KITTI"), ("--head", "dinov2_vitb14_ld"), ("--head", "dinov2_vitb14_ld", "--layers", 1),

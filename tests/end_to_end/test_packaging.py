@@ -32,6 +32,7 @@ DATA = {
     "dinov3_infer/data/labels/ade20k.txt",
     "dinov3_infer/data/labels/imagenet1k.txt",
     "dinov3_infer/data/labels/voc2012.txt",
+    *(f"dinov3_infer/data/text/{name}" for name in ("LICENSE", "merges.txt.gz", "templates.txt")),
     *(f"{package}/py.typed" for package in ("dinov3_infer", "dinov3_infer_kernels")),
     *(f"dinov3_infer/data/samples/{name}" for name in ("cat.png", "coffee.png", "golden.safetensors", "rocket.png")),
 }
