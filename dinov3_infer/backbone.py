@@ -175,10 +175,8 @@ class Backbone(Network):
                 "DINO models are trained in bfloat16 and float16 can overflow; results are checked, "
                 "and bfloat16 is the safer choice"
             )
-        log.debug(
-            "%s: layout %s, %s",
-            path, found.stored.layout.label, model.info.title if model.info else "nothing names these weights",
-        )  # fmt: skip
+        title = model.info.title if model.info else "nothing names these weights"
+        log.info("loaded '%s' on %s: %s, layout %s", path, model.device, title, found.stored.layout.label)
         return model
 
     @classmethod
@@ -230,7 +228,12 @@ class Backbone(Network):
         def __call__(self, *, pixel_values: Tensor, layers: int | Sequence[int] | None = None) -> BackboneOutput: ...
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """As `forward`.  `pixel_values` is transformers' name for the pixels: `bb(**processor(images))`."""
+        """As `forward`.  `pixel_values` is transformers' name for the pixels.
+
+        Example:
+            >>> bb(bb.preprocess(["cat.jpg", "dog.jpg"])).patch_tokens  # [2, P, C]
+            >>> bb(**processor(images, return_tensors="pt")).pooler_output  # [B, C], with a processor of transformers
+        """
         if "pixel_values" in options:
             args = (options.pop("pixel_values"), *args)
         return super().__call__(*args, **options)
@@ -418,6 +421,9 @@ class Backbone(Network):
 
     def save_pretrained(self, directory: str | os.PathLike[str], layout: LayoutName = "hf") -> Path:
         """Writes a directory that transformers loads ("hf") or timm ("timm"), or one file under Meta's names ("meta").
+
+        sentence-transformers loads the first of them too, and encodes images to our class token; see the guide
+        "Notebooks and probes".
 
         Raises: UnsupportedError for a model that the layout cannot hold, InputError for a target of the wrong kind.
         """

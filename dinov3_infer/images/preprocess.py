@@ -171,6 +171,10 @@ class Preprocess:
     def __call__(self, image: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Pixels of one image, [3, H_px, W_px], or of a list of images, [B, 3, H_px, W_px].
 
+        Example:
+            >>> bb.preprocess("cat.jpg").shape, bb.preprocess(["cat.jpg", "dog.jpg"]).shape
+            (torch.Size([3, 256, 256]), torch.Size([2, 3, 256, 256]))
+
         Raises: ImageError, MissingFileError; InputError for images that come out at different sizes.
         """
         if isinstance(image, list | tuple):

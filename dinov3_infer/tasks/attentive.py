@@ -28,6 +28,9 @@ class AttentiveProbe(Probe):
     hundredth of its cost.
 
     Source: attentive probing as in CAE (arXiv 2202.03026), section 4, and V-JEPA.
+
+    Example:
+        >>> AttentiveProbe().fit(bb.embed("photos/", kind="patches"), names)
     """
 
     num_heads: int = 8

@@ -45,6 +45,9 @@ class KNN(Probe):
     """The classes of the k nearest examples by cosine, weighted by a softmax over them.
 
     Source: reference code of DINO, DINOv2 and DINOv3 (k of 10, 20, 100 or 200, temperature 0.07, class token).
+
+    Example:
+        >>> KNN(k=5).fit(bb.embed("photos/"), names).score(bb.embed("new/"), others)
     """
 
     k: int = 20
@@ -73,6 +76,9 @@ class LinearProbe(Probe):
 
     Source: DINOv2 and DINOv3, reference code: 13 rates, 10 passes of 1,250 steps of 128 pictures per device, weights
     from N(0, 0.01).  That trains on augmented pictures; cached features are what they are.
+
+    Example:
+        >>> LinearProbe(steps=1000).fit(bb.embed("photos/"), names).predict_proba(bb.embed("new/"))  # [N, K]
     """
 
     learning_rates: Sequence[float] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -126,6 +132,9 @@ class LogisticProbe(Probe):
     `strength` is what was chosen.  While choosing, each C starts where the last one ended and takes 100 steps at most.
 
     Source: DINOv2, reference code, which takes scikit-learn's; the same minimum.
+
+    Example:
+        >>> LogisticProbe(C=1.0).fit(bb.embed("photos/"), names).predict(bb.embed("new/"))
     """
 
     C: float | None = None
