@@ -208,10 +208,8 @@ class Backbone(Network):
                 "float16 can overflow, because DINO models are trained in bfloat16; results are checked for that, "
                 "and dtype='bfloat16' is safer"
             )
-        log.debug(
-            "%s: layout %s, %s",
-            path, found.stored.layout.label, model.info.title if model.info else "model unknown",
-        )  # fmt: skip
+        title = model.info.title if model.info else "model unknown"
+        log.info("loaded '%s' on %s: %s, layout %s", path, model.device, title, found.stored.layout.label)
         return model
 
     @classmethod
@@ -307,8 +305,8 @@ class Backbone(Network):
             LayerError: a block number does not exist.
 
         Example:
-            >>> bb(torch.randn(1, 3, 224, 224)).cls_token.shape
-            torch.Size([1, 768])
+            >>> bb(bb.preprocess(["cat.jpg", "dog.jpg"])).patch_tokens  # [2, P, C]
+            >>> bb(**processor(images, return_tensors="pt")).pooler_output  # [B, C], with a processor of transformers
         """
         if "pixel_values" in options:
             args = (options.pop("pixel_values"), *args)
@@ -589,7 +587,8 @@ class Backbone(Network):
             layout: "hf" for transformers, "timm", or "meta" for one file under Meta's names (default: "hf").
 
         Returns:
-            The path that was written.
+            The path that was written.  sentence-transformers loads the "hf" layout too, and encodes an image to its
+            class token.
 
         Raises:
             UnsupportedError: the layout cannot hold this model.

@@ -1,7 +1,8 @@
-"""Shared by the examples: options, errors in one sentence, frames, cached features, a training loop."""
+"""Shared by the examples: options, a log, errors in one sentence, frames, cached features, a training loop."""
 
 import argparse
 import colorsys
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageSequence, UnidentifiedImageError
 from torch import Tensor, nn
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from dinov3_infer import (
     Backbone,
@@ -25,6 +26,8 @@ from dinov3_infer import (
     list_images,
     load_image,
 )
+
+log = logging.getLogger("dinov3_infer.examples")  # a child of the package's logger, so that both print alike
 
 MODEL = "dinov2_vits14"  # the smallest model under Apache-2.0, which needs no request for access
 
@@ -51,7 +54,11 @@ def parser(
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls `main`; wrong input ends the program with one sentence."""
+    """Calls `main` with the log on stderr; wrong input ends the program with one sentence."""
+    logging.basicConfig(format="%(message)s")
+    package = logging.getLogger("dinov3_infer")
+    before = package.level
+    package.setLevel(logging.INFO)
     try:
         main()
     except Dinov3Error as error:
@@ -59,6 +66,14 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         reason = f"{error.strerror[0].lower()}{error.strerror[1:]} '{error.filename}'" if error.strerror else str(error)
         sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
+    finally:
+        package.setLevel(before)
+
+
+def with_progress(features: Iterable[Features], count: int) -> Iterator[Features]:
+    """The features of `count` images as they come, under a bar on a terminal."""
+    log.info("computing features of %d image%s", count, "" if count == 1 else "s")
+    yield from tqdm(features, total=count, unit="img", disable=None)
 
 
 def numbers(option: str, text: str, names: str) -> list[float]:
@@ -178,6 +193,7 @@ def upright(image: ImageLike) -> Image.Image:
 
 def load(args: argparse.Namespace) -> Backbone:
     """The model that --model names."""
+    log.info("loading %s", args.model)
     return Backbone.from_pretrained(args.model)
 
 
@@ -189,18 +205,20 @@ def maps(bb: Backbone, images: Sequence[ImageLike], size: int, layers: Sequence[
     found = bb.iter_features(
         list(images), size=max(1, size // bb.patch_size) * bb.patch_size, fit="squash", layers=layers
     )
-    return torch.cat([torch.cat([layer.feature_map for layer in f.layers or (f,)], dim=1) for f in found])
+    each = with_progress(found, len(images))
+    return torch.cat([torch.cat([layer.feature_map for layer in f.layers or (f,)], dim=1) for f in each])
 
 
 def layer_features(
-    bb: Backbone, images: Iterable[ImageLike], layer: int | None = None, size: int = 768, fit: Fit = "native"
+    bb: Backbone, images: Sequence[ImageLike], layer: int | None = None, size: int = 768, fit: Fit = "native"
 ) -> Iterator[Features]:
     """Features whose patches come from one block; None takes the block at two thirds of the depth.
 
     Patches of this block describe local content best; later blocks describe more of the whole image.
     """
     block = bb.config.depth * 2 // 3 - 1 if layer is None else layer
-    for found in bb.iter_features(images, layers=[block], size=size, fit=fit, batch_size=1):
+    each = bb.iter_features(images, layers=[block], size=size, fit=fit, batch_size=1)
+    for found in with_progress(each, len(images)):
         yield replace(found, patch_tokens=found.layers[0].patch_tokens, layers=())
 
 
@@ -212,7 +230,8 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     order = torch.empty(0, dtype=torch.long)
     head.train()
-    for _ in (bar := trange(steps, unit="step", disable=None)):
+    log.info("training a head with %d examples, %d steps", count, steps)
+    for step in (bar := trange(steps, unit="step", disable=None)):
         if not len(order):
             order = torch.randperm(count)
         now, order = order[:batch_size], order[batch_size:]
@@ -223,4 +242,6 @@ def fit(
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+        if bar.disable and (step + 1) % max(1, steps // 10) == 0:  # no terminal
+            log.info("step %d of %d: loss %.3f", step + 1, steps, value.item())
     head.eval()

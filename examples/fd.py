@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import MODEL, load, run
+from common import MODEL, load, log, run
 from torch import Tensor
 
 from dinov3_infer import Backbone, InputError, Store
@@ -44,9 +44,11 @@ def frechet(real: Tensor, fake: Tensor) -> float:  # [N, C], [M, C] float64
 def vectors_of(source: str, model: Backbone | None, size: int) -> Tensor:
     """The embeddings [N, C] of images, computed or stored, without images that could not be read."""
     if model is None:
+        log.info("reading the embeddings at %s", source)
         store = Store(source)
         found = store.vectors()[store.good]
     else:
+        log.info("embedding the images of %s", source)
         found = model.embed(source, size=size - size % model.patch_size, on_error="skip", progress=None)
         found = found[np.isfinite(found).all(axis=1)]
     return torch.from_numpy(found).double()

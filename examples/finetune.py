@@ -13,6 +13,8 @@ import json
 import sys
 from pathlib import Path
 
+from common import run
+
 from dinov3_infer import Backbone
 from dinov3_infer.train import TrainConfig, TrainingStopped, open_data, train
 
@@ -51,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import load, parser, run, save
+from common import load, parser, run, save, with_progress
 from PIL import Image
 
 from dinov3_infer import Features, load_image
@@ -43,7 +43,8 @@ def main() -> None:
     options = parser(__doc__, "foreground.jpg")
     options.add_argument("images", nargs="+", metavar="IMAGE")
     args = options.parse_args()
-    features = list(load(args).iter_features(args.images, size=args.size, fit="native"))
+    found = load(args).iter_features(args.images, size=args.size, fit="native")
+    features = list(with_progress(found, len(args.images)))
     shown = []
     for name, mask in zip(args.images, split(features), strict=True):
         pixels = load_image(name).permute(1, 2, 0).numpy()

@@ -8,7 +8,7 @@ Each row shows a query, then the most similar images with their cosines.
 from collections.abc import Sequence
 
 import torch
-from common import load, parser, run, save
+from common import load, log, parser, run, save
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -38,6 +38,7 @@ def main() -> None:
     args = options.parse_args()
     gallery = list_images(args.folder)
     bb = load(args)
+    log.info("embedding the %d images of %s", len(gallery), args.folder)
     bank = embed(bb, gallery, args.size)
     cosines, found = nearest(embed(bb, args.queries, args.size), bank, min(args.count, len(gallery)))
     rows = [[query, *(gallery[i] for i in row)] for query, row in zip(args.queries, found.tolist(), strict=True)]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import load, parser, read_frames, run, save
+from common import load, log, parser, read_frames, run, save
 from PIL import Image
 from torch import Tensor
 
@@ -61,7 +61,9 @@ def main() -> None:
         raise InputError(f"'{args.videos}' has {len(names)} folders; make one folder per class, for at least 2 classes")
     bb, clip = load(args), read_frames(args.clip)
     known = [(path, number) for number, name in enumerate(names) for path in sorted((videos / name).iterdir())]
+    log.info("computing features of %d videos, %d frames each", len(known), args.frames)
     features = torch.stack([tokens(bb, read_frames(str(path)), args.frames, args.size) for path, _ in known])
+    log.info("training a probe")
     probe = train(features, torch.tensor([number for _, number in known]))
     chances = probe.predict_proba(tokens(bb, clip, args.frames, args.size)[None])[0].tolist()
     for name, chance in sorted(zip(names, chances, strict=True), key=lambda pair: -pair[1]):

@@ -10,7 +10,7 @@ from ..zoo import OWN, Config, ModelInfo, preprocess_of, timm_model
 from .architecture import rows_like, same_architecture
 from .stages import hf_stages
 
-__all__ = ["hf_config", "hf_processor_config", "is_default", "not_held", "timm_config"]
+__all__ = ["hf_config", "hf_processor_config", "is_default", "not_held", "sentence_transformers_files", "timm_config"]
 
 
 def hf_config(config: Config) -> dict[str, Any]:
@@ -114,6 +114,40 @@ def hf_processor_config(config: Config, preprocess: Preprocess, info: ModelInfo 
     return common | {
         "image_processor_type": "BitImageProcessor", "resample": 3, "do_convert_rgb": True, "do_center_crop": True,
         "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224},
+    }  # fmt: skip
+
+
+def sentence_transformers_files(width: int, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, Any]:
+    """With these beside the files of transformers, sentence-transformers gives the class token of our transform.
+
+    Without them it takes the mean of all tokens, class token and registers among them.  The transform goes with the
+    call of the processor, because preprocessor_config.json states that of transformers; see `hf_processor_config`.
+
+    Source: sentence_transformers, release 6.2.0: base/model.py, base/modules/transformer.py and
+    sentence_transformer/modules/pooling.py.
+    """
+    transformer: dict[str, Any] = {
+        "transformer_task": "feature-extraction", "module_output_name": "token_embeddings",
+        "modality_config": {"image": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    }  # fmt: skip
+    if is_default(preprocess, info) and preprocess.fit == "squash" and isinstance(preprocess.size, int):
+        transformer["processing_kwargs"] = {
+            "image": {
+                "do_center_crop": False,
+                "resample": 3 if preprocess.filter == "bicubic" else 2,
+                "size": {"height": preprocess.size, "width": preprocess.size},
+            }
+        }
+    return {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+            {
+                "idx": 1, "name": "1", "path": "1_Pooling",
+                "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+            },
+        ],
+        "sentence_bert_config.json": transformer,
+        "1_Pooling/config.json": {"embedding_dimension": width, "pooling_mode": "cls", "include_prompt": True},
     }  # fmt: skip
 
 

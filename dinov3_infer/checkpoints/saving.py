@@ -22,7 +22,14 @@ from ..system import whole
 from ..zoo import OWN, Config, ModelInfo
 from . import layouts
 from .architecture import reading_differs, rows_like, same_architecture
-from .config_json import hf_config, hf_processor_config, is_default, not_held, timm_config
+from .config_json import (
+    hf_config,
+    hf_processor_config,
+    is_default,
+    not_held,
+    sentence_transformers_files,
+    timm_config,
+)
 from .layouts import Layout, LayoutName, Parts, layout_for
 from .reading import INDEX, METADATA, WEIGHTS, read_index
 from .transforms import transform_of
@@ -156,12 +163,13 @@ def save_checkpoint(
     with_bias = (info is not None and info.family != "dinov3") or any(
         name.endswith("qkv.bias") and bool(tensor.any()) for name, tensor in state.items()
     )
-    files: dict[str, Mapping[str, Any]] = {}
+    files: dict[str, Any] = {}
     block = our_block(model, info, preprocess)
     if layout == "hf":
         dtype = str(model.main_weight.dtype).removeprefix("torch.")
         files["config.json"] = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": block}
         files["preprocessor_config.json"] = hf_processor_config(model.config, preprocess, info)
+        files |= sentence_transformers_files(model.width(), preprocess, info)
     elif layout == "timm":
         stated = timm_config(model.config, info, preprocess, with_bias)
         tagged = "tag" in stated["pretrained_cfg"] and block.keys() == {"name"}
@@ -191,7 +199,7 @@ def save_checkpoint(
 
 
 def write_folder(
-    target: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+    target: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], files: Mapping[str, Any]
 ) -> None:
     """Weights and JSON files of one model, and nothing left of another one that lay there.
 
@@ -200,6 +208,7 @@ def write_folder(
     target.mkdir(parents=True, exist_ok=True)
     _write_tensors(target / WEIGHTS, tensors, facts)
     for name, content in files.items():
+        (target / name).parent.mkdir(exist_ok=True)
         with whole(target / name) as path:
             path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _remove_shards(target)

@@ -77,7 +77,17 @@ class LayerFeatures:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Features:
-    """Features of a batch of images, float32, after the final norm."""
+    """Features of a batch of images, float32, after the final norm.
+
+    A notebook shows a table of the shapes and the principal components of the first images in colours.
+
+    Example:
+        >>> f = bb.extract_features(["cat.jpg", "dog.jpg"])
+        >>> f.embedding.shape, np.asarray(f).shape, f[1].embedding.shape
+        (torch.Size([2, 192]), (2, 192), torch.Size([1, 192]))
+        >>> f == bb.extract_features(["cat.jpg", "dog.jpg"])
+        True
+    """
 
     embedding: Tensor  # [B, C], or [B, 2C] with pooling "cls_mean": one vector per image
     cls_token: Tensor  # [B, C]

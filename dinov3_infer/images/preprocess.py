@@ -203,6 +203,10 @@ class Preprocess:
             ImageError: An image cannot be read.
             MissingFileError: A path leads nowhere.
             InputError: The images of a list get different sizes.
+
+        Example:
+            >>> bb.preprocess("cat.jpg").shape, bb.preprocess(["cat.jpg", "dog.jpg"]).shape
+            (torch.Size([3, 256, 256]), torch.Size([2, 3, 256, 256]))
         """
         if isinstance(image, list | tuple):
             return self.batch(image).pixels

@@ -173,7 +173,12 @@ class FeatureInfo(list[dict[str, Any]]):
 
 
 def feature_info(model: VisionTransformer) -> FeatureInfo:
-    """timm's description of the result of `forward_intermediates`."""
+    """timm's description of the result of `forward_intermediates`.
+
+    Example:
+        >>> bb.feature_info.channels(), bb.feature_info.reduction(0), bb.feature_info.module_name(0)
+        ([192, 192, 192, 192], 16, 'blocks.0')
+    """
     return FeatureInfo(
         {"module": f"blocks.{i}", "num_chs": model.width(i), "reduction": model.stride(i)}
         for i in range(model.n_blocks)
@@ -184,6 +189,10 @@ def set_grad_checkpointing(model: VisionTransformer, enable: bool = True) -> Non
     """timm's: recompute each block in the backward pass instead of keeping its activations.
 
     `forward_packed` with `drop_path` keeps activations, since its random draws would differ the second time.
+
+    Example:
+        >>> bb.train().set_grad_checkpointing()
+        >>> bb(pixels).cls_token.sum().backward()
     """
     model.grad_checkpointing = bool(enable)
 

@@ -43,12 +43,27 @@ class LayerOutput(NamedTuple):
 
 
 class BackboneOutput(NamedTuple):
-    """Tokens after the last layer and the final norm, and those of the requested layers."""
+    """Tokens after the last layer and the final norm, and those of the requested layers.
+
+    Example:
+        >>> out = bb(bb.preprocess(["cat.jpg"]))
+        >>> out.cls_token, out.last_hidden_state  # [1, C], [1, N, C]
+    """
 
     cls_token: Tensor  # [B, C]
     register_tokens: Tensor  # [B, R, C]
     patch_tokens: Tensor  # [B, P, C]
     layers: tuple[LayerOutput, ...] = ()
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        """transformers' name for all tokens: class token, registers, patches, [B, N, C]."""
+        return torch.cat((self.cls_token[:, None], self.register_tokens, self.patch_tokens), dim=1)
+
+    @property
+    def pooler_output(self) -> Tensor:
+        """transformers' name for the class token, [B, C]."""
+        return self.cls_token
 
     def __repr__(self) -> str:
         return f"BackboneOutput({shapes(self, self._fields[:3])}, {len(self.layers)} layers)"

@@ -30,6 +30,9 @@ class AttentiveProbe(Probe):
     about a hundredth of its cost.
 
     Source: attentive probing as in CAE (arXiv 2202.03026), section 4, and V-JEPA.
+
+    Example:
+        >>> AttentiveProbe().fit(bb.embed("photos/", kind="patches"), names)
     """
 
     num_heads: int = 8

@@ -31,6 +31,7 @@ class Probe(Fitted):
         >>> probe = KNN(k=5).fit(bb.embed("photos/"), ["cat", "dog", ...])
         >>> probe.predict(bb.embed("new/"))
         array(['dog', 'cat', ...])
+        >>> cross_val_score(KNN(), bb.embed("photos/"), names)  # scikit-learn's
     """
 
     dims: ClassVar[int] = 2  # number of axes of the features

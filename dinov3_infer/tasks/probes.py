@@ -47,6 +47,9 @@ class KNN(Probe):
     """Classifies by the k nearest examples in cosine, weighted by a softmax over their cosines.
 
     Source: reference code of DINO, DINOv2 and DINOv3 (k of 10, 20, 100 or 200, temperature 0.07, class token).
+
+    Example:
+        >>> KNN(k=5).fit(bb.embed("photos/"), names).score(bb.embed("new/"), others)
     """
 
     k: int = 20
@@ -77,6 +80,9 @@ class LinearProbe(Probe):
 
     Source: DINOv2 and DINOv3, reference code: 13 rates, 10 passes of 1,250 steps of 128 images per device, weights from
     N(0, 0.01).  The reference trains on augmented images; this probe trains on cached features.
+
+    Example:
+        >>> LinearProbe(steps=1000).fit(bb.embed("photos/"), names).predict_proba(bb.embed("new/"))  # [N, K]
     """
 
     learning_rates: Sequence[float] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -131,6 +137,9 @@ class LogisticProbe(Probe):
     `tensors["strength"]` holds the chosen C.
 
     Source: DINOv2, reference code, which uses scikit-learn; the minimum is the same.
+
+    Example:
+        >>> LogisticProbe(C=1.0).fit(bb.embed("photos/"), names).predict(bb.embed("new/"))
     """
 
     C: float | None = None

@@ -24,6 +24,7 @@ from layouts import (
     wrapped,
 )
 from oracles import hf_model
+from pictures import complaint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -369,3 +370,15 @@ def test_a_header_whose_length_looks_like_a_pickle(protocol: int, tmp_path: Path
             break
     content = (tmp_path / "a.safetensors").read_bytes()
     assert content[0] == 0x80 and kind_of(content[:64], len(content), "a") == "safetensors"
+
+
+def test_the_folder_of_a_training_run_is_its_backbone(tmp_path: Path) -> None:
+    """Whatever else lies in it; a run without a result is no checkpoint."""
+    model = Backbone.from_config("nano", seed=0)
+    model.save_pretrained(tmp_path / "run" / "backbone")
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    (tmp_path / "run" / "00000002").mkdir()
+    loaded = Backbone.from_pretrained(tmp_path / "run", device="cpu")
+    assert loaded.fingerprint() == model.fingerprint() and loaded.preprocess == model.preprocess
+    (tmp_path / "early" / "backbone").mkdir(parents=True)
+    assert "backbone'" in complaint(CheckpointError, lambda: Backbone.from_pretrained(tmp_path / "early"))

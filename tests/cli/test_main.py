@@ -233,6 +233,20 @@ def test_train_has_options_of_its_own() -> None:
     assert run("train", "--no-such-option").status == 2
 
 
+def test_quiet_says_nothing_but_errors_and_verbose_says_what_is_done(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", "a.png", "broken.png")
+    rest = ("-m", small_model(), "--device", "cpu", "--size", "32")
+    verbose = run("embed", tmp_path / "in", "-o", tmp_path / "v.npy", *rest, "-v").err.splitlines()
+    assert any(line.startswith(f"dinov3-infer: loaded '{small_model()}' on cpu: nano, layout ") for line in verbose)
+    assert "wrote" in verbose[-1] and "1 could not be read" in verbose[-1]
+    for flag in ("-q", "--quiet"):
+        ran = run("embed", tmp_path / "in", "-o", tmp_path / "q.npy", "--overwrite", *rest, flag)
+        assert (ran.status, ran.err) == (3, "")
+    refused(
+        1, "no picture, folder or pattern at", "embed", tmp_path / "none.png", "-o", tmp_path / "x.npy", *rest, "-q"
+    )
+
+
 # --- models --------------------------------------------------------------------------------------------------------
 
 

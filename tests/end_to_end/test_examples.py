@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -120,9 +121,20 @@ def test_scripts_are_short_and_named_in_the_readme(path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(str(v) for v in value if "cat" not in str(v)),
 )
-def test_it_runs_and_writes_an_image(script: str, arguments: list[object], call: Any, pictures: Path) -> None:
+def test_it_runs_and_writes_an_image(
+    script: str, arguments: list[object], call: Any, pictures: Path, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And says what it does: the model, the features of many images, the steps of a training."""
     call(script, *arguments, "--out", "out.png")
     assert len(np.unique(np.asarray(Image.open("out.png")))) > 50
+    said = [record.getMessage() for record in caplog.records if record.name == "dinov3_infer.examples"]
+    assert said[0] == f"loading {model}"
+    if script != "discovery":  # one image
+        assert any("features of" in line or "embedding the" in line for line in said)
+    if "--steps" in arguments:
+        assert f"training a head with {len(list(pictures.iterdir()))} examples, 2 steps" in said
+        assert sum(line.startswith("step ") for line in said) == 2 and "step 2 of 2: loss " in said[-2] + said[-1]
+    assert logging.getLogger("dinov3_infer").level == logging.NOTSET
 
 
 def test_tracking_follows_through_a_folder_a_gif_and_a_box(call: Any, pictures: Path) -> None:

@@ -17,6 +17,7 @@ from oracles import SMALL, hf_layers, hf_model, hf_norm, relative
 from pictures import photo
 from torch import Tensor, nn
 
+from benchmarks import other_projects
 from dinov3_infer import Backbone
 
 SERVED, PATTERNS = 12, 12
@@ -255,3 +256,14 @@ def test_transformers(pair: Pair) -> None:
 def test_the_count_is_right() -> None:
     """The README states the number of patterns in this file."""
     assert len(served) == SERVED
+
+
+# --- the projects themselves: records/other_projects.json has all models --------------------------------------------
+
+
+@pytest.mark.peers
+def test_sentence_transformers_encodes_to_our_vector() -> None:
+    """From a folder of `save_pretrained`; a bare folder of transformers gives another vector."""
+    pytest.importorskip("sentence_transformers")
+    for name, row in other_projects.sentence_transformers(("nano", "dinov2_vits14_reg"))["models"].items():
+        assert row["least_cosine"] > 0.99999 and row["least_cosine_without_the_files"] < 0.9, name

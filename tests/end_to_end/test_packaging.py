@@ -1,16 +1,20 @@
 """The built and installed packages hold exactly the source tree."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from repository import ROOT
 
 import dinov3_infer
@@ -244,3 +248,36 @@ def test_beside_the_kernels_of_hugging_face(
     assert not list(environment.site.glob("dinov3_infer*"))
     assert [path for path in theirs if path.is_file()] == [path for path in theirs if not path.is_dir()]
     assert environment.ask("import kernels; print(callable(kernels.get_kernel))") == "True"
+
+
+MOST_PACKAGES = 15  # of the default install beyond torch and what torch brings
+
+
+def needed(*requirements: str) -> set[str]:
+    """The packages that pip installs for these, by the metadata of those that are here."""
+    todo, found = [Requirement(text) for text in requirements], set()
+    while todo:
+        one = todo.pop()
+        if (key := (canonicalize_name(one.name), frozenset(one.extras))) in found:
+            continue
+        found.add(key)
+        for text in requires(one.name) or ():
+            other = Requirement(text)
+            if other.marker is None or any(other.marker.evaluate({"extra": extra}) for extra in {"", *one.extras}):
+                todo.append(other)
+    return {name for name, _ in found}
+
+
+def test_the_default_install_is_small() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    beyond = needed(*project["dependencies"]) - needed("torch")
+    assert len(beyond) <= MOST_PACKAGES, sorted(beyond)
+
+
+def test_every_extra_that_is_named_is_there() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = [path for top in ("dinov3_infer", "kernels", "examples") for path in (ROOT / top).rglob("*")]
+    texts = [ROOT / "README.md", *(path for path in texts if path.suffix in (".py", ".md"))]
+    named = [re.findall(r"dinov3-infer\[([\w,]+)\]", path.read_text(encoding="utf-8")) for path in texts]
+    found = {extra for names in named for name in names for extra in name.split(",")}
+    assert found and found <= set(project["optional-dependencies"]), found

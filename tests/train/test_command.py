@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from repository import ROOT
 
-from dinov3_infer.train.command import main, parse
+from dinov3_infer.train.command import COMMON, main, parse
 from dinov3_infer.train.config import TrainConfig
 
 
@@ -43,6 +43,14 @@ def test_help_says_what_the_fields_say(capsys: pytest.CaptureFixture[str]) -> No
     )
     assert all(path.stem in said for path in (ROOT / "examples" / "configs").glob("*.toml"))  # and for what each is
     assert "--global-scale X X share of the image's area in a global crop, as DINOv3 (default: 0.32 1.0)" in said
+
+
+def test_help_begins_with_what_most_runs_set(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.partition("most used:")[2].splitlines()
+    flags = [line.split()[0].rstrip(",") for line in lines if line.startswith("  --")]
+    assert flags[:10] == [f"--{name.replace('_', '-')}" for name in COMMON] and len(flags) > 60
 
 
 def test_errors_name_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ def wholes() -> dict[str, Files]:
         for name, config in (("v3", small), ("v2", learned), ("gated", gated)):
             model = Backbone.from_config(config, seed=0)
             folder = model.save_pretrained(Path(place, name))
-            found[f"{name} hf"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+            found[f"{name} hf"] = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
             for suffix in ("pth", "safetensors"):
                 path = model.save_pretrained(Path(place, f"{name}.{suffix}"), layout="meta")
                 found[f"{name} meta {suffix}"] = {path.name: path.read_bytes()}
