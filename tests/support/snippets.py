@@ -100,7 +100,7 @@ def world(folder: Path, text: str) -> None:
     photos += [Image.open(ROOT / "dinov3_infer" / "data" / "samples" / f"{name}.png") for name in ("coffee", "rocket")]
     photos = [photo.convert("RGB").resize((160, 120)) for photo in photos]
     for i, name in enumerate(sorted(set(re.findall(r"[\w/]+\.jpg", text)))):
-        if "/" not in name:
+        if "/" not in name and name != "missing.jpg":
             photos[i % 3].save(folder / name, quality=95)
     (folder / "photos").mkdir()
     for i, photo in enumerate(photos):
