@@ -266,6 +266,14 @@ def explore() -> str:
     )  # fmt: skip
 
 
+def fast_least() -> str:
+    """What tests/end_to_end/test_real_weights.py asks of mode="fast"."""
+    text = (ROOT / "tests" / "end_to_end" / "test_real_weights.py").read_text(encoding="utf-8")
+    found = re.search(r'"fast": \((0\.\d+), (0\.\d+)\)', text)
+    assert found is not None
+    return cosines((float(found[1]), float(found[2])))
+
+
 def cosines(least: tuple[float, float]) -> str:
     return f"{least[0]} for class tokens (mean) and {least[1]} for patches (1st percentile)"
 
@@ -294,6 +302,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "from-scratch": from_scratch,
     "from-scratch-minutes": lambda: minutes("from_scratch", "ours"),
     "explore": explore,
+    "fast-least": fast_least,
     "int8-least": lambda: cosines(dispatch._LEAST),
     "gpu-least": lambda: cosines(trial.LEAST["exact"]),
     "classification": lambda: block(script("choosing.py").classification_table(script("choosing.py").recorded())),
