@@ -23,7 +23,7 @@ MEASURED = re.compile(
     r"|\b\d\.\d+ (?:to|of|±) |\b0\.\d{3}\b"
 )
 # What looks like one and is a setting, a size or a limit of the code.
-SETTINGS = ("95 %", "1 GiB")
+SETTINGS = ("95 %", "1 GiB", "0.001 m")
 
 
 @pytest.fixture(scope="module")

@@ -98,13 +98,17 @@ def world(folder: Path, text: str) -> None:
     """The files that a page names."""
     photos = [Image.open(EXAMPLES / "cat.jpg")]
     photos += [Image.open(ROOT / "dinov3_infer" / "data" / "samples" / f"{name}.png") for name in ("coffee", "rocket")]
-    photos = [photo.convert("RGB").resize((160, 120)) for photo in photos]
+    photos = [photo.convert("RGB").resize((451, 300)) for photo in photos]
     for i, name in enumerate(sorted(set(re.findall(r"[\w/]+\.jpg", text)))):
         if "/" not in name and name != "missing.jpg":
             photos[i % 3].save(folder / name, quality=95)
     (folder / "photos").mkdir()
     for i, photo in enumerate(photos):
         photo.save(folder / "photos" / f"{i}.jpg", quality=95)
+    for name in set(re.findall(r"photos/(\w+)/", text)):  # a class
+        (folder / "photos" / name).mkdir()
+        for i in range(2):
+            photos[i].save(folder / "photos" / name / f"{name}{i}.png")
     (folder / "list.txt").write_text("photos/0.jpg\n")
     if "shards/" in text:
         (folder / "shards").mkdir()
