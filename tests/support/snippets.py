@@ -80,14 +80,15 @@ _SMALLER = {
     "bench": ["--rounds", "1", "--size", "32", "--batch", "1", "--threads", "1"],
 }
 _NAMES = sorted({short for name in MODELS for short in (name, name.removeprefix("dinov3_"))} - {"nano"}, key=len)
-_IDS = {id: f"someone/{kind}" for row in MODELS.values()
-        for id, kind in ((row.hub_id, "nano"), (row.timm_id, "nano-timm")) if id}  # fmt: skip
+_TINY = MODELS["eupe_vitt16"]  # the smallest that timm has a name for
+_IDS = {id: home for row in MODELS.values()
+        for id, home in ((row.hub_id, "someone/nano"), (row.timm_id, _TINY.timm_id)) if id}  # fmt: skip
 
 
 def replaced(code: str, hub: str) -> str:
     """A block with names that can be had here; `hub`: the address of the stand-in."""
     for id in sorted(_IDS, key=len, reverse=True):
-        code = code.replace(id, _IDS[id])
+        code = code.replace(id, str(_IDS[id]))
     code = re.sub(r"\bdinov3_\w+_pretrain_\w+-[0-9a-f]{8}\.pth", "nano-meta.pth", code)
     code = re.sub(r"https://(?:host|example\.org)(?=/)", hub, code)
     code = re.sub(rf"(?<![\w/.-])(?:{'|'.join(reversed(_NAMES))})(?![\w/.-])", "nano", code)
@@ -133,11 +134,12 @@ def world(folder: Path, text: str) -> None:
 
 def fill(hub: Hub) -> None:
     """What the stand-in of the hub has."""
-    nano = Backbone.from_pretrained("nano", device="cpu")
+    nano, tiny = Backbone.from_pretrained("nano", device="cpu"), Backbone.from_config(_TINY.name, seed=0)
     with tempfile.TemporaryDirectory() as scratch:
-        for layout, name in (("hf", "nano"), ("timm", "nano-timm")):
-            path = nano.save_pretrained(Path(scratch) / name, layout=layout)  # type: ignore[arg-type]
-            hub.add(f"someone/{name}", {file.name: file.read_bytes() for file in path.iterdir()})
+        saved = {"someone/nano": nano.save_pretrained(Path(scratch) / "hf")}
+        saved[str(_TINY.timm_id)] = tiny.save_pretrained(Path(scratch) / "timm", layout="timm")
+        for name, path in saved.items():
+            hub.add(name, {file.name: file.read_bytes() for file in path.iterdir()})
         hub.files["/nano-meta.pth"] = nano.save_pretrained(Path(scratch) / "nano.pth", layout="meta").read_bytes()
     hub.files["/b.jpg"] = (EXAMPLES / "cat.jpg").read_bytes()
 
@@ -170,6 +172,7 @@ class Reader:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
+        self.process.kill()  # it holds nothing that has to be written
         self.process.wait(timeout=20)
         self.home.cleanup()
 
