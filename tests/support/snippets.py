@@ -139,7 +139,8 @@ def fill(hub: Hub) -> None:
         saved = {"someone/nano": nano.save_pretrained(Path(scratch) / "hf")}
         saved[str(_TINY.timm_id)] = tiny.save_pretrained(Path(scratch) / "timm", layout="timm")
         for name, path in saved.items():
-            hub.add(name, {file.name: file.read_bytes() for file in path.iterdir()})
+            files = [file for file in path.rglob("*") if file.is_file()]
+            hub.add(name, {file.relative_to(path).as_posix(): file.read_bytes() for file in files})
         hub.files["/nano-meta.pth"] = nano.save_pretrained(Path(scratch) / "nano.pth", layout="meta").read_bytes()
     hub.files["/b.jpg"] = (EXAMPLES / "cat.jpg").read_bytes()
 
