@@ -77,6 +77,13 @@ def test_a_broken_block_is_noticed(reader: Reader, tmp_path: Path, code: str, la
     assert wrong is not None and wrong.startswith("page.md:7\n") and words in wrong, wrong
 
 
+def test_a_block_that_ends_the_process_is_noticed(reader: Reader, tmp_path: Path) -> None:
+    world(tmp_path, "")
+    wrong = reader.read(tmp_path, [Block("page.md:7", "python", "import os\nos._exit(7)")])
+    assert wrong is not None and wrong.startswith("page.md:7: ") and "ended with 7" in wrong
+    assert reader.read(tmp_path, [Block("page.md:9", "python", "1 + 1")]) is None
+
+
 def test_marks_and_names() -> None:
     code = 'a = "vitb16", "dinov2_vits14_lc", "nano", "facebook/dinov3-vits16-pretrain-lvd1689m", "my/vitb16"'
     assert replaced(code, "") == 'a = "nano", "dinov2_vits14_lc", "nano", "someone/nano", "my/vitb16"'

@@ -154,6 +154,9 @@ class Reader:
     def __init__(self) -> None:
         self.hub, self.home = Hub(), tempfile.TemporaryDirectory()
         fill(self.hub)
+        self.start()
+
+    def start(self) -> None:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE_", "TRANSFORMERS_"))}
         own = {"HF_ENDPOINT": self.hub.url, "HF_HOME": self.home.name, "HF_TOKEN": WRITER, "OMP_NUM_THREADS": "1"}
         own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -168,7 +171,11 @@ class Reader:
         asked = [asdict(block) | {"code": replaced(block.code, self.hub.elsewhere)} for block in wanted]
         self.process.stdin.write(json.dumps({"folder": str(folder), "blocks": asked}) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())["wrong"]  # type: ignore[no-any-return]
+        if not (answer := self.process.stdout.readline()):
+            status = self.process.wait(timeout=20)
+            self.start()  # for the next page
+            return f"{wanted[0].where}: the process that runs the page ended with {status}; stderr says why"
+        return json.loads(answer)["wrong"]  # type: ignore[no-any-return]
 
     def close(self) -> None:
         assert self.process.stdin is not None
