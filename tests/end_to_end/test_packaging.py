@@ -14,6 +14,7 @@ import pytest
 from repository import ROOT
 
 import dinov3_infer
+import setup
 
 
 def lacking(name: str, least: int = 0) -> bool:
@@ -44,6 +45,7 @@ ROOT_FILES = {
     "hubconf.py",
     "pyproject.toml",
     "setup.cfg",
+    "setup.py",
 }
 NEEDED = [name for name, least in (("build", 1), ("pip", 23), ("setuptools", 77)) if lacking(name, least)]
 
@@ -95,10 +97,27 @@ def test_wheel_holds_the_package_and_nothing_else(built: dict[str, Path]) -> Non
         metadata = wheel.read(f"{info}/METADATA").decode()
     assert built["wheel"].name == f"dinov3_infer-{dinov3_infer.__version__}-py3-none-any.whl"
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
-    assert (ROOT / "README.md").read_text(encoding="utf-8").strip() in metadata
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert setup.long_description(readme, setup.address()).strip() in metadata
     assert not any(
         name in line for line in metadata.splitlines() if "Requires-Dist" in line for name in ("timm", "torchvision")
     )
+
+
+@pytest.mark.parametrize(
+    "given, without, beside",
+    [
+        ("![A cat](examples/cat.jpg)", "", "![A cat](https://example.org/me/it/raw/HEAD/examples/cat.jpg)"),
+        ("see [a guide](examples/guides/gpu.md).", "see a guide.",
+         "see [a guide](https://example.org/me/it/blob/HEAD/examples/guides/gpu.md)."),
+        ("[its page](https://example.org/x) and [below](#tests)",) * 3,
+    ],
+    ids=["an image", "a relative link", "whole addresses"],
+)  # fmt: skip
+def test_links_of_the_long_description(given: str, without: str, beside: str) -> None:
+    """Relative links become addresses below the project's, or go where it has none."""
+    assert setup.long_description(given, None) == without
+    assert setup.long_description(given, "https://example.org/me/it/") == beside
 
 
 def test_sdist_holds_what_a_build_needs(built: dict[str, Path]) -> None:
