@@ -200,8 +200,7 @@ class Preprocess:
         Returns: Float32 pixels [3, H_px, W_px] of one image, or [B, 3, H_px, W_px] of a list.
 
         Raises:
-            ImageError: An image cannot be read.
-            MissingFileError: A path leads nowhere.
+            ImageError, MissingFileError: An image cannot be read.
             InputError: The images of a list get different sizes.
 
         Example:

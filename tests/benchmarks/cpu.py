@@ -3,7 +3,7 @@
     pip install transformers timm onnx onnxruntime openvino nncf
     python tests/benchmarks/cpu.py [--models S B] [--sizes 224 512] [--batches 1 8] [--rounds 9] [--compile]
                                    [--reference DIR] [--name NAME]
-    python tests/benchmarks/cpu.py --render      # only write the README's table
+    python tests/benchmarks/figures.py           # write the record into the guide on CPUs
 
 Contestants and method are those of `dinov3-infer bench`.  Of the modes of a library, those that are fastest in a first
 call, or nearly so, take part.  Their tokens are checked, then they are timed in interleaved rounds in one process on
@@ -18,7 +18,6 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -38,8 +37,6 @@ from dinov3_infer.cli.bench.setup import Contestant, Setup
 from dinov3_infer.cli.doctor import cpu_name
 
 HERE = Path(__file__).parent
-README = HERE.parent.parent / "README.md"
-BETWEEN = re.compile(r"(?<=<!-- contest -->\n).*(?=<!-- /contest -->)", re.DOTALL)
 MODELS = {"S": "dinov3_vits16", "B": "dinov3_vitb16"}
 # (precision, start of a contestant's label): goal for the time of the best of these divided by ours
 GOALS = {
@@ -154,11 +151,6 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def filled(text: str, record: dict[str, Any]) -> str:
-    """The README, with the table of a record."""
-    return BETWEEN.sub(lambda _: table(record), text)
-
-
 def machine() -> dict[str, Any]:
     return {
         "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
@@ -190,11 +182,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile; takes minutes per cell")
     parser.add_argument("--reference", type=Path, help="also measure Meta's code in this checkout")
     parser.add_argument("--name", default="cpu", help="name of the record (default: cpu)")
-    parser.add_argument("--render", action="store_true", help="only write the README's table, from the records")
     args = parser.parse_args()
-    if args.render:
-        README.write_text(filled(README.read_text(encoding="utf-8"), recorded()), encoding="utf-8")
-        return
     torch.set_num_threads(args.threads)
     settings = Settings(torch.device("cpu"), rounds=args.rounds, tell=lambda what: print("  ", what, file=sys.stderr))
     record: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": args.rounds}

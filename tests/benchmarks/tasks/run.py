@@ -26,7 +26,7 @@ import dinov3_infer
 
 HERE = Path(__file__).parent
 RECORD, README = HERE.parent / "records" / "tasks.json", HERE.parents[2] / "examples" / "README.md"
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
 SEEDS, MARGIN, ERRORS = range(3), 0.10, 3.0
 
 
