@@ -18,7 +18,9 @@ import torch
 import triton
 from kernel_cases import CHIPS, PRODUCTS, Case, built, cases
 
-SPILLS = {("key_value", "sm100", "3.6"): 8}  # bytes: of a kernel of training, which 3.9 compiles without
+# Bytes that 3.6 spills in kernels of training; 3.9 spills none.
+SPILLS = {("residual_norm_backward", chip, "3.6"): 24 for chip in ("sm80", "sm90", "small")}
+SPILLS["key_value", "sm100", "3.6"] = 8
 
 
 def compiled(case: Case) -> tuple[str, list[str]]:

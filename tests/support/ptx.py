@@ -289,6 +289,9 @@ class Run(Warps):
         elif isinstance(o[1], tuple) and o[1][0] != "i":  # pack
             small, large = {"b32": (np.uint16, U32), "b64": (U32, U64)}[parts[-1]]
             self.set(o[0], np.stack([self.get(x, small) for x in o[1]], 1).view(large)[:, 0], mask)
+        elif o[1] in self.pending and mask is None:
+            self.set(o[0], self.r[o[1]], mask)
+            self._renamed(o[0], o[1])
         else:
             kind = UNSIGNED[int(parts[-1][1:]) // 8]
             self.set(o[0], self.get(o[1], kind), mask)

@@ -116,15 +116,15 @@ class Warps:
         self.set(o[0], value[self.warp * 32 + other], mask)
 
     def op_ldmatrix(self, parts, o, mask):
-        at = self._address(o[1], U32)
-        rows = self.shared.read(at, 16, self.all).reshape(-1, 4, 8, 16)  # [warps, matrices, rows, bytes]
-        if "x4" not in parts:
-            raise NotImplementedError(".".join(parts))
-        numbers = np.ascontiguousarray(rows).view(np.uint16)  # [W, 4, 8, 8]
+        count = next(int(x[1:]) for x in parts if re.fullmatch(r"x[124]", x))
+        at = self._address(o[1], U32).reshape(-1, 32)[:, : 8 * count].reshape(-1)  # of rows
+        threads = self.all.reshape(-1, 32)[:, : 8 * count].reshape(-1)
+        rows = self.shared.read(at, 16, threads).reshape(-1, count, 8, 16)  # [warps, matrices, rows, bytes]
+        numbers = np.ascontiguousarray(rows).view(np.uint16)  # [W, count, 8, 8]
         if "trans" in parts:
             numbers = numbers.transpose(0, 1, 3, 2)
-        pairs = np.ascontiguousarray(numbers).view(U32).reshape(-1, 4, 32)  # lane = 4 row + column pair
-        for i, name in enumerate(o[0]):
+        pairs = np.ascontiguousarray(numbers).view(U32).reshape(-1, count, 32)  # lane = 4 row + column pair
+        for i, name in enumerate(o[0] if isinstance(o[0], tuple) else (o[0],)):
             self.set(name, pairs[:, i].reshape(-1).copy(), mask)
 
     def op_stmatrix(self, parts, o, mask):
@@ -215,6 +215,13 @@ class Warps:
             before = np.where(keep, self.f32(name), F32(0)) if name in self.r else np.zeros(self.n, F32)
             self.set(name, (own + before).astype(F32), mask)
         self._under_way(o[0])
+
+    def _renamed(self, name: str, before: str) -> None:
+        """A copy of a result under way, which the assembler makes a name of the same register: it is under way too."""
+        for names, _ in (self.issued, *self.products):
+            if before in names:
+                names.add(name)
+        self.pending.add(name)
 
     def _under_way(self, names: tuple[str, ...]) -> None:
         self.issued[0].update(names)
