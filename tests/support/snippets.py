@@ -111,6 +111,8 @@ def world(folder: Path, text: str) -> None:
         for i in range(2):
             photos[i].save(folder / "photos" / name / f"{name}{i}.png")
     (folder / "list.txt").write_text("photos/0.jpg\n")
+    if "clip.gif" in text:
+        photos[0].save(folder / "clip.gif", save_all=True, append_images=photos[1:2])
     if "shards/" in text:
         (folder / "shards").mkdir()
         with tarfile.open(folder / "shards" / "0.tar", "w") as archive:
