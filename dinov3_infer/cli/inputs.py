@@ -1,4 +1,4 @@
-"""What commands share: the model, its options, and where results may go."""
+"""Helpers of several commands: loading the model, preparing images, checking outputs."""
 
 import argparse
 import os
@@ -27,7 +27,7 @@ DEFAULT_MODEL = "nano"
 
 
 class Geometry(TypedDict):
-    """How images become pixels, as the methods of a Backbone take it."""
+    """Options of image preparation, as the methods of `Backbone` take them."""
 
     size: int | tuple[int, int] | None
     fit: Fit | None
@@ -35,15 +35,15 @@ class Geometry(TypedDict):
 
 
 def geometry(args: argparse.Namespace) -> Geometry:
-    """Raises InputError for the picture's own size where the fit needs another, and for levels that are none."""
+    """The options --size, --fit and --levels.  Raises: InputError for values that do not fit together."""
     if args.size == "own" and args.fit != "native":
-        raise InputError(f"--size own goes with --fit native; with --fit {args.fit or 'of the model'} give pixels")
+        raise InputError(f"--size own needs --fit native, not {args.fit or 'the default'}; add that, or give pixels")
     return Geometry(size=None if args.size == "own" else args.size, fit=args.fit, levels=as_levels(args.levels))
 
 
 def load_backbone(args: argparse.Namespace) -> "Backbone":
-    """The model of the command line."""
-    from ..backbone import Backbone  # not above: commands without a model start without it
+    """Loads the model of the command line, nano by default.  Raises: InputError if this release lacks nano."""
+    from ..backbone import Backbone  # imported here, so that commands without a model start faster
 
     try:
         return Backbone.from_pretrained(
@@ -59,8 +59,8 @@ def load_backbone(args: argparse.Namespace) -> "Backbone":
         if args.model is not None:
             raise
         raise InputError(
-            "no model was named, and this release holds no weights of its own; give -m with a name (dinov3-infer "
-            "models lists them), a folder or a weights file"
+            "no model is given and this release contains no weights; add -m with a name ('dinov3-infer models' lists "
+            "them), a folder or a weights file"
         ) from None
 
 
@@ -94,7 +94,7 @@ def given_labels(args: argparse.Namespace) -> list[str]:
 def results(
     bb: "Backbone", images: Source, args: argparse.Namespace, layers: list[int] | None = None
 ) -> Iterable["Features | Dinov3Error"]:
-    """One per picture, in order, under a bar where stderr is a terminal.  Wrong options are refused at once."""
+    """Features or an error for each image, in order, with a progress bar if stderr is a terminal."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     found = bb.iter_features(
@@ -109,25 +109,35 @@ def results(
 
 
 def status(count: int, skipped: int) -> int:
-    """Exit status after `skipped` of `count` pictures could not be read."""
+    """Exit status when `skipped` of `count` images could not be read."""
     return OK if not skipped else FAILED if skipped == count else SKIPPED
 
 
 def check_file(out: str, overwrite: bool, suffixes: tuple[str, ...]) -> Path:
-    """A file that can be written.  Raises InputError, MissingFileError."""
+    """The path of an output file.
+
+    Raises:
+        InputError: the suffix is wrong, or the file exists or cannot be written.
+        MissingFileError: its folder does not exist.
+    """
     path = Path(out).expanduser()
     if path.suffix.lower() not in suffixes:
         raise InputError(f"'{out}' should end in {' or '.join(suffixes)}; rename it")
     _check_place(path.parent, out)
     if path.is_dir():
-        raise InputError(f"'{out}' is a folder; give a file")
+        raise InputError(f"'{out}' is a folder; give the name of a file")
     if path.exists() and not overwrite:
         raise InputError(f"'{out}' exists already; give another name, or --overwrite")
     return path
 
 
 def check_folder(out: str, overwrite: bool) -> Path:
-    """A folder that can be written to, or made, and is empty unless `overwrite`.  Raises as `check_file`."""
+    """The path of an output folder, which may exist only if it is empty or `overwrite` is set.
+
+    Raises:
+        InputError: the path is a file, or the folder is not empty or cannot be written.
+        MissingFileError: its parent folder does not exist.
+    """
     path = Path(out).expanduser()
     if path.exists() and not path.is_dir():
         raise InputError(f"'{out}' is a file, and a folder is needed; give another name")

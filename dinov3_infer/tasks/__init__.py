@@ -1,7 +1,7 @@
-"""What people do with the features: on what the backbone gave once, in the field's terms.
+"""Tasks on features that a backbone has computed: classifiers, segmentation, search, clusters, and images to look at.
 
-Probes take class names or whole numbers.  Labels of masks are whole numbers: 0 is the background, 255 is left out.
-All that is fitted has `fit`, `predict`, `save` and `load`, and goes with the weights of one backbone.
+Probes take class names or whole numbers.  Masks hold whole numbers: 0 is the background, 255 is ignored.  A fitted
+object has `fit`, `predict`, `save` and `load`, and works with the weights of one backbone only.
 """
 
 from .attentive import AttentiveProbe

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_likeliest_classes(folder: Path) -> None:
-    """A line for each class, best first; a file that is no image is left out and said."""
+    """A line per class, best first; a file that is no image is skipped and named."""
     ran = run("classify", folder / "a.png", folder / "b.png", "--weights", folder / "model", "--layers", 1, "--top", 3)
     assert ran.status == 3 and "left out" in ran.err and "b.png" in ran.err
     lines = [line.split("  ") for line in ran.out.splitlines()]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dinov3_infer import Backbone, CheckpointError, InputError, UnsupportedError
 from dinov3_infer.checkpoints.reading import open_checkpoint
+from dinov3_infer.released import attach
 from dinov3_infer.released.attach import load_head, random_head
 from dinov3_infer.released.catalogue import find_head
 from dinov3_infer.released.segments import Segments, classes_of
@@ -253,6 +254,30 @@ def test_wrong_files_backbones_and_sizes(small: Backbone, tmp_path: Path) -> Non
     assert all(torch.equal(t, again.head_state()[n]) for n, t in head.head_state().items())
     with pytest.raises(CheckpointError, match="goes with other weights of its backbone"):
         load_head(name, randomise(Backbone.from_config("dinov2_vits14"), 9), weights=saved)  # type: ignore[arg-type]
+
+
+def test_open_weights_are_downloaded(
+    small: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the owner's server; the licence is said once; what is no head of this kind does not stay in the cache."""
+    name, path, asked = "dinov2_vits14_ade20k_linear", tmp_path / "head.pth", []
+
+    def download(link: str, *, check: Any, **_: Any) -> tuple[Path, bool]:
+        asked.append(link)
+        check(path)
+        return path, len(asked) == 1
+
+    monkeypatch.setattr(attach, "download", download)
+    state = put(path, 384)
+    for _ in range(2):
+        head = load_head(name, small)
+        assert torch.equal(head.conv_seg.weight, state["conv_seg.weight"])
+    assert asked == [find_head(name).link] * 2
+    said = [record.getMessage() for record in caplog.records if "licence" in record.getMessage()]
+    assert len(said) == 1 and said[0].endswith("the licence of these weights: Apache-2.0")
+    torch.save({"weight": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match=f"{name}_head.pth' is not the head {name}"):
+        load_head(name, small)
 
 
 @pytest.mark.parametrize("name", ["dinov3_vit7b16_de", "dinov3_vit7b16_ms", "dinov2_vitg14_ade20k_m2f"])
