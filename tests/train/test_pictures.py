@@ -169,7 +169,7 @@ def test_large_jpegs_are_decoded_smaller(tmp_path: Path) -> None:
     "make, error, said",
     [
         (lambda p: p / "nowhere", MissingFileError, "no data at"),
-        (lambda p: p, InputError, "which holds no files; give a folder of pictures"),
+        (lambda p: p, InputError, "which holds no files; give a folder of images"),
         (lambda p: (p / "a.npy").write_text("") * 0 or p, InputError, "which holds 1 .npy"),
         (lambda p: write(p / "a.png", 0), InputError, "is one picture; give a folder"),
         (lambda p: tar(p / "a.tar", {"notes.txt": b"x"}), InputError, "no images in"),
