@@ -28,8 +28,7 @@ def moments(vectors: Tensor) -> tuple[Tensor, Tensor]:  # [N, C] float64
 
 
 def frechet(real: Tensor, fake: Tensor) -> float:  # [N, C], [M, C] float64
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); S1 S2 has the eigenvalues of a symmetric matrix.
-
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), []; S1 S2 has the eigenvalues of a symmetric matrix.
     Raises: InputError for embeddings of different length.
     """
     if real.shape[1] != fake.shape[1]:
@@ -73,9 +72,7 @@ def main() -> None:
     if all(kept):
         Store(args.real).check_comparable(Store(args.fake))
     elif any(kept):
-        raise InputError(
-            "REAL and FAKE are of different kinds; give two folders of images, or two files that embed wrote"
-        )
+        raise InputError("REAL and FAKE are of two kinds; give two folders of images, or two files that embed wrote")
     model = None if all(kept) else load(args)
     real, fake = (vectors_of(source, model, args.size) for source in (args.real, args.fake))
     print(f"{frechet(real, fake):.4f}  {len(real):,} and {len(fake):,} images, {real.shape[1]} numbers each")

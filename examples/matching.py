@@ -38,10 +38,7 @@ def sparse(a: Features, b: Features, count: int = 40) -> tuple[Tensor, Tensor]:
 
 
 def transfer(a: Features, b: Features, points: Tensor) -> Tensor:
-    """The positions [n, 2] in the second image of points (x, y) [n, 2] of the first, finer than a patch.
-
-    Raises: InputError for points outside the first image.
-    """
+    """Positions [n, 2] in the second image of points (x, y) [n, 2] of the first.  Raises: InputError outside it."""
     size = torch.tensor(a.original_sizes[0][::-1])
     if ((points < 0) | (points >= size)).any():
         raise InputError(f"points lie inside an image of {size[0]} x {size[1]} pixels, got {points.tolist()}")
@@ -64,9 +61,7 @@ def placed(a: Features, b: Features, images: list[Image.Image]) -> list[Image.Im
 
 def main() -> None:
     options = parser(__doc__, "matches.jpg", "first", "second", layer=True)
-    options.add_argument(
-        "--point", action="append", default=[], metavar="X,Y", help="pixel of the first image; may be repeated"
-    )
+    options.add_argument("--point", action="append", default=[], metavar="X,Y", help="pixel of the first image")
     options.add_argument("--count", type=int, default=40, help="number of matches to draw (default: %(default)s)")
     args = options.parse_args()
     a, b = layer_features(load(args), (args.first, args.second), args.layer, args.size)

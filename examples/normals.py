@@ -3,8 +3,7 @@
     python examples/normals.py IMAGES DEPTHS PHOTO.jpg --focal 0.8 --out normals.jpg
 
 DEPTHS is as in depth.py.  The normals for training come from planes fitted to the inverse depth around each pixel.
---focal is the focal length of the camera in image widths.  Red, green and blue show how far a surface faces right, up
-and towards the camera.
+Red, green and blue show how far a surface faces right, up and towards the camera.
 """
 
 import numpy as np
@@ -22,11 +21,8 @@ from dinov3_infer.tasks import sheet
 def normals_of(depths: Tensor, focal: float, radius: int = 6) -> tuple[Tensor, Tensor]:
     """Unit normals [N, 3, H, W] (right, up, to the camera) of depths [N, H, W], and where they are known.
 
-    The inverse depth of a plane is linear in the image: r = a u + b v + c with (u, v) in focal lengths from the centre,
-    and (a, b, c) is its normal.  The plane is fitted to the known pixels of a window; the normal is known if it fits to
-    1 %.
-
-    Raises: InputError for a focal length that is not above 0.
+    The inverse depth of a plane is linear in the image: r = a u + b v + c with (u, v) in focal lengths from the centre;
+    (a, b, c) is its normal, known where the plane fits a window to 1 %.  Raises: InputError for a focal length <= 0.
     """
     if not focal > 0:
         raise InputError(f"the focal length must be above 0, in image widths, got {focal}; give for example --focal 1")
@@ -72,8 +68,7 @@ def main() -> None:
     options.add_argument("--focal", type=float, default=1.0, help="focal length in image widths (default: %(default)s)")
     args = options.parse_args()
     names, bb, shown = list_images(args.images), load(args), upright(args.photo)
-    layers = layers_of("dpt", bb.config.depth)
-    truth = normals_of(read_depths(args.depths, names, 128), args.focal)
+    layers, truth = layers_of("dpt", bb.config.depth), normals_of(read_depths(args.depths, names, 128), args.focal)
     model = train(maps(bb, names, args.size, layers), *truth, steps=args.steps)
     with torch.no_grad():
         found = at_size(model(maps(bb, [shown], args.size, layers)), (shown.height, shown.width))[0]

@@ -223,7 +223,7 @@ def test_pretrained_may_be_given_by_place(asked: list[tuple[str, object]]) -> No
 
 def test_wrong_options() -> None:
     text = complaint(InputTypeError, lambda: load("nano", pretrained=False, img_size=96))
-    assert text == "pretrained=False gives random weights and takes no other option, got img_size"
+    assert text == "pretrained=False gives random weights and takes no other option, got img_size; leave them out"
     assert "weights" in complaint(InputTypeError, lambda: load("nano", pretrained=False, weights="x.pth"))
     assert "unknown model 'dinov3_vits16_sat493m'" in complaint(
         ModelNotFoundError, lambda: load("dinov3_vits16", weights="SAT493M")

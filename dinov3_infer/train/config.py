@@ -81,7 +81,7 @@ class TrainConfig:
     gram_ramp_share: Share = option(
         0.0, "share of the run in which the Gram weight rises from 0, along half a cosine; DINOv3 uses 0.005")
     gram_local_weight: Weight = option(
-        1.0, "factor on local_weight once the Gram weight has risen; DINOv3 uses 0.5")
+        1.0, "factor on local_weight when the Gram weight has its full value; DINOv3 uses 0.5")
     gram_renew_steps: Count = option(10_000, "steps between renewals with gram='renew', as DINOv3")
     gram_renewals: CountFrom0 = option(0, "number of renewals with gram='renew'; 0 sets no limit; DINOv3 uses 3")
     gram_of: GramOf = option(

@@ -287,7 +287,7 @@ class Run:
         return found | {"verdict": verdict, "reason": reason}
 
     def stop(self, reason: str) -> None:
-        """Writes the weights of the last checkpoint, which is healthy.  Raises: TrainingStopped, always."""
+        """Ends the run with the weights of the last checkpoint as its result.  Raises: TrainingStopped, always."""
         found = run_state.latest(self.checkpoints)
         kept = "no checkpoint was written yet"
         if found is not None:
@@ -315,7 +315,7 @@ class Run:
 
     @contextmanager
     def full_disk(self) -> Iterator[None]:
-        """Turns a DiskError into a warning, except at the last step."""
+        """A context that turns a DiskError into a warning, except at the last step."""
         try:
             yield
         except DiskError as error:

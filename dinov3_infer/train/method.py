@@ -271,7 +271,7 @@ class Method(nn.Module):
         return terms
 
     def add_dino(self, outputs: Sequence[BackboneOutput], targets: Tensor, step: int, add: Add) -> None:
-        """Adds the DINO loss: each global crop against the other one, local crops against both, all pairs equal.
+        """Adds the DINO loss: each global crop against the other one, local crops against both, with equal weight.
 
         `outputs`: of the 2B global and the L*B local crops, if there are any.  `targets`: [2, B, K] distributions.
         """

@@ -53,7 +53,7 @@ def check_same_run(config: TrainConfig, state: dict[str, Any], digest: str) -> N
 
 
 def write_settings(config: TrainConfig, path: Path) -> None:
-    """Writes the settings as JSON, replacing the file in one step."""
+    """Writes the settings as JSON; the file is replaced atomically."""
     with whole(path) as beside:
         beside.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
 

@@ -170,9 +170,9 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError("it has no step or no settings")
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         reason = error if isinstance(error, OSError) else "it is damaged"
-        raise CheckpointError(f"the state '{path / _STATE}' cannot be read ({reason}); {way}") from None
+        raise CheckpointError(f"the state file '{path / _STATE}' cannot be read ({reason}); {way}") from None
     if step != int(path.name):
-        raise CheckpointError(f"the state '{path / _STATE}' is of step {step}, unlike its folder; {way}")
+        raise CheckpointError(f"the state file '{path / _STATE}' is of step {step}, unlike its folder; {way}")
     digest = state.get("sha256")
     if digest is None:
         log.warning("the checkpoint '%s' is of a version without checksums, so its tensors are not checked", path)
@@ -192,7 +192,7 @@ def load(path: Path, method: Method, optimizer: torch.optim.Optimizer) -> int:
         with safe_open(path / _TENSORS, "pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}; remove that folder") from None
+        raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}; remove it and resume") from None
     if lacking := [name for name in stored if name.endswith(".step") and not _whole_moments(name, stored)]:
         raise CheckpointError(
             f"the checkpoint '{path}' lacks AdamW's moments of {lacking[0]}; remove that folder and resume"

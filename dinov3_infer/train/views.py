@@ -313,7 +313,7 @@ def masked_counts(
 ) -> list[int]:
     """Number of masked patches of each crop of a step, in random order.
 
-    A share `probability` of the crops is masked, with evenly spaced ratios from low to high; the others get 0.
+    A share `probability` of the crops gets evenly spaced shares of its patches, from low to high; the others get 0.
     """
     masked = int(crops * probability)
     low, high = ratio

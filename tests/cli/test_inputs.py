@@ -108,7 +108,7 @@ def test_a_place_that_cannot_be_written(command: str, tmp_path: Path) -> None:
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_pictures(tmp_path, "in/a.png") / "in"
     monkeypatch.setattr(os, "access", lambda *_: False)
-    words = "'.*x.npy' cannot be written: no permission to write to '.*'; choose another place"
+    words = "'.*x.npy' cannot be written: no permission to write to '.*'; give another path"
     refused(1, words, "embed", source, "-o", tmp_path / "x.npy", *MODEL)
 
 

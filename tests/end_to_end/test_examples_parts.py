@@ -180,7 +180,7 @@ def test_matches_of_a_shifted_image() -> None:
     _, best, mutual = matching.dense(twice, a)
     assert mutual[:48].all() and not mutual[48] and best[48] > best[5]  # high cosine, but not mutual
     assert common.centres(twice)[48].tolist() not in matching.sparse(twice, a, 1000)[0].tolist()
-    with pytest.raises(InputError, match="80 wide and 60 high"):
+    with pytest.raises(InputError, match="80 x 60 pixels"):
         matching.transfer(a, b, torch.tensor([[80.0, 5.0]]))
 
 

@@ -15,12 +15,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-NEWEST = ["torch==2.14.*"]
-OLDEST = [
-    "torch==2.6.*", "numpy==1.26.*", "pillow==10.3.*", "safetensors==0.4.3", "huggingface-hub==0.34.*", "tqdm==4.66.*",
-    "transformers==4.57.*", "peft==0.17.*", "pyarrow==15.*",  # the newest that these allow
+NEWEST = [f"{ROOT}[test]", "torch==2.14.*"]
+OLDEST = [  # the package's oldest, and the newest tools of the tests that work with them
+    str(ROOT), "torch==2.6.*", "numpy==1.26.*", "pillow==10.3.*", "safetensors==0.4.3", "huggingface-hub==0.34.*",
+    "tqdm==4.66.*", "transformers==4.57.*", "peft==0.17.*", "pyarrow==15.*", "triton==3.7.*", "ftfy", "regex", "pytest",
+    "pytest-xdist", "ruff", "mypy", "build",
 ]  # fmt: skip
-VERSIONS = {
+VERSIONS = {  # name -> the interpreter, what is installed
     "python 3.11, oldest": ("python3.11", OLDEST),
     "python 3.11, newest": ("python3.11", NEWEST),
     "python 3.12, newest": ("python3.12", NEWEST),
@@ -32,12 +33,12 @@ TOLD = "from importlib.metadata import version; print(', '.join(f'{n} {version(n
 
 def outcome(name: str, folder: Path, log: Path) -> bool:
     """Whether the default tests pass in the environment of a row; what was printed goes to a file in `log`."""
-    executable, pins = VERSIONS[name]
+    executable, requirements = VERSIONS[name]
     environment = folder / name.replace(", ", "-").replace(" ", "")
     python = environment / "bin" / "python"
     subprocess.run([executable, "-m", "venv", environment], check=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, *pins, f"{ROOT}[test]"], check=True, cwd=folder)
+    subprocess.run([*pip, *requirements], check=True, cwd=folder)
     told = subprocess.run([python, "-c", TOLD % (SHOWN,)], check=True, capture_output=True, text=True, cwd=folder)
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     target = log / f"{environment.name}.log"

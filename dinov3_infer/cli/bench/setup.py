@@ -54,12 +54,12 @@ class Setup:
 
     @property
     def resized(self) -> bool:
-        """Whether learned positions are resized to another grid."""
+        """Whether the input size makes the model resize its learned positions."""
         side, patch = self.model.config.position_grid, self.model.patch_size
         return side is not None and (side * patch, side * patch) != self.size
 
     def written(self, layout: Literal["hf", "meta", "timm"]) -> Path:
-        """The path of the weights in a layout."""
+        """Writes the weights in a layout, once; returns the path."""
         path = self.folder / (layout + (".pth" if layout == "meta" else ""))
         if not path.exists():
             with quiet("dinov3_infer"):  # it logs what a layout cannot hold
@@ -67,7 +67,7 @@ class Setup:
         return path
 
     def onnx(self) -> Path:
-        """The path of the model as an ONNX file, which `Backbone.export` has checked."""
+        """Exports the model to ONNX, once; returns the path."""
         path = self.folder / "model.onnx"
         return path if path.exists() else self.model.export(path, size=self.size)
 

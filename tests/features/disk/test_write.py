@@ -271,7 +271,7 @@ def test_processes_share_the_shards(bb: Backbone, album: Path, monkeypatch: pyte
         monkeypatch.setenv("RANK", str(rank))
         counts.append(bb.embed(album, f"{album.parent}/x/", **options).shape[0])
     assert counts == [4, 3] and snapshot(album.parent / "x") == snapshot(album.parent / "alone")
-    assert "give a folder" in complaint(InputError, lambda: bb.embed(album, album.parent / "x.npy", **options))
+    assert "a name without suffix" in complaint(InputError, lambda: bb.embed(album, album.parent / "x.npy", **options))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
