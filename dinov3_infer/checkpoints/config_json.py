@@ -1,4 +1,4 @@
-"""A config and its transform as the JSON files that transformers and timm read."""
+"""Writes a config and its transform as the JSON files that transformers and timm read."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,11 +10,14 @@ from ..zoo import OWN, Config, ModelInfo, preprocess_of, timm_model
 from .architecture import rows_like, same_architecture
 from .stages import hf_stages
 
-__all__ = ["hf_config", "hf_processor_config", "is_default", "not_held", "timm_config"]
+__all__ = ["hf_config", "hf_processor_config", "is_default", "not_held", "sentence_transformers_files", "timm_config"]
 
 
 def hf_config(config: Config) -> dict[str, Any]:
-    """The config.json of transformers.  Raises UnsupportedError for what its models cannot do."""
+    """The config.json of transformers.
+
+    Raises: UnsupportedError if the models of transformers lack a part of this network.
+    """
     if isinstance(config, ConvNeXtConfig):
         return hf_stages(config)
     if config.prefix_norm:
@@ -65,12 +68,12 @@ def hf_config(config: Config) -> dict[str, Any]:
 
 
 def is_default(preprocess: Preprocess, info: ModelInfo | None) -> bool:
-    """Whether, but for mean and std, this is the transform that a row of the zoo has here."""
+    """Whether this is the default transform of a model, apart from mean and std."""
     return info is not None and replace(preprocess_of(info), mean=preprocess.mean, std=preprocess.std) == preprocess
 
 
 def not_held(preprocess: Preprocess, layout: str) -> str:
-    """What of a transform the files of transformers or timm cannot say, in words; "" for nothing."""
+    """The part of a transform that the files of transformers or timm cannot store; "" if there is none."""
     side = preprocess.size
     if preprocess.fit not in ("squash", "crop"):
         return f"fit {preprocess.fit!r}"
@@ -80,9 +83,9 @@ def not_held(preprocess: Preprocess, layout: str) -> str:
 
 
 def hf_processor_config(config: Config, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, Any]:
-    """The preprocessor_config.json of transformers: what its processor of this family does by default.
+    """The preprocessor_config.json of transformers: the default of the family's processor.
 
-    A transform of one's own is written as it is, where transformers has it.
+    A custom transform is written exactly if transformers supports it.
     """
     common: dict[str, Any] = {
         "image_mean": list(preprocess.mean), "image_std": list(preprocess.std), "rescale_factor": 1 / 255,
@@ -114,12 +117,49 @@ def hf_processor_config(config: Config, preprocess: Preprocess, info: ModelInfo 
     }  # fmt: skip
 
 
+def sentence_transformers_files(width: int, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, Any]:
+    """With these beside the files of transformers, sentence-transformers gives the class token of our transform.
+
+    Without them it takes the mean of all tokens, class token and registers among them.  The transform goes with the
+    call of the processor, because preprocessor_config.json states that of transformers; see `hf_processor_config`.
+
+    Source: sentence_transformers, release 6.2.0: base/model.py, base/modules/transformer.py and
+    sentence_transformer/modules/pooling.py.
+    """
+    transformer: dict[str, Any] = {
+        "transformer_task": "feature-extraction", "module_output_name": "token_embeddings",
+        "modality_config": {"image": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    }  # fmt: skip
+    if is_default(preprocess, info) and preprocess.fit == "squash" and isinstance(preprocess.size, int):
+        transformer["processing_kwargs"] = {
+            "image": {
+                "do_center_crop": False,
+                "resample": 3 if preprocess.filter == "bicubic" else 2,
+                "size": {"height": preprocess.size, "width": preprocess.size},
+            }
+        }
+    return {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+            {
+                "idx": 1, "name": "1", "path": "1_Pooling",
+                "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+            },
+        ],
+        "sentence_bert_config.json": transformer,
+        "1_Pooling/config.json": {"embedding_dimension": width, "pooling_mode": "cls", "include_prompt": True},
+    }  # fmt: skip
+
+
 def timm_config(config: Config, info: ModelInfo | None, preprocess: Preprocess, with_bias: bool) -> dict[str, Any]:
-    """The config.json of timm, whose architectures are names.  Raises UnsupportedError where none fits."""
-    row = info or next((row for row in rows_like(config) if row.timm_id), None)  # of which the name alone is taken
+    """The config.json of timm, which names architectures.
+
+    Raises: UnsupportedError if timm has no architecture like this.
+    """
+    row = info or next((row for row in rows_like(config) if row.timm_id), None)  # only for its name
     if row is None or row.timm_id is None or not same_architecture(row.config, config):
         raise UnsupportedError(
-            "timm reads models of known names only, and this architecture has none; write the 'hf' or 'meta' layout"
+            "timm reads only architectures that it has a name for, and this is none; write the 'hf' or 'meta' layout"
         )
     architecture, _, tag = timm_model(row).partition(".")
     if with_bias and row.family == "dinov3":

@@ -1,10 +1,15 @@
-"""`embed` writes what the library gives."""
+"""`embed` writes the vectors of the library."""
 
+import inspect
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 from cli_runs import listed, refused, run, small_model, vectors, write_pictures
+
+from dinov3_infer import Backbone
+from dinov3_infer.cli.parser import parse
 
 MODEL = ("-m", small_model(), "--device", "cpu")
 
@@ -39,12 +44,12 @@ def test_embed_normalizes(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(np.load(tmp_path / "x.npy"), axis=1), 1, rtol=1e-6)
 
 
-def test_embed_goes_on_after_a_bad_picture(tmp_path: Path) -> None:
+def test_embed_goes_on_after_a_bad_image(tmp_path: Path) -> None:
     write_pictures(tmp_path / "in", "a.png", "broken.png", "c.png")
     out = tmp_path / "x.npy"
     ran = run("embed", tmp_path / "in", "-o", out, *MODEL, *SMALL)
     assert (ran.status, ran.out) == (3, "")
-    assert f"3 vectors of 192 numbers; 1 could not be read, its row is NaN, see '{tmp_path / 'x.jsonl'}'" in ran.err
+    assert f"3 vectors of 192 numbers; 1 could not be read (its row is NaN), see '{tmp_path / 'x.jsonl'}'" in ran.err
     rows = listed(tmp_path / "x.jsonl")
     assert [bool(row["error"]) for row in rows] == [False, True, False]
     assert [Path(str(row["path"])).name for row in rows] == ["a.png", "broken.png", "c.png"]
@@ -60,8 +65,47 @@ def test_embed_goes_on_after_a_bad_picture(tmp_path: Path) -> None:
 
 
 def test_a_list_may_name_what_is_gone(tmp_path: Path) -> None:
-    """Lists come from programs: one path that leads nowhere costs its own row."""
+    """A missing path in a list affects only its row, since programs write such lists."""
     write_pictures(tmp_path, "a.png")
     (tmp_path / "list").write_text(f"{tmp_path / 'a.png'}\n{tmp_path / 'gone.png'}\n")
     assert run("embed", f"@{tmp_path / 'list'}", "-o", tmp_path / "x.npy", *MODEL, *SMALL).status == 3
-    assert "no picture at" in str(listed(tmp_path / "x.jsonl")[1]["error"])
+    assert "no image at" in str(listed(tmp_path / "x.jsonl")[1]["error"])
+
+
+# Options of Python that the command lacks or gives another default, with the reason.
+OTHERWISE = {
+    "on_error": "a command goes on after an image that cannot be read, and its exit status says so",
+    "progress": "a bar is shown on a terminal, and --quiet hides it",
+    "weights": "-m takes a file; a name for a file without one is given to `verify`",
+    "rope_periods": "for comparisons with other code, which are made in Python",
+    "layout": "`convert --layout` writes the file under names that tell",
+    "num_heads": "`convert --num-heads` writes it into a config.json",
+    "token": "a command line is no place for a secret: hf auth login, or HF_TOKEN",
+    "cache_dir": "HF_HUB_CACHE",
+    "local_files_only": "HF_HUB_OFFLINE=1",
+}
+
+
+@pytest.mark.parametrize("method", ["embed", "from_pretrained"])
+def test_the_command_has_every_option_of_python(method: str) -> None:
+    """Under the same name, with the same default and the same choices."""
+    function = getattr(Backbone, method)
+    options = inspect.signature(function).parameters.values()
+    hints = get_type_hints(inspect.unwrap(getattr(function, "__func__", function)))
+    there = vars(parse(["embed", "in", "-o", "out"]))
+    for one in options:
+        if one.kind is not one.KEYWORD_ONLY:
+            continue
+        name = one.name
+        assert name in there or name in OTHERWISE, f"--{name.replace('_', '-')} is missing"
+        if name in OTHERWISE:
+            assert name not in there or there[name] != one.default, f"{name} is no exception"
+            continue
+        assert there[name] == one.default, name
+        for choice in _choices(hints[name]) if isinstance(one.default, str) else ():
+            flag = f"--{name.replace('_', '-')}"
+            assert vars(parse(["embed", "in", "-o", "out", flag, choice]))[name] == choice
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else ()

@@ -1,4 +1,4 @@
-"""Each kernel called as its launcher calls it, by the executor of PTX: what goes in, what comes out, how far off."""
+"""Runs each kernel in the PTX executor with the arguments of its launcher, and measures the error."""
 
 import collections
 import io
@@ -34,10 +34,10 @@ def built(case: Case) -> Any:
 
 
 class Executor:
-    """Compiles a kernel and executes all of its programs; `cut` is a line of the PTX that is left out."""
+    """Compiles a kernel and executes all of its programs; `cut` is a line of PTX to remove."""
 
     def __init__(self, kind: str = "", cut: int = -1) -> None:
-        self.kind, self.cut = kind, cut  # the kernel that loses a line
+        self.kind, self.cut = kind, cut  # the kernel from which the line is removed
         self.lines: dict[str, list[str]] = {}
         self.counts: dict[str, collections.Counter[str]] = {}  # see `ptx.Run.counts`
         self.compiled: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def error(found: Any, expected: Any) -> float:
 
 
 class Image:
-    """The attention of one image: what goes in, and what should come out."""
+    """The attention of one image: inputs and expected result."""
 
     def __init__(self, grid: tuple[int, int], width: int, heads: int, dtype: torch.dtype) -> None:
         self.n, self.d, self.h, self.dtype, self.scale = grid[0] * grid[1] + 5, width, heads, dtype, width**-0.5
@@ -81,12 +81,12 @@ class Image:
         self.exact, self.torchs = (exact.detach(), x.grad), (torchs.detach(), y.grad)
 
     def judged(self, found: Any, gradient: bool = False, parts: slice = slice(3)) -> tuple[float, float]:
-        """Its error, of some parts of qkv where it is a gradient, and that of torch in the same dtype."""
+        """The error of a result, or of parts of a gradient of qkv, and the error of torch in the same dtype."""
         some = [t[:, :, parts] if gradient else t for t in (found, self.torchs[gradient], self.exact[gradient])]
         return error(some[0], some[2]), error(some[1], some[2])
 
     def forward(self, run: Executor, chip: str, config: kc.Config, tables: torch.dtype = FP32) -> tuple[Any, Any]:
-        """Result and sums of weights, by one program a head or a tile."""
+        """Result and sums of weights, with one program per head or per tile."""
         out, lse = nans(1, self.n, self.h * self.d, dtype=self.dtype), nans(1, self.h, self.n, dtype=FP32)
         m, strides, kind = ptx.Memory(), self.qkv.stride()[:4], "short" if config.whole else "forward"
         tensors = [*(m.put(bits(t)) for t in (self.qkv, *(t.to(tables) for t in self.table))), m.put(out), m.put(lse)]
@@ -101,7 +101,7 @@ class Image:
     def backward(
         self, run: Executor, chip: str, rows: dict[str, kc.Config], out: Any, lse: Any, tables: torch.dtype = FP32
     ) -> Any:
-        """The gradient of qkv, by four kernels; NaN where a kernel of the last two has no row."""
+        """The gradient of qkv from four kernels; NaN in rows that the last two do not write."""
         n, d, h, m = self.n, self.d, self.h, ptx.Memory()
         delta, qk = nans(1, h, n, dtype=FP32), nans(1, n, 2, h, d, dtype=self.dtype)
         dqkv = nans(1, n, 3, h, d, dtype=self.dtype)
@@ -121,7 +121,7 @@ class Image:
 
 
 def between(run: Executor, case: Case, rows: int = 7) -> list[tuple[float, float]]:
-    """Errors of a kernel between products, and of its definition in the same dtypes; the same numbers every time."""
+    """Errors of a kernel between products, and of its definition in the same dtypes, on fixed inputs."""
     torch.manual_seed(0)
     m, config, dtype = ptx.Memory(), case.config, case.out or case.dtype
     if case.kind == "unfold":

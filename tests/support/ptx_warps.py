@@ -1,4 +1,4 @@
-"""What reaches memory and what warps do together, for the executor of PTX: copies, shuffles, mma.sync, wgmma."""
+"""Memory and warp instructions of the PTX executor: copies, shuffles, mma.sync, wgmma."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ __all__ = ["Warps"]
 
 
 class Warps:
-    """Instructions of a warp or a warp group; what is left to the program is declared here."""
+    """Instructions of a warp or a warp group; the program implements the methods that are only declared here."""
 
     n: int
     all: np.ndarray
@@ -138,7 +138,7 @@ class Warps:
         self.shared.write(at, np.ascontiguousarray(numbers).view(np.uint8).reshape(-1, 16), threads)
 
     def _mma_tf32(self, o, mask):
-        """m16n8k8: numbers of 10 bits of mantissa, what lies below is ignored."""
+        """m16n8k8 on numbers with 10 bits of mantissa; lower bits are ignored."""
         group, pair = self.lane[:32] // 4, self.lane[:32] % 4
         cut = lambda name: (self.get(name) & U32(0xFFFFE000)).view(F32).reshape(-1, 32)  # noqa: E731
         a, b = np.zeros((self.n // 32, 16, 8), F32), np.zeros((self.n // 32, 8, 8), F32)
@@ -184,7 +184,7 @@ class Warps:
             self.pending = set().union(self.issued[0], *(names for names, _ in self.products))
         if parts[1] in ("fence", "commit_group", "wait_group"):
             return
-        self.pending -= set(o[0])  # may be the sum that the next one adds to
+        self.pending -= set(o[0])  # may be the accumulator of the next one
         n, deep = map(int, re.search(r"n(\d+)k(\d+)", parts[4]).groups())
         kind, groups = parts[-1], self.n // 128
         if kind == "tf32":
@@ -251,7 +251,7 @@ class Warps:
         self._under_way(o[0])
 
     def _matrix(self, descriptor: int, rows: int, transposed: bool, kind: str) -> np.ndarray:
-        """[rows, 16] of an operand in shared memory: `rows` along M or N, 16 along K (8 of 32 bits)."""
+        """[rows, 16] of an operand in shared memory: `rows` along M or N, 16 along K (8 for 32 bits)."""
         size = 4 if kind == "b32" else 2
         deep = 32 // size
         start = (descriptor & 0x3FFF) << 4
@@ -259,9 +259,9 @@ class Warps:
         width = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62 & 3]
         m, k = np.arange(rows)[:, None], np.arange(deep)[None, :]
         per = width // size
-        if not transposed:  # K lies side by side
+        if not transposed:  # contiguous along K
             at = start + (m // 8) * stride + (m % 8) * width + (k % per) * size + (k // per) * leading
-        else:  # M or N lies side by side
+        else:  # contiguous along M or N
             at = start + (m // per) * leading + (k // 8) * stride + (k % 8) * width + (m % per) * size
         at = np.broadcast_to(at, (rows, deep)).astype(np.int64)
         if width > 16:

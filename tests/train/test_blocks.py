@@ -1,4 +1,4 @@
-"""The blocks of a training step: products and attention against their definitions, and whole backbones."""
+"""The blocks in training: products and attention against their definitions, and whole backbones."""
 
 import copy
 
@@ -45,7 +45,7 @@ def test_value_and_gradients(shape: tuple[int, ...], biased: bool, scaled: bool)
 
 @pytest.mark.parametrize("learning", range(4))
 def test_gradients_are_those_of_the_values(learning: int) -> None:
-    """Of one input alone, and of all."""
+    """Gradients of each input alone, and of all inputs, are right."""
     inputs = [torch.randn(s, dtype=torch.float64) for s in ((2, 3, 5), (4, 5), (4,), (4,))]
     inputs[learning].requires_grad_()
     assert torch.autograd.gradcheck(linear, inputs)
@@ -94,7 +94,7 @@ def case(mix: str, turned: bool, dtype: torch.dtype) -> tuple[Tensor, dict[str, 
     return (qkv if groups else qkv.unflatten(0, (3, 7))).requires_grad_(), {"cos": cos, "sin": sin, "cu_seqlens": where}
 
 
-@pytest.mark.parametrize("entries", [1, 300, 2**20], ids=["picture by picture", "some", "all at once"])
+@pytest.mark.parametrize("entries", [1, 300, 2**20], ids=["image by image", "some", "all at once"])
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("mix", MIXES)
 def test_attention_is_the_definition(mix: str, turned: bool, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_bfloat16_attention_rounds_as_the_eager_form_does() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_keeps_no_matrix_and_no_branch(dtype: torch.dtype) -> None:
-    """Two streams, qkv, the result of attention and the hidden layer: 2 + 3 + 1 + 4 times the width of a token."""
+    """A block keeps two streams, qkv, the attention result and the hidden layer: 2 + 3 + 1 + 4 token widths."""
     model = Backbone.from_config(ViTConfig(64, 1, 2, 256), seed=0).train()
     wrap_blocks(model, False, "cheap")
     x = torch.randn(2, 205, 64, requires_grad=True)
@@ -262,7 +262,7 @@ def test_where_norms_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_and_parameters_stay() -> None:
-    """What a checkpoint, an adapter or an optimiser holds is still there; no method of a module is replaced."""
+    """State-dict keys, adapters and optimiser parameters remain; no method of a module is replaced."""
     model = Backbone.from_config(ViTConfig(48, 2, 2, 96), seed=0)
     before, modules = list(model.named_parameters()), [name for name, _ in model.named_modules()]
     for _ in range(2):  # a model that was trained can be trained again
@@ -273,7 +273,7 @@ def test_names_and_parameters_stay() -> None:
 
 
 def test_layers_of_others_compute_for_themselves() -> None:
-    """Such as peft's, which are no `nn.Linear`."""
+    """Layers that are no `nn.Linear`, such as peft's, keep their forward pass."""
 
     class Silent(torch.nn.Module):
         def __init__(self, layer: torch.nn.Linear) -> None:
