@@ -52,6 +52,8 @@ class ConvNeXtConfig:
         """Pixels of the side of a position of the last stage."""
         return int(_STEM * 2 ** (len(self.widths) - 1))
 
+    hidden_sizes = property(lambda self: list(self.widths))  # transformers' name
+
 
 class Depthwise(nn.Conv2d):
     """The 7 x 7 convolution of each channel of a map [B, h, w, C], in the dtype of its weights."""
