@@ -1,7 +1,8 @@
-"""Entry points of torch.hub, under Meta's names and for all models of the package.
+"""Entry points of torch.hub, under Meta's names, for all models of the package.
 
-    model = torch.hub.load("PATH OF THIS FOLDER", "dinov3_vitb16", source="local", weights="FILE OR LINK")
-    model(pixels)  # the class token, [B, C]
+Example:
+    >>> model = torch.hub.load("PATH OF THIS FOLDER", "dinov3_vitb16", source="local", weights="FILE OR LINK")
+    >>> model(pixels)  # the class token, [B, C]
 
 See dinov3_infer/torchhub.py.
 """
@@ -14,8 +15,8 @@ from dinov3_infer.torchhub import entry_points as _entry_points
 
 dependencies = ["torch", "numpy", "PIL", "safetensors", "huggingface_hub", "tqdm"]
 
-# torch.hub takes its path away after loading, before the first image wants the kernels.  So they are bound now: those
-# beside the package that was really imported.  An installed package has them beside it already.
+# torch.hub removes its path from sys.path after loading, before the first image needs the kernels.  So import them
+# now, from beside the package that was imported.  An installed package finds them without help.
 _kernels = str(_Path(_package.__file__).resolve().parent.parent / "kernels")
 if _Path(_kernels, "dinov3_infer_kernels").is_dir():
     _sys.path.insert(0, _kernels)

@@ -1,9 +1,14 @@
-"""Features from images with the DINO family of vision backbones.
+"""Image features from the DINO family of vision backbones.
 
-Shape comments use these letters everywhere: B images, N tokens = 1 + R + P, R registers, P patches = h * w, H heads,
-D head width, C embed_dim = H * D, T tokens of a packed batch, S sequences in it, G side of a learned position table,
-h and w patches, H_px and W_px pixels.  Every coordinate that a user gives or gets is (x, y) in pixels of the original
-picture; every size is (height, width).
+Shapes use these letters everywhere: B images, N tokens = 1 + R + P, R registers, P patches = h * w, H heads, D head
+width, C embed_dim = H * D, T tokens of a packed batch, S sequences in it, G side of a learned position table, h and w
+patches, H_px and W_px pixels.  Every coordinate that a user gives or gets is (x, y) in pixels of the original image;
+every size is (height, width).
+
+Example:
+    >>> from dinov3_infer import Backbone
+    >>> features = Backbone.from_pretrained("vits16").extract_features("photo.jpg")
+    >>> features.embedding  # [1, C]
 """
 
 from typing import TYPE_CHECKING
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
     from .released.attach import load_head as load_head
     from .zoo import MODELS as MODELS, ModelInfo as ModelInfo, list_models as list_models
 
-# Imported at first use, so that importing the package costs nothing.
+# Imported on first use, so that importing the package is fast.
 _HOMES = {
     "backbone": "Backbone",
     "errors": (

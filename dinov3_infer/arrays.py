@@ -1,4 +1,4 @@
-"""Arrays that users give, as tensors: on the device where they lie, and never by torch's defaults."""
+"""Converts arrays of users to tensors, on their device and independent of torch's defaults."""
 
 from typing import Any
 
@@ -10,13 +10,21 @@ from .errors import InputError, InputTypeError
 
 __all__ = ["PLAIN", "as_tensor", "check_unmasked"]
 
-PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}  # of a tensor made here, whatever torch's defaults are
+PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}  # for new tensors, independent of torch's defaults
 
 
 def as_tensor(given: Any, what: str) -> Tensor:
-    """A tensor as it is, and an array, a PIL image or a list of numbers as a tensor on the CPU with its own dtype.
+    """Convert an array, a PIL image or a list of numbers to a CPU tensor of the same shape and dtype.
 
-    Raises: InputTypeError for what holds no numbers, InputError for an array with a mask.
+    Args:
+        given: An array of any shape, or a tensor, which is returned unchanged on its device.
+        what: Name of the argument in errors.
+
+    Returns: A tensor of the shape of `given`.
+
+    Raises:
+        InputTypeError: `given` holds no numbers.
+        InputError: `given` has a mask.
     """
     check_unmasked(given, what)
     if isinstance(given, Tensor):
@@ -31,7 +39,10 @@ def as_tensor(given: Any, what: str) -> Tensor:
 
 
 def check_unmasked(given: Any, what: str) -> None:
-    """Raises InputError for an array whose mask hides values: what lies below a mask is no value."""
+    """Refuse an array or tensor with masked values.
+
+    Raises: InputError.
+    """
     hides = np.ma.is_masked(given) if isinstance(given, np.ndarray) else type(given).__name__ == "MaskedTensor"
     if hides:
-        raise InputError(f"{what} has a mask, and what it hides has no value; fill it first, as in a.filled(0)")
+        raise InputError(f"{what} has masked values; fill them first, as in a.filled(0)")

@@ -1,6 +1,6 @@
-"""The surface: load a backbone, give it images, save it.
+"""The public surface: load a backbone, give it images, save it.
 
-This file has more than 350 lines because the class is the documentation of all that users call.
+This file is longer than 350 lines because the docstrings of `Backbone` are the reference for users.
 """
 
 import logging
@@ -64,7 +64,7 @@ R = TypeVar("R")
 
 
 def _habits(function: Callable[P, R]) -> Callable[P, R]:
-    """Answers the keywords of transformers: `torch_dtype` is taken as `dtype`, others get the name to use here."""
+    """Accepts the keywords of transformers: `torch_dtype` means `dtype`, and `device_map` raises an error."""
 
     @wraps(function)
     def answered(*args: P.args, **options: P.kwargs) -> R:
@@ -82,14 +82,21 @@ def _habits(function: Callable[P, R]) -> Callable[P, R]:
 class Backbone(Network):
     """A DINO-family network with its weights and the transform of its images.
 
-    An ordinary module: `.to`, `state_dict`, compile, export, DDP and adapters work.  `extract_features` takes images,
-    calling it takes normalised pixels.
+    `Backbone` is an `nn.Module`: `.to`, `state_dict`, compile, export, DDP and adapters work.  `extract_features` takes
+    images; calling the module takes normalised pixels.
 
-    This class is the surface.  It is combined with a network in one class for each architecture, so that parameters
-    keep their names; `Backbone(config)` makes the one of the config.
+    Each architecture has one class that combines this surface with a network, so that parameter names have no prefix.
+    `Backbone(config)` makes an instance of the class for that config.
+
+    Args:
+        config: a `ViTConfig` or a `ConvNeXtConfig`.
+        info: the row of the model table, which gives name, licence and transform; None for a model outside the table.
+
+    Raises:
+        InputTypeError: `config` is not a config, for example a name; `from_pretrained` and `from_config` take names.
     """
 
-    networks: "ClassVar[dict[type, type[Backbone]]]" = {}  # type of a config -> this surface with its network
+    networks: "ClassVar[dict[type, type[Backbone]]]" = {}  # type of a config -> the class for that network
 
     def __new__(cls, config: Any = None, *_: Any, **__: Any) -> Self:
         found = cls.networks.get(type(config), cls)
@@ -106,11 +113,11 @@ class Backbone(Network):
         survive_forks()
         self.info = info
         self.preprocess = transform_of(config, info)
-        self.origin: dict[str, str] = {}  # of a loaded model: field -> what was taken, and from where
-        self._loaded: int | None = None  # of a loaded model: how often its parameters had been written to
-        self.loaded_from: str | None = None  # what `from_pretrained` was given
+        self.origin: dict[str, str] = {}  # for a loaded model: field -> its value and where it was found
+        self._loaded: int | None = None  # for a loaded model: in-place writes to its parameters until then
+        self.loaded_from: str | None = None  # the argument of `from_pretrained`
         self.mode: Mode = "exact"  # on a CPU, see `from_pretrained`
-        self.mixed_precision = True  # on CUDA the matrix work of float32 weights is done in bfloat16
+        self.mixed_precision = True  # on CUDA, matrix products with float32 weights run in bfloat16
 
     @classmethod
     @_habits
@@ -132,33 +139,59 @@ class Backbone(Network):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> Self:
-        """Loads a model by name ("vitb16"), hub id, timm id, directory, weights file or link to one, in eval mode.
+        """Loads a model in eval mode.
 
-        What is in the cache is used without asking the hub; see `hub`.
+        Files in the cache are used without asking the hub.  Loading is strict: a missing or an extra key is an error.
 
-        `weights`: a file, directory or link that holds the weights of `name`.
-        `device`: "auto" is "cuda" where there is one, then "mps" (an Apple GPU), else "cpu".  The first use of "mps" is
-        checked against recorded features; where they differ, the CPU is used and the log says so.
-        `dtype`: "auto" keeps float32 parameters, and on CUDA `extract_features` does the matrix work in bfloat16.  A
-        torch dtype or its name casts the linears and the patch convolution; the stream, norms and RoPE stay float32.
-        `mode`: on a CPU, for float32 parameters.  "exact" computes in float32, "fast" multiplies in bfloat16 (cosine
-        with float32: 0.999 in all but 1 % of the patches), "int8" in 8 bits (class tokens 0.99 on average, patches 0.98
-        in all but 1 %, up to twice a default size of 320 pixels or less; a model that is further off does without).
-        See `check_precision`; where something else has to run, the log says so.  On CUDA "fast" and "int8" take the
-        tanh form of GELU, and nothing else is different.
-        `preprocessing`: None for our defaults, "meta", "hf" or "timm" for exactly what those do with a picture.
-        `rope_periods`: None for those of the file, "exact", or "bfloat16" for those that Meta's files hold.
-        `layout`: "hf", "meta" or "timm" where the names in a file do not tell.
-        `num_heads`: of a model of one's own whose files do not state it.
+        Args:
+            name: a model name ("vitb16"), a hub id, a timm id, a directory, a weights file, or a link to one.
+            weights: a file, directory or link that holds the weights of `name` (default: those that `name` leads to).
+            device: "auto" takes CUDA if available, then "mps" (an Apple GPU), then the CPU (default: "auto").  The
+                first use of "mps" compares features with recorded ones; if they differ, the CPU is used and the log
+                says so.
+            dtype: "auto" keeps float32 parameters; on CUDA `extract_features` then multiplies matrices in bfloat16.  A
+                torch dtype or its name casts the linear layers and the patch convolution; the residual stream, the
+                norms and RoPE stay in float32 (default: "auto").
+            attn_implementation: "auto", "triton", "sdpa" or "eager" (default: "auto").
+            mode: arithmetic on a CPU with float32 parameters (default: "exact").  "exact" computes in float32.  "fast"
+                multiplies in bfloat16; the cosine with float32 is at least 0.999 for 99 % of the patches.  "int8"
+                multiplies in 8 bits; the cosine is 0.99 on average for class tokens and at least 0.98 for 99 % of the
+                patches, at up to twice a default size of 320 pixels or less.  A model that does not reach this runs in
+                another mode, and the log says which.  "plain" runs the modules of the network without a plan.  On CUDA
+                "fast" and "int8" only change GELU to its tanh form.  `check_precision` measures the effect.
+            preprocessing: None for the defaults of this package; "meta", "hf" or "timm" reproduces the image transform
+                of that library (default: None).
+            rope_periods: "exact", "bfloat16" (rounded, as in Meta's files), or None for those of the file (default:
+                None).
+            layout: "hf", "meta" or "timm", for a file whose key names do not decide it (default: detected).
+            num_heads: number of attention heads, for a model whose files do not state it (default: detected).
+            revision: branch, tag or commit of the hub repository (default: "main").
+            token: hub token, or True for the stored one (default: the stored one, if any).
+            cache_dir: folder for downloads (default: the hub's cache).
+            local_files_only: use the cache only and never the network (default: False).
 
-        Raises: ModelNotFoundError, UnsupportedError, MissingFileError, GatedModelError, OfflineError, CheckpointError.
+        Returns:
+            The model, in eval mode, on `device`.
+
+        Raises:
+            ModelNotFoundError: no model, repository or file has this name.
+            UnsupportedError: the checkpoint belongs to an architecture that this package does not have.
+            MissingFileError: a path, or a file in a directory, does not exist.
+            GatedModelError: the hub repository asks for a licence that this account has not accepted.
+            OfflineError: the hub cannot be reached and the cache does not hold the model.
+            CheckpointError: the file is damaged, or its keys or shapes do not fit the model.
+            InputError: an option has a value that does not exist.
+
+        Example:
+            >>> bb = Backbone.from_pretrained("vitb16")
+            >>> bb = Backbone.from_pretrained("vitl16", weights="model.safetensors", device="cpu")
         """
         target_device = _find_device(device)
         cast = find_dtype(dtype)
         check_choice("mode", mode, Mode)
         if target_device.type == "cpu" and cast in (None, torch.float32) and mode != "plain":
-            start_compiler()  # it is done when the weights are read
-        resolve_attention(attn_implementation)  # typos are found before gigabytes are read
+            start_compiler()  # compiles while the weights are read
+        resolve_attention(attn_implementation)  # finds a typo before gigabytes are read
         if rope_periods not in (None, *get_args(Periods)):
             raise InputError(f"rope_periods is 'exact', 'bfloat16' (as in Meta's files) or None; got {rope_periods!r}")
         path, asked = locate(name, HubOptions(revision, token, cache_dir, local_files_only), weights)
@@ -169,19 +202,34 @@ class Backbone(Network):
         model.loaded_from = _origin(os.fspath(name if weights is None else weights))
         model.set_attention(attn_implementation)
         model.mode = mode
-        model.mixed_precision = cast is None  # an explicit dtype is meant
+        model.mixed_precision = cast is None  # an explicit dtype is used for everything
         if cast == torch.float16:
             log.warning(
-                "DINO models are trained in bfloat16 and float16 can overflow; results are checked, "
-                "and bfloat16 is the safer choice"
+                "float16 can overflow, because DINO models are trained in bfloat16; results are checked for that, "
+                "and dtype='bfloat16' is safer"
             )
-        title = model.info.title if model.info else "nothing names these weights"
+        title = model.info.title if model.info else "model unknown"
         log.info("loaded '%s' on %s: %s, layout %s", path, model.device, title, found.stored.layout.label)
         return model
 
     @classmethod
     def from_config(cls, config: str | Config, *, seed: int | None = None) -> Self:
-        """Random weights, for tests and for training from scratch: a name of the zoo or a config of one's own."""
+        """Makes a model with random weights, for tests and for training from scratch, in eval mode on the CPU.
+
+        Args:
+            config: a name of the model table, a `ViTConfig` or a `ConvNeXtConfig`.
+            seed: seed of the weights; the global random state stays unchanged (default: the global state is used).
+
+        Returns:
+            The model.
+
+        Raises:
+            ModelNotFoundError: the table has no such name.
+            InputTypeError: `config` is neither a name nor a config.
+
+        Example:
+            >>> bb = Backbone.from_config("vits16", seed=0)
+        """
         if seed is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -190,28 +238,40 @@ class Backbone(Network):
             return cls(config).eval()
         if not isinstance(config, str):
             raise InputTypeError(
-                f"from_config takes a name, a ViTConfig or a ConvNeXtConfig, got {type(config).__name__}"
+                f"from_config takes a name, a ViTConfig or a ConvNeXtConfig, got {type(config).__name__}; give 'vits16'"
             )
         info = find(config)
         return cls(info.config, info).eval()
 
     @classmethod
     def adopt(cls, model: nn.Module) -> Self:
-        """A live transformers, timm or Meta module as a Backbone, in eval mode, on its device and in its dtype.
+        """Converts a live transformers, timm or Meta module, in eval mode, on its device and in its dtype.
 
-        Tensors that both keep in the same form are shared: changing one changes the other.  Those that differ, such as
-        transformers' separate q, k and v, are copied.
+        Tensors that both models store in the same form are shared: changing one changes the other.  Tensors that
+        differ, such as the separate q, k and v of transformers, are copied.
 
-        A supervised ViT of the same shape cannot be told from DINO v1 and is taken too.
+        A supervised ViT of the same shape cannot be told from DINO v1, so it is accepted too.
 
-        Raises: CheckpointError for a module that holds no ViT of this architecture.
+        Args:
+            model: the module.
+
+        Returns:
+            A Backbone.
+
+        Raises:
+            CheckpointError: the module holds no network of a known architecture.
+            InputTypeError: `model` is not a module.
+            InputError: `model` is already a Backbone.
+
+        Example:
+            >>> bb = Backbone.adopt(transformers.AutoModel.from_pretrained("facebook/dinov2-small"))
         """
         if not isinstance(model, nn.Module):
             raise InputTypeError(
                 f"adopt takes a live module, got {type(model).__name__}; from_pretrained takes names and paths"
             )
         if isinstance(model, Backbone):
-            raise InputError("this module is a Backbone already; use it as it is, or copy.deepcopy it")
+            raise InputError("this module is a Backbone already; use it directly, or copy it with copy.deepcopy")
         found = describe(open_module(model))
         adopted = load_model(cls, found, keep=True)
         adopted._is(found)
@@ -228,7 +288,21 @@ class Backbone(Network):
         def __call__(self, *, pixel_values: Tensor, layers: int | Sequence[int] | None = None) -> BackboneOutput: ...
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """As `forward`.  `pixel_values` is transformers' name for the pixels.
+        """Runs the network on normalised pixels; see `forward` of the network.
+
+        Args:
+            pixels: [B, 3, H_px, W_px], normalised with `preprocess.mean` and `preprocess.std`.  `pixel_values` is
+                accepted as its name: `bb(**processor(images))`.
+            layers: an int for the last n blocks, or a list of block numbers (default: no layers).
+            masks: [B, P] bool, the patches to replace by the mask token (default: none).
+
+        Returns:
+            A `BackboneOutput`: `cls_token` [B, C], `register_tokens` [B, R, C], `patch_tokens` [B, P, C], and one such
+            triple for each layer in `layers`, all after the final norm.
+
+        Raises:
+            InputError: the size in pixels is not a whole number of patches, or `masks` has another shape.
+            LayerError: a block number does not exist.
 
         Example:
             >>> bb(bb.preprocess(["cat.jpg", "dog.jpg"])).patch_tokens  # [2, P, C]
@@ -248,20 +322,41 @@ class Backbone(Network):
         facet: Facet = "token",
         levels: Levels | None = None,
     ) -> Features:
-        """Features of one picture or a batch of pictures; a single one gives a batch of 1.
+        """Computes the features of one image or of a batch of images; one image gives a batch of 1.
 
-        `images`: path, address, bytes, PIL image, array [H_px, W_px, 3], tensor [3, H_px, W_px] (RGB, uint8 or float in
-        0..1), a list of these, or a 4-dimensional batch.
-        `size`: pixels.  The side for fit "squash", the short side for "crop", the long side for "pad" and "native".
-        `fit`: "squash" to a square, "crop" the centre, "pad" to a square (see `valid`), "native" keeps the aspect.
-        `layers`: an int for the last n blocks, a list for these; results are in `.layers`, after the final norm.
-        `pooling`: what `.embedding` is: "cls", "mean" of the patches, or "cls_mean", both in a row.
-        `facet`: what `.layers` are: the tokens, or the "query", "key" or "value" of each block: the output of its qkv
-        layer, heads side by side, without the rotation that DINOv3 applies after it, which depends on the position.
-        `levels`: of images of more than 8 bits what is black and white: (low, high), "full" for the range of their
-        type, or "percentile" for the 0.5th and 99.5th of each image.
+        Args:
+            images: a path, web address, bytes, PIL image, array [H_px, W_px, 3] or tensor [3, H_px, W_px] (RGB, uint8
+                or float in 0..1), a list of these, or a 4-dimensional batch.
+            size: pixels: the side for fit "squash", the short side for "crop", the long side for "pad" and "native"; or
+                (height, width) (default: that of the model, for example 256).
+            fit: "squash" resizes to a square, "crop" keeps the centre, "pad" fills up to a square (see `valid`),
+                "native" keeps the aspect ratio (default: that of the model, "squash" for most).
+            layers: an int for the last n blocks, or a list of block numbers; the results are in `.layers`, after the
+                final norm (default: none).
+            pooling: what `.embedding` holds: "cls" [B, C], "mean" of the patches [B, C], or "cls_mean", both
+                concatenated [B, 2C] (default: "cls").
+            facet: what `.layers` hold: "token", or "query", "key" or "value", the output of the block's qkv layer with
+                its heads concatenated, before DINOv3's rotary position embedding (default: "token").
+            levels: for images of more than 8 bits: (low, high) become black and white; "full" takes the range of the
+                dtype, "percentile" the 0.5th and 99.5th percentile of each image (default: None, which raises an error
+                where levels are needed).
 
-        Raises: ImageError, MissingFileError, InputError, LayerError; PrecisionError where the features are not finite.
+        Returns:
+            `Features` in float32 on the model's device.
+
+        Raises:
+            ImageError: an image cannot be decoded.
+            MissingFileError: a path does not exist.
+            InputError: an option has a value that does not exist, or the images of the batch differ in size after
+                `fit`.
+            LayerError: a block number does not exist.
+            UnsupportedError: the network has no attention for `facet`, or cannot leave out the padding of fit "pad".
+            PrecisionError: the features are not finite.
+
+        Example:
+            >>> f = bb.extract_features("photo.jpg", layers=[3, -1])
+            >>> f.embedding.shape, f.feature_map.shape
+            (torch.Size([1, 768]), torch.Size([1, 768, 16, 16]))
         """
         extractor = self.extractor
         blocks = extractor.layers(layers, pooling, facet)
@@ -280,7 +375,7 @@ class Backbone(Network):
     def iter_features(
         self, images: Images | Source, *, on_error: OnError, **options: Any
     ) -> Iterator[Features | Dinov3Error | None]: ...
-    def iter_features(  # type: ignore[misc]  # which options there are is known by this signature alone
+    def iter_features(  # type: ignore[misc]  # the overloads do not repeat the options
         self,
         images: Images | Source,
         *,
@@ -294,16 +389,31 @@ class Backbone(Network):
         num_workers: int | None = None,
         on_error: OnError = "raise",
     ) -> Iterator[Features | Dinov3Error | None]:
-        """One `Features` per picture, of any sizes, in the order of the input, on the CPU.
+        """Yields one `Features` per image, in input order, on the CPU; the images may differ in size.
 
-        `images`: as in `extract_features`, or any iterable of pictures, a folder or a pattern (see `list_images`).
-        `batch_size`: pictures of one pass at most; large ones go in smaller passes.  It does not change the features.
-        `levels`: as in `extract_features`.
-        `num_workers`: threads that read pictures; None for as many as torch has on a CPU, and up to 8 beside a GPU.
-        `on_error`: for a picture that cannot be read "raise" its error, "return" it in its place, or "skip", which
-        gives None and logs why.
+        Args:
+            images: as in `extract_features`, or any iterable of images, a folder or a pattern (see `list_images`).
+            size: as in `extract_features`.
+            fit: as in `extract_features`.
+            layers: as in `extract_features`.
+            pooling: as in `extract_features`.
+            facet: as in `extract_features`.
+            levels: as in `extract_features`.
+            batch_size: largest number of images in a pass; large images run in smaller passes.  It does not change the
+                features (default: 32).
+            num_workers: threads that read images (default: as many as torch uses; up to 8 beside a GPU).
+            on_error: for an image that cannot be read: "raise" raises its error, "return" yields the error in its
+                place, "skip" logs it and yields None (default: "raise").
 
-        Raises: as `extract_features`.
+        Yields:
+            `Features` of one image: `embedding` [1, C], `patch_tokens` [1, P, C].
+
+        Raises:
+            InputError: an option has a value that does not exist.  Other errors are those of `extract_features`.
+
+        Example:
+            >>> for f in bb.iter_features("photos/"):
+            ...     print(f.embedding.shape)
         """
         check_choice("on_error", on_error, OnError)
         extractor = self.extractor
@@ -350,28 +460,49 @@ class Backbone(Network):
         trust_names: bool = False,
         progress: bool | None = None,
     ) -> np.ndarray[Any, Any] | EmbedReport:
-        """One row per picture in the order of the input: an array, or the file or folder `out` and a report.
+        """Computes one row per image, in input order, and returns an array or writes files.
 
-        `images`: as in `iter_features`; also a list file, tar archive, Parquet table or Dataset.
-        `out`: .npy or .safetensors, beside which goes a .jsonl with row, path, grid and error of every picture, or
-        .parquet with all in one; a name without suffix, or with a slash behind it, is a folder of such files.  What is
-        there of the same call is kept, what is missing is added; under torchrun each process writes a part of a folder.
-        `kind`: "embedding" [N, C] ([N, 2C] with pooling "cls_mean"), "patches" [N, P, C], or "map" [N, C, h, w].
-        `normalize`: every vector to length 1, for cosine similarity by dot product.
-        `decode`: "fast" lets a JPEG's decoder make large photographs smaller, which changes vectors a little.
-        `batch_size`: pictures of one pass; None for what is found to be fastest.  It does not change vectors.
-        `shard_size`: pictures that are written at a time; None for 10,000, or as many as have 256 MiB.
-        `num_workers`, `size`, `fit`, `levels`: as in `iter_features`.
-        `on_error`: "raise", or "skip", which leaves a row of NaN for a picture that cannot be read.
-        `overwrite`: begin anew, whatever is there; a call that was killed goes on with what it has written since.
-        `trust_names`: an image is what had its name before.  Otherwise a rerun looks at the size and time of each file,
-        and at a hash of each address with its query; what differs, and what had failed, is computed again.
-        `progress`: a bar on stderr; None shows it where that is a terminal.
+        A call with `out` that was interrupted continues where it stopped, and a rerun adds what is missing.  Under
+        torchrun each process writes a part of a folder.
 
-        Raises: as `iter_features`; InputError where patches or maps differ in shape, or where what is at `out` was made
-        in another way or from other pictures.
+        Args:
+            images: as in `iter_features`; also a list file, a tar archive, a Parquet table or a Hugging Face Dataset.
+            out: a name that ends in .npy or .safetensors (a .jsonl beside it holds row, path, grid and error of each
+                image), or in .parquet (one file with all of these); a name without suffix, or with a slash at its end,
+                is a folder of such files (default: None, return an array).
+            kind: "embedding" [N, C] ([N, 2C] with pooling "cls_mean"), "patches" [N, P, C], or "map" [N, C, h, w]
+                (default: "embedding").
+            pooling: as in `extract_features`.
+            normalize: scale each vector to length 1, for cosine similarity by dot product (default: False).
+            out_dtype: "float32" or "float16", of the array or file (default: "float32").
+            size: as in `extract_features`.
+            fit: as in `extract_features`.
+            levels: as in `extract_features`.
+            decode: "fast" lets the JPEG decoder shrink large photographs, which changes vectors a little (default:
+                "exact").
+            batch_size: images per pass; it does not change the vectors (default: 32 for an array, measured for files).
+            shard_size: images per shard (default: 10,000, or as many as have 256 MiB of rows).
+            num_workers: as in `iter_features`.
+            on_error: "raise", or "skip", which leaves a row of NaN for an image that cannot be read (default: "raise").
+            overwrite: write everything again, whatever is at `out`; an interrupted call of this kind continues when it
+                is repeated (default: False).
+            trust_names: take a file of the same name for the same image.  Otherwise a rerun compares size and time of
+                each file, and a hash of each web address with its query; images that changed, and those that failed,
+                are computed again (default: False).
+            progress: show a progress bar on stderr (default: if stderr is a terminal).
+
+        Returns:
+            The array, or with `out` an `EmbedReport` with the path, the shape, and the images that failed.
+
+        Raises:
+            InputError: patches or maps differ in shape, or `out` holds vectors of other images or settings.
+            Dinov3Error: with on_error="raise", the error of the first image that cannot be read.
+
+        Example:
+            >>> vectors = bb.embed("photos/", normalize=True)
+            >>> report = bb.embed(["a.jpg", "b.jpg"], out="vectors.npy", on_error="skip")
         """
-        options: dict[str, Any] = dict(locals())  # the signature lists what EmbedOptions holds
+        options: dict[str, Any] = dict(locals())  # the keyword arguments are the fields of EmbedOptions
         del options["self"], options["images"], options["out"]
         return embed(self.extractor, images, out, EmbedOptions(**options))
 
@@ -384,16 +515,36 @@ class Backbone(Network):
         fit: Fit | None = "native",
         levels: Levels | None = None,
     ) -> Tensor:
-        """How much a token attends to each patch, [B, H, h, w], one map per head.
+        """Computes how much a token attends to each patch.
 
-        The softmax runs over all tokens, so a map sums to what class token and registers leave of 1.
-        `layer`: a block from 0, or from the end.
-        `query`: "cls", or a point (x, y) in pixels of the original picture for the patch that covers it.
+        The softmax runs over all tokens, so a map and the attention to class token and registers sum to 1.  Only the
+        rows of the attention matrix that are asked for are computed.
 
-        Raises: as `extract_features`; InputError for a point that is outside the picture or cropped away.
+        Args:
+            images: as in `extract_features`.
+            layer: number of the block, from 0, or negative from the end (default: -1).
+            query: "cls", or a point (x, y) in pixels of the original image, for the patch that covers it (default:
+                "cls").
+            size: as in `extract_features` (default: 768).
+            fit: as in `extract_features` (default: "native").
+            levels: as in `extract_features`.
+
+        Returns:
+            [B, heads, h, w] float32, one map per head.
+
+        Raises:
+            InputError: the point is outside the image or was cropped away, or `query` is not a point.
+            InputTypeError: `layer` is not a whole number.
+            LayerError: the block does not exist.
+            UnsupportedError: the network is a ConvNeXt, which has no attention.
+            PrecisionError: the attention is not finite.
+
+        Example:
+            >>> bb.attention_maps("photo.jpg", query=(120, 80)).shape
+            torch.Size([1, 12, 32, 48])
         """
         if not hasattr(layer, "__index__"):
-            raise InputTypeError(f"layer is the number of one block, got {layer!r}; call it once for each")
+            raise InputTypeError(f"layer is the number of one block, got {layer!r}; call attention_maps once per block")
         (block,) = resolve_layers([layer], self.n_blocks)
         batch = self.extractor.transform(size, fit, levels).batch(each_image(images))
         return self.extractor.attention_maps(batch, block, None if query == "cls" else _point(query))
@@ -401,31 +552,51 @@ class Backbone(Network):
     def check_precision(
         self, images: Images, size: int | tuple[int, int] | None = None, fit: Fit | None = None
     ) -> Precision:
-        """How near the features of these pictures are to those of the model as it is written, in plain float32.
+        """Compares the features of these images with those of the plain network in float32.
 
-        This is for models that run faster at some cost: with `mode="fast"` or "int8" on a CPU, or in bfloat16 on CUDA.
+        Use it for models that trade accuracy for speed: `mode="fast"` or "int8" on a CPU, or bfloat16 on CUDA.
 
-        Raises: as `extract_features`.
+        Args:
+            images: as in `extract_features`.
+            size: as in `extract_features`.
+            fit: as in `extract_features`.
+
+        Returns:
+            `Precision`: cosines of the class tokens and of the patches.
+
+        Raises:
+            Dinov3Error: as in `extract_features`.
         """
         batch = self.extractor.transform(size, fit).batch(each_image(images))
         return self.extractor.precision(batch)
 
     @property
     def extractor(self) -> Extractor:
-        """The network with what features are computed with."""
+        """The network with its transform and the settings of its arithmetic."""
         return Extractor(self, self.preprocess, self.mode, self.mixed_precision)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights, the same whichever layout they came from; see `checkpoints.fingerprint`."""
+        """SHA-256 of the weights, the same for each layout that they are stored in; see `checkpoints.fingerprint`."""
         return fingerprint(self.state_dict(), self.config)
 
     def save_pretrained(self, directory: str | os.PathLike[str], layout: LayoutName = "hf") -> Path:
-        """Writes a directory that transformers loads ("hf") or timm ("timm"), or one file under Meta's names ("meta").
+        """Writes the weights and their config.
 
-        sentence-transformers loads the first of them too, and encodes images to our class token; see the guide
-        "Notebooks and probes".
+        Args:
+            directory: the target: a directory for "hf" and "timm", a file for "meta".
+            layout: "hf" for transformers, "timm", or "meta" for one file under Meta's names (default: "hf").
 
-        Raises: UnsupportedError for a model that the layout cannot hold, InputError for a target of the wrong kind.
+        Returns:
+            The path that was written.  sentence-transformers loads the "hf" layout too, and encodes an image to its
+            class token.
+
+        Raises:
+            UnsupportedError: the layout cannot hold this model.
+            InputError: the target is a file where a directory is needed, or a directory where a file is needed.
+
+        Example:
+            >>> bb.save_pretrained("my-dinov3")
+            >>> bb.save_pretrained("my-dinov3.pth", layout="meta")
         """
         return save_checkpoint(self, directory, layout, self._named(), self.preprocess)
 
@@ -439,22 +610,34 @@ class Backbone(Network):
     ) -> Path:
         """Writes a file for other engines: .onnx, or .pt2, which torch runs without this package.
 
-        Its input is `pixel_values` [B, 3, H_px, W_px] float32, normalised with `preprocess.mean` and `.std`; its
-        outputs are `cls_token`, `register_tokens` (if the model has any) and `patch_tokens`, as in `BackboneOutput`.
+        The input is `pixel_values` [B, 3, H_px, W_px] float32, normalised with `preprocess.mean` and `preprocess.std`.
+        The outputs are `cls_token` [B, C], `register_tokens` [B, R, C] (if the model has any) and `patch_tokens` [B, P,
+        C].
 
-        `size`: pixels, the side of a square or (height, width); None for that of the model.  Where all sizes are taken
-        the check begins with it.
-        `dynamic`: what may differ from call to call: "batch", the number of pictures; True, height and width too, two
-        patches a side at least; False, nothing, and B is 1.  With one size the tables of positions are constants.
-        `opset`: of ONNX, 18 to 23.
+        The file is run in ONNX Runtime, or in torch, on noise of several sizes.  It gets its name if it reproduces the
+        tokens of this model; otherwise the name ends in .failed.  Weights above 1 GiB go to a .data file beside it.
 
-        The file is run in ONNX Runtime, or torch, on noise of several sizes, and gets its name when it gives the tokens
-        of this model; otherwise it is called .failed.  More than 1 GiB of weights lie beside it, in a .data file.
+        Args:
+            path: the file; its suffix is .onnx or .pt2.
+            size: pixels, the side of a square or (height, width) (default: that of the model).  With `dynamic=True` it
+                is the first size that is checked.
+            dynamic: what may change from call to call: "batch" the number of images, True also height and width (two
+                patches a side at least), False nothing, with B = 1 (default: "batch").  With a fixed size the position
+                tables are constants.
+            opset: the ONNX opset, 18 to 23 (default: 18).
 
-        Raises: InputError for a wrong size or suffix, UnsupportedError for an opset, a dtype or a package that is not
-        there, PrecisionError for a file that gives other tokens.
+        Returns:
+            The path of the file.
+
+        Raises:
+            InputError: the size or the suffix is wrong.
+            UnsupportedError: the opset or the dtype cannot be exported, or a package is missing.
+            PrecisionError: the file gives other tokens than the model.
+
+        Example:
+            >>> bb.export("vitb16.onnx", size=224)
         """
-        from .checkpoints.export import export_model  # not above: few processes export or publish
+        from .checkpoints.export import export_model  # imported here, because few processes export or publish
 
         return export_model(self, path, self.preprocess, self._named(), size=size, dynamic=dynamic, opset=opset)
 
@@ -468,13 +651,28 @@ class Backbone(Network):
         commit_message: str = "Weights, written by dinov3_infer",
         card: str | None = None,
     ) -> str:
-        """Uploads the model in the layout that transformers loads, and returns the link of the commit.
+        """Uploads the model in the layout that transformers loads.
 
-        `revision`: a branch, made if there is none.
-        `card`: the README.md to write; None writes one where there is none yet.  It gives the licence of the model that
-        these weights are or were trained on from, where something names it (see `origin`); for others it gives none.
+        Args:
+            repo_id: "name" or "owner/name".
+            private: whether a new repository is private (default: the account's setting).
+            revision: a branch, which is made if it does not exist (default: "main").
+            token: hub token, or True for the stored one (default: the stored one).
+            commit_message: title of the commit.
+            card: text of the README.md.  None writes a card if the repository has none; it states the licence of the
+                model that these weights are, or were trained from, if it is known (see `origin`), and no licence
+                otherwise (default: None).
 
-        Raises: InputError for a wrong id or no token, GatedModelError without the right to write, OfflineError.
+        Returns:
+            The link of the commit.
+
+        Raises:
+            InputError: the id is wrong, or there is no token.
+            GatedModelError: the token has no write access.
+            OfflineError: the hub cannot be reached.
+
+        Example:
+            >>> bb.push_to_hub("me/my-dinov3", private=True)
         """
         from .hub.publish import push
 
@@ -484,26 +682,26 @@ class Backbone(Network):
         )  # fmt: skip
 
     def why_not_plan(self) -> str | None:
-        """Why `extract_features` and `embed` run the model as it is written, or None if they run it by a plan.
+        """Says why `extract_features` and `embed` run plain modules, or returns None if they run by a plan.
 
-        A plan computes the same from weights of its own in fewer steps; one is made for the answer if there is none.
-        On CUDA the first plan of each kind is compared with the model as it is written, by images of the package, and
-        is not used where it differs or fails: this is where the reason is kept.
+        A plan computes the same features in fewer steps from repacked weights.  If there is none yet, this call makes
+        one.  On CUDA the first plan of each kind is compared with the plain network on images of the package; if it
+        fails or differs it is not used, and this method returns the reason.
         """
         return self.extractor.why_not_plan()
 
     def refresh(self) -> None:
-        """Frees the plan, so that the next features come from the weights as they are then.
+        """Drops the plan, so that the next call uses the present weights.
 
-        To be called after writing to weights in a way that torch does not see, such as through `.data` or a pointer.
-        On a CPU a call of many images sees that by itself: where it takes less than 2 % of the call, a checksum of all
-        values is compared (about 1,000 tokens for each thread, 250 for weights up to 16 MiB); shorter calls look at
-        versions and at four values of each tensor.
+        Call it after writing to weights in a way that torch does not notice, such as through `.data` or a pointer.  On
+        a CPU, long calls notice such a change themselves, by a checksum of all weights.  Shorter calls, for which the
+        checksum would take more than 2 % of the time, compare only tensor versions and four values of each tensor.  The
+        limit is about 1,000 tokens per thread, or 250 for weights up to 16 MiB.
         """
         drop_plan(self)
 
     def train(self, mode: bool = True) -> Self:
-        """As torch's; a model in training frees the memory of its fast path."""
+        """As `nn.Module.train`; training mode also frees the memory of the plan."""
         if mode:
             drop_plan(self)
         return super().train(mode)
@@ -513,11 +711,12 @@ class Backbone(Network):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
+        """The name of the model and its dimensions, for `repr`."""
         info = self._named()
-        return f"{info.title if info else 'weights that nothing names'}: {self.summary()}"
+        return f"{info.title if info else 'unknown model'}: {self.summary()}"
 
     def _is(self, found: Description) -> None:
-        """Takes over what was found out about the weights that were just loaded."""
+        """Takes over the description of the weights that were just loaded."""
         self.info, self.preprocess, self.origin = found.info, found.preprocess, found.origin
         whole = not self.main_weight.is_meta
         if self.info is None and whole and (proven := row_of_fingerprint(self.config, self.fingerprint)) is not None:
@@ -529,14 +728,14 @@ class Backbone(Network):
         self._loaded = _writes(self)
 
     def _named(self) -> ModelInfo | None:
-        """`info`, as derived where a parameter was written to since it was loaded."""
+        """`info`; marked as derived if a parameter was written to after loading."""
         if self.info is None or self._loaded is None or _writes(self) <= self._loaded:
             return self.info
         return replace(self.info, derived=True)
 
 
 class ViTBackbone(Backbone, VisionTransformer):
-    """A Backbone whose network is a vision transformer, with methods under Meta's, timm's and transformers' names."""
+    """A Backbone whose network is a vision transformer, with the methods of Meta, timm and transformers."""
 
     forward_features = dropin.forward_features
     get_intermediate_layers = dropin.get_intermediate_layers
@@ -550,7 +749,7 @@ class ViTBackbone(Backbone, VisionTransformer):
 
 
 class ConvNeXtBackbone(Backbone, ConvNeXt):
-    """A Backbone whose network is a ConvNeXt, with the methods that Meta's and timm's users call."""
+    """A Backbone whose network is a ConvNeXt, with the methods of Meta and timm."""
 
     forward_features = dropin_convnext.forward_features
     get_intermediate_layers = dropin_convnext.get_intermediate_layers
@@ -565,7 +764,7 @@ def _writes(model: nn.Module) -> int:
 
 
 def _origin(name: str) -> str:
-    """What leads to the same weights again, from any folder; no query, which may sign a link."""
+    """The name or absolute path that loads the same weights again; without a query, which may sign a link."""
     path = os.path.expanduser(name)
     return os.path.abspath(path) if os.path.exists(path) else web.without_query(name) if "://" in name else name
 
@@ -580,12 +779,12 @@ def _point(query: Any) -> tuple[float, float]:
 
 @cache
 def why_not_mps() -> str | None:
-    """Why the Apple GPU is not used, or None: the first use compares features of nano with the recorded ones."""
+    """Why the Apple GPU is not used, or None.  The first call compares features of nano with recorded ones."""
     return why_not(Backbone.from_pretrained("nano", device="cpu"), torch.device("mps"))
 
 
 def _find_device(device: str | torch.device) -> torch.device:
     found, reason = find_device(device, why_not_mps)
     if reason is not None:
-        log.warning("the Apple GPU is not used and the CPU is: %s", reason)
+        log.warning("using the CPU in place of the Apple GPU: %s", reason)
     return found

@@ -1,4 +1,4 @@
-"""Where a model runs and in which dtype, by the names that users give."""
+"""Device and dtype from the names that users give."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +11,16 @@ __all__ = ["find_device", "find_dtype", "mps_available"]
 
 
 def find_device(device: str | torch.device, why_not_mps: Callable[[], str | None]) -> tuple[torch.device, str | None]:
-    """The device, and why it is not the Apple GPU where one is there: "auto" is cuda, then mps, then cpu.
+    """Resolve a device name.
 
-    `why_not_mps`: a trial of the Apple GPU, which runs where that would be taken.
+    Args:
+        device: A torch device or its name; "auto" is cuda, then mps, then cpu.
+        why_not_mps: A trial of the Apple GPU, called only if mps was chosen; returns why mps cannot be used, or None.
 
-    Raises: InputError for a name that is no device, and for a device that is not there.
+    Returns: The device, and why it is the CPU although an Apple GPU is there (None otherwise).
+
+    Raises:
+        InputError: The name is no device, or the device is not there.
     """
     if device == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps_available() else "cpu"
@@ -24,9 +29,9 @@ def find_device(device: str | torch.device, why_not_mps: Callable[[], str | None
         try:
             found = torch.device(device)
         except (RuntimeError, TypeError):
-            raise InputError(f"device is 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' and the like; got {device!r}") from None
+            raise InputError(f"device is 'auto' or a torch device such as 'cpu' or 'cuda:1'; got {device!r}") from None
         if (lacking := _lacking(found)) is not None:
-            raise InputError(f"device {str(device)!r} was asked for, and {lacking}; use 'auto' or 'cpu'")
+            raise InputError(f"device {str(device)!r} is not available: {lacking}; use 'auto' or 'cpu'")
     if found.type == "mps" and (reason := why_not_mps()) is not None:
         return torch.device("cpu"), reason
     return found, None
@@ -46,11 +51,15 @@ def _lacking(device: torch.device) -> str | None:
 
 
 def mps_available() -> bool:
+    """Whether torch sees an Apple GPU."""
     return torch.backends.mps.is_available()
 
 
 def find_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """Of the linears; None for "auto".  Raises InputError for any other."""
+    """Resolve the dtype of the linear layers; None for "auto".
+
+    Raises: InputError for other values than float32, bfloat16, float16 and float64.
+    """
     if dtype == "auto":
         return None
     resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype

@@ -1,6 +1,6 @@
-"""One base class of errors; each kind is also the builtin that a caller would catch.
+"""The errors of this package: one base class, and for each kind the builtin that a caller would catch.
 
-A message is one sentence: what is wrong, what was given, how to mend it.
+A message is one sentence: what is wrong, what was given, how to fix it.
 """
 
 from typing import Any, get_args
@@ -23,18 +23,18 @@ __all__ = [
     "one_line",
 ]
 
-_LONGEST = 2000  # characters; a name inside a file may be of any length
+_LONGEST = 2000  # characters; names inside files can be of any length
 
 
 def one_line(text: str) -> str:
-    """Text with names given by others: unprintable characters as `repr` shows them, the middle of long text cut."""
+    """Escape unprintable characters as `repr` does, and cut the middle of text over 2,000 characters."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Dinov3Error(Exception):
-    """Base of everything that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -45,51 +45,54 @@ class InputError(Dinov3Error, ValueError):
 
 
 class InputTypeError(Dinov3Error, TypeError):
-    """An argument is of a kind that is not taken here."""
+    """An argument has a type that is not supported here."""
 
 
 class LayerError(Dinov3Error, IndexError):
-    """A layer was asked for that the model does not have."""
+    """The model does not have the requested layer."""
 
 
 class ImageError(Dinov3Error, ValueError):
-    """A picture cannot be read, or its pixels cannot be told apart from a mistake."""
+    """An image cannot be read, or its pixels may be a mistake."""
 
 
 class CheckpointError(Dinov3Error, ValueError):
-    """A weights file is damaged, is something else, or does not fit."""
+    """A weights file is damaged, is another kind of file, or does not fit the model."""
 
 
 class ModelNotFoundError(Dinov3Error, ValueError):
-    """No model of that name, or no weights where the name leads to."""
+    """No model has that name, or the name leads to no weights."""
 
 
 class MissingFileError(Dinov3Error, FileNotFoundError):
-    """A path leads nowhere."""
+    """There is nothing at a path."""
 
 
 class GatedModelError(Dinov3Error, PermissionError):
-    """The hub or a link refuses access: a licence to accept, a token without the right, a link that has expired."""
+    """The hub or a server refuses access: licence not accepted, token without the right, or link expired."""
 
 
 class OfflineError(Dinov3Error, FileNotFoundError):
-    """The weights are not in the cache and the hub cannot be reached."""
+    """The weights are not in the cache, and they cannot be downloaded."""
 
 
 class DiskError(Dinov3Error, OSError):
-    """A disk is full, over a quota, gone, broken, or takes no more of a file; `errno` says which."""
+    """A disk is full, over quota, gone, broken or read-only; `errno` says which."""
 
 
 class PrecisionError(Dinov3Error, FloatingPointError):
-    """A result is not finite because its number format could not hold it."""
+    """A result is not finite because its dtype cannot hold it."""
 
 
 class UnsupportedError(Dinov3Error, NotImplementedError):
-    """Something that exists elsewhere and not here."""
+    """The feature exists elsewhere, but not in this package or not on this machine."""
 
 
 def check_choice(name: str, value: object, kind: Any) -> None:
-    """Raises InputError for a value that is none of a Literal's, or of these names."""
+    """Check that `value` is one of the values of the Literal `kind`, or one of the names in `kind`.
+
+    Raises: InputError otherwise.
+    """
     known: tuple[str, ...] = get_args(kind) or tuple(kind)
     if value not in known:
         raise InputError(f"{name} is one of {', '.join(map(str, known))}; got {value!r}")

@@ -1,4 +1,4 @@
-"""Folders that one run at a time writes to."""
+"""Locks folders, so that one run at a time writes to a folder."""
 
 import os
 import time
@@ -11,24 +11,30 @@ from .errors import InputError
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing is locked
+except ImportError:  # Windows, where folders are not locked
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["LOCK", "locked"]
 
 LOCK = ".dinov3_infer.lock"
-_SECONDS = 3.0  # in which a process that was killed ends, and the first one of a run says which run it is
-_held: dict[Path, str] = {}  # folders that this process has locked: the system does not keep a process from itself
+_SECONDS = 3.0  # wait for a killed process to end, and for the first process of a run to write the run's name
+_held: dict[Path, str] = {}  # folders that this process has locked; file locks do not exclude their own process
 
 
 @contextmanager
 def locked(folder: Path, shown: object, run: str | None = None) -> Iterator[None]:
-    """Only processes of one run are inside, and the system takes the lock away when a process ends, however it does.
+    """Hold a lock on a folder, which only the processes of one run can share.
 
-    The folder is made where there is none, and stays.  `run`: a name that all processes of a run share, which may be
-    inside together; None for a process alone.  Where the disk knows no locks, nobody is kept out.
+    The operating system releases the lock when a process ends, even if it is killed.  The folder is created if it is
+    missing, and stays.  On disks without locks nobody is kept out.
 
-    Raises: InputError while another run is inside.
+    Args:
+        folder: The folder to lock.
+        shown: Its name in the error.
+        run: A name that all processes of a run share; None for a single process.
+
+    Raises:
+        InputError: Another run holds the lock.
     """
     folder.mkdir(exist_ok=True)
     name, path = run or uuid.uuid4().hex, folder.resolve() / LOCK
@@ -43,13 +49,13 @@ def locked(folder: Path, shown: object, run: str | None = None) -> Iterator[None
         del _held[path]
         if descriptor is not None:
             with suppress(OSError):
-                if _taken(descriptor, exclusive=True):  # the last one out
+                if _taken(descriptor, exclusive=True):  # no other process is inside
                     path.unlink(missing_ok=True)
             os.close(descriptor)
 
 
 def _entered(path: Path, name: str, shared: bool, shown: object) -> int | None:
-    """A descriptor that holds the lock; None where the disk knows none."""
+    """A file descriptor that holds the lock; None on a disk without locks."""
     begun = time.monotonic()
     while path not in _held:
         descriptor = -1
@@ -57,7 +63,7 @@ def _entered(path: Path, name: str, shared: bool, shown: object) -> int | None:
             path.parent.mkdir(exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             if _taken(descriptor, exclusive=True):
-                if _is(path, descriptor):  # and not one that the last process has just removed
+                if _is(path, descriptor):  # not a file that the last process has just removed
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, name.encode(), 0)
                     if shared:
@@ -71,7 +77,7 @@ def _entered(path: Path, name: str, shared: bool, shown: object) -> int | None:
             ):
                 return descriptor
             os.close(descriptor)
-        except FileNotFoundError:  # the folder has just gone
+        except FileNotFoundError:  # the folder has just been removed
             if descriptor >= 0:
                 os.close(descriptor)
         except OSError:
@@ -85,7 +91,7 @@ def _entered(path: Path, name: str, shared: bool, shown: object) -> int | None:
 
 
 def _taken(descriptor: int, exclusive: bool) -> bool:
-    """A lock of this process, which those that it forks do not have."""
+    """Try to lock; forked processes do not inherit such a lock."""
     try:
         fcntl.lockf(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

@@ -1,13 +1,13 @@
-"""Vectors on a Ray cluster: `Embedder` for a `map_batches` of one's own, `embed_dataset` for files to Parquet.
+"""Vectors on a Ray cluster: `Embedder` for your own `map_batches`, `embed_dataset` to write files.
 
     pip install "dinov3-infer[ray]"
 
     ray.init()
     embed_dataset("photos/", "vectors/", "vitb16", actors=4, num_gpus=1)
 
-Ray says nothing where actors take every CPU and the tasks that read and write wait for ever, drops the whole block of
-a bad row, and appends on a second run.  So actors are counted before anything starts, a bad picture is a row with an
-error, and a shard has one name.
+Ray waits without a message if actors take every CPU and none is left for the tasks that read and write; it drops the
+whole block of a bad row, and appends when a job runs twice.  So actors are counted before anything starts, an image
+that cannot be read becomes a row with an error, and each shard has a fixed name.
 """
 
 import os
@@ -37,13 +37,29 @@ __all__ = ["Embedder", "check_cluster", "embed_dataset"]
 
 
 class Embedder:
-    """A class for `Dataset.map_batches`: rows with a picture in, rows with its vector and what was wrong out.
+    """A class for `Dataset.map_batches`: takes rows with an image and returns rows with its vector and error.
 
-        ds.map_batches(Embedder, fn_constructor_kwargs=dict(model="vitb16"), batch_size=64, num_gpus=1,
-                       compute=ray.data.ActorPoolStrategy(size=4))
+    A batch holds a column "bytes" (as from `read_binary_files`), "image" (arrays [H, W, 3]) or "path".  The columns
+    "bytes" and "image" are removed, other columns stay, and "embedding" (a fixed-size list of float32), "grid" and
+    "error" are added.
 
-    A batch holds "bytes" (as `read_binary_files` gives them), "image" (arrays [H, W, 3]), or "path" alone.  All other
-    columns stay; the picture goes, and "embedding" (a plain fixed-size list of float32), "grid" and "error" come.
+    Args:
+        model: as in `Backbone.from_pretrained`.
+        device: as in `Backbone.from_pretrained` (default: "auto").
+        dtype: as in `Backbone.from_pretrained` (default: "auto").
+        size: as in `Backbone.extract_features`.
+        fit: as in `Backbone.extract_features`.
+        levels: as in `Backbone.extract_features`.
+        pooling: as in `Backbone.extract_features` (default: "cls").
+        normalize: scale each vector to length 1 (default: False).
+        batch_size: images per pass (default: 32).
+
+    Raises:
+        UnsupportedError: pyarrow is not installed.  Other errors are those of `Backbone.from_pretrained`.
+
+    Example:
+        >>> ds.map_batches(Embedder, fn_constructor_kwargs=dict(model="vitb16"), batch_size=64, num_gpus=1,
+        ...                compute=ray.data.ActorPoolStrategy(size=4))
     """
 
     def __init__(
@@ -66,16 +82,21 @@ class Embedder:
         self._width = pooled_width(self._bb.embed_dim, pooling)
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
-        """A pyarrow table."""
+        """The rows of a batch with their vectors, [C] or [2C] (pooling "cls_mean"), as a pyarrow table.
+
+        Raises: InputError for a batch without images.
+        """
         arrow = self._arrow
         name = next((column for column in ("bytes", "image", "path") if column in batch), None)
         if name is None:
-            raise InputError(f"a batch holds 'bytes', 'image' or 'path'; this one has {', '.join(batch)}")
-        pictures = [p.tobytes() if isinstance(p, np.void) else str(p) if name == "path" else p for p in batch[name]]
-        vectors = np.full((len(pictures), self._width), np.nan, np.float32)
+            raise InputError(
+                f"a batch needs a column 'bytes', 'image' or 'path', got {', '.join(batch)}; add or rename one"
+            )
+        images = [p.tobytes() if isinstance(p, np.void) else str(p) if name == "path" else p for p in batch[name]]
+        vectors = np.full((len(images), self._width), np.nan, np.float32)
         grids: list[list[int] | None] = []
         errors: list[str | None] = []
-        for row, found in enumerate(self._bb.iter_features(pictures, on_error="return", **self._options)):
+        for row, found in enumerate(self._bb.iter_features(images, on_error="return", **self._options)):
             failed = isinstance(found, Dinov3Error)
             errors.append(str(found).encode("utf-8", "backslashreplace").decode() if failed else None)
             grids.append(None if isinstance(found, Dinov3Error) else list(found.grid))
@@ -95,22 +116,25 @@ class Embedder:
 
 
 def check_cluster(actors: int, num_cpus: float, num_gpus: float, total: Mapping[str, float]) -> None:
-    """Raises InputError where the actors would leave no CPU for the tasks that read and write: Ray waits in silence."""
+    """Checks that the actors leave a CPU for reading and writing; Ray would wait without a message.
+
+    Raises: InputError if they do not.
+    """
     have, wanted = total.get("CPU", 0.0), actors * num_cpus
     if wanted > have - 1:
         raise InputError(
-            f"{actors} actors of {num_cpus:g} CPUs take {wanted:g} of the cluster's {have:g}, and reading and writing "
-            f"need one of their own; give fewer actors or num_cpus={max(0.0, (have - 1) / actors):.2g}"
+            f"{actors} actors with {num_cpus:g} CPUs each take {wanted:g} of the cluster's {have:g} CPUs, and one must "
+            f"stay free for reading and writing; give fewer actors or num_cpus={max(0.0, (have - 1) / actors):.2g}"
         )
     if actors * num_gpus > total.get("GPU", 0.0):
         raise InputError(
-            f"{actors} actors of {num_gpus:g} GPUs need {actors * num_gpus:g}, and the cluster has "
-            f"{total.get('GPU', 0.0):g}; give fewer"
+            f"{actors} actors with {num_gpus:g} GPUs each need {actors * num_gpus:g} GPUs, and the cluster has "
+            f"{total.get('GPU', 0.0):g}; give fewer actors or a smaller num_gpus"
         )
 
 
 def embed_dataset(
-    pictures: str | os.PathLike[str] | Sequence[str] | Source,
+    images: str | os.PathLike[str] | Sequence[str] | Source,
     out: str | os.PathLike[str],
     model: str | os.PathLike[str],
     *,
@@ -122,34 +146,48 @@ def embed_dataset(
     dtype: str = "auto",
     **options: Any,
 ) -> int:
-    """What `Backbone.embed` writes to a folder, by the actors of a cluster; says how many shards were written.
+    """Writes what `Backbone.embed` writes to a folder, computed by the actors of a Ray cluster.
 
-    Each shard is one task, read, computed and written by one actor, so pixels do not travel; the folder is the same as
-    that of `embed`, which can go on with it, and the other way round.
+    Each shard is one task: one actor reads, computes and writes it, so pixels are not sent between machines.  The
+    folder is the same as that of `Backbone.embed`, and each of the two can continue the other.
 
-    `pictures`: as in `embed`, at paths that every machine of the cluster can read.
-    `out`: a folder that every machine can write to; its suffix says the format (see `embed`).
-    `actors`: processes that hold the model, each with `num_cpus` and `num_gpus`.
-    `options`: of `embed` that say how vectors are made; a picture that cannot be read is a row of NaN.
+    Args:
+        images: as in `Backbone.embed`, at paths that every machine of the cluster can read.
+        out: a folder that every machine can write to; its suffix decides the format.
+        model: as in `Backbone.from_pretrained`.
+        actors: number of processes that hold the model (default: 1).
+        num_cpus: CPUs per actor (default: 0.5).
+        num_gpus: GPUs per actor (default: 0).
+        shard_size: images per shard (default: 1000).
+        device: as in `Backbone.from_pretrained` (default: "auto").
+        dtype: as in `Backbone.from_pretrained` (default: "auto").
+        options: options of `Backbone.embed` that change the vectors; an image that cannot be read becomes a row of NaN.
 
-    Raises: InputError where the actors would take the whole cluster, or what is at `out` does not match; Dinov3Error
-    where shards are missing in the end.
+    Returns:
+        The number of shards that this call wrote.
+
+    Raises:
+        UnsupportedError: Ray is not installed.
+        InputError: Ray is not initialised, the actors would take the whole cluster, or `out` holds other vectors.
+        Dinov3Error: shards are missing at the end.
+
+    Example:
+        >>> ray.init()
+        >>> embed_dataset("photos/", "vectors/", "vitb16", actors=4, num_gpus=1)
     """
     ray = _ray()
     if not ray.is_initialized():
-        raise InputError("no Ray cluster is connected; call ray.init() first, which decides where this runs")
+        raise InputError("no Ray cluster is connected; call ray.init() first")
     check_cluster(actors, num_cpus, num_gpus, ray.cluster_resources())
     path = Path(out).expanduser().absolute()
     target = Target.find(f"{path}{os.sep}")
-    source = open_images(pictures)
+    source = open_images(images)
     if not isinstance(source, Source):
-        raise InputError("a stream cannot be shared by several machines; give a folder, list file, archive or paths")
+        raise InputError("several machines cannot share a stream; give a folder, list file, archive or paths")
     asked, run = EmbedOptions(shard_size=shard_size, **options), f"ray {uuid.uuid4().hex}"
     with target.locked(run):
         _check_continues(target, source, asked, model)
-        given = dict(
-            model=str(model), pictures=source, target=target, device=device, dtype=dtype, options=asked, run=run
-        )
+        given = dict(model=str(model), images=source, target=target, device=device, dtype=dtype, options=asked, run=run)
         count = -(-len(source) // shard_size)
         tasks = ray.data.from_items([{"shard": k} for k in range(count)], override_num_blocks=max(1, count))
         resources = dict(num_cpus=num_cpus) | (dict(num_gpus=num_gpus) if num_gpus else {})
@@ -159,29 +197,27 @@ def embed_dataset(
         ).materialize()
         if missing := [k for k in range(count) if not target.shard(k).is_file()]:
             raise Dinov3Error(
-                f"{len(missing)} of {count} shards are missing in '{out}'; call this again, which adds them"
+                f"{len(missing)} of {count} shards are missing in '{out}'; repeat the call, which adds them"
             )
     return sum(row["written"] for row in done.take_all())
 
 
-def _check_continues(target: Target, pictures: Source, asked: EmbedOptions, model: str | os.PathLike[str]) -> None:
-    """Before an actor starts.  Raises: InputError where what is there does not match, as far as can be told here."""
+def _check_continues(target: Target, images: Source, asked: EmbedOptions, model: str | os.PathLike[str]) -> None:
+    """Checks the vectors on disk before an actor starts.  Raises: InputError for another recipe."""
     if (found := target.unfinished()) is None:
         return
-    check_asked(pictures, asked, found.recipe, target.path)
-    mine = recipe_of(Backbone.from_pretrained(model, device="cpu").extractor, pictures, asked)
-    replace(mine, dtype=found.recipe.dtype).check_continues(
-        found.recipe, target.path
-    )  # its dtype is that of the actors
+    check_asked(images, asked, found.recipe, target.path)
+    mine = recipe_of(Backbone.from_pretrained(model, device="cpu").extractor, images, asked)
+    replace(mine, dtype=found.recipe.dtype).check_continues(found.recipe, target.path)  # only the actors know the dtype
 
 
 class _Shards:
-    """An actor: numbers of shards in, and the number of rows in each, and whether it was written, out."""
+    """An actor: takes shard numbers, writes the shards, and returns their numbers of rows and whether they are new."""
 
     def __init__(
         self,
         model: str,
-        pictures: Source,
+        images: Source,
         target: Target,
         options: EmbedOptions,
         device: str,
@@ -189,7 +225,7 @@ class _Shards:
         run: str | None = None,
     ) -> None:
         bb = Backbone.from_pretrained(model, device=device, dtype=dtype)
-        self._writer = Writer(target, pictures, bb.extractor, replace(options, on_error="skip", progress=False))
+        self._writer = Writer(target, images, bb.extractor, replace(options, on_error="skip", progress=False))
         self._run = run
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,5 +245,5 @@ def _ray() -> Any:
         import ray
         import ray.data
     except ImportError:
-        raise UnsupportedError("a cluster needs Ray; pip install 'dinov3-infer[ray]'") from None
+        raise UnsupportedError("embed_dataset needs Ray; pip install 'dinov3-infer[ray]'") from None
     return ray

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, a disk's errors, hashes, texts, signals, memory and threads."""
+"""Atomic file writes, disk errors, hashes, text encodings, signals, memory and threads."""
 
 import codecs
 import errno
@@ -27,24 +27,28 @@ __all__ = [
     "whole",
 ]
 
-_GONE = "the disk or its mount is gone or broken; mount it again, or take another place"
-_MENDED = {  # what the system says -> what to do
-    "ENOSPC": "the disk is full; make room, or take another disk",
-    "EDQUOT": "the quota is used up; remove something, or take another disk",
-    "EFBIG": "no file may be larger here; raise that limit (ulimit -f), or take another place",
-    "EROFS": "nothing can be written there; take another place",
+_GONE = "the disk or its mount is gone or broken; mount it again, or use another folder"
+_MENDED = {  # errno -> what is wrong, and what to do
+    "ENOSPC": "the disk is full; make room, or use another disk",
+    "EDQUOT": "the quota is used up; remove something, or use another disk",
+    "EFBIG": "the file exceeds the size limit; raise it (ulimit -f), or use another folder",
+    "EROFS": "the disk is read-only; use another folder",
     **dict.fromkeys(("EIO", "ENODEV", "ENXIO", "ESTALE", "ENOTCONN", "EHOSTDOWN", "EREMOTEIO", "ENOMEDIUM"), _GONE),
 }
-_TRIED = 1 << 22  # bytes that are written to learn what a disk says
+_TRIED = 1 << 22  # bytes of a trial write that finds the errno of a disk
 
 
 @contextmanager
 def whole(target: Path, *, flush: bool = False) -> Iterator[Path]:
-    """A path of the same suffix to write to; it takes the place of `target` in the end, or goes.
+    """Write a file atomically: yields a temporary path of the same suffix, which replaces `target` on success only.
 
-    `flush`: what is written is on the disk by then, so that it outlives the machine too.
+    `flush`: the content is on the disk when this returns, so that it survives a power failure.
 
-    Raises: DiskError where the disk does not take it, whatever the library that wrote makes of that.
+    Raises: DiskError if the disk refuses the file, whatever exception the writing library makes of that.
+
+    Example:
+        >>> with whole(Path("a.json")) as path:
+        ...     path.write_text("{}")
     """
     with together(target, flush=flush) as (beside,):
         yield beside
@@ -52,13 +56,16 @@ def whole(target: Path, *, flush: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def together(*targets: Path, flush: bool = False) -> Iterator[list[Path]]:
-    """As `whole`, for files that belong together: none takes its place before all are written, the last one last."""
-    # the name's beginning tells whose it is; all of it might leave no room for more
+    """Like `whole` for files that belong together: all are written before any is renamed, in order, to its target.
+
+    Raises: DiskError.
+    """
+    # 16 characters tell which file it belongs to; the whole name plus the additions may be too long for a name
     made = [t.with_name(f".{t.stem[:16]}.{uuid.uuid4().hex[:8]}.tmp{t.suffix}") for t in targets]
     try:
         for beside in made:
             beside.touch(exist_ok=False)
-        mode = made[0].stat().st_mode  # as any new file has here; some writers make it another file, for us alone
+        mode = made[0].stat().st_mode  # mode of a new file; some writers replace the file by a private one
         yield made
         for beside in made:
             beside.chmod(mode)
@@ -85,10 +92,14 @@ def together(*targets: Path, flush: bool = False) -> Iterator[list[Path]]:
 def disk_error(
     error: Exception, target: str | os.PathLike[str] | None = None, written: Path | None = None
 ) -> DiskError | None:
-    """What a disk is to blame for, in a sentence; None where an error has another cause.
+    """Turn an exception into a DiskError if a disk caused it, else return None.
 
-    numpy, torch and safetensors tell no number of the system's error, or tell it in their text.  `written` is the file
-    that one of them was writing: the disk is asked what it says to more of it.
+    The exceptions of numpy, torch and safetensors have no errno, or only in their text.
+
+    Args:
+        error: The exception.
+        target: The path to name in the message.
+        written: A file that a library was writing.  If the exception has no errno, a trial write to this file gives it.
     """
     said = re.search(r"\bos error (\d+)\b", str(error))
     number = getattr(error, "errno", None) if isinstance(error, OSError) else int(said[1]) if said else None
@@ -98,7 +109,7 @@ def disk_error(
     place = target or getattr(error, "filename", None)
     shown = f"'{os.fsdecode(place)}' could not be written" if isinstance(place, (str, bytes, os.PathLike)) else ""
     if name == "ENOENT" and target is not None and not Path(target).parent.is_dir():
-        text = f"{shown}: its folder is gone; make it, or mount its disk, again"
+        text = f"{shown}: its folder is gone; create it or mount its disk again"
     elif name in _MENDED:
         text = f"{shown or 'something could not be written'} ({os.strerror(number or 0)}): {_MENDED[name]}"
     else:
@@ -130,11 +141,12 @@ def _flush(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file, as 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_MARKS = (  # the longer ones first
+_MARKS = (  # UTF-32 first, since its mark begins with that of UTF-16
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -144,9 +156,9 @@ _MARKS = (  # the longer ones first
 
 
 def unmarked(content: bytes) -> bytes:
-    """The bytes of a text in the encoding of file names, without its byte-order mark; as they are without a mark.
+    """Decode a text by its byte-order mark, and return it in the encoding of file names; unchanged without a mark.
 
-    Raises: ValueError for a text that is not what its mark says, and for UTF-16 without one.
+    Raises: ValueError if the text contradicts its mark, or is UTF-16 without a mark.
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):
@@ -158,37 +170,37 @@ def unmarked(content: bytes) -> bytes:
 
 @cache
 def keep_freed_memory() -> None:
-    """Once per process: has glibc keep what is freed, up to 62 MiB for each thread.
+    """Make glibc keep freed memory, up to 62 MiB per thread; runs once per process.
 
-    Otherwise it goes back to the system and comes again page by page, up to half of the time of a large picture and 8
-    to 10 % of that of a model in float32, until glibc has seen one such block freed.  This is just below the largest
-    size that it learns from.
+    By default glibc returns large blocks to the system until it has seen one freed, and gets them back page by page.
+    That costs up to half of the time of a large image, and 8 to 10 % of the time of a float32 model.  The block
+    allocated here is just below the largest size from which glibc learns.
     """
-    import torch  # not above: the command line starts without it
+    import torch  # not at the top: the command line starts without torch
 
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 @cache
 def survive_forks() -> None:
-    """Once per process: has every child that is forked from now on compute with one thread.
+    """Make every process that is forked from now on compute with one thread; runs once per process.
 
-    The threads of OpenMP, in which torch computes, stay with the parent, and a child would wait for them for ever.
+    The OpenMP threads of torch stay with the parent, so a forked child would wait for them forever.
     """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_compute_alone)
 
 
 def _compute_alone() -> None:
-    import torch  # as below
+    import torch  # not at the top, see `keep_freed_memory`
 
     torch.set_num_threads(1)
 
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """torch computes with so many threads, and afterwards with as many as before."""
-    import torch  # as above
+    """Set torch's number of threads to `count` inside the block."""
+    import torch  # not at the top, see `keep_freed_memory`
 
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -200,10 +212,12 @@ def torch_threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def told_to_stop(later: bool = False) -> Iterator[list[BaseException]]:
-    """SIGTERM, and SIGHUP of a terminal that closes, end a run as Ctrl-C does: no thread is left.
+    """Handle SIGTERM, and SIGHUP from a closing terminal, like Ctrl-C, so that a run ends without stray threads.
 
-    `later`: the first of these three is only noted, in the list, for who can stop at a better moment; the next one ends
-    the run at once.
+    `later`: the first of these signals and of SIGINT is only added to the list that this yields, so that the caller can
+    stop at a good moment; the next one ends the run at once.
+
+    Raises: SystemExit (128 + signal number), or KeyboardInterrupt for SIGINT.
     """
     told: list[BaseException] = []
     names = ("SIGTERM", "SIGHUP", *(("SIGINT",) if later else ()))

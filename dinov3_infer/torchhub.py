@@ -1,4 +1,4 @@
-"""Entry points of torch.hub: Meta's names, Meta's keywords, and models that are called as Meta's are."""
+"""Entry points for torch.hub, with Meta's names and keywords; the models are called like Meta's."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,15 +10,15 @@ from .errors import InputTypeError, UnsupportedError
 from .model.convnext import ConvNeXtConfig
 from .model.vit import ViTConfig
 from .released.attach import load_head, random_head
-from .released.catalogue import HEADS, find_head
+from .released.catalogue import HEADS, find_head, variant_of
 from .zoo import MODELS, ModelInfo, find
 
 __all__ = ["HubBackbone", "entry_points"]
 
-_DATASETS = {"LVD1689M": "", "LVD142M": "", "SAT493M": "_sat493m"}  # Meta's name of the weights -> how ours ends
-_OF_HEADS = ("NYU", "KITTI", "IMAGENET1K", "SYNTHMIX")  # Meta's names of the weights of heads
-# Entries of Meta's repositories that have no counterpart here; whoever asks for them is told so.
-_HEADS = ("dinov3_vit7b16_de", "dinov3_vit7b16_ms", "dinov3_vitl16_dinotxt_tet1280d20h24l")
+_DATASETS = {"LVD1689M": "", "LVD142M": "", "SAT493M": "_sat493m"}  # Meta's name of the weights -> suffix of our name
+_OF_HEADS = ("NYU", "KITTI", "IMAGENET1K", "SYNTHMIX", "LVTD2300M")  # Meta's names for the weights of heads
+# Entries of Meta's repositories that this package does not have; calling one raises an error that says so.
+_HEADS = ("dinov3_vit7b16_de", "dinov3_vit7b16_ms")
 _ELSEWHERE = (
     *("dinov3_vitl16plus", *_HEADS),
     *("dino_resnet50", *(f"dino_xcit_{kind}_p{patch}" for kind in ("small_12", "medium_24") for patch in (16, 8))),
@@ -26,7 +26,7 @@ _ELSEWHERE = (
 
 
 class HubBackbone(Backbone):
-    """A Backbone that is called as Meta's models are; everything else is as in `Backbone`."""
+    """A Backbone that is called like Meta's models; all other methods are those of `Backbone`."""
 
     networks: "ClassVar[dict[type, type[Backbone]]]" = {}
     forward_features: Callable[..., Any]
@@ -41,9 +41,11 @@ class HubBackbone(Backbone):
         is_training: bool = False,
         layers: int | Sequence[int] | None = None,
     ) -> Any:
-        """The class token after the final norm, [B, C]; with `is_training` what `forward_features` returns.
+        """The class token after the final norm, [B, C]; with `is_training` the result of `forward_features`.
 
-        With `layers` it is the call of a Backbone, as its own methods need it.
+        With `layers` it returns a `BackboneOutput`, which the methods of `Backbone` need.
+
+        Raises: as `Backbone.__call__`.
 
         Source: dinov3/models/vision_transformer.py at 6876159.
         """
@@ -55,18 +57,19 @@ class HubBackbone(Backbone):
         return [one["x_norm_clstoken"] for one in found] if isinstance(found, list) else found["x_norm_clstoken"]
 
 
-class HubViT(HubBackbone, ViTBackbone):  # type: ignore[misc]  # of what it returns
+class HubViT(HubBackbone, ViTBackbone):  # type: ignore[misc]  # forward returns another type
     pass
 
 
 class HubConvNeXt(HubBackbone, ConvNeXtBackbone):  # type: ignore[misc]
-    """`output_patch_size`: what Meta's code calls `patch_size`, the grid of `get_intermediate_layers`."""
+    """`output_patch_size`: the grid of `get_intermediate_layers`, which Meta's code calls `patch_size`."""
 
     output_patch_size: int | None = None
 
     def get_intermediate_layers(  # type: ignore[override]
         self, x: Tensor, n: int | Sequence[int] = 1, *flags: bool, **named: Any
     ) -> Any:
+        """As Meta's, for pixels `x` [B, 3, H_px, W_px]; the maps have the grid of `output_patch_size`."""
         return super().get_intermediate_layers(x, n, *flags, **{"patch_size": self.output_patch_size, **named})
 
 
@@ -74,14 +77,17 @@ HubBackbone.networks |= {ViTConfig: HubViT, ConvNeXtConfig: HubConvNeXt}
 
 
 def entry_points() -> dict[str, Callable[..., Any]]:
-    """A function for every model and every released head, and for Meta's others one that says why it has nothing."""
+    """A function for each model and each released head; those for Meta's other entries raise UnsupportedError."""
     heads = {info.name: _head_entry(info.name) for info in HEADS}
     models = {name: _entry(info) for name, info in MODELS.items()}
     return models | heads | {name: _refusal(name) for name in _ELSEWHERE}
 
 
 def _head_entry(name: str) -> Callable[..., Any]:
-    usual = find_head(name).variant  # 4 layers, "NYU", or both
+    info = find_head(name)
+
+    def called(head: Any) -> Any:  # DINOv3's entry gives the tokenizer, too
+        return (head, head.tokenizer) if info.kind == "text" and info.options["is_v3"] else head
 
     def load(
         pretrained: bool = True,
@@ -89,31 +95,28 @@ def _head_entry(name: str) -> Callable[..., Any]:
         layers: int | None = None,
         weights: Any = None,
         backbone_weights: Any = None,
+        bpe_path_or_url: Any = None,
         check_hash: bool = True,
         device: Any = "cpu",
     ) -> Any:
-        weights = getattr(weights, "value", weights)  # of Meta's enum
+        weights = getattr(weights, "value", weights)  # an enum member in Meta's callers
         dataset = weights.upper() if isinstance(weights, str) and weights.upper() in _OF_HEADS else None
-        variant = usual
-        if isinstance(usual, tuple):
-            variant = (dataset or usual[0], layers or usual[1])
-        elif isinstance(usual, int):
-            variant = layers or usual
-        elif isinstance(usual, str):
-            variant = dataset or usual
+        variant = variant_of(name, dataset if dataset in ("NYU", "KITTI") else None, layers)
         if not pretrained:
-            return random_head(name, variant)
+            return called(random_head(name, variant))
         backbone = None
-        if backbone_weights is not None:
-            home = find_head(name).backbone
-            backbone = Backbone.from_pretrained(home, weights=backbone_weights, device=device)
-        return load_head(name, backbone, weights=None if dataset else weights, variant=variant, device=device)
+        backbone_weights = getattr(backbone_weights, "value", backbone_weights)
+        if backbone_weights is not None and backbone_weights not in _DATASETS:
+            backbone = Backbone.from_pretrained(info.backbone, weights=backbone_weights, device=device)
+        head = load_head(name, backbone, weights=None if dataset else weights, variant=variant, device=device)
+        return called(head)
 
     load.__name__ = load.__qualname__ = name
     load.__doc__ = (
-        f"{name} on its backbone, in eval mode on the CPU; its weights: {find_head(name).licence}.\n\n"
-        "weights: a path, a link, or the name of the data set where there are several.  layers: 4 or 1, where both\n"
-        "are released.  backbone_weights: a path or a link.  pretrained=False: random weights."
+        f"{name} on its backbone, in eval mode on the CPU.  Licence of the weights: {info.licence}.\n\n"
+        "weights: a path, a link, or the name of a data set if there are several.  layers: 4 or 1, if both are\n"
+        "released.  backbone_weights: a path or a link.  pretrained=False gives random weights.  bpe_path_or_url and\n"
+        "check_hash are accepted for Meta's callers: the package contains the merges of the tokenizer."
     )
     return load
 
@@ -121,7 +124,7 @@ def _head_entry(name: str) -> Callable[..., Any]:
 def _entry(info: ModelInfo) -> Callable[..., HubBackbone]:
     def load(pretrained: bool = True, *, weights: Any = None, check_hash: bool = True, **options: Any) -> HubBackbone:
         name = info.name
-        weights = getattr(weights, "value", weights)  # of Meta's enum
+        weights = getattr(weights, "value", weights)  # an enum member in Meta's callers
         if isinstance(weights, bool):
             pretrained, weights = weights, None
         if isinstance(weights, str) and weights in _DATASETS:
@@ -131,7 +134,9 @@ def _entry(info: ModelInfo) -> Callable[..., HubBackbone]:
             model = HubBackbone.from_pretrained(name, weights=weights, **{"device": "cpu", **options})
         elif options or weights is not None:
             given = ", ".join([*options, *(["weights"] if weights is not None else [])])
-            raise InputTypeError(f"pretrained=False gives random weights and takes nothing else; got {given}")
+            raise InputTypeError(
+                f"pretrained=False gives random weights and takes no other option, got {given}; leave them out"
+            )
         else:
             model = HubBackbone.from_config(name)
         if isinstance(model, HubConvNeXt):
@@ -140,9 +145,9 @@ def _entry(info: ModelInfo) -> Callable[..., HubBackbone]:
 
     load.__name__ = load.__qualname__ = info.name
     load.__doc__ = (
-        f"{info.name}, in eval mode on the CPU; its weights: {info.licence}.\n\n"
-        "weights: a path, a link, or True for those of the hub.  pretrained=False: random weights.  check_hash is\n"
-        "there for Meta's callers: downloads are always checked.  Others are those of Backbone.from_pretrained."
+        f"{info.name}, in eval mode on the CPU.  Licence of the weights: {info.licence}.\n\n"
+        "weights: a path, a link, or True for those of the hub.  pretrained=False gives random weights.  check_hash\n"
+        "has no effect, because downloads are always checked.  Other options are those of Backbone.from_pretrained."
     )
     return load
 
@@ -151,10 +156,12 @@ def _refusal(name: str) -> Callable[..., HubBackbone]:
     def refuse(*_: Any, **__: Any) -> HubBackbone:
         if name in _HEADS:
             backbone = "_".join(name.split("_")[:2])
-            raise UnsupportedError(f"{name!r} is a head on a backbone, and that one is not here; load {backbone!r}")
-        find(name)  # which says why
-        raise UnsupportedError(f"{name!r} is not here")
+            raise UnsupportedError(
+                f"{name!r} is a head that this package does not have; load its backbone {backbone!r}"
+            )
+        find(name)  # raises an error with the reason
+        raise UnsupportedError(f"this package does not have {name!r}; torch.hub.list() gives the names")
 
     refuse.__name__ = refuse.__qualname__ = name
-    refuse.__doc__ = "Not here: raises UnsupportedError with the reason."
+    refuse.__doc__ = "This package does not have it: raises UnsupportedError with the reason."
     return refuse

@@ -1,4 +1,4 @@
-"""A parser of command lines that says what was meant, where that is near what was typed."""
+"""An argument parser that suggests the closest command, option or choice."""
 
 import argparse
 import difflib
@@ -11,23 +11,23 @@ __all__ = ["Parser", "did_you_mean", "meant"]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", or nothing where nothing is near."""
+    """The text "; did you mean 'x'?" for the closest name, or "" if none is close."""
     names = list(known)
     near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
-    near = near or [name for name in names if word.lower() in name.split()]  # "search" of "embed search"
+    near = near or [name for name in names if word.lower() in name.split()]  # "search" in "embed search"
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """The command that was meant by what might be a file too, and is none; "" for none."""
+    """The command closest to a word that is no existing file; "" if none is close."""
     found = [] if os.path.exists(word) else difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)
     return found[0] if found else ""
 
 
 class Parser(argparse.ArgumentParser):
-    """Suggests commands, options and choices; an unknown option is told before one that is missing because of it.
+    """Suggests commands, options and choices, and reports an unknown option before a missing one.
 
-    It takes `--layers -1,-4`, as argparse does by itself from Python 3.14 on.
+    It accepts `--layers -1,-4`, as argparse does from Python 3.14 on.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -35,10 +35,11 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse arguments as argparse does; exits with a suggestion for a misspelled option."""
         known = self._option_string_actions
         for word in args or ():
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
-                break  # what follows is no option, or belongs to a command
+                break  # the rest are no options, or belong to a command
             name = word.partition("=")[0]
             if name in known or not name.startswith("--") or "-" not in self.prefix_chars:
                 continue

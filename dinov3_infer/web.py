@@ -1,4 +1,4 @@
-"""One HTTP session for everything that is fetched; no query, user or password of a link gets into a message."""
+"""The HTTP session for all downloads; keeps queries, users and passwords of links out of messages."""
 
 import logging
 import math
@@ -27,21 +27,21 @@ __all__ = [
 ]
 
 _TIMEOUT_S, _PATIENCE_S = 30.0, 10.0
-_CHUNK = 1 << 16  # bytes that come within _TIMEOUT_S, or the connection is given up
+_CHUNK = 1 << 16  # bytes that must arrive within _TIMEOUT_S
 _REDIRECTS, _MOVED = 10, (301, 302, 303, 307, 308)
 _PORTS = {"http": 80, "https": 443}
-_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "urllib3")  # whatever its version uses
+_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "urllib3")  # HTTP clients of its versions
 
 
 def is_link(text: str | os.PathLike[str]) -> bool:
-    """Also one that was pasted with white space, or made a path."""
+    """Whether a text is a link, even with white space around it or after conversion to a Path."""
     return re.match(r"\s*(https?:/|[A-Za-z][A-Za-z0-9+.-]+://)", os.fspath(text)) is not None
 
 
 def without_query(link: str) -> str:
-    """A link without what signs it: no query, no user and password, no white space around it.
+    """Strip a link of its query, user, password and surrounding white space.
 
-    Raises: InputError for what is no http link.
+    Raises: InputError if it is no http or https link.
     """
     link = link.strip()
     try:
@@ -51,8 +51,8 @@ def without_query(link: str) -> str:
         scheme, host, port = "", None, None
     if scheme not in ("http", "https") or not host or re.search(r"[\s\x00-\x20\x7f]", link):
         raise InputError(
-            f"'{link.partition(':')[0]}://...' is no link that can be downloaded here, as http://host/file and "
-            "https://host/file are; fetch the file, and give its path"
+            f"'{link.partition(':')[0]}://...' is no http or https link; download the file another way, and give its "
+            "path"
         )
     host = f"[{host}]" if ":" in host else host
     return f"{scheme}://{host}{f':{port}' if port else ''}{parts.path}"
@@ -62,27 +62,33 @@ def without_query(link: str) -> str:
 def get(
     link: str, start: int = 0, version: str | None = None, seconds: float | None = None
 ) -> Iterator[tuple[Any, Iterator[bytes]]]:
-    """An answer and its body, from byte `start` on if the file is still that `version`, else the whole.
+    """Request a link, and yield the response and its body.
 
-    The session is that of huggingface_hub, so that its proxies and certificates count.  The answer begins within 30 s,
-    and so does each 64 KiB of its body come; `seconds` is the limit for all of it together.  (With huggingface_hub 0.x,
-    whose client is another, each single wait has these limits.)
+    The session is that of huggingface_hub, with its proxies and certificates.  At most 10 redirects are followed, also
+    to other hosts, since most file services need that.  A server that fetches links of its users could be sent to
+    internal hosts that way: the environment variable DINOV3_INFER_REDIRECTS=same-host refuses redirects to another host
+    or port.
 
-    Redirects are followed, 10 at most, to other hosts too, as most services for files ask for that.  A server that
-    fetches what its users send can be led to hosts that only it can see: DINOV3_INFER_REDIRECTS=same-host in its
-    environment refuses every redirect to another host or port.
+    Args:
+        link: The link.
+        start: First byte to request.
+        version: ETag of the file that `start` refers to; if the file has changed, the whole file is sent.
+        seconds: Limit for the whole request.  Without it the response must begin within 30 s, and each 64 KiB of the
+            body must arrive within 30 s.  With huggingface_hub 0.x the limit holds for each wait.
 
-    Raises: InputError for a link that leads nowhere or where it may not, and `client_errors`.
+    Raises:
+        InputError: A link or redirect is not valid or not allowed.
+        Exception: One of `client_errors`.
     """
     session, clock = client_tools().get_session(), _Clock(seconds or _TIMEOUT_S)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     if start and version and not version.startswith("W/"):
         headers["If-Range"] = version
-    modern = callable(session.stream)  # httpx; for requests, in huggingface_hub 0.x, this is a setting
+    modern = callable(session.stream)  # httpx; in requests (huggingface_hub 0.x) `stream` is a setting
     place = _written(link)
     for _ in range(_REDIRECTS + 1):
         if modern:
-            limits = (clock, clock, _TIMEOUT_S, _TIMEOUT_S)  # to connect, to read, to write, for a free connection
+            limits = (clock, clock, _TIMEOUT_S, _TIMEOUT_S)  # connect, read, write, pool
             opened = session.stream("GET", place, headers=headers, timeout=limits, follow_redirects=False)
         else:
             opened = session.get(
@@ -95,11 +101,11 @@ def get(
                 yield response, _in_time(body, clock, restarts=seconds is None)
                 return
             place = _next(place, target, link)
-    raise InputError(f"'{without_query(link)}' leads on more than {_REDIRECTS} times; give the address that it ends at")
+    raise InputError(f"'{without_query(link)}' redirects more than {_REDIRECTS} times; give the final address")
 
 
 class _Clock:
-    """The seconds that are left, asked for at each wait of the client: who sends a byte now and then gains no time."""
+    """The remaining seconds, computed at each wait of the client, so that a trickle of bytes gains no time."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -126,34 +132,36 @@ def _in_time(chunks: Iterator[bytes], clock: _Clock, restarts: bool) -> Iterator
 
 
 def _written(link: str) -> str:
-    """A link as a client can write it: bytes that are no ASCII, of whatever encoding, as %XX after the host."""
+    """Percent-encode the bytes of a link after its host that are not ASCII, so that a client can send it."""
     link = link.strip()
     without_query(link)
     head, slash, rest = link.partition("://")[2].partition("/")
     return f"{link.partition('://')[0].lower()}://{head}{slash}{quote(os.fsencode(rest), safe=_SAFE)}"
 
 
-_SAFE = "".join(map(chr, range(33, 127)))  # what is there stays, "%" too
+_SAFE = "".join(map(chr, range(33, 127)))  # printable ASCII stays, "%" too
 
 
 def _next(place: str, target: str, link: str) -> str:
-    """Where a redirect leads to."""
+    """Target of a redirect."""
     found = _written(urljoin(place, target))
     before, after = (urlsplit(one) for one in (place, found))
     hosts, ports = {before.hostname, after.hostname}, {one.port or _PORTS[one.scheme] for one in (before, after)}
     same = len(hosts) == 1 and (len(ports) == 1 or ports == set(_PORTS.values()))
     if not same and os.environ.get("DINOV3_INFER_REDIRECTS") == "same-host":
         raise InputError(
-            f"'{without_query(link)}' leads on to another host, which DINOV3_INFER_REDIRECTS=same-host refuses; give "
+            f"'{without_query(link)}' redirects to another host, which DINOV3_INFER_REDIRECTS=same-host refuses; give "
             "the address of the file itself"
         )
     return found
 
 
 def reach(link: str) -> None:
-    """One question without patience: huggingface_hub goes on asking for half a minute where there is no network.
+    """Check that a server answers, with one HEAD request and a timeout of 10 s.
 
-    Any answer will do.  Raises what the HTTP client raises.
+    huggingface_hub itself retries for half a minute without a network.
+
+    Raises: Exception, one of `client_errors`.
     """
     session = client_tools().get_session()
     here = {"follow_redirects": False} if callable(session.stream) else {"allow_redirects": False}
@@ -161,7 +169,7 @@ def reach(link: str) -> None:
 
 
 def client_error() -> type[Exception]:
-    """The base of what the HTTP client raises: that of requests, httpx or httpx2, by version of huggingface_hub."""
+    """Base class of the errors of the HTTP client: requests, httpx or httpx2, by version of huggingface_hub."""
     from huggingface_hub.errors import HfHubHTTPError
 
     order = HfHubHTTPError.__mro__
@@ -169,26 +177,26 @@ def client_error() -> type[Exception]:
 
 
 def client_errors() -> tuple[type[Exception], ...]:
-    """All that a request raises, for an address too that the client cannot write: a host or a length that cannot be."""
+    """All exceptions of a request, including those for addresses that the client cannot send."""
     base = client_error()
     client = sys.modules[base.__module__.partition(".")[0]]
     return (base, OSError, ValueError, getattr(client, "InvalidURL", base))
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in a word or two; never the text of the error, which may hold a link."""
+    """Describe an error in a few words, without its text, which may hold a link."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status:
         return f"HTTP {status}"
     if isinstance(error, ValueError) or type(error).__name__ == "InvalidURL":
-        return "no such address can be asked for"
+        return "the address is not valid"
     return getattr(error, "strerror", None) or type(error).__name__
 
 
 @contextmanager
 def queries_cut() -> Iterator[None]:
-    """While this lasts, no query, user or password of a link gets into the log of huggingface_hub or of its client."""
-    client_tools().get_session()  # the loggers are there once the client is
+    """Keep queries, users and passwords of links out of the logs of huggingface_hub and its HTTP client."""
+    client_tools().get_session()  # creates the client, and with it the loggers
     names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in _CLIENTS]
     loggers, cut = [logging.getLogger(name) for name in names], _Cut()
     for logger in loggers:
@@ -208,5 +216,5 @@ class _Cut(logging.Filter):
 
 
 def client_tools() -> Any:
-    """huggingface_hub.utils; not every version of it declares to type checkers what it exports."""
+    """The module huggingface_hub.utils; not every version declares its exports to type checkers."""
     return import_module("huggingface_hub.utils")

@@ -1,7 +1,7 @@
-"""Every model that can be named: architecture, where its weights are, how its pictures are prepared, its licence.
+"""All named models: architecture, location of the weights, preprocessing and licence.
 
-Numbers of parameters, hub ids and file hashes are those of the model cards of facebookresearch/dinov3 at 6876159 and
-dinov2 at b8931f7, of facebookresearch/dino, and of timm 1.0.31.
+Parameter counts, hub ids and file hashes are from the model cards of facebookresearch/dinov3 at 6876159 and dinov2 at
+b8931f7, from facebookresearch/dino, and from timm 1.0.31.
 """
 
 import difflib
@@ -83,12 +83,12 @@ ARCHITECTURES: dict[str, Config] = {
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SAT493M = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
 _APACHE, _DINOV3, _FAIR = "Apache-2.0", "DINOv3 License", "FAIR Noncommercial Research License"
-OWN = "the author's choice"  # licence of weights that began as random ones
+OWN = "the author's choice"  # licence of weights that were trained from scratch
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One released model: an architecture with weights."""
+    """One released model: an architecture and its weights."""
 
     name: str
     architecture: str  # a key of ARCHITECTURES
@@ -96,20 +96,21 @@ class ModelInfo:
     licence: str  # of the weights
     hub_id: str | None = None  # the owner's repository
     timm_id: str | None = None  # timm's repository, the same weights under the same licence
-    meta_file: str | None = None  # stem of the owner's file; 8 hex digits after its last dash begin its sha256
+    meta_file: str | None = None  # stem of the owner's file; 8 hex digits after its last dash begin its SHA-256
     mean: tuple[float, float, float] = _IMAGENET[0]
     std: tuple[float, float, float] = _IMAGENET[1]
-    gated: bool = False  # the owner's repository asks for the licence to be accepted
-    fingerprint: str | None = None  # of the weights, where they were seen here
-    derived: bool = False  # weights that were trained on from these
+    gated: bool = False  # the owner's repository requires accepting the licence
+    fingerprint: str | None = None  # of the weights, if known, see `fingerprint`
+    derived: bool = False  # True for weights that were trained further from these
 
     @property
     def title(self) -> str:
-        """The name, or "derived from" it."""
+        """The name, or "derived from" and the name."""
         return f"derived from {self.name}" if self.derived else self.name
 
     @property
     def config(self) -> Config:
+        """The network's config."""
         return ARCHITECTURES[self.architecture]
 
 
@@ -200,7 +201,7 @@ _ROWS = (
 MODELS: dict[str, ModelInfo] = {row.name: row for row in _ROWS}
 
 _LUNIT = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
-# Repositories whose config.json states another mean and std than their authors trained with: hub id -> theirs, source.
+# Repositories whose config.json states a wrong mean and std: hub id -> those of the authors' training, and the source.
 CORRECTIONS: dict[str, tuple[Any, Any, str]] = {
     "Wangyh/mSTAR": (*_IMAGENET, "the model's card, and slide2vec 7.1.4, mstar.py"),
     **{
@@ -211,7 +212,7 @@ CORRECTIONS: dict[str, tuple[Any, Any, str]] = {
     },
 }  # fmt: skip
 
-# What each source's own documentation does with a picture before its model sees it; `None` is ours.
+# Preprocessing that each source documents for its models; `None` is our default.
 _PREPROCESSING: dict[tuple[str, Style | None], dict[str, Any]] = {
     ("dinov3", None): dict(size=256),
     ("dinov3", "meta"): dict(size=256),
@@ -233,31 +234,38 @@ _PREPROCESSING: dict[tuple[str, Style | None], dict[str, Any]] = {
     ("eupe", "timm"): dict(size=256, fit="crop", filter="bicubic", engine="pil"),
 }
 
-_ELSEWHERE = (  # (pattern, what to say)
+_ELSEWHERE = (  # (pattern of a name, reason)
     (r"convnext", "the ConvNeXts here are dinov3_convnext_{tiny,small,base,large} and eupe_convnext_{tiny,small,base}"),
-    (r"_(lc|dd|ld|chmv2)$|linear|classifier", "that is a head on a backbone, and load_head() loads the released ones"),
+    (r"_(lc|dd|ld|chmv2)$|linear|classifier", "it is a head on a backbone; load_head() loads the released heads"),
     (r"vitl16plus", "dinov3_vitl16plus is in the reference code, but its weights were never released"),
     (r"resnet50|xcit", "of DINO only the vision transformers are here, dino_vit{s,b}{16,8}"),
 )  # fmt: skip
 
 
 def list_models() -> list[str]:
-    """All names, in the order of the table."""
+    """Names of all models, in the order of the table.
+
+    Example:
+        >>> list_models()[:2]
+        ['dinov3_vits16', 'dinov3_vits16plus']
+    """
     return list(MODELS)
 
 
 def find(name: str) -> ModelInfo:
-    """The row of a name, a bare DINOv3 name (`vitb16`), a hub id or a timm id.
+    """Find a model by name, by bare DINOv3 name (`vitb16`), by hub id or by timm id.
 
-    Raises: ModelNotFoundError with the closest names; UnsupportedError for models that exist and are not here.
+    Raises:
+        ModelNotFoundError: No model has that name; the message has the closest names.
+        UnsupportedError: The model exists, but not in this package.
     """
     bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    short = "" if name.startswith("convnext") else f"dinov3_{name}"  # timm's convnext_tiny is a supervised one
+    short = "" if name.startswith("convnext") else f"dinov3_{name}"  # timm's convnext_tiny is a supervised model
     info = MODELS.get(name) or MODELS.get(short) or row_of_repository(bare)
     info = info or _BY_ID.get(bare.replace("_dinov3_qkvb", "_dinov3").removeprefix("timm/"))
     if info is not None:
         return info
-    well_known = "/" not in name or name.startswith(("facebook/", "timm/"))  # others may call theirs what they like
+    well_known = "/" not in name or name.startswith(("facebook/", "timm/"))  # other owners may use any name
     for pattern, reason in _ELSEWHERE if well_known else ():
         if re.search(pattern, name, re.IGNORECASE):
             raise UnsupportedError(f"{name!r} is not a model of this package: {reason}")
@@ -275,22 +283,22 @@ def timm_model(row: ModelInfo) -> str:
 
 
 def _ids(row: ModelInfo) -> list[str]:
-    """Every other name of a row; timm's without a tag too, but where that means a supervised model."""
+    """All other names of a row.  timm's name without its tag is left out if it means a supervised model."""
     supervised = row.family == "dino" or isinstance(row.config, ConvNeXtConfig)
     untagged = "" if supervised else timm_model(row).split(".")[0].replace("_dinov3_qkvb", "_dinov3")
     return [name for name in (row.hub_id, row.timm_id, timm_model(row), untagged) if name]
 
 
-_BY_ID = {name: row for row in reversed(_ROWS) for name in _ids(row)}  # of two rows with one name the first counts
+_BY_ID = {name: row for row in reversed(_ROWS) for name in _ids(row)}  # if two rows share a name, the first is used
 
 
 def row_of_repository(repository: str) -> ModelInfo | None:
-    """The row of a hub id, the owner's or timm's, or of a model of timm with its tag."""
+    """The row of a hub id (the owner's or timm's), or of a timm model with its tag; None for others."""
     return _BY_ID.get(repository) or _BY_ID.get(repository.replace("_dinov3_qkvb", "_dinov3"))
 
 
 def find_architecture(timm_architecture: str) -> ModelInfo | None:
-    """The row whose timm model has this architecture name (no tag), with or without biases."""
+    """The row of a timm architecture name without tag, with or without biases; None for others."""
     plain = timm_architecture.replace("_dinov3_qkvb", "_dinov3")
     return next(
         (r for r in MODELS.values() if timm_model(r).split(".")[0].replace("_dinov3_qkvb", "_dinov3") == plain), None
@@ -298,12 +306,21 @@ def find_architecture(timm_architecture: str) -> ModelInfo | None:
 
 
 def preprocess_of(info: ModelInfo, style: Style | None = None) -> Preprocess:
-    """The transform of a row: our default, or exactly that of Meta's code, of transformers or of timm."""
+    """The transform of a model.
+
+    Args:
+        info: The row of the model.
+        style: "meta", "hf" or "timm" for exactly the transform of Meta's code, transformers or timm; None for our own
+            default.
+
+    Raises:
+        InputError: That library has no transform for this model.
+    """
     special = info.name.rpartition("_")[0], style
     options = _PREPROCESSING.get(special, _PREPROCESSING.get((info.family, style)))
     if options is None:
         known = [repr(s) for family, s in _PREPROCESSING if family == info.family and s]
         raise InputError(
-            f"preprocessing={style!r} does not exist for {info.name}; it has {', '.join(known)} and None, our own"
+            f"preprocessing={style!r} does not exist for {info.name}; give {', '.join(known)}, or None for the default"
         )
     return Preprocess(info.mean, info.std, info.config.patch_size, **options)

@@ -1,4 +1,4 @@
-"""What the examples share: options, a log, errors in one sentence, frames in and out, cached features, training."""
+"""Shared by the examples: options, a log, errors in one sentence, frames, cached features, a training loop."""
 
 import argparse
 import colorsys
@@ -27,34 +27,34 @@ from dinov3_infer import (
     load_image,
 )
 
-log = logging.getLogger("dinov3_infer.examples")  # what the package says goes the same way
+log = logging.getLogger("dinov3_infer.examples")  # a child of the package's logger, so that both print alike
 
-MODEL = "dinov2_vits14"  # the smallest whose licence (Apache-2.0) lets everyone have it without asking
+MODEL = "dinov2_vits14"  # the smallest model under Apache-2.0, which needs no request for access
 
 
 def parser(
     doc: str | None, out: str, *inputs: str, size: int = 768, steps: int = 0, layer: bool = False
 ) -> argparse.ArgumentParser:
-    """What all have: the inputs, --model, --size, --out; and where it is for them --layer, and --steps of training."""
+    """Makes a parser with the inputs, --model, --size and --out; optionally --layer and --steps."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in inputs:
         found.add_argument(name)
-    found.add_argument("--model", default=MODEL, help=f"name, hub id, folder or weights file ({MODEL})")
+    found.add_argument("--model", default=MODEL, help="name, hub id, folder or weights file (default: %(default)s)")
     found.add_argument(
-        "--size", type=int, default=size, help=f"pixels of the longer side as the model sees it ({size})"
+        "--size", type=int, default=size, help="pixels of the long side of the model input (default: %(default)s)"
     )
-    found.add_argument("--out", default=out, help=f"what to write ({out})")
+    found.add_argument("--out", default=out, help="file to write (default: %(default)s)")
     if layer:
         found.add_argument(
-            "--layer", type=int, help="block whose patches are compared (that at two thirds of the depth)"
+            "--layer", type=int, help="block whose patches are compared (default: the one at two thirds of the depth)"
         )
     if steps:
-        found.add_argument("--steps", type=int, default=steps, help=f"of training ({steps})")
+        found.add_argument("--steps", type=int, default=steps, help="training steps (default: %(default)s)")
     return found
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls `main`, with the log on stderr; what is wrong with the input is said in one sentence."""
+    """Calls `main` with the log on stderr; wrong input ends the program with one sentence."""
     logging.basicConfig(format="%(message)s")
     package = logging.getLogger("dinov3_infer")
     before = package.level
@@ -77,31 +77,37 @@ def with_progress(features: Iterable[Features], count: int) -> Iterator[Features
 
 
 def numbers(option: str, text: str, names: str) -> list[float]:
-    """Those of an option such as --box 1,2,3,4, whose `names` are L,T,R,B."""
+    """The numbers of an option such as --box 1,2,3,4, whose `names` are L,T,R,B.
+
+    Raises: InputError for other text.
+    """
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
     if len(found) != len(names.split(",")):
-        raise InputError(f"{option} is {names} in pixels, got '{text}'; give numbers with commas between")
+        raise InputError(f"{option} is {names} in pixels, got '{text}'; give numbers separated by commas")
     return found
 
 
-def save(pictures: Image.Image | Sequence[Image.Image], out: str, fps: float = 8) -> None:
-    """One picture, or frames as an animated GIF or WebP."""
-    frames = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+def save(images: Image.Image | Sequence[Image.Image], out: str, fps: float = 8) -> None:
+    """Writes one image, or frames as an animated GIF or WebP.
+
+    Raises: InputError for another suffix.
+    """
+    frames = [images] if isinstance(images, Image.Image) else list(images)
     kinds = (".jpg", ".jpeg", ".png", ".webp") if len(frames) == 1 else (".gif", ".webp")
     if Path(out).suffix.lower() not in (*kinds, ".gif"):
-        raise InputError(f"--out ends in one of {' '.join(kinds)}, got '{out}'")
+        raise InputError(f"--out should end in one of {' '.join(kinds)}, got '{out}'; rename it")
     rest = dict(save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0) if len(frames) > 1 else {}
     frames[0].save(out, quality=90, **rest)
     print(f"wrote {out}")
 
 
 def read_frames(source: str, most: int = 500) -> list[Image.Image]:
-    """The first `most` frames of a folder of pictures (by name), a GIF or WebP, or, with PyAV, a video file, RGB.
+    """The first `most` frames, in RGB, of a folder of images (by name), a GIF or WebP, or, with PyAV, a video file.
 
-    Raises: InputError where there are no frames or PyAV is missing, MissingFileError.
+    Raises: InputError if there are no frames or PyAV is missing, MissingFileError if the path does not exist.
     """
     path = Path(source)
     if path.is_dir():
@@ -112,7 +118,7 @@ def read_frames(source: str, most: int = 500) -> list[Image.Image]:
         with Image.open(path) as stream:
             return [frame.convert("RGB") for frame, _ in zip(ImageSequence.Iterator(stream), range(most), strict=False)]
     except UnidentifiedImageError:
-        pass  # not a picture, perhaps a video
+        pass  # it may be a video
     try:
         import av
     except ImportError:
@@ -123,27 +129,27 @@ def read_frames(source: str, most: int = 500) -> list[Image.Image]:
     except (av.FFmpegError, IndexError):
         frames = []
     if not frames:
-        raise InputError(f"'{source}' holds no frames; give a video, a GIF or a folder of pictures")
+        raise InputError(f"'{source}' holds no frames; give a video, a GIF or a folder of images")
     return frames
 
 
 def colours(count: int) -> np.ndarray:
-    """Well separated colours, [count, 3] uint8."""
+    """Distinct colours, [count, 3] uint8."""
     return np.array(
         [[round(255 * v) for v in colorsys.hsv_to_rgb(0.03 + 0.618 * i % 1, 0.75, 1)] for i in range(count)]
     )
 
 
-def paint(picture: Image.Image, labels: np.ndarray, strength: float = 0.55) -> Image.Image:
-    """Regions [height, width] in colours over a picture of that size; 0 stays clear."""
+def paint(image: Image.Image, labels: np.ndarray, strength: float = 0.55) -> Image.Image:
+    """Draws regions [height, width] in colours over an image of that size; 0 stays clear."""
     palette = np.concatenate((np.zeros((1, 3)), colours(max(1, int(labels.max())))))
     alpha = strength * (labels > 0)[..., None]
-    mixed = (1 - alpha) * np.asarray(picture.convert("RGB")) + alpha * palette[labels]
+    mixed = (1 - alpha) * np.asarray(image.convert("RGB")) + alpha * palette[labels]
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
 def tied(first: Image.Image, second: Image.Image, here: Tensor, there: Tensor) -> Image.Image:
-    """Two pictures side by side, with lines from points (x, y) [n, 2] of the one to those of the other."""
+    """Two images side by side, with lines from points (x, y) [n, 2] of the first to points of the second."""
     both = Image.new("RGB", (first.width + second.width + 8, max(first.height, second.height)), "white")
     both.paste(first, (0, 0))
     both.paste(second, (first.width + 8, 0))
@@ -157,62 +163,69 @@ def tied(first: Image.Image, second: Image.Image, here: Tensor, there: Tensor) -
 
 
 def centres(features: Features, index: int = 0) -> Tensor:
-    """(x, y) of the middle of each patch in pixels of original picture `index`, [P, 2], where all of it was seen."""
+    """(x, y) of the centre of each patch in pixels of original image `index`, [P, 2], for an image without cropping."""
     (height, width), (h, w) = features.original_sizes[index], features.grid
     y, x = torch.meshgrid((torch.arange(h) + 0.5) / h * height, (torch.arange(w) + 0.5) / w * width, indexing="ij")
     return torch.stack((x, y), dim=-1).flatten(0, 1)
 
 
-def read_depths(folder: str, pictures: Sequence[str], size: int) -> Tensor:
-    """Metres, [N, size, size], of the files that have the names of the pictures."""
+def read_depths(folder: str, images: Sequence[str], size: int) -> Tensor:
+    """Depths in metres, [N, size, size], from the files with the names of the images.
+
+    Raises: MissingFileError for an image without a depth.
+    """
     found = []
-    for stem in (Path(folder, Path(name).stem) for name in pictures):
+    for stem in (Path(folder, Path(name).stem) for name in images):
         if stem.with_suffix(".npy").exists():
             metres = np.load(stem.with_suffix(".npy")).astype(np.float32)
         elif stem.with_suffix(".png").exists():
             metres = np.array(Image.open(stem.with_suffix(".png")), np.float32) / 1000
         else:
-            raise MissingFileError(f"no depth at '{stem}.npy' or '{stem}.png'; give one for each picture")
+            raise MissingFileError(f"no depth at '{stem}.npy' or '{stem}.png'; give one for each image")
         found.append(F.interpolate(torch.from_numpy(metres)[None, None], size=(size, size), mode="nearest-exact")[0, 0])
     return torch.stack(found).nan_to_num(0, 0, 0)
 
 
-def upright(picture: ImageLike) -> Image.Image:
-    """RGB, turned as its EXIF tag says."""
-    return Image.fromarray(load_image(picture).permute(1, 2, 0).contiguous().numpy())
+def upright(image: ImageLike) -> Image.Image:
+    """The image in RGB, after EXIF rotation."""
+    return Image.fromarray(load_image(image).permute(1, 2, 0).contiguous().numpy())
 
 
 def load(args: argparse.Namespace) -> Backbone:
+    """The model that --model names."""
     log.info("loading %s", args.model)
     return Backbone.from_pretrained(args.model)
 
 
-def maps(bb: Backbone, pictures: Sequence[ImageLike], size: int, layers: Sequence[int] = ()) -> Tensor:
-    """Feature maps of pictures squashed to a square, to train on, [N, C, h, w]; of several layers [N, L * C, h, w]."""
+def maps(bb: Backbone, images: Sequence[ImageLike], size: int, layers: Sequence[int] = ()) -> Tensor:
+    """Feature maps [N, C, h, w] of images squashed to a square, for training.
+
+    The maps of several layers are concatenated, [N, L * C, h, w].
+    """
     found = bb.iter_features(
-        list(pictures), size=max(1, size // bb.patch_size) * bb.patch_size, fit="squash", layers=layers
+        list(images), size=max(1, size // bb.patch_size) * bb.patch_size, fit="squash", layers=layers
     )
-    each = with_progress(found, len(pictures))
+    each = with_progress(found, len(images))
     return torch.cat([torch.cat([layer.feature_map for layer in f.layers or (f,)], dim=1) for f in each])
 
 
 def layer_features(
-    bb: Backbone, pictures: Sequence[ImageLike], layer: int | None = None, size: int = 768, fit: Fit = "native"
+    bb: Backbone, images: Sequence[ImageLike], layer: int | None = None, size: int = 768, fit: Fit = "native"
 ) -> Iterator[Features]:
-    """Features whose patches are those of one block; None for that at two thirds of the depth.
+    """Features whose patches come from one block; None takes the block at two thirds of the depth.
 
-    There patches know best what exactly they show; later ones know more of the whole.
+    Patches of this block describe local content best; later blocks describe more of the whole image.
     """
     block = bb.config.depth * 2 // 3 - 1 if layer is None else layer
-    each = bb.iter_features(pictures, layers=[block], size=size, fit=fit, batch_size=1)
-    for found in with_progress(each, len(pictures)):
+    each = bb.iter_features(images, layers=[block], size=size, fit=fit, batch_size=1)
+    for found in with_progress(each, len(images)):
         yield replace(found, patch_tokens=found.layers[0].patch_tokens, layers=())
 
 
 def fit(
     head: nn.Module, loss: Callable[[Tensor], Tensor], count: int, steps: int, *, batch_size: int = 8, lr: float = 1e-3
 ) -> None:
-    """Trains `head` to lessen `loss` of the examples whose numbers [batch_size], out of `count`, it is given."""
+    """Trains `head` to minimise `loss`, a function from example numbers [batch_size] to a scalar []."""
     optimizer = torch.optim.AdamW(head.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     order = torch.empty(0, dtype=torch.long)

@@ -1,10 +1,10 @@
-"""Depth from one picture: a head on frozen features, trained on your own pictures with depth.
+"""Depth from one image: a head on frozen features, trained on your own images with depth.
 
-    python examples/depth.py PICTURES DEPTHS PHOTO.jpg --head dpt --out depth.jpg
+    python examples/depth.py IMAGES DEPTHS PHOTO.jpg --head dpt --out depth.jpg
 
-DEPTHS holds a file for each picture, of its name: .npy in metres, or a 16-bit PNG in millimetres; 0 is unknown.  Both
-heads say how much a place belongs to each of 64 depths, and the depth is their weighted mean: "linear" one layer on the
-last features, "dpt" a pyramid over four layers of the backbone, fused from coarse to fine.
+DEPTHS holds one file per image, with its name: .npy in metres, or a 16-bit PNG in millimetres; 0 is unknown.  Both
+heads predict weights of 64 depths for each pixel, and the depth is their weighted mean.  "linear" is one layer on the
+last features; "dpt" fuses a pyramid over four layers of the backbone from coarse to fine.
 
 Source: bins and loss as in AdaBins (arXiv 2011.14141) and DINOv2 (arXiv 2304.07193), section 7.4.
 """
@@ -20,27 +20,30 @@ from dinov3_infer.tasks import overlay, sheet
 
 
 def loss(found: Tensor, true: Tensor) -> Tensor:
-    """Scale-invariant error of depth [B, h, w], where the truth [B, H, W] is above 0."""
+    """Scale-invariant error [] of depth [B, h, w], over pixels whose true depth [B, H, W] is above 0."""
     found = F.interpolate(found[:, None], size=true.shape[1:], mode="bilinear")[:, 0]
     g = found[true > 0].log() - true[true > 0].log()
     return (g.var() + 0.15 * g.mean() ** 2 + 1e-6).sqrt()
 
 
 def train(features: Tensor, depths: Tensor, head: str = "dpt", steps: int = 400) -> Depth:
-    """A head for cached maps [N, C, h, w] and depths [N, H, W]."""
+    """Trains a head on cached maps [N, C, h, w] and depths [N, H, W].
+
+    Raises: InputError if no depth is known.
+    """
     known = depths[depths > 0]
     if not len(known):
-        raise InputError("no pixel of the depths is known; give some above 0")
+        raise InputError("no depth is above 0, so none is known; give depths with known pixels")
     model = Depth(features.shape[1], head, float(known.min()), float(known.max()))
     fit(model, lambda i: loss(model(features[i]), depths[i]), len(features), steps)
     return model
 
 
 def main() -> None:
-    options = parser(__doc__, "depth.jpg", "pictures", "depths", "photo", size=448, steps=400)
-    options.add_argument("--head", choices=("linear", "dpt"), default="dpt")
+    options = parser(__doc__, "depth.jpg", "images", "depths", "photo", size=448, steps=400)
+    options.add_argument("--head", choices=("linear", "dpt"), default="dpt", help="kind of head (default: %(default)s)")
     args = options.parse_args()
-    names, bb = list_images(args.pictures), load(args)
+    names, bb = list_images(args.images), load(args)
     layers = layers_of(args.head, bb.config.depth)
     model = train(maps(bb, names, args.size, layers), read_depths(args.depths, names, 128), args.head, args.steps)
     with torch.no_grad():

@@ -1,10 +1,10 @@
-"""Boxes and classes by set prediction on frozen features: no anchors, no suppression of doubles.
+"""Boxes and classes by set prediction on frozen features, without anchors and without non-maximum suppression.
 
-    python examples/detection.py PICTURES annotations.json PHOTO.jpg --out boxes.jpg     # annotations as COCO has them
+    python examples/detection.py IMAGES annotations.json PHOTO.jpg --out boxes.jpg     # annotations in COCO's format
 
-Every patch is a query, by its features in four layers.  A small transformer lets them see each other; each gives scores
-of the classes and a box around its place.  Hungarian matching chooses one query for each thing, all others answer for
-nothing.
+Every patch is a query, with its features of four layers.  A small transformer relates the queries; each predicts class
+scores and a box around its position.  Hungarian matching assigns one query to each object, and all other queries are
+trained to predict no object.
 
 Source: DETR (arXiv 2005.12872); costs and focal loss as in Deformable DETR (arXiv 2010.04159).
 """
@@ -18,10 +18,11 @@ from PIL import Image, ImageDraw
 from set_prediction import assign, class_cost, class_loss, overlap, read_coco
 from torch import Tensor
 
-Things = list[tuple[Tensor, Tensor]]  # per picture boxes [n, 4] (left, top, right, bottom) in 0..1, and classes [n]
+Things = list[tuple[Tensor, Tensor]]  # per image: boxes [n, 4] (left, top, right, bottom) in 0..1, and classes [n]
 
 
 def loss(detector: Detector, maps: Tensor, things: Things) -> Tensor:
+    """The loss [] of cached maps [B, C, h, w] and the objects of these images."""
     scores, boxes = detector(maps)
     chosen, far = [], scores.new_zeros(())
     for score, box, (true, classes) in zip(scores, boxes, things, strict=True):
@@ -34,7 +35,7 @@ def loss(detector: Detector, maps: Tensor, things: Things) -> Tensor:
 
 
 def train(features: Tensor, things: Things, classes: int, steps: int = 1000) -> Detector:
-    """A detector for cached maps [N, C, h, w]."""
+    """Trains a detector on cached maps [N, C, h, w]."""
     detector = Detector(features.shape[1], classes)
     fit(detector, lambda i: loss(detector, features[i], [things[k] for k in i.tolist()]), len(features), steps)
     return detector
@@ -42,7 +43,7 @@ def train(features: Tensor, things: Things, classes: int, steps: int = 1000) -> 
 
 @torch.no_grad()
 def detect(detector: Detector, features: Tensor, most: int = 100) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per picture scores [n], best first, boxes [n, 4] in 0..1 and classes [n]."""
+    """Per image of features [N, C, h, w]: scores [n], best first, boxes [n, 4] in 0..1 and classes [n]."""
     found = []
     for scores, boxes in zip(*detector(features), strict=True):
         best = scores.sigmoid().flatten().topk(min(most, scores.numel()))
@@ -51,9 +52,9 @@ def detect(detector: Detector, features: Tensor, most: int = 100) -> list[tuple[
     return found
 
 
-def draw(picture: Image.Image, scores: Tensor, boxes: Tensor, classes: Tensor, names: list[str]) -> Image.Image:
-    """The boxes whose score is above 0.3, with their names."""
-    shown, palette = picture.copy(), colours(len(names))
+def draw(image: Image.Image, scores: Tensor, boxes: Tensor, classes: Tensor, names: list[str]) -> Image.Image:
+    """Draws the boxes [n, 4] whose score [n] is above 0.3, with the names of their classes [n]."""
+    shown, palette = image.copy(), colours(len(names))
     pen = ImageDraw.Draw(shown)
     for score, box, number in zip(scores.tolist(), boxes, classes.tolist(), strict=True):
         if score > 0.3:
@@ -66,11 +67,11 @@ def draw(picture: Image.Image, scores: Tensor, boxes: Tensor, classes: Tensor, n
 
 
 def main() -> None:
-    args = parser(__doc__, "boxes.jpg", "pictures", "annotations", "photo", size=448, steps=1000).parse_args()
+    args = parser(__doc__, "boxes.jpg", "images", "annotations", "photo", size=448, steps=1000).parse_args()
     files, things, names = read_coco(args.annotations)
     bb, shown = load(args), upright(args.photo)
     layers = layers_of("dpt", bb.config.depth)
-    known, asked = (maps(bb, p, args.size, layers) for p in ([Path(args.pictures, f) for f in files], [shown]))
+    known, asked = (maps(bb, p, args.size, layers) for p in ([Path(args.images, f) for f in files], [shown]))
     found = detect(train(known, things, len(names), args.steps), asked)[0]
     save(draw(shown, *found, names), args.out)
 

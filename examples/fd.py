@@ -1,12 +1,12 @@
-"""The Fréchet distance between the embeddings of two sets of images, as generators are judged by.
+"""The Fréchet distance between the embeddings of two sets of images, a measure for image generators.
 
     python examples/fd.py REAL FAKE --model dinov2_vits14
 
-REAL and FAKE are folders, patterns, or what `dinov3-infer embed` wrote.  The distance is that of two Gaussians with the
-means and covariances of the embeddings; it is meant for thousands of images, and its value depends on the model, the
-size and the number of images: compare numbers that were made in one way.
+REAL and FAKE are folders, patterns, or files that `dinov3-infer embed` wrote.  The distance is that of two Gaussians
+with the means and covariances of the embeddings.  It needs thousands of images, and it depends on the model, the size
+and the number of images: compare only distances with the same settings.
 
-Source: Heusel et al. (arXiv 1706.08500), section 3; with DINOv2 in the place of Inception: Stein et al. (2306.04675).
+Source: Heusel et al. (arXiv 1706.08500), section 3; with DINOv2 instead of Inception: Stein et al. (2306.04675).
 """
 
 import argparse
@@ -21,16 +21,18 @@ from dinov3_infer import Backbone, InputError, Store
 
 
 def moments(vectors: Tensor) -> tuple[Tensor, Tensor]:  # [N, C] float64
-    """Mean [C] and covariance [C, C]."""
+    """Mean [C] and covariance [C, C] of vectors [N, C].  Raises: InputError for fewer than 2 vectors."""
     if len(vectors) < 2:
         raise InputError(f"a covariance needs at least 2 images, got {len(vectors)}; give more")
     return vectors.mean(dim=0), torch.cov(vectors.T).reshape(vectors.shape[1], vectors.shape[1])
 
 
 def frechet(real: Tensor, fake: Tensor) -> float:  # [N, C], [M, C] float64
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); S1 S2 has the eigenvalues of a symmetric matrix."""
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), []; S1 S2 has the eigenvalues of a symmetric matrix.
+    Raises: InputError for embeddings of different length.
+    """
     if real.shape[1] != fake.shape[1]:
-        raise InputError(f"embeddings of {real.shape[1]} and {fake.shape[1]} numbers do not compare; use one model")
+        raise InputError(f"embeddings of length {real.shape[1]} and {fake.shape[1]} cannot be compared; use one model")
     (m1, s1), (m2, s2) = moments(real), moments(fake)
     values, vectors = torch.linalg.eigh(s1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -39,7 +41,7 @@ def frechet(real: Tensor, fake: Tensor) -> float:  # [N, C], [M, C] float64
 
 
 def vectors_of(source: str, model: Backbone | None, size: int) -> Tensor:
-    """The embeddings of images, or those that are stored, without rows that could not be read."""
+    """The embeddings [N, C] of images, computed or stored, without images that could not be read."""
     if model is None:
         log.info("reading the embeddings at %s", source)
         store = Store(source)
@@ -52,6 +54,7 @@ def vectors_of(source: str, model: Backbone | None, size: int) -> Tensor:
 
 
 def stored(source: str) -> bool:
+    """Whether `source` is a file or folder that embed wrote."""
     path = Path(source)
     return path.suffix in (".npy", ".safetensors", ".parquet") or (path / "dinov3_infer.json").is_file()
 
@@ -61,13 +64,15 @@ def main() -> None:
     options.add_argument("real", metavar="REAL")
     options.add_argument("fake", metavar="FAKE")
     options.add_argument("--model", default=MODEL, help="name, hub id, folder or weights file (default: %(default)s)")
-    options.add_argument("--size", type=int, default=224, help="pixels of a side (default: %(default)s)")
+    options.add_argument(
+        "--size", type=int, default=224, help="side of the model input in pixels (default: %(default)s)"
+    )
     args = options.parse_args()
     kept = [stored(source) for source in (args.real, args.fake)]
     if all(kept):
         Store(args.real).check_comparable(Store(args.fake))
     elif any(kept):
-        raise InputError("give two folders of images, or two results of embed that were made in one way")
+        raise InputError("REAL and FAKE are of two kinds; give two folders of images, or two files that embed wrote")
     model = None if all(kept) else load(args)
     real, fake = (vectors_of(source, model, args.size) for source in (args.real, args.fake))
     print(f"{frechet(real, fake):.4f}  {len(real):,} and {len(fake):,} images, {real.shape[1]} numbers each")

@@ -1,12 +1,12 @@
-"""Adapt a backbone to a folder of pictures without labels, and see whether it helped.
+"""Adapts a backbone to a folder of images without labels, and measures whether it helped.
 
-    python examples/finetune.py PICTURES OUT [MODEL [STEPS]]
+    python examples/finetune.py IMAGES OUT [MODEL [STEPS]]
 
-MODEL is a name ("vits16"), a hub id or a directory.  Where PICTURES has a folder per class, 20-NN before and after is
-printed; the classes are not trained on.
+MODEL is a name ("vits16"), a hub id or a directory.  If IMAGES has a folder per class, the accuracy of 20 nearest
+neighbours is printed before and after; training does not use the classes.
 
-This is preset "adapt" with Gram anchoring, for images of another kind.  configs/README.md says what to take for other
-aims, and what that took where it was measured; `dinov3-infer train --help` lists everything that can be set.
+The script uses the preset "adapt" with Gram anchoring, for images that differ from photographs.  configs/README.md says
+which recipe fits which aim, with measured costs; `dinov3-infer train --help` lists all settings.
 """
 
 import json
@@ -23,21 +23,21 @@ def main() -> None:
     if len(sys.argv) < 3:
         raise SystemExit(__doc__)
     given = dict(enumerate(sys.argv[1:]))
-    pictures, out, model, steps = given[0], given[1], given.get(2, "vits16"), int(given.get(3, 0))
-    data = open_data(pictures)
+    images, out, model, steps = given[0], given[1], given.get(2, "vits16"), int(given.get(3, 0))
+    data = open_data(images)
     batch_size = min(32, len(data))
     config = TrainConfig(
-        data=(pictures,),
+        data=(images,),
         out=out,
         model=model,
-        steps=steps or max(300, 10 * len(data) // batch_size),  # ten times through the pictures
+        steps=steps or max(300, 10 * len(data) // batch_size),  # ten epochs
         batch_size=batch_size,
-        gram="start",  # similarities between patches stay near those of the start
-        ema_momentum=0.95,  # the result is an average over the last hundred steps
+        gram="start",  # keeps similarities between patches near those of the start model
+        ema_momentum=0.95,  # the result averages over about the last hundred steps
         ema_momentum_end=0.99,
         health_steps=50,
     )
-    print(f"{len(data)} pictures, {config.steps} steps of {config.batch_size}; watch {out}/metrics.jsonl")
+    print(f"{len(data)} images, {config.steps} steps of {config.batch_size}; watch {out}/metrics.jsonl")
     try:
         train(config)
     except TrainingStopped as stopped:

@@ -1,10 +1,10 @@
-"""The main thing of each picture cut out, without training and without a mark.
+"""Cuts out the main object of each image, without training and without a mark.
 
     python examples/foreground.py A.jpg [B.jpg ...] --out foreground.jpg
 
-The first principal component of all patches together splits them in two; the side that touches the borders less is the
-thing.  A pixel is foreground where its features are nearer to the mean of that side than to that of the other.  Several
-pictures of one kind of thing make the split surer.
+The first principal component of all patches splits them in two; the object is the side that touches the borders less.
+A pixel is foreground if its features are nearer to the mean of that side than to the mean of the other.  Several images
+of one kind of object make the split more reliable.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from dinov3_infer.tasks import at_pixels, foreground, sheet
 
 
 def split(features: Sequence[Features]) -> list[np.ndarray]:
-    """The pixels of the main thing in each picture, bool [height, width] at its original size."""
+    """The pixels of the main object of each image, bool [height, width] at the original size."""
     sides = torch.cat([torch.from_numpy(mask).flatten() for mask in foreground(features)])
     tokens = F.normalize(torch.cat([patches for f in features for patches in f.patch_tokens]), dim=-1)
     thing, rest = (F.normalize(tokens[side].mean(dim=0), dim=0) for side in (sides, ~sides))
@@ -28,29 +28,29 @@ def split(features: Sequence[Features]) -> list[np.ndarray]:
     for f in features:
         scores = torch.einsum("bchw,c->bhw", F.normalize(f.feature_map, dim=1), thing - rest)
         masks += [
-            at_pixels(score[None], placement, placement.original)[0].numpy() > 0  # padding is NaN, which is not
+            at_pixels(score[None], placement, placement.original)[0].numpy() > 0  # False for padding, which is NaN
             for score, placement in zip(scores, f.placements, strict=True)
         ]
     return masks
 
 
-def cut_out(picture: np.ndarray, mask: np.ndarray) -> Image.Image:
-    """The thing alone, on white."""
-    return Image.fromarray(np.where(mask[..., None], picture, 255).astype(np.uint8))
+def cut_out(image: np.ndarray, mask: np.ndarray) -> Image.Image:
+    """The object on white, from pixels [height, width, 3] uint8 and a mask [height, width] bool."""
+    return Image.fromarray(np.where(mask[..., None], image, 255).astype(np.uint8))
 
 
 def main() -> None:
     options = parser(__doc__, "foreground.jpg")
-    options.add_argument("pictures", nargs="+", metavar="PICTURE")
+    options.add_argument("images", nargs="+", metavar="IMAGE")
     args = options.parse_args()
-    found = load(args).iter_features(args.pictures, size=args.size, fit="native")
-    features = list(with_progress(found, len(args.pictures)))
+    found = load(args).iter_features(args.images, size=args.size, fit="native")
+    features = list(with_progress(found, len(args.images)))
     shown = []
-    for name, mask in zip(args.pictures, split(features), strict=True):
+    for name, mask in zip(args.images, split(features), strict=True):
         pixels = load_image(name).permute(1, 2, 0).numpy()
         shown += [Image.fromarray(pixels), cut_out(pixels, mask)]
         print(f"{name}: {mask.mean():.0%} foreground")
-    save(sheet(shown, columns=2 if len(args.pictures) < 3 else 4), args.out)
+    save(sheet(shown, columns=2 if len(args.images) < 3 else 4), args.out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Instance and panoptic segmentation by mask queries on frozen features: a mask is the dot product of query and map.
 
-    python examples/masks.py PICTURES SEGMENTS PHOTO.jpg --out masks.jpg
+    python examples/masks.py IMAGES SEGMENTS PHOTO.jpg --out masks.jpg
 
-SEGMENTS holds a 16-bit PNG for each picture, of its name: 1000 * class + number of the thing, and 0 as the number of
-what is not counted, like a background.  Every patch is a query, as in detection.py.  Source: arXiv 2107.06278.
+SEGMENTS holds one 16-bit PNG per image, with its name: 1000 * class + object number; regions that are not counted, such
+as a background, have object number 0.  Every patch is a query, as in detection.py.  Source: arXiv 2107.06278.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from dinov3_infer import list_images
 
-Segments = tuple[Tensor, Tensor]  # of one picture: masks [n, height, width] bool, classes [n]
+Segments = tuple[Tensor, Tensor]  # one image: masks [n, height, width] bool, classes [n]
 
 
 def loss(head: MaskQueries, maps: Tensor, segments: Sequence[Segments]) -> Tensor:
+    """The loss [] of cached maps [B, C, h, w] and the segments of these images."""
     scores, masks = head(maps)
     chosen, shape = [], scores.new_zeros(())
     for score, mask, (true, classes) in zip(scores, masks, segments, strict=True):
@@ -32,7 +33,7 @@ def loss(head: MaskQueries, maps: Tensor, segments: Sequence[Segments]) -> Tenso
 
 
 def train(features: Tensor, segments: Sequence[Segments], classes: int, steps: int = 1000) -> MaskQueries:
-    """Mask queries for cached maps [N, C, h, w]."""
+    """Trains mask queries on cached maps [N, C, h, w]."""
     head = MaskQueries(features.shape[1], classes)
     fit(head, lambda i: loss(head, features[i], [segments[k] for k in i.tolist()]), len(features), steps)
     return head
@@ -40,7 +41,7 @@ def train(features: Tensor, segments: Sequence[Segments], classes: int, steps: i
 
 @torch.no_grad()
 def instances(head: MaskQueries, features: Tensor, size: tuple[int, int], most: int = 20) -> list[tuple[Tensor, ...]]:
-    """Per picture scores [n], masks in 0..1 [n, height, width] and classes [n] of the queries that are surest."""
+    """Per image: scores [n], masks in 0..1 [n, height, width] and classes [n] of the queries with the best scores."""
     found = []
     for scores, masks in zip(*head(features), strict=True):
         best, names = scores.sigmoid().max(dim=1)
@@ -52,20 +53,20 @@ def instances(head: MaskQueries, features: Tensor, size: tuple[int, int], most: 
 
 
 def panoptic(scores: Tensor, chance: Tensor, names: Tensor, least: float = 0.1) -> tuple[Tensor, Tensor]:
-    """The number of its segment for each pixel [height, width], from 1, 0 for none, and their classes [n]."""
+    """The segment number of each pixel [height, width], from 1, 0 for none, and the class of each segment [n]."""
     owner = (scores[:, None, None] * chance).argmax(dim=0)
     labels, kept = torch.zeros_like(owner), list[int]()
     for i in (scores > least).nonzero().flatten().tolist():
         seen = (owner == i) & (chance[i] > 0.5)
-        if seen.sum() > 0.5 * (chance[i] > 0.5).sum():  # otherwise it is the rest of another one
+        if seen.sum() > 0.5 * (chance[i] > 0.5).sum():  # otherwise another segment covers most of it
             kept.append(i)
             labels[seen] = len(kept)
     return labels, names[kept]
 
 
 def main() -> None:
-    args = parser(__doc__, "masks.jpg", "pictures", "segments", "photo", size=448, steps=1000).parse_args()
-    files, bb, shown = list_images(args.pictures), load(args), upright(args.photo)
+    args = parser(__doc__, "masks.jpg", "images", "segments", "photo", size=448, steps=1000).parse_args()
+    files, bb, shown = list_images(args.images), load(args), upright(args.photo)
     segments = read_segments(args.segments, files)
     classes = max(int(names.max()) for _, names in segments) + 1
     known, asked = (maps(bb, p, args.size, layers_of("dpt", bb.config.depth)) for p in (files, [shown]))

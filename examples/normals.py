@@ -1,9 +1,9 @@
-"""Surface normals from one picture: a head on frozen features, trained on your own pictures with depth.
+"""Surface normals from one image: a head on frozen features, trained on your own images with depth.
 
-    python examples/normals.py PICTURES DEPTHS PHOTO.jpg --focal 0.8 --out normals.jpg
+    python examples/normals.py IMAGES DEPTHS PHOTO.jpg --focal 0.8 --out normals.jpg
 
-DEPTHS is as for depth.py; the normals to learn from are those of planes fitted to its inverse around each pixel.
---focal is that of the camera in widths of a picture.  Red, green and blue are how far a surface faces right, up, to us.
+DEPTHS is as in depth.py.  The normals for training come from planes fitted to the inverse depth around each pixel.
+Red, green and blue show how far a surface faces right, up and towards the camera.
 """
 
 import numpy as np
@@ -19,13 +19,13 @@ from dinov3_infer.tasks import sheet
 
 
 def normals_of(depths: Tensor, focal: float, radius: int = 6) -> tuple[Tensor, Tensor]:
-    """Unit normals [N, 3, H, W] (right, up, to the camera) of depths [N, H, W], and where they are known [N, H, W].
+    """Unit normals [N, 3, H, W] (right, up, to the camera) of depths [N, H, W], and where they are known.
 
-    The inverse depth of a plane is linear in the picture, r = a u + b v + c with (u, v) in focal lengths from the
-    middle; (a, b, c) is its normal.  It is fitted to the known pixels of a window, and known where it fits to 1 %.
+    The inverse depth of a plane is linear in the image: r = a u + b v + c with (u, v) in focal lengths from the centre;
+    (a, b, c) is its normal, known where the plane fits a window to 1 %.  Raises: InputError for a focal length <= 0.
     """
     if not focal > 0:
-        raise InputError(f"the focal length is in widths of a picture and above 0, got {focal}")
+        raise InputError(f"the focal length must be above 0, in image widths, got {focal}; give for example --focal 1")
     height, width = depths.shape[1:]
     v, u = torch.meshgrid(*((torch.arange(n) - (n - 1) / 2) / (focal * width) for n in (height, width)), indexing="ij")
     known = (depths > 0).float()
@@ -47,7 +47,7 @@ def normals_of(depths: Tensor, focal: float, radius: int = 6) -> tuple[Tensor, T
 
 
 def train(features: Tensor, normals: Tensor, known: Tensor, head: str = "dpt", steps: int = 400) -> Linear | DPT:
-    """A head for cached maps [N, C, h, w] and normals [N, 3, H, W] where known [N, H, W]."""
+    """Trains a head on cached maps [N, C, h, w] and normals [N, 3, H, W] where `known` [N, H, W] is True."""
     model = (Linear if head == "linear" else DPT)(features.shape[1], 3)
 
     def loss(i: Tensor) -> Tensor:
@@ -59,16 +59,16 @@ def train(features: Tensor, normals: Tensor, known: Tensor, head: str = "dpt", s
 
 
 def at_size(found: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Unit normals [N, 3, *size] of a map [N, 3, h, w], interpolated."""
     return F.normalize(F.interpolate(found, size=size, mode="bilinear"), dim=1)
 
 
 def main() -> None:
-    options = parser(__doc__, "normals.jpg", "pictures", "depths", "photo", size=448, steps=400)
-    options.add_argument("--focal", type=float, default=1.0, help="in widths of a picture (1.0)")
+    options = parser(__doc__, "normals.jpg", "images", "depths", "photo", size=448, steps=400)
+    options.add_argument("--focal", type=float, default=1.0, help="focal length in image widths (default: %(default)s)")
     args = options.parse_args()
-    names, bb, shown = list_images(args.pictures), load(args), upright(args.photo)
-    layers = layers_of("dpt", bb.config.depth)
-    truth = normals_of(read_depths(args.depths, names, 128), args.focal)
+    names, bb, shown = list_images(args.images), load(args), upright(args.photo)
+    layers, truth = layers_of("dpt", bb.config.depth), normals_of(read_depths(args.depths, names, 128), args.focal)
     model = train(maps(bb, names, args.size, layers), *truth, steps=args.steps)
     with torch.no_grad():
         found = at_size(model(maps(bb, [shown], args.size, layers)), (shown.height, shown.width))[0]

@@ -2,7 +2,7 @@
 
     python examples/quickstart.py [IMAGE] [MODEL] [OUT.png]
 
-Without a model it takes nano, which is part of the package: small, and far weaker than the released models.
+Without MODEL it uses nano, which is part of the package: it is small, and far weaker than the released models.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from dinov3_infer.tasks import pca_picture
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cat = str(Path(__file__).parent / "cat.jpg")
-    parser.add_argument("image", nargs="?", default=cat, metavar="IMAGE", help="path or address (default: cat.jpg)")
+    parser.add_argument("image", nargs="?", default=cat, metavar="IMAGE", help="path or web address (default: cat.jpg)")
     parser.add_argument(
         "model", nargs="?", default="nano", metavar="MODEL", help="name, hub id, folder or weights file (default: nano)"
     )
-    parser.add_argument("out", nargs="?", default="pca.png", metavar="OUT.png", help="(default: pca.png)")
+    parser.add_argument("out", nargs="?", default="pca.png", metavar="OUT.png", help="file to write (default: pca.png)")
     args = parser.parse_args()
 
     backbone = Backbone.from_pretrained(args.model or "nano")
@@ -37,5 +37,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (Dinov3Error, OSError, ValueError) as error:  # Pillow raises ValueError for a suffix that it does not know
+    except (Dinov3Error, OSError, ValueError) as error:  # Pillow raises ValueError for an unknown suffix
         sys.exit(f"quickstart.py: {error}")

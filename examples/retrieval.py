@@ -1,8 +1,8 @@
-"""The pictures of a folder that look most like a given one, on a contact sheet.
+"""Finds the images of a folder that are most similar to given images, and draws a contact sheet.
 
     python examples/retrieval.py QUERY.jpg [QUERY2.jpg ...] FOLDER --out sheet.jpg --count 5
 
-A row per query: first the query, then its nearest, each with its cosine.
+Each row shows a query, then the most similar images with their cosines.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from torch import Tensor
 from dinov3_infer import Backbone, ImageLike, list_images
 from dinov3_infer.tasks import nearest, panel, sheet
 
-SIDE = 224  # pixels of a picture on the sheet
+SIDE = 224  # pixels of an image on the sheet
 
 
-def embed(bb: Backbone, pictures: Sequence[ImageLike], size: int) -> Tensor:
-    """One vector of length 1 a picture, [N, C]."""
-    return torch.from_numpy(bb.embed(list(pictures), size=size - size % bb.patch_size, normalize=True))
+def embed(bb: Backbone, images: Sequence[ImageLike], size: int) -> Tensor:
+    """One vector of length 1 per image, [N, C]."""
+    return torch.from_numpy(bb.embed(list(images), size=size - size % bb.patch_size, normalize=True))
 
 
 def contact_sheet(rows: Sequence[Sequence[ImageLike]], cosines: Tensor) -> Image.Image:
-    """Each row is a query and what was found for it, whose cosines [rows, count] stand below."""
-    shown = [ImageOps.fit(panel(picture), (SIDE, SIDE)) for row in rows for picture in row]
+    """A row per query with the images found for it; their cosines [rows, count] are the captions."""
+    shown = [ImageOps.fit(panel(image), (SIDE, SIDE)) for row in rows for image in row]
     captions = [text for row in cosines.tolist() for text in ("query", *(f"{cosine:.2f}" for cosine in row))]
     return sheet(shown, captions, columns=len(rows[0]))
 
@@ -33,8 +33,8 @@ def contact_sheet(rows: Sequence[Sequence[ImageLike]], cosines: Tensor) -> Image
 def main() -> None:
     options = parser(__doc__, "sheet.jpg", size=224)
     options.add_argument("queries", nargs="+", metavar="QUERY")
-    options.add_argument("folder", help="a folder, or a pattern such as 'photos/**/*.jpg'")
-    options.add_argument("--count", type=int, default=5, help="pictures to find for each (5)")
+    options.add_argument("folder", help="folder, or pattern such as 'photos/**/*.jpg'")
+    options.add_argument("--count", type=int, default=5, help="number of images per query (default: %(default)s)")
     args = options.parse_args()
     gallery = list_images(args.folder)
     bb = load(args)

@@ -1,4 +1,4 @@
-"""What detection.py and masks.py share: one query for each thing by Hungarian matching, losses, annotations."""
+"""Shared by detection.py and masks.py: Hungarian matching of queries and objects, losses, annotations."""
 
 import json
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from dinov3_infer import InputError
 
 
 def assign(cost: Tensor) -> Tensor:
-    """For each row of a cost matrix [n, m], n <= m, a column of its own, [n]: those with the least sum.
+    """A different column for each row of a cost matrix [n, m], n <= m, with the least total cost, [n].
 
     Rows are added one by one along the shortest augmenting path (Hungarian method of Jonker and Volgenant).
     """
-    matrix = np.pad(cost.detach().cpu().double().numpy(), ((1, 0), (1, 0)))  # row 0 and column 0 stand for "none"
+    matrix = np.pad(cost.detach().cpu().double().numpy(), ((1, 0), (1, 0)))  # row 0 and column 0 mean "none"
     rows, columns = np.zeros(len(matrix)), np.zeros(matrix.shape[1])  # dual variables
     taken, came_from = np.zeros(matrix.shape[1], np.int64), np.zeros(matrix.shape[1], np.int64)
     for row in range(1, len(matrix)):
@@ -42,19 +42,19 @@ def assign(cost: Tensor) -> Tensor:
 
 
 def focal(scores: Tensor, truth: Tensor) -> Tensor:
-    """Focal loss of scores before the sigmoid, of the same shape (arXiv 1708.02002)."""
+    """Focal loss of scores before the sigmoid with `truth`, both [..., K], of the same shape (arXiv 1708.02002)."""
     chance, loss = scores.sigmoid(), F.binary_cross_entropy_with_logits(scores, truth, reduction="none")
     return loss * (truth * 0.25 * (1 - chance) ** 2 + (1 - truth) * 0.75 * chance**2)
 
 
 def class_cost(scores: Tensor, classes: Tensor) -> Tensor:
-    """What it costs that a query [P, K] answers for a thing of a class [n], [n, P]."""
+    """Cost [n, P] of assigning each of P queries, with scores [P, K], to each of n objects of these classes [n]."""
     yes, no = focal(scores, torch.ones_like(scores)), focal(scores, torch.zeros_like(scores))
     return (yes - no)[:, classes].T
 
 
 def class_loss(scores: Tensor, classes: list[Tensor], queries: list[Tensor]) -> Tensor:
-    """Focal loss of all queries [B, P, K], where `queries` [n] of each picture answer for things of `classes` [n]."""
+    """Focal loss [] of all queries [B, P, K]; in each image, `queries` [n] are assigned to objects of `classes` [n]."""
     truth = torch.zeros_like(scores)
     for number, (names, chosen) in enumerate(zip(classes, queries, strict=True)):
         truth[number, chosen, names] = 1.0
@@ -74,8 +74,9 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mask_cost(masks: Tensor, share: Tensor) -> Tensor:
-    """Cross-entropy and Dice loss of masks [P, pixels] before the sigmoid with the share of each pixel that each of n
-    segments has, [n, pixels]: [n, P].
+    """Cross-entropy and Dice loss of masks [P, pixels] before the sigmoid with n segments, [n, P].
+
+    `share`: the share of each pixel that a segment covers, [n, pixels].
 
     Source: weights of Mask2Former (arXiv 2112.01527).
     """
@@ -86,7 +87,12 @@ def mask_cost(masks: Tensor, share: Tensor) -> Tensor:
 
 
 def read_coco(path: str) -> tuple[list[str], list[tuple[Tensor, Tensor]], list[str]]:
-    """COCO's annotations: names of the pictures, their boxes [n, 4] in 0..1 with classes [n], names of the classes."""
+    """Reads COCO annotations.
+
+    Returns names of images, their boxes [n, 4] in 0..1 with classes [n], and names of classes.
+
+    Raises: InputError for a file that is not in COCO's format.
+    """
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
         number = {one["id"]: i for i, one in enumerate(stored["categories"])}
@@ -98,7 +104,7 @@ def read_coco(path: str) -> tuple[list[str], list[tuple[Tensor, Tensor]], list[s
             things[one["image_id"]].append((box, number[one["category_id"]]))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"'{path}' is not as COCO's annotations are ({type(error).__name__}: {error}); it needs images, "
+            f"'{path}' is not in COCO's format ({type(error).__name__}: {error}); give a JSON file with images, "
             "annotations with bbox and category_id, and categories"
         ) from None
     if not things or not number:
@@ -109,14 +115,17 @@ def read_coco(path: str) -> tuple[list[str], list[tuple[Tensor, Tensor]], list[s
     return [one["file_name"] for one in stored["images"]], found, [one["name"] for one in stored["categories"]]
 
 
-def read_segments(folder: str, pictures: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-    """Masks [n, height, width] bool and classes [n] of PNGs with the names of pictures: 1000 * class + number."""
+def read_segments(folder: str, images: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """Masks [n, height, width] bool and classes [n] of images, from PNGs of 1000 * class + object number.
+
+    Raises: InputError for a PNG of another kind.
+    """
     found = []
-    for path in (Path(folder, Path(name).stem + ".png") for name in pictures):
-        with Image.open(path) as picture:
-            if picture.mode not in ("I;16", "I", "L"):
-                raise InputError(f"'{path}' is a picture of mode {picture.mode}; segments are a 16-bit grey PNG")
-            pixels = torch.from_numpy(np.array(picture).astype(np.int64))
+    for path in (Path(folder, Path(name).stem + ".png") for name in images):
+        with Image.open(path) as image:
+            if image.mode not in ("I;16", "I", "L"):
+                raise InputError(f"'{path}' is an image of mode {image.mode}; give a 16-bit grey PNG")
+            pixels = torch.from_numpy(np.array(image).astype(np.int64))
         values = pixels.unique()
         found.append((pixels == values[:, None, None], values // 1000))
     return found

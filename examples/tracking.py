@@ -1,10 +1,10 @@
-"""What is marked in the first frame, followed through a video: labels propagate from frame to frame.
+"""Follows marked objects from the first frame through a video: labels propagate from frame to frame.
 
-    python examples/tracking.py VIDEO MASK.png --out tracked.gif        # 0 is background, 1, 2, ... are things
-    python examples/tracking.py VIDEO --box 40,30,200,180               # left, top, right, bottom of one thing
+    python examples/tracking.py VIDEO MASK.png --out tracked.gif        # 0 is background, 1, 2, ... are objects
+    python examples/tracking.py VIDEO --box 40,30,200,180               # left, top, right, bottom of one object
 
-VIDEO is a folder of frames, a GIF, or a video file where PyAV is installed.  Each patch takes the labels of its 5 most
-similar patches nearby, in the first frame and in the 7 before it.  Source: arXiv 2006.14613; numbers as for DINOv3.
+VIDEO is a folder of frames, a GIF, or, with PyAV, a video file.  Each patch takes the labels of its 5 most similar
+patches nearby, in the first frame and in the 7 frames before it.  Source: arXiv 2006.14613; numbers as for DINOv3.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,22 +23,22 @@ CONTEXT, RADIUS, NEIGHBOURS, TEMPERATURE = 7, 12.0, 5, 0.2  # frames, patches, p
 
 
 def track(frames: Iterable[Features], mask: np.ndarray) -> Iterator[np.ndarray]:
-    """The labels of every frame, [height, width] at its original size, from those of the first.
+    """The labels of every frame, [height, width], from the mask [height, width] of the first frame.
 
-    Raises: InputError for a mask of another size than the frames, or one that is empty.
+    Raises: InputError for a mask of another size than the frames, or an empty mask, and for frames of different sizes.
     """
     if mask.ndim != 2 or not mask.any():
         raise InputError(
-            f"the mask is empty or of shape {list(mask.shape)}; a mask is grey and marks things with 1, 2..."
+            f"the mask is empty or of shape {list(mask.shape)}; give a grey image that marks objects with 1, 2, ..."
         )
     values = np.unique(mask)
     masks = torch.from_numpy(mask[None] == values[:, None, None])
-    context: list[tuple[Tensor, Tensor]] = []  # of the first frame and of the last ones: tokens [P, C], labels [P, K]
+    context: list[tuple[Tensor, Tensor]] = []  # of the first and the last frames: tokens [P, C], labels [P, K]
     near = torch.ones(1, 1, dtype=torch.bool)
     for features in frames:
         tokens = F.normalize(features.patch_tokens[0], dim=-1)
         if context and len(tokens) != len(near):
-            raise InputError("the frames are not all of one size; give those of one video")
+            raise InputError("the frames differ in size; give the frames of one video")
         if not context:
             weights = [patch_weights(m, features.placements[0], features.grid) for m in masks]
             labels = torch.stack(weights, dim=-1).flatten(0, 1)
@@ -58,13 +58,13 @@ def track(frames: Iterable[Features], mask: np.ndarray) -> Iterator[np.ndarray]:
 
 def main() -> None:
     options = parser(__doc__, "tracked.gif", "video", size=448, layer=True)
-    options.add_argument("mask", nargs="?", help="picture of the size of a frame, its values are labels")
-    options.add_argument("--box", metavar="L,T,R,B", help="instead of a mask")
-    options.add_argument("--fps", type=float, default=8, help="frames in a second of what is written (8)")
+    options.add_argument("mask", nargs="?", help="grey image of the size of a frame, whose values are labels")
+    options.add_argument("--box", metavar="L,T,R,B", help="box of one object, instead of a mask")
+    options.add_argument("--fps", type=float, default=8, help="frames per second of the output (default: %(default)s)")
     args = options.parse_args()
     frames = read_frames(args.video)
     if (args.mask is None) == (args.box is None):
-        raise InputError("mark what to follow in the first frame; give either a mask or --box")
+        raise InputError("nothing marks the objects of the first frame, or two options do; give either a mask or --box")
     if args.mask is not None:
         mask = np.array(Image.open(args.mask))
     else:

@@ -1,9 +1,9 @@
-"""What happens in a video: an attentive probe over the patches of its frames, trained on a folder per class.
+"""Classifies a video by an attentive probe over the patches of its frames, trained on a folder per class.
 
     python examples/video.py VIDEOS CLIP --out video.jpg          # VIDEOS/<class>/<video, GIF or folder of frames>
 
-The backbone sees each frame alone, once.  The probe attends to the patches of all frames together, averaged in cells; a
-code of the time of its frame is added to each, so that the probe can tell what comes first.
+The backbone computes the features of each frame by itself, once.  The probe attends to the patches of all frames
+together, averaged in cells.  A code of the time is added to each cell, so that the probe can tell the order.
 
 Source: attentive probing of frozen features as in V-JEPA (arXiv 2404.08471); time by sines as in "Attention Is All You
 Need" (arXiv 1706.03762), section 3.5.
@@ -21,12 +21,15 @@ from torch import Tensor
 from dinov3_infer import Backbone, InputError
 from dinov3_infer.tasks import AttentiveProbe, sheet
 
-CELLS = 4  # a side: the patches of a frame are averaged to as many cells squared
-STRENGTH = 3.0  # of the code of time; what is seen has much in common with all that is seen
+CELLS = 4  # per side: the patches of a frame are averaged in CELLS * CELLS cells
+STRENGTH = 3.0  # weight of the time code, large because the features of all frames share most of their direction
 
 
 def tokens(bb: Backbone, frames: Sequence[Image.Image], count: int, size: int) -> Tensor:
-    """Those of a video for the probe, [count * CELLS^2, C]: `count` frames, evenly spread."""
+    """The tokens of a video for the probe, [count * CELLS^2, C], from `count` frames, evenly spread.
+
+    Raises: InputError for a video without frames.
+    """
     if not frames:
         raise InputError("the video holds no frames; give at least one")
     chosen = [frames[round(i)] for i in torch.linspace(0, len(frames) - 1, count).tolist()]
@@ -37,25 +40,25 @@ def tokens(bb: Backbone, frames: Sequence[Image.Image], count: int, size: int) -
 
 
 def time_code(count: int, channels: int) -> Tensor:
-    """Sines and cosines of the share of the video that has passed, [count, channels]."""
+    """Sines and cosines of the time, as a share of the video, [count, channels]."""
     passed = torch.linspace(0, 1, count)[:, None] * torch.logspace(0, 1.5, channels // 2)
     return torch.cat((passed.sin(), passed.cos()), dim=1) * STRENGTH
 
 
 def train(features: Tensor, classes: Tensor, seed: int = 0) -> AttentiveProbe:
-    """A probe for videos [N, T, C] as `tokens` gives them, and their classes [N]."""
-    epochs = max(10, 3600 // len(features))  # videos are few, so batches are small and many
+    """Trains a probe on videos [N, T, C], as `tokens` gives them, and their classes [N]."""
+    epochs = max(10, 3600 // len(features))  # small batches and many epochs, because there are few videos
     return AttentiveProbe(learning_rates=(1e-3,), epochs=epochs, batch_size=16, seed=seed).fit(features, classes)
 
 
 def main() -> None:
     options = parser(__doc__, "video.jpg", "videos", "clip", size=224)
-    options.add_argument("--frames", type=int, default=8, help="to look at of each video (8)")
+    options.add_argument("--frames", type=int, default=8, help="frames used per video (default: %(default)s)")
     args = options.parse_args()
     videos = Path(args.videos)
     names = sorted(path.name for path in videos.iterdir() if path.is_dir())
     if len(names) < 2:
-        raise InputError(f"'{args.videos}' has {len(names)} folders; make one for each of at least 2 classes")
+        raise InputError(f"'{args.videos}' has {len(names)} folders; make one folder per class, for at least 2 classes")
     bb, clip = load(args), read_frames(args.clip)
     known = [(path, number) for number, name in enumerate(names) for path in sorted((videos / name).iterdir())]
     log.info("computing features of %d videos, %d frames each", len(known), args.frames)

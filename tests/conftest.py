@@ -2,9 +2,17 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # The workers share the cores; torch reads this when it is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts jobs in the background with SIGINT ignored, and the children of this process would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,7 +31,7 @@ if importlib.util.find_spec("torchvision") is not None and not torch.cuda.is_ava
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--plain", action="store_true", help="models run as they are written, without a plan")
+    parser.addoption("--plain", action="store_true", help="run models in the mode plain, without the fast path")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What a Backbone knows of itself, and what it says of wrong options before it reads gigabytes."""
+"""Properties of a Backbone, and errors for wrong options before weights are read."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def test_an_architecture_of_ones_own_has_a_transform_too() -> None:
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(device="gpu"), "device is 'auto', 'cpu'"),
+        (dict(device="gpu"), "device is 'auto' or a torch device"),
         (dict(dtype="float8"), "dtype is 'auto', float32"),
         (dict(attn_implementation="flash"), "attn_implementation is one of"),
         (dict(rope_periods="rounded"), "rope_periods is 'exact'"),
@@ -118,9 +118,9 @@ def test_impossible_configs(options: dict[str, Any]) -> None:
 def test_features_show_their_shapes_and_not_their_numbers() -> None:
     features = Backbone.from_config(SMALL["dinov3"], seed=0).extract_features(torch.rand(3, 64, 64))
     assert repr(features).startswith("Features(embedding [1, 64], cls_token [1, 64]") and len(repr(features)) < 250
-    with pytest.raises(InputError, match="picture number 3 does not exist"):
+    with pytest.raises(InputError, match="image number 3 does not exist"):
         features.to_patch(1, 1, index=3)
-    with pytest.raises(InputTypeError, match="similarity is with other Features"):
+    with pytest.raises(InputTypeError, match="compares Features with Features"):
         features.similarity(features.embedding)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Live modules of transformers and timm become ours."""
+"""Live modules of transformers and timm become Backbones."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ from dinov3_infer import Backbone, CheckpointError, Dinov3Error
 
 @pytest.mark.parametrize("key", SMALL)
 def test_adopt_shares_what_both_keep_alike(key: str) -> None:
-    """A live transformers model: same features, and a change of a shared tensor shows on both sides."""
+    """The features agree, and a change of a shared tensor is visible in both models."""
     source = hf_model(SMALL[key])
     model = Backbone.adopt(source)
     assert model.config == SMALL[key]
@@ -27,14 +27,14 @@ def test_adopt_shares_what_both_keep_alike(key: str) -> None:
     theirs = {id(p) for p in source.parameters()}
     copied = {n.split(".", 2)[-1] for n, p in model.named_parameters() if id(p) not in theirs}
     joined = {"attn.qkv.weight", "attn.qkv.bias", "mlp.gate_up.weight", "mlp.gate_up.bias"}
-    assert copied - {"mask_token"} <= joined  # DINOv3's mask token is a view of another shape
+    assert copied - {"mask_token"} <= joined  # DINOv3's mask token is a view with another shape
     if model.mask_token is not None:
         assert model.mask_token.data_ptr() == source.embeddings.mask_token.data_ptr()
 
 
 @pytest.mark.parametrize("key", ["dinov3", "dinov2", "dino"])
 def test_adopt_keeps_dtype_and_frozen_parameters(key: str) -> None:
-    """bfloat16 stays, except for the angles; what was frozen stays frozen, joined tensors too."""
+    """bfloat16 stays, except for the RoPE angles; frozen parameters stay frozen, also in joined tensors."""
     source = hf_model(SMALL[key]).bfloat16().requires_grad_(False)
     model = Backbone.adopt(source)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -70,14 +70,14 @@ def classifier(name: str, key: str) -> Callable[[], tuple[nn.Module, nn.Module]]
     ids=["dinov2", "dinov2_reg", "dino"],
 )  # fmt: skip
 def test_adopt_out_of_a_classifier(make: Callable[[], tuple[nn.Module, nn.Module]]) -> None:
-    """The backbone inside a model with a head."""
+    """The backbone inside a model with a head is adopted."""
     whole, inner = make()
     same_features(Backbone.adopt(whole), inner)
 
 
 @pytest.mark.parametrize("key", ["dinov3", "dinov2", "dino"])
 def test_adopt_out_of_a_module_of_ones_own(key: str) -> None:
-    """A plain module around a transformers model: heads and epsilon come from the inner model's config."""
+    """A plain module wraps a transformers model; heads and epsilon come from the inner config."""
     source = hf_model(replace(SMALL[key], ffn_dim=4 * 64, norm_eps=1e-3))
     model = Backbone.adopt(Wrapper(source))
     assert (model.config.num_heads, model.config.norm_eps) == (4, 1e-3)
@@ -105,7 +105,7 @@ TIMM_MODELS = {  # (timm's name, how it differs): small ones through timm's own 
 @pytest.mark.parametrize("key", TIMM_MODELS)
 @pytest.mark.parametrize("inside", [False, True], ids=["itself", "inside_a_module"])
 def test_adopt_timm(key: str, inside: bool) -> None:
-    """timm's live models: same tokens, and the parameters that need no joining are the same ones."""
+    """For timm's live models the tokens agree, and parameters with equal layouts are shared."""
     import timm
     from oracles import randomise
 

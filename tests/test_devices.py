@@ -1,4 +1,4 @@
-"""Devices by name: a device that is not there is a sentence, and an Apple GPU is tried before it is trusted."""
+"""Devices by name: a missing device is an error, and an Apple GPU is tested before use."""
 
 import logging
 from typing import Any
@@ -15,10 +15,10 @@ from dinov3_infer.devices import find_device, find_dtype
 @pytest.mark.parametrize(
     "device, said",
     [
-        ("tpu9", "device is 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' and the like; got 'tpu9'"), (3.5, "got 3.5"),
+        ("tpu9", "device is 'auto' or a torch device such as 'cpu' or 'cuda:1'; got 'tpu9'"), (3.5, "got 3.5"),
         ("mps", "this torch sees no Apple GPU"), ("xpu", "this torch sees no device of type xpu"),
         ("hpu:1", "sees no device of type hpu"), ("vulkan", "sees no device of type vulkan"),
-        ("cuda", "this torch sees no CUDA"), (torch.device("cuda:9"), "device 'cuda:9' was asked for"), ("", "got ''"),
+        ("cuda", "this torch sees no CUDA"), (torch.device("cuda:9"), "'cuda:9' is not available"), ("", "got ''"),
     ],
 )  # fmt: skip
 def test_a_device_that_is_not_there_is_a_sentence(device: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_the_trial_of_a_device(answer: Any, said: str | None) -> None:
 def test_the_cpu_is_taken_where_the_trial_fails(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With one line, by one trial in a process; `doctor` says the reason."""
+    """One log line and one trial per process; `doctor` reports the reason."""
     trials = []
 
     def trial(bb: Any, device: torch.device) -> str:
@@ -109,13 +109,13 @@ def test_the_cpu_is_taken_where_the_trial_fails(
         with caplog.at_level(logging.WARNING, "dinov3_infer"):
             assert Backbone.from_pretrained("nano").device.type == "cpu"
         assert [r.getMessage() for r in caplog.records] == [
-            "the Apple GPU is not used and the CPU is: its features are 3.0e-01 away from the recorded ones"
+            "using the CPU in place of the Apple GPU: its features are 3.0e-01 away from the recorded ones"
         ]
         assert Backbone.from_pretrained("nano", device="mps").device.type == "cpu" and trials == [torch.device("mps")]
         assert "mps is not used: its features are 3.0e-01 away" in run("doctor").out
         monkeypatch.setattr(backbone_module, "why_not", lambda *_: None)
         backbone_module.why_not_mps.cache_clear()
-        assert "mps: Apple GPU, its features are the recorded ones" in run("doctor").out
+        assert "mps: Apple GPU, features equal the recorded ones" in run("doctor").out
     finally:
         backbone_module.why_not_mps.cache_clear()
 

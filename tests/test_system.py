@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, texts are read by their mark, and a disk's troubles are named as the disk's."""
+"""Atomic writes, byte-order marks of texts, and disk errors."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ def test_a_file_appears_whole_or_not_at_all(flush: bool, tmp_path: Path) -> None
 
 
 def test_a_file_is_as_readable_as_any_new_one(tmp_path: Path) -> None:
-    """Whatever wrote it: safetensors makes files for their owner alone."""
+    """This holds for any writer, though safetensors creates private files."""
     (tmp_path / "plain").touch()
     with whole(tmp_path / "x.safetensors") as path:
         save_file({}, path)
@@ -41,7 +41,7 @@ def test_a_file_is_as_readable_as_any_new_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stem", ["x" * 250, "\N{CAT FACE}" * 62], ids=["bytes", "characters"])
 def test_a_name_as_long_as_they_get(stem: str, tmp_path: Path) -> None:
-    """What is written beside a file has a name of its own, which has to fit too."""
+    """The temporary name beside a file must fit the limit too."""
     with whole(tmp_path / f"{stem}.npy") as path:
         path.write_text("all")
     assert (tmp_path / f"{stem}.npy").read_text() == "all"
@@ -67,7 +67,7 @@ def test_names_between_zero_bytes_stay_as_they_are() -> None:
     assert unmarked(b"a.jpg\0b\n.jpg\0\xff.jpg\0") == b"a.jpg\0b\n.jpg\0\xff.jpg\0"
 
 
-# --- disks that take no more ----------------------------------------------------------------------------------------
+# Disks that take no more
 
 NOISE = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
 
@@ -96,7 +96,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file may become larger than 100,000 bytes, as on a disk that is full then."""
+    """Limits files to 100,000 bytes, like a disk that is full then."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -107,7 +107,7 @@ def small_files() -> Iterator[None]:
 @pytest.mark.usefixtures("small_files")
 @pytest.mark.parametrize("writer", WRITERS)
 def test_what_a_disk_refuses_is_said_to_be_that(writer: str, tmp_path: Path) -> None:
-    """Each library says it in another class of error, and some without the reason."""
+    """Each library raises another class of error, some without the reason."""
     target = tmp_path / "x.png"
     said = r"x.png' could not be written \(File too large\): .*ulimit"
     with pytest.raises(DiskError, match=said) as caught, whole(target) as path:
@@ -118,10 +118,10 @@ def test_what_a_disk_refuses_is_said_to_be_that(writer: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "number, said",
     [("ENOSPC", "is full"), ("EDQUOT", "quota"), ("EIO", "gone or broken"), ("ENOTCONN", "mount"), ("ESTALE", "mount"),
-     ("ENODEV", "gone"), ("ENXIO", "gone"), ("EROFS", "nothing can be written")],
+     ("ENODEV", "gone"), ("ENXIO", "gone"), ("EROFS", "is read-only")],
 )  # fmt: skip
 def test_each_trouble_is_named(number: str, said: str, tmp_path: Path) -> None:
-    """Whoever raises it, and on the command line too, where nothing of it is a fault of this package."""
+    """Any code may raise it; on the command line it is no fault of this package either."""
     code = getattr(errno, number)
     raised = (
         OSError(code, os.strerror(code), "x"),

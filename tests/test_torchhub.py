@@ -1,4 +1,4 @@
-"""torch.hub: Meta's names and keywords, Meta's call, from a checkout and from an archive, and nothing left behind."""
+"""torch.hub: Meta's names, keywords and calls, from a checkout and from an archive, without left-overs."""
 
 import importlib.util
 import json
@@ -18,11 +18,12 @@ import pytest
 import torch
 from pictures import complaint, photo
 from repository import ROOT
+from texts import SMALL, SPLIT, small_heads
 from torch import nn
 
-from dinov3_infer import Backbone, InputTypeError, ModelNotFoundError, UnsupportedError
+from dinov3_infer import Backbone, InputError, InputTypeError, ModelNotFoundError, UnsupportedError
 from dinov3_infer.released.catalogue import HEADS
-from dinov3_infer.torchhub import HubBackbone
+from dinov3_infer.torchhub import HubBackbone, _head_entry
 from dinov3_infer.zoo import MODELS
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -36,7 +37,7 @@ META = re.findall(r"\w+", """
 """)  # fmt: skip
 META_ONLY = re.findall(r"\w+", """
     dinov3_vitl16plus
-    dinov3_vit7b16_de dinov3_vit7b16_ms dinov3_vitl16_dinotxt_tet1280d20h24l
+    dinov3_vit7b16_de dinov3_vit7b16_ms
     dino_resnet50 dino_xcit_small_12_p16 dino_xcit_small_12_p8 dino_xcit_medium_24_p16 dino_xcit_medium_24_p8
 """)  # fmt: skip
 
@@ -56,7 +57,7 @@ def hubconf() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Random weights of one model of each family, as Meta's files."""
+    """Random weights of one model of each family, in files like Meta's."""
     folder = tmp_path_factory.mktemp("weights")
     names = ("dinov3_vits16", "dinov2_vits14_reg", "dino_vits16")
     return {
@@ -77,7 +78,7 @@ def test_entry_points_are_metas_and_all_others_of_the_zoo(hubconf: ModuleType) -
 
 
 def test_only_core_dependencies(hubconf: ModuleType) -> None:
-    """torch.hub refuses to load where one of them is not there."""
+    """torch.hub refuses to load if a listed dependency is missing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     core = {re.split("[><=~ ;]", line)[0] for line in project["dependencies"]} | {"tqdm"}
     modules = {"pillow": "PIL", "huggingface-hub": "huggingface_hub"}
@@ -136,7 +137,7 @@ def test_everything_else_is_as_in_a_backbone(files: dict[str, Path], tmp_path: P
 
 
 def test_heads_have_metas_names_and_keywords(tmp_path: Path, no_grad: None) -> None:
-    """Called with pixels they give logits or depth; variants are chosen as in Meta's entries."""
+    """Heads return logits or depth for pixels; variants are chosen as in Meta's entries."""
     classifier = load("dinov2_vits14_lc", pretrained=False, layers=1)
     assert classifier(torch.randn(1, 3, 28, 28)).shape == (1, 1000) and classifier.weight.shape == (1000, 768)
     assert load("dinov2_vits14_ld", pretrained=False, layers=1, weights="KITTI").most == 80
@@ -147,10 +148,29 @@ def test_heads_have_metas_names_and_keywords(tmp_path: Path, no_grad: None) -> N
     again = load("dinov2_vits14_dd", weights=str(head), backbone_weights=str(backbone))
     pixels = torch.randn(1, 3, 28, 28)
     assert again(pixels).equal(depth(pixels))
+    assert load("dinov2_vits14_ade20k_ms", pretrained=False)(pixels).shape == (1, 150, 28, 28)
+    wrong = complaint(InputError, lambda: load("dinov2_vits14_dd", pretrained=False, layers=4))
+    assert "was released for 'NYU' or 'KITTI', not for 4" in wrong
+    wrong = complaint(InputError, lambda: load("dinov3_vitl16_chmv2", pretrained=False, weights="NYU"))
+    assert "was released for one kind only, not for 'NYU'" in wrong
+
+
+def test_text_heads_come_as_metas(tmp_path: Path, no_grad: None) -> None:
+    """DINOv3's entry gives the model and its tokenizer, DINOv2's the model; both are called with pixels and ids."""
+    with small_heads():
+        model, tokenizer = _head_entry(SMALL)(pretrained=False)
+        pixels, ids = torch.randn(2, 3, 64, 64), tokenizer.tokenize(["a cat"])
+        assert [tuple(t.shape) for t in model(pixels, ids)] == [(2, 384), (1, 384), (1,), (2, 16, 192), (2, 16, 192)]
+        backbone, head = tmp_path / "backbone.pth", model.save(tmp_path / "head.safetensors")
+        model.backbone.save_pretrained(backbone, "meta")
+        again, _ = _head_entry(SMALL)(weights=str(head), backbone_weights=str(backbone), bpe_path_or_url="x.gz")
+        assert again.encode_image(pixels).equal(model.encode_image(pixels))
+        assert again.encode_text(ids, normalize=True).equal(model.encode_text(ids, normalize=True))
+        assert len(_head_entry(SPLIT)(pretrained=False)(pixels, ids)) == 3
 
 
 def test_inside_another_module_and_with_gradients() -> None:
-    """How downstream code holds it: as a part, called, trained."""
+    """Downstream code holds the model as a submodule, calls it and trains it."""
     model = nn.Sequential(load("nano", pretrained=False), nn.Linear(192, 3)).train()
     loss = model(torch.randn(2, 3, 32, 32)).square().sum()
     loss.backward()
@@ -162,7 +182,7 @@ def test_inside_another_module_and_with_gradients() -> None:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, object]]]:
-    """What from_pretrained and from_config were asked for."""
+    """Records the arguments of from_pretrained and from_config."""
     found: list[tuple[str, object]] = []
     monkeypatch.setattr(HubBackbone, "from_pretrained", lambda name, **options: found.append((name, options)))
     monkeypatch.setattr(HubBackbone, "from_config", lambda name: found.append((name, "random")))
@@ -203,7 +223,7 @@ def test_pretrained_may_be_given_by_place(asked: list[tuple[str, object]]) -> No
 
 def test_wrong_options() -> None:
     text = complaint(InputTypeError, lambda: load("nano", pretrained=False, img_size=96))
-    assert text == "pretrained=False gives random weights and takes nothing else; got img_size"
+    assert text == "pretrained=False gives random weights and takes no other option, got img_size; leave them out"
     assert "weights" in complaint(InputTypeError, lambda: load("nano", pretrained=False, weights="x.pth"))
     assert "unknown model 'dinov3_vits16_sat493m'" in complaint(
         ModelNotFoundError, lambda: load("dinov3_vits16", weights="SAT493M")
@@ -217,7 +237,7 @@ def test_wrong_options() -> None:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What torch.hub makes of the archive of a repository: packed with one folder at the top, and unpacked by it."""
+    """Makes a repository archive with one folder at the top, and unpacks it as torch.hub does."""
     folder = tmp_path_factory.mktemp("archive")
     with zipfile.ZipFile(folder / "main.zip", "w") as packed:
         for top in ("dinov3_infer", "kernels", "examples", "hubconf.py", "pyproject.toml"):
@@ -260,7 +280,7 @@ def in_another_process(folder: Path, weights: Path, *missing: str, path: str = "
 
 
 def test_from_an_archive(archive: Path, files: dict[str, Path]) -> None:
-    """Code and kernels of the archive, bound while it loads; the path is as before and shadows nobody's `kernels`."""
+    """Code and kernels come from the archive; the path is restored, and no `kernels` package is shadowed."""
     found = in_another_process(archive, files["dinov3_vits16"])
     assert found["package"] == str(archive / "dinov3_infer" / "__init__.py")
     assert found["kernels"] == str(archive / "kernels/dinov3_infer_kernels/__init__.py")
@@ -269,14 +289,14 @@ def test_from_an_archive(archive: Path, files: dict[str, Path]) -> None:
 
 
 def test_without_what_is_optional(archive: Path, files: dict[str, Path]) -> None:
-    """No Triton, no other implementation: it loads and runs."""
+    """Without Triton and other implementations it loads and runs."""
     found = in_another_process(archive, files["dinov3_vits16"], "triton", "transformers", "timm", "torchvision", "peft")
     assert found["kernels"] and found["unchanged"] and found["shape"] == [1, 384]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_package_and_kernels_are_of_one_version(archive: Path, files: dict[str, Path]) -> None:
-    """Where another copy was imported before, that one serves, with its own kernels."""
+    """If another copy was imported before, that copy is used, with its own kernels."""
     found = in_another_process(archive, files["dinov3_vits16"], path=str(ROOT))
     assert found["package"] == str(ROOT / "dinov3_infer" / "__init__.py")
     assert found["kernels"] == str(ROOT / "kernels" / "dinov3_infer_kernels" / "__init__.py")

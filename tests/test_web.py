@@ -1,4 +1,4 @@
-"""Requests that end: odd addresses, answers that drip or have no end, redirects, and what signs an address."""
+"""Requests that end: odd addresses, slow or endless answers, redirects, and secrets in addresses."""
 
 import io
 import logging
@@ -20,18 +20,18 @@ from dinov3_infer.images.paths import name_of
 from dinov3_infer.images.sources import Names
 
 PNG, SECRET = CONTENT[0], "s3cr3t"
-Answer = Callable[[str, Callable[[bytes], None]], None]  # the path that was asked for, and what sends bytes
+Answer = Callable[[str, Callable[[bytes], None]], None]  # (requested path, function that sends bytes)
 
 
 @pytest.fixture(autouse=True)
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suite is offline for the hub's client; no server here is a hub."""
+    """The suite is offline for huggingface_hub; no server here is a hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Answer], str]]:
-    """Starts a server that sends what it is told to, byte for byte, and gives its address."""
+    """Starts a server that sends the given bytes, and returns its address."""
     sockets: list[socket.socket] = []
 
     def start(answer: Answer) -> str:
@@ -72,7 +72,7 @@ def moved(place: str) -> bytes:
     return f"HTTP/1.1 302 Found\r\nConnection: close\r\nContent-Length: 0\r\nLocation: {place}\r\n\r\n".encode()
 
 
-# --- addresses ------------------------------------------------------------------------------------------------------
+# Addresses
 
 ODD = [
     "http://256.1.1.1/x.png", "http://127.0.0.1:1/caf\udce9.png", "http://127.0.0.1:1/\ud800.png", "http://a..b/x",
@@ -87,7 +87,7 @@ ODD = [
 
 @pytest.mark.parametrize("address", ODD, ids=lambda text: ascii(text)[1:40])
 def test_an_odd_address_is_one_bad_row(address: str, tmp_path: Path) -> None:
-    """Whatever a client makes of it, in memory, in a file and by itself."""
+    """An odd address costs one row, in memory, in a file and alone."""
     complaint(Dinov3Error, lambda: load_image(address))
     bb = Backbone.from_pretrained("nano", device="cpu")
     report = bb.embed([PNG, address, PNG], tmp_path / "v.npy", size=32, on_error="skip", progress=False)
@@ -97,7 +97,7 @@ def test_an_odd_address_is_one_bad_row(address: str, tmp_path: Path) -> None:
 
 
 def test_bytes_of_any_encoding_are_asked_for(serve: Callable[[Answer], str]) -> None:
-    """A list of addresses in Latin-1, and one whose spaces are escaped already."""
+    """A list of addresses in Latin-1, and one with escaped spaces."""
     asked: list[str] = []
 
     def answer(path: str, send: Callable[[bytes], None]) -> None:
@@ -110,7 +110,7 @@ def test_bytes_of_any_encoding_are_asked_for(serve: Callable[[Answer], str]) -> 
     assert asked == ["/caf%E9.png", "/caf%C3%A9.png", "/a%20b.png?x=%2F&y=%C3%A9"]
 
 
-# --- users, passwords, signatures -----------------------------------------------------------------------------------
+# Users, passwords, signatures
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_no_secret_of_an_address_is_shown(address: str, shown: str) -> None:
 
 @pytest.mark.parametrize("text", [f"http://me:{SECRET}@{{}}/x.png?Signature={SECRET}", f"http://{SECRET}@{{}}/x.png"])
 def test_no_secret_gets_into_a_log(text: str, serve: Callable[[Answer], str]) -> None:
-    """At the level at which the client tells each request."""
+    """Checked at the log level at which the client logs each request."""
     host = serve(lambda path, send: send(whole(PNG))).removeprefix("http://")
     written = io.StringIO()
     handler, root = logging.StreamHandler(written), logging.getLogger()
@@ -150,7 +150,7 @@ def test_no_secret_gets_into_a_log(text: str, serve: Callable[[Answer], str]) ->
     assert host in written.getvalue() and SECRET not in written.getvalue() and "me:" not in written.getvalue()
 
 
-# --- answers without an end -----------------------------------------------------------------------------------------
+# Answers without an end
 
 
 def _drips(send: Callable[[bytes], None], content: bytes) -> None:
@@ -181,7 +181,7 @@ SLOW: dict[str, Answer] = {
 def test_what_drips_is_given_up(
     case: str, serve: Callable[[Answer], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A byte now and then gains no time: an image has 60 s, and weights 30 s for each 64 KiB; here a second."""
+    """A slow trickle gains no time: an image has 60 s, weights have 30 s per 64 KiB; the test uses one second."""
     for module, name in ((paths, "MAX_SECONDS"), (web, "_TIMEOUT_S"), (weights, "_PAUSE_S")):
         monkeypatch.setattr(module, name, 1)
     monkeypatch.setattr(weights, "_TRIES", 1)
@@ -198,7 +198,7 @@ def test_what_drips_is_given_up(
 def test_weights_without_a_length_end(
     first: bytes, serve: Callable[[Answer], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By their first bytes, by their size, or with the disk still not full."""
+    """The first bytes, the size limit or the free space of the disk ends the download."""
     host = serve(lambda _, send: _without_end(send, first))
     monkeypatch.setattr(weights, "MAX_BYTES", 1 << 22)
     said = "has more than" if first.startswith(b"PK") else "is not a checkpoint"
@@ -216,16 +216,16 @@ def test_weights_without_a_length_end(
 def test_weights_that_claim_too_much_are_not_begun(size: int, serve: Callable[[Answer], str], tmp_path: Path) -> None:
     host = serve(lambda _, send: send(f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\nPK\3\4".encode()))
     text = complaint(Dinov3Error, lambda: Backbone.from_pretrained(f"{host}/x.pth", cache_dir=tmp_path))
-    assert "which no model has" in text or "failed" in text
+    assert "more than any model" in text or "failed" in text
 
 
-# --- redirects ------------------------------------------------------------------------------------------------------
+# Redirects
 
 
 def test_redirects_to_other_hosts_can_be_refused(
     serve: Callable[[Answer], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that embeds what its users send must not be led to hosts that only it can see."""
+    """A server that embeds links of its users must not be led to internal hosts."""
     inside: list[str] = []
 
     def answer_inside(path: str, send: Callable[[bytes], None]) -> None:
@@ -249,7 +249,7 @@ def test_redirects_to_other_hosts_can_be_refused(
     assert torch.equal(load_image(host + "/in"), load_image(PNG))
     for path in ("/out", "/on"):
         text = complaint(InputError, lambda path=path: load_image(host + path))
-        assert "leads on to another host" in text and f"'{host}{path}'" in text and SECRET not in text
+        assert "redirects to another host" in text and f"'{host}{path}'" in text and SECRET not in text
         link = f"{host}{path}#x.pth"
         complaint(Dinov3Error, lambda link=link: Backbone.from_pretrained(link, cache_dir=tmp_path))
     assert len(inside) == 2

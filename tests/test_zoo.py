@@ -1,4 +1,4 @@
-"""The table of models: sizes, names, licences and transforms are those that were published."""
+"""The table of models: sizes, names, licences and transforms equal the published ones."""
 
 from dataclasses import replace
 
@@ -90,12 +90,12 @@ def ours(config: ViTConfig) -> int:
 
 
 def dead_key_bias(config: ViTConfig) -> int:
-    """Our qkv bias is one tensor as in Meta's files, so that a masked key bias takes up room; others leave it out."""
+    """Elements of the masked key bias, which our qkv bias and Meta's files have, and others leave out."""
     return config.depth * config.embed_dim if config.qkv_bias and not config.key_bias else 0
 
 
 def test_names() -> None:
-    """The released models, in the order in which they are listed."""
+    """The released models, in their listed order."""
     v3 = ["vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16", "vitl16_sat493m", "vit7b16_sat493m"]
     v2 = [f"dinov2_vit{size}14{registers}" for registers in ("", "_reg") for size in "sblg"]
     v1 = ["dino_vits16", "dino_vits8", "dino_vitb16", "dino_vitb8"]
@@ -114,14 +114,14 @@ VITS = [name for name, row in MODELS.items() if isinstance(row.config, ViTConfig
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name in VITS and not name.startswith("lingbot")])
 def test_parameters_of_transformers(name: str) -> None:
-    """As many parameters as transformers' model, but for the masked key bias."""
+    """The parameter count equals that of transformers' model, plus the masked key bias."""
     config = ARCHITECTURES[name]
     assert ours(config) - dead_key_bias(config) == count(hf_shapes(config))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameters(name: str) -> None:
-    """As many parameters as were published for Meta's modules and transformers'."""
+    """The parameter counts equal the published ones of Meta's modules and transformers'."""
     config = MODELS[name].config
     meta, hf = PUBLISHED[name]
     assert ours(replace(config, local_cls_norm=name in WITH_LOCAL_NORM)) == meta
@@ -130,7 +130,7 @@ def test_published_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("name", MILLIONS)
 def test_published_millions(name: str) -> None:
-    """DINOv2 and DINO, whose sizes are known to four or more digits; registers add four tokens."""
+    """DINOv2 and DINO, whose sizes are published with four or more digits; registers add four tokens."""
     assert round(ours(MODELS[name].config) / 1e6, 2) == MILLIONS[name]
     if name.startswith("dinov2"):
         config = MODELS[f"{name}_reg"].config
@@ -140,7 +140,7 @@ def test_published_millions(name: str) -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("name", [name for name in VITS if MODELS[name].timm_id])
 def test_parameters_of_timm(name: str) -> None:
-    """As many as timm's model, which has no mask token, no masked key bias and no class position beside registers."""
+    """timm's model has no mask token, no masked key bias, and no class position beside registers."""
     import timm
 
     row, config = MODELS[name], MODELS[name].config
@@ -160,7 +160,7 @@ def test_parameters_of_timm(name: str) -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("name", [name for name, row in MODELS.items() if row.timm_id])
 def test_timm_agrees(name: str) -> None:
-    """timm keeps these weights where the row says, under its licence, and prepares pictures as the "timm" transform."""
+    """timm's repository, licence and "timm" transform are those of the row."""
     import timm
 
     row = MODELS[name]
@@ -179,7 +179,7 @@ def test_timm_agrees(name: str) -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("name", [name for name, row in MODELS.items() if row.timm_id])
 def test_a_timm_name_without_tag(name: str) -> None:
-    """Without a tag timm loads its default: so do we, or take no such name where others share the architecture."""
+    """Without a tag timm loads its default: so do we, or we refuse a name whose architecture several models share."""
     import timm
 
     architecture = MODELS[name].timm_id.rpartition("/")[2].split(".")[0]
@@ -194,13 +194,13 @@ def test_a_timm_name_without_tag(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMED)
 def test_find(name: str) -> None:
-    """Bare names, hub ids, timm's names with and without tag, owner and biases."""
+    """Bare names, hub ids, and timm's names with and without tag, owner and biases."""
     assert find(name) is MODELS[NAMED[name]]
 
 
 @pytest.mark.parametrize("row", MODELS.values(), ids=lambda row: row.name)
 def test_find_every_row(row: ModelInfo) -> None:
-    """Each row is found by everything that it is called, and its Meta file has the published name."""
+    """Each row is found by all of its names, and its Meta file has the published name."""
     for name in (row.name, row.hub_id, row.timm_id):
         assert name is None or find(name) is row
     assert row.meta_file == META_FILES.get(row.name, row.meta_file)
@@ -218,7 +218,7 @@ def test_find_every_row(row: ModelInfo) -> None:
     ],
 )
 def test_unknown_names_come_with_suggestions(name: str, suggestion: str) -> None:
-    """A name that is nearly right is refused with the right one."""
+    """The error for a misspelled name suggests the right one."""
     with pytest.raises(ModelNotFoundError, match="did you mean") as caught:
         find(name)
     assert suggestion in str(caught.value) and repr(name) in str(caught.value)
@@ -226,7 +226,7 @@ def test_unknown_names_come_with_suggestions(name: str, suggestion: str) -> None
 
 @pytest.mark.parametrize("name", ["resnet", "clip-vit", "vit_small_patch16_224", "", "facebook/dinov4-vits16"])
 def test_unknown_names(name: str) -> None:
-    """Other models are refused, and the message says what may be given."""
+    """The error for other models says what may be given."""
     with pytest.raises(ModelNotFoundError, match=r"list_models\(\)"):
         find(name)
 
@@ -247,7 +247,7 @@ def test_unknown_names(name: str) -> None:
     ],
 )
 def test_models_that_exist_elsewhere(name: str, reason: str) -> None:
-    """What exists and is not here is refused by name, with the reason."""
+    """Models that are not supported are refused by name, with the reason."""
     with pytest.raises(UnsupportedError, match=reason) as caught:
         find(name)
     assert repr(name) in str(caught.value)
@@ -255,7 +255,7 @@ def test_models_that_exist_elsewhere(name: str, reason: str) -> None:
 
 @pytest.mark.parametrize("row", MODELS.values(), ids=lambda row: row.name)
 def test_licence_and_transform(row: ModelInfo) -> None:
-    """DINOv3's weights have a licence of their own and are gated; satellite models have statistics of their own."""
+    """DINOv3's weights have their own licence and are gated; satellite models have their own statistics."""
     v3 = row.family == "dinov3" and row.name != "nano"
     licence = "FAIR Noncommercial Research License" if row.family == "eupe" else "Apache-2.0"
     assert (row.licence, row.gated) == (("DINOv3 License", True) if v3 else (licence, False))
@@ -269,7 +269,7 @@ def test_licence_and_transform(row: ModelInfo) -> None:
 
 @pytest.mark.parametrize(("name", "style"), [("lingbot_vits16", "hf"), ("dinov3_vits16", "torchvision")])
 def test_styles_that_do_not_exist(name: str, style: str) -> None:
-    """A transform that a family never had is refused with those that it has."""
+    """The error for a transform that a family does not have lists those that it has."""
     with pytest.raises(InputError, match="'timm'"):
         preprocess_of(MODELS[name], style)  # type: ignore[arg-type]
 
@@ -278,7 +278,7 @@ def test_styles_that_do_not_exist(name: str, style: str) -> None:
     "name", [n for n, row in MODELS.items() if row.timm_id and row.family != "eupe" and "sat" not in n]
 )
 def test_find_architecture(name: str) -> None:
-    """timm's config.json names the architecture without a tag; that tells the heads of the row."""
+    """timm's config.json names the architecture without a tag, which gives the heads of the row."""
     architecture = MODELS[name].timm_id.rpartition("/")[2].split(".")[0].replace("_qkvb", "")
     for written in (architecture, architecture.replace("_dinov3", "_dinov3_qkvb")):
         found = find_architecture(written)

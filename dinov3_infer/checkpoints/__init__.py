@@ -1,1 +1,1 @@
-"""A model in files: recognised, loaded, saved and exported."""
+"""Reads checkpoints: recognises, loads, saves and exports a model."""

@@ -1,7 +1,7 @@
-"""Which network a stored backbone needs, as the config of a ViT or a ConvNeXt.
+"""The config of the network that a checkpoint holds, a ViT or a ConvNeXt.
 
-The tensors say nearly all.  What they cannot say (number of heads, epsilon of the norms, base of the RoPE) comes from
-the caller, from config.json, or from a named architecture; heads that nobody states are an error, never a guess.
+The tensors show nearly all fields.  The number of heads, the epsilon of the norms and the RoPE base come from the
+caller, from config.json, or from a named architecture.  A number of heads that nothing states is an error, not a guess.
 """
 
 import math
@@ -22,7 +22,7 @@ from .stated import Statement, stated
 
 __all__ = ["architecture", "looks_like", "reading_differs", "rows_like", "same_architecture"]
 
-_LONGEST = 2**18  # of any dimension: a position table of 512 x 512 has as many rows
+_LONGEST = 2**18  # largest dimension: the rows of a 512 x 512 position table
 
 
 def architecture(
@@ -32,21 +32,32 @@ def architecture(
     like: ModelInfo | None,
     num_heads: int | None = None,
 ) -> tuple[Config, dict[str, str]]:
-    """The config of a backbone, and for heads and epsilon where they were found.
+    """The config of a stored backbone, and where its heads and epsilon were found.
 
-    `expected`: the row that the caller asked for.
-    `like`: the row whose heads and epsilon it has where neither a live module nor config.json states them.
-    `num_heads`: what the caller says.
+    Args:
+        stored: The tensors.
+        checkpoint: The checkpoint with its config.json.
+        expected: The model that the caller asked for.
+        like: The model whose heads and epsilon are used if neither a live module nor config.json states them.
+        num_heads: The number of heads that the caller states.
 
-    Raises: CheckpointError for tensors that are no whole ViT, not the one that config.json or the caller speaks of, or
-    whose heads nobody states; InputError for numbers that do not go together; UnsupportedError for other networks.
+    Returns: The config, and for each stated field its source, such as "config.json".
+
+    Raises:
+        CheckpointError: The tensors are no whole network, contradict config.json or the caller, or nothing states the
+            number of heads.
+        InputError: The numbers do not fit each other.
+        UnsupportedError: The network is not supported.
     """
     in_stages = stored.layout.family == "convnext"
     shown = stages_shown(stored, checkpoint.config) if in_stages else _shown(stored, checkpoint.config)
     if stored.layout.name == "hf" and not in_stages:
         _refuse_contradictions(shown, checkpoint.config)
     if expected is not None and not same_architecture(expected.config, shown):
-        raise CheckpointError(f"it {looks_like(shown)}; you asked for {expected.name} {_size(vars(expected.config))}")
+        raise CheckpointError(
+            f"it {looks_like(shown)}; you asked for {expected.name} {_size(vars(expected.config))}, so give its file "
+            "or another name"
+        )
     if in_stages:
         eps = stage_eps(checkpoint)
         return ConvNeXtConfig(**(shown | eps)), {"norm_eps": "config.json" if eps else "released ConvNeXts"}
@@ -60,12 +71,13 @@ def architecture(
     other = next(((value, where) for value, where in heads if value != fields["num_heads"]), None)
     if other is not None and not checkpoint.known:
         raise CheckpointError(
-            f"{origin['num_heads']} gives {fields['num_heads']} heads and {other[1]} gives {other[0]}; mend one of them"
+            f"{origin['num_heads']} gives {fields['num_heads']} heads and {other[1]} gives {other[0]}; "
+            "correct one of them"
         )
     if "num_heads" not in fields:
         raise CheckpointError(
-            f"nothing states how many heads its attention of width {shown['embed_dim']} has; "
-            "pass num_heads=, as its authors give it"
+            f"nothing states the number of attention heads for width {shown['embed_dim']}; pass num_heads= as the "
+            "authors of the model state it"
         )
     if "norm_eps" not in fields:
         fields["norm_eps"] = _usual_eps(stored.layout, shown["key_bias"])
@@ -84,7 +96,7 @@ _LIKENESS = ("models of the same shape", "the default of models of the same widt
 def _statements(
     stored: Stored, checkpoint: Checkpoint, shown: Mapping[str, Any], like: ModelInfo | None, num_heads: int | None
 ) -> list[Statement]:
-    """What is said of heads and epsilon, the strongest first."""
+    """All statements of heads and epsilon, the strongest first."""
     periods = {"num_heads": shown["num_heads"]} if "num_heads" in shown else {}
     said: list[Statement] = [({"num_heads": num_heads}, "num_heads=")] if num_heads is not None else []
     said += [(dict(checkpoint.known), "the live module")] if checkpoint.known else []
@@ -103,12 +115,12 @@ def _statements(
     return said
 
 
-_STATED = ("num_heads", "norm_eps", "rope_base")  # what no tensor shows
+_STATED = ("num_heads", "norm_eps", "rope_base")  # fields that no tensor shows
 _NEAR = ("embed_dim", "depth", "ffn_dim", "gated")
 
 
 def _refuse_contradictions(shown: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where a config.json of transformers says one thing and the tensors show another."""
+    """Raises CheckpointError if a config.json of transformers contradicts the tensors."""
     names = {
         "num_hidden_layers": "depth", "hidden_size": "embed_dim", "patch_size": "patch_size",
         "num_register_tokens": "num_registers", "num_channels": "in_chans",
@@ -117,29 +129,29 @@ def _refuse_contradictions(shown: Mapping[str, Any], stated: Mapping[str, Any]) 
         if stated.get(name, shown[ours]) not in (shown[ours], [shown[ours]] * 2):  # a patch size may be a pair
             raise CheckpointError(
                 f"config.json says {name} {reprlib.repr(stated[name])} and the tensors {shown[ours]}; "
-                "is the file whole?"
+                "is the file complete?"
             )
 
 
 def _shown(stored: Stored, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a ViTConfig that the tensors in a file show.
+    """The fields of a ViTConfig that the tensors show.
 
-    `config`: config.json, for what of a position table belongs to which token.
+    `config` is config.json, which may say which tokens have positions.
 
-    Raises: CheckpointError where they are no whole ViT.
+    Raises: CheckpointError if the tensors are no whole ViT.
     """
     layout, depth = stored.layout, stored.depth
     if not depth:
-        raise CheckpointError(f"the names look like layout {layout.label}, but there are no blocks; is the file whole?")
+        raise CheckpointError(f"the names fit layout {layout.label}, but there are no blocks; is the file complete?")
 
     there = sum(
         any(name in stored.shapes for name in stored.parts[f"blocks.{n}.norm1.weight"].names) for n in range(depth)
     )
-    if depth > 2 * there + 8:  # of a smaller gap the reader says what is missing
-        raise CheckpointError(f"the names number {depth} blocks, of which {there} are there; is the file whole?")
+    if depth > 2 * there + 8:  # for smaller gaps the loader names the missing tensors
+        raise CheckpointError(f"the names number {depth} blocks, but only {there} are there; is the file complete?")
 
     def shape(ours: str) -> tuple[int, ...] | None:
-        """Of the first part of a row, in the first block that has all its parts: a gap is for the reader to find."""
+        """Shape of the first part of a row, in the first block that has all its parts; the loader reports gaps."""
         for block in range(depth if "#" in ours else 1):
             parts = stored.parts.get(ours.replace("#", str(block)))
             if parts is not None and all(name in stored.shapes or name in parts.optional for name in parts.names):
@@ -153,14 +165,14 @@ def _shown(stored: Stored, config: Mapping[str, Any]) -> dict[str, Any]:
             parts = stored.parts.get(first := ours.replace("#", "0"))
             name, fault = parts.names[0] if parts else first, "missing" if found is None else f"of shape {list(found)}"
             raise CheckpointError(
-                f"the names are those of layout {layout.label}, but '{name}' is {fault}; is the file whole?"
+                f"the names fit layout {layout.label}, but '{name}' is {fault}; is the file complete?"
             )
         return found
 
     if shape("cls_token") is None:
         raise CheckpointError(
-            f"it has no class token ('{stored.parts['cls_token'].names[0]}'); a DINO has one, and others (I-JEPA, "
-            "SigLIP) are not here"
+            f"it has no class token ('{stored.parts['cls_token'].names[0]}'), and models without one (I-JEPA, SigLIP) "
+            "are not supported; give a DINO model"
         )
     width = needed("cls_token", 3)[2]
     conv = needed("patch_embed.proj.weight", 4)
@@ -169,7 +181,9 @@ def _shown(stored: Stored, config: Mapping[str, Any]) -> dict[str, Any]:
     fc2, gate_up = shape("blocks.#.mlp.fc2.weight"), shape("blocks.#.mlp.gate_up.weight")
     gated = gate_up is not None
     if gate_up is not None and layout.rows["blocks.#.mlp.gate_up.weight"] == layout.rows["blocks.#.mlp.fc1.weight"]:
-        gated = fc2 is not None and len(fc2) == 2 and gate_up[:1] == (2 * fc2[1],)  # timm's giant, an MLP by name
+        gated = (
+            fc2 is not None and len(fc2) == 2 and gate_up[:1] == (2 * fc2[1],)
+        )  # timm names the gated MLP of its giant like a plain one
     registers = shape("register_tokens")
     num_registers = registers[1] if registers is not None and len(registers) == 3 else 0
     positions = shape("pos_embed") if layout.family == "dinov3" else needed("pos_embed", 3)
@@ -198,7 +212,7 @@ def _shown(stored: Stored, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _key_bias(stored: Stored) -> bool:
-    """Whether the keys have a bias: some layouts store it apart, or a mask that takes it out, and some neither."""
+    """Whether the keys have a bias, which layouts store apart, mask out, or leave out."""
     biases = (stored.parts[f"blocks.{number}.attn.qkv.bias"] for number in range(stored.depth))
     optional = {name for parts in biases for name in parts.optional}
     present = not optional.isdisjoint(stored.shapes)
@@ -206,9 +220,9 @@ def _key_bias(stored: Stored) -> bool:
 
 
 def _grid_side(stored: Stored, positions: tuple[int, ...], registers: int, config: Mapping[str, Any]) -> int:
-    """The side of the grid of a position table, which has rows for no token before the patches, for one, or for all.
+    """Side of the grid of a position table, which has rows for no token before the patches, for one, or for all.
 
-    Changes where `stored` has the table and the registers, if these have positions too.
+    Adapts `stored.parts` of the table, and of the registers if they have positions too.
     """
     parts, count = stored.parts["pos_embed"], positions[1]
     usual = 0 if parts.form == "folded" else 1
@@ -219,8 +233,8 @@ def _grid_side(stored: Stored, positions: tuple[int, ...], registers: int, confi
         fits = fits[::-1]
     if not fits:
         raise UnsupportedError(
-            f"the position table has shape {list(positions)}, which is not a square grid with {usual} or "
-            f"{1 + registers} tokens before it; load a model at a square size"
+            f"the position table has shape {list(positions)}, which is no square grid after {usual} or {1 + registers} "
+            "tokens; give a model with positions for square images"
         )
     if fits[0] == 0:
         stored.parts["pos_embed"] = Parts("folded", parts.names, parts.optional)
@@ -238,14 +252,14 @@ def _resize_rule(layout: Layout, num_registers: int) -> PositionResize:
 
 
 def _usual_eps(layout: Layout, key_bias: bool) -> float:
-    """The epsilon of a file that does not state it."""
+    """The default epsilon of a layout whose file does not state it."""
     if layout.name == "meta" and layout.family == "dinov3" and key_bias:
-        return 1e-6  # an unmasked key bias comes from the training code's default config, and so does its epsilon
+        return 1e-6  # Meta's default training config has an unmasked key bias and this epsilon
     return 1e-5 if layout.family == "dinov3" else 1e-6
 
 
 def reading_differs(config: Config, layout: Layout) -> list[str]:
-    """What readers of a layout will do differently from this model, in words."""
+    """Sentences about how other readers of a layout will differ from this model."""
     notes = []
     usual = _usual_eps(layout, isinstance(config, ViTConfig) and config.key_bias)
     if isinstance(config, ConvNeXtConfig):
@@ -257,12 +271,12 @@ def reading_differs(config: Config, layout: Layout) -> list[str]:
         )
     if layout.name != "hf" and config.norm_eps != usual:
         notes.append(
-            f"the {layout.name} layout does not say the norm epsilon {config.norm_eps:g}; readers take {usual:g}"
+            f"the {layout.name} layout does not store the norm epsilon {config.norm_eps:g}; its readers use {usual:g}"
         )
     return notes
 
 
-_SHAPES = {  # the fields that say what shapes the tensors have
+_SHAPES = {  # the fields that determine the shapes of the tensors
     ViTConfig: (
         "embed_dim", "depth", "ffn_dim", "gated", "patch_size", "num_registers", "position_grid", "layerscale",
         "in_chans",
@@ -272,21 +286,21 @@ _SHAPES = {  # the fields that say what shapes the tensors have
 
 
 def same_architecture(config: Config, other: Mapping[str, Any] | Config) -> bool:
-    """Whether two configs have tensors of the same shapes, but for parts that some layouts leave out."""
+    """Whether two configs have tensors of the same shapes, apart from tensors that some layouts leave out."""
     values = other if isinstance(other, Mapping) else vars(other)
     return all(name in values and getattr(config, name) == values[name] for name in _SHAPES[type(config)])
 
 
 def rows_like(config: Config) -> list[ModelInfo]:
-    """The rows of the zoo with this architecture, the likeliest first."""
+    """The models of the zoo with this architecture, the likeliest first."""
     rows = [row for row in MODELS.values() if same_architecture(row.config, config)]
-    # of the two ViT-L the satellite model alone was trained with this norm
+    # only the satellite model of the two ViT-L was trained with this norm
     local = isinstance(config, ViTConfig) and config.local_cls_norm
     return sorted(rows, key=lambda row: not local or row.name != "dinov3_vitl16_sat493m")
 
 
 def looks_like(config: Mapping[str, Any]) -> str:
-    """The architectures that these fields are those of, for an error."""
+    """The architectures that have these fields, as part of an error."""
     names = [name for name, known in ARCHITECTURES.items() if same_architecture(known, config)]
     kind = "ConvNeXt" if "widths" in config else "ViT"
     return f"looks like {' or '.join(names[:2])}" if names else f"looks like a {kind} {_size(config)}"

@@ -1,4 +1,4 @@
-"""A config and its transform as the JSON files that transformers and timm read."""
+"""Writes a config and its transform as the JSON files that transformers and timm read."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,10 @@ __all__ = ["hf_config", "hf_processor_config", "is_default", "not_held", "senten
 
 
 def hf_config(config: Config) -> dict[str, Any]:
-    """The config.json of transformers.  Raises UnsupportedError for what its models cannot do."""
+    """The config.json of transformers.
+
+    Raises: UnsupportedError if the models of transformers lack a part of this network.
+    """
     if isinstance(config, ConvNeXtConfig):
         return hf_stages(config)
     if config.prefix_norm:
@@ -65,12 +68,12 @@ def hf_config(config: Config) -> dict[str, Any]:
 
 
 def is_default(preprocess: Preprocess, info: ModelInfo | None) -> bool:
-    """Whether, but for mean and std, this is the transform that a row of the zoo has here."""
+    """Whether this is the default transform of a model, apart from mean and std."""
     return info is not None and replace(preprocess_of(info), mean=preprocess.mean, std=preprocess.std) == preprocess
 
 
 def not_held(preprocess: Preprocess, layout: str) -> str:
-    """What of a transform the files of transformers or timm cannot say, in words; "" for nothing."""
+    """The part of a transform that the files of transformers or timm cannot store; "" if there is none."""
     side = preprocess.size
     if preprocess.fit not in ("squash", "crop"):
         return f"fit {preprocess.fit!r}"
@@ -80,9 +83,9 @@ def not_held(preprocess: Preprocess, layout: str) -> str:
 
 
 def hf_processor_config(config: Config, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, Any]:
-    """The preprocessor_config.json of transformers: what its processor of this family does by default.
+    """The preprocessor_config.json of transformers: the default of the family's processor.
 
-    A transform of one's own is written as it is, where transformers has it.
+    A custom transform is written exactly if transformers supports it.
     """
     common: dict[str, Any] = {
         "image_mean": list(preprocess.mean), "image_std": list(preprocess.std), "rescale_factor": 1 / 255,
@@ -149,11 +152,14 @@ def sentence_transformers_files(width: int, preprocess: Preprocess, info: ModelI
 
 
 def timm_config(config: Config, info: ModelInfo | None, preprocess: Preprocess, with_bias: bool) -> dict[str, Any]:
-    """The config.json of timm, whose architectures are names.  Raises UnsupportedError where none fits."""
-    row = info or next((row for row in rows_like(config) if row.timm_id), None)  # of which the name alone is taken
+    """The config.json of timm, which names architectures.
+
+    Raises: UnsupportedError if timm has no architecture like this.
+    """
+    row = info or next((row for row in rows_like(config) if row.timm_id), None)  # only for its name
     if row is None or row.timm_id is None or not same_architecture(row.config, config):
         raise UnsupportedError(
-            "timm reads models of known names only, and this architecture has none; write the 'hf' or 'meta' layout"
+            "timm reads only architectures that it has a name for, and this is none; write the 'hf' or 'meta' layout"
         )
     architecture, _, tag = timm_model(row).partition(".")
     if with_bias and row.family == "dinov3":

@@ -1,4 +1,4 @@
-"""What a checkpoint is, decided in one place before a tensor is read: layout, network, model of the zoo, transform."""
+"""Decides what a checkpoint is before any tensor is read: layout, network, model of the zoo, and transform."""
 
 import logging
 import re
@@ -26,15 +26,15 @@ log = logging.getLogger("dinov3_infer")
 
 @dataclass(frozen=True)
 class Description:
-    """What was found out about a checkpoint."""
+    """The description of a checkpoint."""
 
     path: str
     stored: Stored  # its tensors
     config: Config
-    info: ModelInfo | None  # whose weights these are, with the licence; None where nothing names them
+    info: ModelInfo | None  # the model that these weights are, with its licence; None for unnamed weights
     preprocess: Preprocess
-    rope_periods: Any  # what our block of config.json says of them, if anything
-    origin: dict[str, str]  # field -> what was taken, and from where
+    rope_periods: Any  # periods from our block of config.json, if it has any
+    origin: dict[str, str]  # field -> its value and source
 
 
 def describe(
@@ -45,13 +45,18 @@ def describe(
     preprocessing: Style | None = None,
     num_heads: int | None = None,
 ) -> Description:
-    """What a checkpoint is.
+    """Describe a checkpoint.
 
-    `expected` is what the caller asked for: a file of another size is refused with both names.
-    `num_heads` is what the caller says where nothing in or beside the file does.
+    Args:
+        layout: The layout, if the caller states it.
+        expected: The model that the caller asked for; a file of another size is refused with both names.
+        preprocessing: "meta", "hf" or "timm" for the transform of that library.
+        num_heads: The number of heads, if nothing in or beside the file states it.
 
-    Raises: CheckpointError for tensors and configs that do not fit, UnsupportedError for networks that are not here,
-    InputError for a `preprocessing` that this model does not have.
+    Raises:
+        CheckpointError: The tensors and configs do not fit each other.
+        UnsupportedError: The network is not supported.
+        InputError: The model does not have this `preprocessing`.
     """
     stored = recognise(checkpoint, layout or checkpoint.layout, named=expected is not None)
     like = find_architecture(str(checkpoint.config.get("architecture"))) or expected
@@ -78,7 +83,7 @@ def describe(
     unsaid = {name: text for name, text in origin.items() if "default" in text}
     if unsaid:
         log.warning(
-            "%s: nothing states the %s; taken: %s",
+            "%s: nothing states the %s; used: %s",
             checkpoint.path, " and the ".join(unsaid), "; ".join(unsaid.values()),
         )  # fmt: skip
     return Description(checkpoint.path, stored, config, info, preprocess, ours.get("rope_periods"), origin)
@@ -89,7 +94,10 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def open_module(model: nn.Module) -> Checkpoint:
-    """A live module of transformers, timm or Meta as a checkpoint: its tensors, and what it knows besides."""
+    """Open a live module of transformers, timm or Meta as a checkpoint: its tensors and settings.
+
+    Raises: UnsupportedError if its config is that of an unsupported model.
+    """
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     every = [c.to_dict() for c in configs if hasattr(c, "to_dict")]
     for outermost in every[:1]:
@@ -106,7 +114,7 @@ def open_module(model: nn.Module) -> Checkpoint:
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:
-    """What a timm or Meta module knows and its tensors do not show."""
+    """Settings of a timm or Meta module that its tensors do not show."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if name.endswith("blocks.0.attn") and isinstance(getattr(module, "num_heads", None), int):
@@ -119,6 +127,6 @@ def _settings(model: nn.Module) -> dict[str, Any]:
 
 
 def _timm_config(model: nn.Module) -> dict[str, Any]:
-    """timm's config.json of a live module, as far as it knows which weights it holds."""
+    """timm's config.json for a live module, if the module knows which weights it holds."""
     cfg: Any = next((c for module in model.modules() if (c := getattr(module, "pretrained_cfg", None))), {})
     return {"pretrained_cfg": dict(cfg.to_dict() if hasattr(cfg, "to_dict") else cfg)} if cfg else {}

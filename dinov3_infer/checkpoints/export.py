@@ -1,6 +1,6 @@
 """Files for other engines: .onnx for ONNX Runtime, OpenVINO and TensorRT, .pt2 for torch without this package.
 
-A file gets its name once it has run in its own engine and agreed with the model that it was made from.
+A file gets its name after it has run in its own engine and agreed with the model.
 """
 
 import json
@@ -29,9 +29,9 @@ __all__ = ["Dynamic", "export_model", "worst_token"]
 
 log = logging.getLogger("dinov3_infer")
 
-OPSETS = range(18, 24)  # below there is no Split or Pad of these forms; 23 has attention as one operator
+OPSETS = range(18, 24)  # older opsets lack these forms of Split and Pad; 23 has attention as one operator
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # see `worst_token`
-_ONE_FILE = 1 << 30  # bytes of weights; a protobuf holds 2 GiB
+_ONE_FILE = 1 << 30  # bytes of weights in one file; a protobuf holds at most 2 GiB
 
 Engine = Callable[[Tensor], Tokens]
 
@@ -46,7 +46,28 @@ def export_model(
     dynamic: Dynamic = "batch",
     opset: int = 18,
 ) -> Path:
-    """Writes what `Backbone.export` describes; returns the path."""
+    """Write a model for another engine, see `Backbone.export`.
+
+    Args:
+        path: A file that ends in .onnx or .pt2.
+        preprocess: The transform, written into the metadata of the file.
+        info: The model of the zoo, for the metadata.
+        size: Side in pixels, or (height, width) (default: that of `preprocess`).
+        dynamic: "batch" for any batch size, True for any height and width too, False for one image of one size.
+        opset: ONNX opset, 18 to 23.
+
+    Returns: The path.  The graph takes `pixel_values` [B, 3, H_px, W_px], and gives `cls_token` [B, C],
+    `register_tokens` [B, R, C] (if R > 0) and `patch_tokens` [B, P, C].
+
+    Raises:
+        InputError: The suffix, size or `dynamic` is wrong.
+        MissingFileError: The folder does not exist.
+        UnsupportedError: A package is missing, or the engine has no such opset or dtype.
+        PrecisionError: The file does not compute what the model computes.
+
+    Example:
+        >>> export_model(bb, "vits16.onnx", bb.preprocess, bb.info, size=224)
+    """
     target = Path(path).expanduser()
     kind = _FORMATS.get(target.suffix)
     if kind is None:
@@ -54,19 +75,19 @@ def export_model(
     if not target.parent.is_dir():
         raise MissingFileError(f"no folder '{target.parent.absolute()}' to write '{target.name}' to; make it first")
     if dynamic not in (True, False, "batch"):
-        raise InputError(f"dynamic is 'batch', True (height and width too) or False, got {dynamic!r}")
+        raise InputError(f"dynamic is 'batch', True (any height and width too) or False; got {dynamic!r}")
     if opset not in OPSETS:
         raise UnsupportedError(f"opset {opset} cannot be written; give {OPSETS[0]} to {OPSETS[-1]}, or leave it out")
     for needed in kind.needs:
         if find_spec(needed) is None:
             raise UnsupportedError(
-                f"to write and check '{target.suffix}' takes {needed}, which is not installed; "
-                "pip install 'dinov3-infer[onnx]' brings it"
+                f"writing and checking '{target.suffix}' needs {needed}, which is not installed; "
+                "pip install 'dinov3-infer[onnx]'"
             )
     dtype = model.main_weight.dtype
     if dtype not in kind.dtypes:
         raise UnsupportedError(
-            f"a model in {dtype} cannot be checked as '{target.suffix}'; load it with dtype=torch.float32 and let the "
+            f"a model in {dtype} cannot be checked as '{target.suffix}'; load it with dtype=torch.float32, and let the "
             "engine choose its precision"
         )
     grid = _grid(model, preprocess.size if size is None else size)
@@ -81,19 +102,19 @@ def export_model(
             failed = target.with_name(f"{target.name}.failed")
             _move(beside, failed)
             raise PrecisionError(
-                f"the file does not compute what the model does: a token is off by {distance:.1e} of its length, "
-                f"{LIMITS[dtype]:.0e} is allowed; it is kept as '{failed}', please report it"
+                f"the file does not compute what the model computes: a token is off by {distance:.1e} of its length, "
+                f"and {LIMITS[dtype]:.0e} is allowed; the file is kept as '{failed}', please report it"
             )
         _move(beside, target)
     finally:
         for left in (beside, Path(f"{beside}.data")):
             left.unlink(missing_ok=True)
-    log.info("wrote '%s'; in its own engine its tokens are within %.1e of the model's", target, distance)
+    log.info("wrote '%s'; its tokens are within %.1e of the model's", target, distance)
     return target
 
 
 def _grid(model: Network, size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """(h, w) in patches.  Raises InputError for what is not whole patches."""
+    """(h, w) in patches.  Raises InputError if the size is not whole patches."""
     patch = model.patch_size
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, (tuple, list)) or len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
@@ -107,7 +128,7 @@ def _grid(model: Network, size: int | tuple[int, int] | None) -> tuple[int, int]
 
 
 def _facts(model: Network, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, str]:
-    """What whoever finds the file has to know."""
+    """Metadata for whoever finds the file."""
     found: dict[str, Any] = dict(dinov3_infer=__version__, patch_size=model.patch_size)
     found |= dict(mean=list(preprocess.mean), std=list(preprocess.std), preprocess=asdict(preprocess))
     if info is not None:
@@ -115,14 +136,11 @@ def _facts(model: Network, preprocess: Preprocess, info: ModelInfo | None) -> di
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
 
 
-# --- the formats ---------------------------------------------------------------------------------------------------
-
-
 class _Format(NamedTuple):
     write: Callable[[Any, Path, dict[str, str], int], None]
     open: Callable[[Path], Engine]
     needs: tuple[str, ...]  # modules
-    dtypes: tuple[torch.dtype, ...]  # that the engine on this machine computes in
+    dtypes: tuple[torch.dtype, ...]  # supported by the engine on this machine
 
 
 def _write_onnx(program: Any, path: Path, facts: dict[str, str], opset: int) -> None:
@@ -142,11 +160,12 @@ def _write_onnx(program: Any, path: Path, facts: dict[str, str], opset: int) -> 
     found = model.opset_import[0].version
     if unwanted or model.functions or found != opset:
         raise UnsupportedError(
-            f"torch {torch.__version__} wrote what engines refuse ({', '.join(sorted(unwanted)) or f'opset {found}'}) "
-            f"for opset {opset}; take another opset, or another version of torch or onnxscript"
+            f"torch {torch.__version__} wrote operators that engines refuse for opset {opset} "
+            f"({', '.join(sorted(unwanted)) or f'opset {found}'}); use another opset, or another version of torch or "
+            "onnxscript"
         )
     for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
-        del part.metadata_props[:]  # where in the source it came from
+        del part.metadata_props[:]  # source locations
     del graph.value_info[:], model.metadata_props[:]
     for place, axes in ((graph.input[0], _AXES[INPUT]), *((o, _AXES[o.name]) for o in graph.output)):
         for dimension, name in zip(place.type.tensor_type.shape.dim, axes, strict=True):
@@ -197,7 +216,7 @@ _FORMATS = {
 
 
 def _move(source: Path, target: Path) -> None:
-    """With the weights that lie beside it, whose name it holds."""
+    """Rename a file together with its external weights, whose name it holds."""
     data = Path(f"{source}.data")
     if data.exists():
         import onnx
@@ -212,20 +231,20 @@ def _move(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-# --- the check -----------------------------------------------------------------------------------------------------
-
-
 def worst_token(ours: Tensor, theirs: Tensor) -> float:
-    """The largest distance of any token of `ours` from its own of `theirs`, [..., C] each, in lengths of the latter."""
+    """Largest distance between two sets of tokens [..., C], relative to the length of each token of `theirs`.
+
+    Returns infinity if the shapes differ or a value is not finite.
+    """
     if ours.shape != theirs.shape or not bool((ours.isfinite() & theirs.isfinite()).all()):
         return float("inf")
     theirs = theirs.double()
-    lengths = theirs.norm(dim=-1).clamp_min(1e-30)  # 0/0 would be neither far nor near
+    lengths = theirs.norm(dim=-1).clamp_min(1e-30)  # avoids 0/0
     return float(((ours.double() - theirs).norm(dim=-1) / lengths).max()) if theirs.numel() else 0.0
 
 
 def _inputs(model: Network, grid: tuple[int, int], dynamic: Dynamic) -> Iterator[Tensor]:
-    """Noise of several sizes and numbers of pictures, as far as these are free."""
+    """Noise [B, 3, H_px, W_px] of several sizes and batch sizes, as far as `dynamic` frees them."""
     grids, own, draw = [grid], getattr(model.config, "position_grid", None), torch.Generator().manual_seed(0)
     if dynamic is True:
         h, w = (max(2, n) for n in grid)
@@ -248,7 +267,7 @@ def _distance(model: Network, engine: Engine, inputs: Iterator[Tensor]) -> float
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters tell of their own affairs; what goes wrong in earnest is raised."""
+    """Silence the exporters' logs and warnings; errors are raised anyway."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,7 +1,7 @@
-"""What an export holds: a graph that takes normalised pixels and gives named tokens.
+"""The graph of an export: normalised pixels in, named tokens out.
 
-For one size the tables of positions are constants; for any size they are computed from that of the input, in elementary
-operations and without control flow, learned ones too.
+For one size the position tables are constants.  For any size they are computed from the size of the input, learned
+positions too, in elementary operations and without control flow.
 """
 
 from copy import deepcopy
@@ -19,11 +19,11 @@ __all__ = ["INPUT", "Dynamic", "Tokens", "bicubic", "export_copy", "graph_of", "
 Dynamic = Literal["batch"] | bool
 Tokens = dict[str, Tensor]
 INPUT = "pixel_values"
-_EXAMPLE = (5, 7)  # patches of what is traced where the size is free: no number of it is special
+_EXAMPLE = (5, 7)  # patches of the traced input if the size is free; no dimension equals another one
 
 
 def export_copy(model: Network) -> Network:
-    """A copy to change, on the CPU, in eval mode, with attention in plain torch; tensors on the CPU are shared."""
+    """A copy to change: on the CPU, in eval mode, with attention in plain torch; tensors on the CPU are shared."""
     shared: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         there = tensor.detach().cpu()
@@ -35,7 +35,7 @@ def export_copy(model: Network) -> Network:
 
 
 def graph_of(model: Network, grid: tuple[int, int] | None) -> "Graph":
-    """The graph of a model; `grid`: (h, w) in patches, None for any size."""
+    """The graph of a model; `grid` is (h, w) in patches, None for any size."""
     return TransformerGraph(model, grid) if isinstance(model, VisionTransformer) else Graph(model, grid)
 
 
@@ -47,7 +47,8 @@ class Graph(nn.Module):
         self.model, self.any_size = model, grid is None
 
     def forward(self, pixel_values: Tensor) -> Tokens:
-        if self.any_size:  # folded and unfolded: a size of no whole patches fails here, and is not cut off in silence
+        """[B, 3, H_px, W_px] -> "cls_token" [B, C], "register_tokens" [B, R, C] if R > 0, "patch_tokens" [B, P, C]."""
+        if self.any_size:  # folding and unfolding: a size that is not whole patches fails, and is not cropped silently
             b, _, height, width = pixel_values.shape
             p = self.model.patch_size
             folded = pixel_values.reshape(b, 3, height // p, p, width // p, p)
@@ -58,12 +59,13 @@ class Graph(nn.Module):
         return named
 
     def tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, 3, H_px, W_px] -> class token [B, C], registers [B, R, C], patches [B, P, C]."""
         output: BackboneOutput = self.model(pixels, layers=[])
         return output[:3]
 
 
 class TransformerGraph(Graph):
-    """The same with the tables of positions as constants, or computed from the size of the input."""
+    """A graph with position tables as constants, or computed from the size of the input."""
 
     model: VisionTransformer
     resized: Tensor | None  # [1, P, C]
@@ -82,6 +84,7 @@ class TransformerGraph(Graph):
         self.register_buffer("sin", None if rope is None else rope[1])
 
     def tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, 3, H_px, W_px] -> class token [B, C], registers [B, R, C], patches [B, P, C]."""
         model, rope = self.model, None if self.cos is None or self.sin is None else (self.cos, self.sin)
         positions = self.resized
         if self.any_size and model.pos_embed is not None:
@@ -89,7 +92,7 @@ class TransformerGraph(Graph):
         return model.split(model.normed(model.run_blocks(pixels, positions=positions, rope=rope)[0]))
 
     def _any_positions(self, grid: tuple[int, int]) -> Tensor:
-        """`layers.resize_positions` as two products, [1, h*w, C]."""
+        """`resize_positions` as two matrix products, [1, h*w, C]."""
         config, table = self.model.config, self.model.pos_embed
         assert table is not None and config.position_grid is not None
         side = config.position_grid
@@ -100,11 +103,11 @@ class TransformerGraph(Graph):
 
 
 def bicubic(side: int, grid: tuple[int, int], rule: PositionResize) -> tuple[Tensor, Tensor]:
-    """The weights of G rows in each of h, [h, G], and of G columns in each of w, [w, G], as torch's resizing has them.
+    """Weights of torch's bicubic resizing as matrices: [h, G] for rows and [w, G] for columns.
 
-    The table's own grid is left as it is, which "offset" would not do by itself.
+    The table's own grid stays unchanged; the rule "offset" alone would change it.
     """
-    lengths = [torch.ones(n).sum() for n in grid]  # as tensors: comparing sizes would fix them
+    lengths = [torch.ones(n).sum() for n in grid]  # tensors, since comparing sizes would specialise the graph
     own = (lengths[0] == side) & (lengths[1] == side)
     extra = torch.where(own, 0.0, 0.1) if rule == "offset" else 0.0
     found = []
@@ -119,19 +122,19 @@ def bicubic(side: int, grid: tuple[int, int], rule: PositionResize) -> tuple[Ten
         first = (centres - 0.5).floor()
         taps = first + torch.arange(-1.0, 3.0)  # [n, 4]
         weights = cubic_kernel(centres - 0.5 - taps, -0.75)
-        hit = taps.clamp(0.0, side - 1.0)[:, :, None] == cells  # [n, 4, G]: those beyond the edge count for the edge
+        hit = taps.clamp(0.0, side - 1.0)[:, :, None] == cells  # [n, 4, G]; taps beyond the edge use the edge
         found.append((weights[:, :, None] * hit).sum(dim=1))
     return found[0], found[1]
 
 
 def program(graph: Graph, grid: tuple[int, int], dynamic: Dynamic) -> Any:
-    """The graph, as torch.export has it."""
+    """The graph as an ExportedProgram of torch.export."""
     patch = graph.model.patch_size
     h, w = _EXAMPLE if dynamic is True else grid
     example = torch.zeros(2 if dynamic else 1, getattr(graph.model.config, "in_chans", 3), h * patch, w * patch)
     free: dict[int, Any] = {0: torch.export.Dim("batch", min=1)} if dynamic else {}
     if dynamic is True:
         free |= {2: patch * torch.export.Dim("h", min=2), 3: patch * torch.export.Dim("w", min=2)}
-    # with gradients enabled, where the forms that compilers know by name are taken; there is nothing to differentiate
+    # with gradients enabled torch takes the operators that compilers know by name; nothing here needs a gradient
     with torch.enable_grad():
         return torch.export.export(graph, (example,), dynamic_shapes={INPUT: free}, strict=False)

@@ -1,4 +1,4 @@
-"""What identifies weights, whichever file they came from."""
+"""Identifies weights independent of the file that holds them."""
 
 import hashlib
 import re
@@ -14,10 +14,16 @@ __all__ = ["fingerprint"]
 
 
 def fingerprint(state: Mapping[str, Tensor], config: Config) -> str:
-    """SHA-256 over the tensors that features depend on, the same for the same weights in every layout.
+    """SHA-256 over the tensors that features depend on; equal for equal weights in every layout.
 
-    Left out are what some layouts do not store: mask token, norm for local crops, RoPE periods.  Biases that are zero
+    Tensors that some layouts do not store are left out: mask token, norm for local crops, RoPE periods.  Zero biases
     count as absent, and the class token includes its position, as in timm's files.
+
+    Args:
+        state: Our parameter names and tensors, of the shapes in the model.
+        config: The config of the model.
+
+    Returns: 64 hex digits.
     """
     digest = hashlib.sha256()
     canonical = {

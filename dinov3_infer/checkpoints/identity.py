@@ -1,7 +1,7 @@
-"""Whose weights these are: the row of the zoo that gives them a name, a licence and a card.
+"""Finds the model of the zoo that weights belong to, which gives them a name, a licence and a model card.
 
-Only a name tells it, never a shape: that which the caller gave, that of the owner's file or repository, that in the
-block that `save_pretrained` writes, timm's tag, or a fingerprint.
+Only names count, never shapes: the caller's name, the name of the owner's file or repository, our block in config.json,
+timm's tag, or a fingerprint.
 """
 
 import re
@@ -20,9 +20,9 @@ UNNAMED = "nothing names them"
 
 
 def identify(checkpoint: Checkpoint, config: Config, expected: ModelInfo | None) -> tuple[ModelInfo | None, str]:
-    """The row, and what names it; None where nothing does.
+    """The model of the zoo, and what names it; None for unnamed weights.
 
-    `expected`: the row that the caller asked for.  Weights that were trained on from a row are "derived" from it.
+    `expected` is the model that the caller asked for.  Weights that were trained further count as derived from it.
     """
     rows, ours = rows_like(config), our_block(checkpoint)
     saved = next((row for row in rows if row.name == ours.get("name")), None)
@@ -48,19 +48,25 @@ def identify(checkpoint: Checkpoint, config: Config, expected: ModelInfo | None)
 
 
 def our_block(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """What `save_pretrained` writes into the configs of others."""
+    """The block that `save_pretrained` writes into config.json."""
     ours = checkpoint.config.get("dinov3_infer")
     return ours if isinstance(ours, dict) else {}
 
 
 def row_of_fingerprint(config: Config, fingerprint: Any) -> ModelInfo | None:
-    """The row whose weights have this fingerprint; `fingerprint` is called where one of this shape is recorded."""
+    """The model of this architecture with this fingerprint.
+
+    `fingerprint` is a function; it is called only if a fingerprint is recorded for this architecture.
+    """
     rows = [row for row in rows_like(config) if row.fingerprint is not None]
     return next((row for row in rows if row.fingerprint == fingerprint()), None) if rows else None
 
 
 def _of_timm(checkpoint: Checkpoint, rows: list[ModelInfo]) -> ModelInfo | None:
-    """The row of a tag.  With a classifier on top the weights were most likely trained for it, and the tag stayed."""
+    """The model of a timm tag.
+
+    None for a model with a classifier, whose weights were most likely trained for the classifier under the old tag.
+    """
     config, stated = checkpoint.config, checkpoint.config.get("pretrained_cfg")
     if not isinstance(stated, Mapping) or not isinstance(stated.get("tag"), str):
         return None

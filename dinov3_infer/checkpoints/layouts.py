@@ -1,9 +1,7 @@
-"""One table per checkpoint layout: our parameter name -> where it lies in the file.
+"""One table per checkpoint layout: our parameter name -> its place in the file.
 
-Read forwards to load, backwards to save.
-
-`#` stands for the number of a block.  A plain string is copied, a `Row` is anything else.  A name with a `?` may be
-absent.
+Loading reads the tables forwards, saving backwards.  `#` stands for a block number, and a name after `?` may be absent.
+A plain string is copied, a `Row` describes anything else.
 
 Sources: dinov3 at 6876159, dinov2 at b8931f7, dino main; transformers 5.23.0; timm 1.0.31.
 """
@@ -22,20 +20,20 @@ __all__ = ["LAYOUTS", "OURS", "Layout", "LayoutName", "Parts", "Row", "layout_fo
 LayoutName = Literal["hf", "meta", "timm"]
 Form = Literal["copied", "joined", "masked", "nested", "folded", "cut", "placed", "twice"]
 
-ZEROS = "?"  # a part that no file holds; its name is ""
+ZEROS = "?"  # a part of zeros that no file stores; its name is ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """How a file holds one of our tensors.
+    """How a file stores one of our tensors.
 
-    "joined": parts end to end along dimension 0; absent ones are zeros.
+    "joined": parts, concatenated along dimension 0; absent parts are zeros.
     "masked": a tensor times a mask that the file may hold beside it.
-    "nested": a copy that has one leading dimension more in the file.
-    "twice": a tensor that the file holds under two names.
-    "folded": a position table without a row for the class token, whose position the file has added to the class token.
-    "cut": a position table with rows for the registers too, which are left out, since they are
-    "placed": registers, plus their rows of the position table, the second name.
+    "nested": the tensor with an additional leading dimension.
+    "twice": the tensor under two names.
+    "folded": positions without the class token's, which the file has added to the class token.
+    "cut": positions including those of the registers, which are dropped here, since they are
+    "placed": registers, plus their rows of the position table (the second name).
     """
 
     form: Form
@@ -53,7 +51,7 @@ def _joined(*names: str) -> Callable[[str], Row]:
 
 
 def _qkv(query: str, key: str, value: str, *, key_bias: str = "") -> dict[str, str | Row]:
-    """Three linears; with `key_bias` "?" that bias may be missing while those of query and value are there."""
+    """Three linears; `key_bias="?"` means that the key's bias may be absent."""
     return {
         "blocks.#.attn.qkv.weight": Row("joined", (f"{query}.weight", f"{key}.weight", f"{value}.weight")),
         "blocks.#.attn.qkv.bias": Row("joined", (f"{query}.bias", f"{key_bias}{key}.bias", f"{value}.bias")),
@@ -62,36 +60,39 @@ def _qkv(query: str, key: str, value: str, *, key_bias: str = "") -> dict[str, s
 
 @dataclass(frozen=True)
 class Parts:
-    """Where one of our tensors lies in a file."""
+    """The place of one of our tensors in a file."""
 
     form: Form
     names: tuple[str, ...]  # in the file
-    optional: frozenset[str]  # those of them that may be absent
+    optional: frozenset[str]  # names that may be absent
 
 
 @dataclass(frozen=True)
 class Layout:
+    """A checkpoint layout."""
+
     name: LayoutName
     family: str  # "dinov3", "dinov2", "dino" or "convnext"
-    has: tuple[str, ...]  # patterns of names that are all there, once wrapper prefixes are gone ...
-    lacks: tuple[str, ...]  # ... and patterns that are not
+    has: tuple[str, ...]  # patterns that all must match a name, without wrapper prefixes ...
+    lacks: tuple[str, ...]  # ... and patterns that must match none
     rows: dict[str, str | Row]
-    unused: Mapping[str, str] = field(default_factory=dict)  # pattern of a name in the file -> why we leave it
-    spellings: tuple[tuple[str, str], ...] = ()  # other ways to write the names on the left: pattern, replacement
+    unused: Mapping[str, str] = field(default_factory=dict)  # pattern of a name in the file -> why it is not loaded
+    spellings: tuple[tuple[str, str], ...] = ()  # other spellings of the names: pattern, replacement
 
     @property
     def label(self) -> str:
+        """Name and family."""
         return f"{self.name} ({self.family})"
 
     def depth(self, names: Iterable[str]) -> int:
-        """How many blocks a file with these names has; of stages the longest counts."""
+        """Number of blocks in a file with these names; of the longest stage for a ConvNeXt."""
         numbered = {row.partition("#")[0] for row in self.rows.values() if isinstance(row, str) and "#" in row}
         before = "|".join(map(re.escape, sorted(numbered)))
         found = (re.match(rf"(?:{before})(\d{{1,3}})\.", name) for name in names)
         return max((int(match[1]) + 1 for match in found if match), default=0)
 
     def parts(self, depth: int) -> dict[str, Parts]:
-        """The table for a network of so many blocks, by our names; a tensor that is not in it has no place here."""
+        """Our tensor names for this depth -> their `Parts`; a tensor that the layout cannot store has no entry."""
         return {
             ours.replace("#", str(number)): _parts(row, str(number))
             for ours, row in self.rows.items()
@@ -278,7 +279,7 @@ TIMM_V1 = Layout("timm", "dino", has=META_V1.has, lacks=META_V1.lacks, rows=META
 
 
 def _convnext(down: str, block: str, parts: tuple[str, ...], stem: str | None = None) -> dict[str, str | Row]:
-    """Rows of the four stages, for whose number an S stands; `down`: where the two modules before a stage are."""
+    """Rows of the four stages; `down` is the name of the two modules before stage S."""
     rows: dict[str, str | Row] = {}
     for stage in "0123":
         before = stem if stem is not None and stage == "0" else down.replace("S", stage)
@@ -315,14 +316,13 @@ TIMM_CONVNEXT = Layout(
     unused={r"head\.fc\..*": "a classifier"},
 )  # fmt: skip
 
-# The first that fits counts.  Meta's and timm's DINO v1 have the same names: only a config or `layout=` can tell.
+# The first match is used.  Meta's and timm's DINO v1 have the same names: only a config or `layout=` can tell.
 LAYOUTS = (
     META_V3, META_V2, META_V1, HF_V3, HF_V2_GATED_LIVE, HF_V2, HF_V1, TIMM_V3, TIMM_V2_REG, TIMM_V2, TIMM_V1,
     META_CONVNEXT, HF_CONVNEXT, TIMM_CONVNEXT,
 )  # fmt: skip
 
-
-# A Backbone's own state_dict, which says nothing of its config: read where the caller gives a name.
+# The state_dict of a Backbone, which does not hold its config: loaded only if the caller names the model.
 _OURS: dict[str, str | Row] = {
     **_PLAIN, **_LS, **{name: name for name in ("register_tokens", "mask_token", "rope_periods", "pos_embed")},
     **_both("blocks.#.mlp.gate_up"), **_both("blocks.#.mlp.down"), **_both("cls_norm"), **_both("local_cls_norm"),
@@ -337,7 +337,7 @@ OURS = tuple(
 
 
 def layout_for(config: Config, name: LayoutName) -> Layout:
-    """The table that writes this architecture in layout `name`."""
+    """The layout `name` for this architecture.  Raises: InputError for an unknown name."""
     if isinstance(config, ConvNeXtConfig):
         family = "convnext"
         for_others: tuple[Layout, ...] = ()

@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint into a model: strict both ways, whatever the layout.
+"""Loads the tensors of a checkpoint into a model; missing and unexpected tensors are errors in every layout.
 
-Reading is driven by the tensors that the model needs, so that a missing one is found by construction; whatever is left
-over in the file and not listed as unused is an error too.
+The model's own list of tensors drives the reading, so that a missing tensor is always found.  Any tensor that is left
+over in the file, and that the layout does not list as unused, is an error too.
 """
 
 import re
@@ -36,12 +36,18 @@ def load_model(
     periods: Periods | None = None,
     keep: bool = False,
 ) -> M:
-    """The model that a checkpoint holds, in eval mode.
+    """Build the model that a checkpoint holds, in eval mode.
 
-    `dtype` is that of the linears and the convolution, everything else is float32; `None` leaves all float32.
-    `keep` takes tensors as they are, dtype and device too.
+    Args:
+        make: Builds the network from its config.
+        found: The description of the checkpoint.
+        dtype: Dtype of the linear layers and the patch convolution (None: float32); everything else is float32.
+        device: Device of the model.
+        periods: RoPE periods, "exact" or rounded to "bfloat16" (default: as stored, else exact).
+        keep: Use the tensors as they are, with their dtype and device.
 
-    Raises: CheckpointError for tensors that are missing, left over, misshapen or not finite where that matters.
+    Raises:
+        CheckpointError: Tensors are missing, left over, of a wrong shape or not finite where that matters.
     """
     stored = found.stored
     with torch.device("meta"):
@@ -54,13 +60,16 @@ def load_model(
 
 
 def _account(model: Network, found: Description) -> dict[str, Parts]:
-    """Where each tensor of the model lies in the file; raises for whatever is missing, left over or misshapen."""
+    """The place of each tensor of the model in the file.
+
+    Raises: CheckpointError for tensors that are missing, left over or of a wrong shape.
+    """
     stored = found.stored
     in_any_block = {_any_block(name) for name in stored.shapes}
     targets = model.state_dict()
     needed = {ours: stored.parts[ours] for ours in targets if ours in stored.parts}
     faults: dict[str, list[str]] = defaultdict(list)
-    known = {*needed, "rope_periods"}  # those can be computed; once, as a file may claim a thousand blocks
+    known = {*needed, "rope_periods"}  # periods can be computed; a set, since a file may claim a thousand blocks
     faults["missing"] = [ours for ours in targets if ours not in known]
     for ours, parts in needed.items():
         absent = [
@@ -95,12 +104,12 @@ def _account(model: Network, found: Description) -> dict[str, Parts]:
 
 
 def _any_block(name: str) -> str:
-    """The name with its block number taken out: what one block has, all have."""
+    """The name with "#" for its block number: all blocks have the same tensors."""
     return re.sub(r"\.\d+\.", ".#.", name, count=1)
 
 
 def _shape(parts: Parts, stored: Stored) -> tuple[int, ...]:
-    """The shape that our tensor gets from its parts in the file; () where they do not go together."""
+    """The shape that the parts in the file give; () if they do not fit each other."""
     first = stored.shapes[parts.names[0]]
     shapes = [stored.shapes.get(name) for name in parts.names]
     if parts.form == "joined":
@@ -127,7 +136,7 @@ def _fill(
     dtype: torch.dtype | None,  # None: as stored
     device: torch.device,
 ) -> None:
-    """Reads what `_account` found."""
+    """Read the tensors that `_account` found into the model."""
     matrices = _matrix_names(model)
     parameters = dict(model.named_parameters())
     state: dict[str, Tensor] = {}
@@ -136,7 +145,7 @@ def _fill(
         want = want or stored.dtypes[parts.names[0]] or torch.float32
         tensor = _read(parts, stored, torch.float32 if ours == "rope_periods" else want, device)
         if ours in parameters:
-            if dtype is None:  # taken as it is, so what is frozen stays frozen; assigning would unfreeze it
+            if dtype is None:  # frozen parameters stay frozen; assigning would unfreeze them
                 parameters[ours].requires_grad_(
                     any(_tensor(stored, name).requires_grad for name in parts.names if name in stored.shapes)
                 )
@@ -148,7 +157,7 @@ def _fill(
 
 
 def _matrix_names(model: Network) -> set[str]:
-    """Parameters that matrix products use: these alone take a lower precision."""
+    """Parameters of matrix products, the only ones that take a lower precision."""
     return {
         f"{name}.{kind}"
         for name, module in model.named_modules()
@@ -158,7 +167,7 @@ def _matrix_names(model: Network) -> set[str]:
 
 
 def _read(parts: Parts, stored: Stored, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One tensor of ours."""
+    """Read one of our tensors from its parts."""
     names = parts.names
     if parts.form == "joined":
         first = stored.shapes[names[0]]
@@ -191,7 +200,7 @@ def _tensor(stored: Stored, name: str, *, copying: bool = False) -> Tensor:
 
 
 def _settle_periods(model: Network, found: Description, periods: Periods | None, device: torch.device) -> None:
-    """RoPE periods: as asked, else as stored in the file or in our block of config.json, else exact."""
+    """Set the RoPE periods: as requested, else as stored in the file or in our block of config.json, else exact."""
     if model.rope_periods is None:
         return
     stated = found.rope_periods
@@ -203,4 +212,4 @@ def _settle_periods(model: Network, found: Description, periods: Periods | None,
     elif model.rope_periods.is_meta:
         model.rope_periods = exact.to(device)
     if not model.rope_periods.is_meta and not ((model.rope_periods > 0) & model.rope_periods.isfinite()).all():
-        raise CheckpointError(f"'{found.path}' holds RoPE periods of 0, below or infinite; download it again")
+        raise CheckpointError(f"'{found.path}' holds RoPE periods that are not positive and finite; download it again")

@@ -1,8 +1,8 @@
-"""What a file of torch.save asks for, looked at before torch does any of it.
+"""Examines a file of torch.save before torch runs any call in it.
 
-With weights_only=True torch runs no code of a file, but it calls a few functions with whatever the file hands them, and
-a kilobyte of such calls can ask for all memory there is.  Here the pickle is gone through with stand-ins for these
-functions, which make nothing: each takes only what torch.save writes for it.  Everything else is refused.
+With weights_only=True torch runs no code of the file, but it calls a few functions with arguments from the file, and a
+kilobyte of such calls can allocate all memory.  This module unpickles the file with stand-ins for these functions,
+which allocate nothing and accept only the arguments that torch.save writes.  All other calls are refused.
 """
 
 import io
@@ -17,20 +17,22 @@ import torch
 
 __all__ = ["NotPlainError", "check_calls"]
 
-MAX_BYTES = 2**23  # of a pickle, which names tensors and does not hold them
+MAX_BYTES = 2**23  # size limit of a pickle, which names tensors but does not hold them
 _LARGE = f"more than {MAX_BYTES >> 20} MiB of them"
-_SAVED_BEFORE = 5  # pickles of a file of before 2020: a number, a version, the system, the object, the keys
-_KEY_DEPTH = 3  # of tuples that are keys, since Python hashes what is in them by recursion
+_SAVED_BEFORE = 5  # pickles in a file of before 2020: magic number, version, system, object, keys
+_KEY_DEPTH = 3  # nesting of tuples in keys, which Python hashes recursively
 
 
 class NotPlainError(pickle.UnpicklingError):
-    """The file holds what is neither a tensor nor a plain value; the message is its name."""
+    """The file holds an object that is neither a tensor nor a plain value; the message names it."""
 
 
 def check_calls(file: Path, zipped: bool) -> None:
-    """Raises NotPlainError, and for what is damaged whatever pickle raises.
+    """Check that loading `file` would make only the calls of torch.save.
 
-    torch.save compresses nothing: a member of a zip that is compressed may unpack to a thousand times its size.
+    torch.save compresses nothing, so compressed members, which may unpack to a thousand times their size, are refused.
+
+    Raises: NotPlainError; for damaged files any exception of pickle.
     """
     size = file.stat().st_size
     if not zipped:
@@ -45,7 +47,7 @@ def check_calls(file: Path, zipped: bool) -> None:
                 raise NotPlainError("a compressed member")
             if member.filename.endswith(".pkl") and member.file_size > MAX_BYTES:
                 raise NotPlainError(_LARGE)
-    with open(file, "rb") as stream:  # by torch's own reader: two readers may see two archives in one file
+    with open(file, "rb") as stream:  # torch's own reader, since two zip readers may see two archives in one file
         content = torch._C.PyTorchFileReader(stream).get_record("data.pkl")
     if len(content) > MAX_BYTES:
         raise NotPlainError(_LARGE)
@@ -53,7 +55,7 @@ def check_calls(file: Path, zipped: bool) -> None:
 
 
 class _Bounded:
-    """A stream that gives MAX_BYTES in all, and never makes room for more than that."""
+    """A stream that reads at most MAX_BYTES in total, and never allocates more."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.left = stream, MAX_BYTES
@@ -71,11 +73,8 @@ class _Bounded:
         return found
 
 
-# --- stand-ins -------------------------------------------------------------------------------------------------------
-
-
 class _Name:
-    """What stands in a file by its name alone: a number format, a class of storages.  It cannot be called."""
+    """An object that a file refers to by name: a dtype, a class of storages.  It cannot be called."""
 
     def __init__(self, name: str = "") -> None:
         self.name = name
@@ -86,12 +85,12 @@ class _Name:
 
 class _Storage:
     def __init__(self, count: int) -> None:
-        self.count = count  # numbers
+        self.count = count  # elements
 
 
 class _Tensor:
     def __init__(self, stored: bool) -> None:
-        self.stored = stored  # whether there is a number for each element, none stretched to many
+        self.stored = stored  # whether each element has its own number in the storage
 
 
 class _Dict(dict[Any, Any]):
@@ -99,7 +98,7 @@ class _Dict(dict[Any, Any]):
 
 
 class _Namespace:
-    """Of argparse: main_dino.py keeps its arguments, plain values."""
+    """An argparse.Namespace, in which main_dino.py keeps its arguments as plain values."""
 
     def __new__(cls, *arguments: object) -> "_Namespace":
         _want(not arguments, "argparse.Namespace")
@@ -116,7 +115,7 @@ def _is_sizes(value: object) -> bool:
 
 
 def _is_key(value: object, depth: int = _KEY_DEPTH) -> bool:
-    """Whether it can be hashed at no cost."""
+    """Whether hashing the value is cheap."""
     if type(value) is tuple:
         return depth > 0 and len(value) < 100 and all(_is_key(one, depth - 1) for one in value)
     return value is None or type(value) in (str, int, float, bool, bytes, complex, _Name)
@@ -131,14 +130,14 @@ def _tensor(storage: object, offset: object, size: object, stride: object, *rest
 
 def _quantised(storage: object, offset: object, size: object, stride: object, *rest: object) -> _Tensor:
     found = _tensor(storage, offset, size, stride, *rest)
-    _want(found.stored, "a stretched tensor")  # torch makes room for its size
+    _want(found.stored, "a stretched tensor")  # torch allocates its full size
     return found
 
 
 def _sparse(layout: object, data: object) -> _Tensor:
     _want(type(layout) is _Name and type(data) is tuple, "a sparse tensor of something else")
     assert isinstance(data, tuple)
-    # torch looks at every index
+    # torch visits every index
     _want(all(one.stored for one in data if isinstance(one, _Tensor)), "a stretched tensor")
     _want(all(isinstance(one, (_Tensor, _Name, bool)) or _is_sizes(one) for one in data), "a sparse tensor")
     return _Tensor(False)
@@ -157,7 +156,7 @@ def _parameter(data: object, *rest: object) -> _Tensor:
 
 def _with_attributes(make: object, kind: object, arguments: object, state: object) -> _Tensor:
     known = make in (_tensor, _quantised, _sparse, _nowhere, _parameter)
-    _want(known and type(kind) is _Name and type(arguments) is tuple, "a tensor of a class of its own")
+    _want(known and type(kind) is _Name and type(arguments) is tuple, "a tensor of another class")
     assert callable(make) and isinstance(arguments, tuple)
     found = make(*arguments)
     assert isinstance(found, _Tensor)
@@ -193,7 +192,7 @@ _CALLS: dict[str, Callable[..., object]] = {
 
 
 class _Reader(pickle._Unpickler):
-    """Goes through a pickle with the stand-ins.  The one in C would give a memo of any length the room that it asks."""
+    """Unpickles with the stand-ins.  The C unpickler would allocate a memo of any requested length."""
 
     stack: list[Any]
     append: Callable[[Any], None]
@@ -203,8 +202,8 @@ class _Reader(pickle._Unpickler):
     def __init__(self, stream: _Bounded, size: int) -> None:
         super().__init__(stream)
         self.size = size  # bytes of the whole file
-        self.copied = 0  # characters and items that calls have been given
-        self.storages, self.stored = dict[str, _Storage](), 0  # by key, and the numbers in all of them
+        self.copied = 0  # characters and items passed to calls
+        self.storages, self.stored = dict[str, _Storage](), 0  # by key; elements in all of them
         self.calls = _CALLS | {
             "_codecs.encode": self._encoded,
             "builtins.set": self._set,
@@ -214,6 +213,7 @@ class _Reader(pickle._Unpickler):
         }
 
     def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for a global of the file.  Raises: NotPlainError for globals that torch.save does not write."""
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if full in self.calls:
             return self.calls[full]
@@ -226,23 +226,26 @@ class _Reader(pickle._Unpickler):
         raise NotPlainError(full)
 
     def persistent_load(self, pid: Any) -> _Storage:
+        """The stand-in for a storage.
+
+        Raises: NotPlainError for a malformed id, EOFError if the storages claim more than the file holds.
+        """
         right = type(pid) is tuple and len(pid) in (5, 6) and pid[0] == "storage" and type(pid[1]) is _Name
         _want(right and type(pid[2]) is str and type(pid[4]) is int, "a storage of something else")
         if pid[2] not in self.storages:
             self.storages[pid[2]] = _Storage(pid[4])
             self.stored += pid[4]
         _want(pid[4] >= 0, "a storage of something else")
-        if self.stored > self.size:  # cut short, or a claim
+        if self.stored > self.size:  # truncated, or a false claim
             raise EOFError
         return self.storages[pid[2]]
 
-    # what copies its argument: of all arguments together no more than the file holds
-
+    # calls that copy their argument: all arguments together may not exceed the size of the file
     def _copied(self, count: int) -> None:
         self.copied += count
-        _want(self.copied <= self.size, "more than is in the file")
+        _want(self.copied <= self.size, "more than the file holds")
 
-    def _encoded(self, text: object, encoding: object) -> bytes:  # bytes, as the second protocol writes them
+    def _encoded(self, text: object, encoding: object) -> bytes:  # bytes in pickle protocol 2
         _want(type(text) is str and encoding == "latin1", "_codecs.encode")
         assert isinstance(text, str)
         self._copied(len(text))
@@ -276,8 +279,7 @@ class _Reader(pickle._Unpickler):
         _want(len(parts) == 2 and all(type(part) is float for part in parts), "a complex number of something else")
         return 0j
 
-    # keys are hashed, and bytes are made before they are read
-
+    # opcodes that hash keys or allocate before they read
     def _put(self, items: list[Any], into: Any) -> None:
         _want(isinstance(into, dict), f"items of a {type(into).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):

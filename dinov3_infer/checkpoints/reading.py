@@ -1,4 +1,4 @@
-"""Opening weights files: what they are, told by content, and their tensors one at a time, mapped where that works."""
+"""Opens weights files: finds out their kind from the content, and reads their tensors one at a time."""
 
 import argparse
 import json
@@ -23,24 +23,29 @@ __all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "holds_weights", "ki
 
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-_OF_RUN = "backbone"  # folder of the weights in the folder of a training run
-METADATA = "dinov3_infer"  # in the header of a safetensors file: what config.json would say
+_OF_RUN = "backbone"  # folder of the weights inside the folder of a training run
+METADATA = "dinov3_infer"  # entry in the header of a safetensors file that replaces config.json
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _NAMES = (WEIGHTS, PICKLED, "open_clip_model.safetensors")
-MAX_JSON = 2**22  # bytes of a config, an index, a header: fifty times those of the largest model here
+MAX_JSON = 2**22  # bytes of a config, an index or a header: fifty times those of the largest model
 
-# what weights are, as safetensors names it
+# floating point dtypes by their names in safetensors
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class TensorSource(Protocol):
-    """Named tensors of which only those asked for are read."""
+    """Named tensors that are read one at a time."""
 
     shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype | None]  # None: of integers, quantised, sparse, or less stored than the shape says
+    dtypes: dict[
+        str, torch.dtype | None
+    ]  # None: integers, quantised, sparse, or fewer elements stored than the shape has
 
     def read(self, name: str, *, copying: bool = False) -> Tensor:
-        """A tensor, mapped where the file allows it.  `copying`: the caller copies it at once, so no page is kept."""
+        """Read one tensor, of shape `shapes[name]`, memory-mapped if the file allows it.
+
+        `copying`: the caller copies the tensor at once, so that no page of the file stays in memory.
+        """
         ...
 
 
@@ -53,11 +58,15 @@ class TensorsInMemory:
         self.dtypes = {n: t.dtype if t.dtype in _DTYPES.values() else None for n, t in tensors.items()}
 
     def read(self, name: str, *, copying: bool = False) -> Tensor:
+        """The tensor, of shape `shapes[name]`; not a copy."""
         return self._tensors[name]
 
 
 class SafetensorsFiles:
-    """One safetensors file, or the shards of one model."""
+    """One safetensors file, or the shards of one model.
+
+    Raises: CheckpointError if a file is damaged or two files hold the same tensor.
+    """
 
     def __init__(self, paths: list[Path]) -> None:
         self._handles: dict[Path, Any] = {}
@@ -70,55 +79,57 @@ class SafetensorsFiles:
                 length = int.from_bytes(stream.read(8), "little")
             if length > MAX_JSON:
                 raise CheckpointError(
-                    f"'{path}' should begin with a header of {length:,} bytes, which no model has; download it again"
+                    f"'{path}' claims a header of {length:,} bytes, more than any model has; download it again"
                 )
             try:
                 self._handles[path] = handle = safe_open(path, framework="pt")
-                self.metadata = (handle.metadata() or {}).get(METADATA, "")  # of what `save_pretrained` wrote
+                self.metadata = (handle.metadata() or {}).get(METADATA, "")  # written by `save_pretrained`
                 for name in handle.keys():  # noqa: SIM118  (a handle is no mapping)
                     if name in self.shapes:
                         raise CheckpointError(
-                            f"'{path}' and '{self._path_of[name]}' hold '{name}'; these shards do not belong together"
+                            f"'{path}' and '{self._path_of[name]}' hold '{name}', so these shards do not belong "
+                            "together; download them again"
                         )
                     self._path_of[name] = path
                     view = handle.get_slice(name)
                     self.shapes[name] = tuple(view.get_shape())
                     self.dtypes[name] = _DTYPES.get(view.get_dtype())
-            except (SafetensorError, OSError, RuntimeError) as error:  # Runtime: what cannot be mapped
-                raise CheckpointError(
-                    f"'{path}' is not a whole safetensors file ({error}); download it again"
-                ) from None
+            except (SafetensorError, OSError, RuntimeError) as error:  # Runtime: cannot be mapped
+                raise CheckpointError(f"'{path}' is a damaged safetensors file ({error}); download it again") from None
 
     def read(self, name: str, *, copying: bool = False) -> Tensor:
+        """The tensor, of shape `shapes[name]`."""
         path = self._path_of[name]
         if not copying:
             return self._handles[path].get_tensor(name)  # type: ignore[no-any-return]
-        with safe_open(path, framework="pt") as once:  # its pages go when the tensor goes
+        with safe_open(path, framework="pt") as once:  # its pages are freed with the tensor
             return once.get_tensor(name)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors, the path that they came from, and what lies beside them."""
+    """Tensors, their path, and the configs beside them."""
 
     path: str
     tensors: TensorSource
     config: Mapping[str, Any] = field(default_factory=dict)  # config.json
     processor: Mapping[str, Any] = field(default_factory=dict)  # preprocessor_config.json
-    layout: LayoutName | None = None  # where whoever opened it knows whose names these are
-    known: Mapping[str, Any] = field(default_factory=dict)  # fields of a ViTConfig, known better than from config.json
+    layout: LayoutName | None = None  # the layout, if known
+    known: Mapping[str, Any] = field(default_factory=dict)  # fields of a ViTConfig that override config.json
 
     @property
     def repository(self) -> str:
-        """The hub id of what lies in the hub's cache; "" for anything else."""
+        """The hub id of a checkpoint in the hub's cache; "" for others."""
         found = re.search(r"models--([^/]+?)--([^/]+)/snapshots(/|$)", Path(self.path).as_posix())
         return f"{found[1]}/{found[2]}" if found else ""
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """A directory (Hugging Face, timm), a shard index, a safetensors file or a file of torch.save.
+    """Open a folder (Hugging Face, timm), a shard index, a safetensors file or a file of torch.save.
 
-    Raises: MissingFileError; CheckpointError for anything that is not a checkpoint, said by what it is instead.
+    Raises:
+        MissingFileError: There is nothing at the path.
+        CheckpointError: The file is no checkpoint; the message says what it is.
     """
     try:
         return _open(Path(path))
@@ -132,14 +143,17 @@ def _open(path: Path) -> Checkpoint:
     path = Path(os.path.expanduser(path))
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # ValueError: a name that no file can have
+    except (OSError, ValueError):  # ValueError: an impossible file name
         raise MissingFileError(
             f"no weights at '{path.absolute()}'; check the path, or give a name of list_models()"
         ) from None
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         raise CheckpointError(f"'{path}' is a pipe or a device; give a file or a folder")
     file = _file_in(path) if stat.S_ISDIR(mode) else path
-    described = file is not path or file.name in (*_NAMES, INDEX)  # a file of any other name may lie in any company
+    described = file is not path or file.name in (
+        *_NAMES,
+        INDEX,
+    )  # the configs beside a file of another name may belong to another model
     beside = (file.parent / CONFIG, file.parent / PROCESSOR)
     config, processor = (_read_json(p) if described and p.is_file() else {} for p in beside)
     tensors = _open_tensors(file)
@@ -149,7 +163,7 @@ def _open(path: Path) -> Checkpoint:
 
 
 def holds_weights(path: Path) -> bool:
-    """Whether a file or folder is meant as a checkpoint, whole or not; True where that cannot be looked at."""
+    """Whether a file or folder is meant as a checkpoint, even a damaged one; True if it cannot be read."""
     try:
         if path.is_dir():
             return any(p.name in (INDEX, ".metadata") or p.suffix in SUFFIXES for p in path.iterdir())
@@ -174,7 +188,7 @@ def _file_in(folder: Path) -> Path:
             return folder / name
     if (folder / ".metadata").is_file():
         raise CheckpointError(
-            f"'{folder}' is a sharded training checkpoint; make one file of it with dcp_to_torch_save of "
+            f"'{folder}' is a sharded training checkpoint; convert it to one file with dcp_to_torch_save of "
             "torch.distributed.checkpoint.format_utils"
         )
     if (folder / _OF_RUN).is_dir():
@@ -189,15 +203,16 @@ def _file_in(folder: Path) -> Path:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Which shard holds which tensor; all shards lie in the folder of their index."""
+    """Read an index: tensor name -> file name of its shard, in the folder of the index.
+
+    Raises: CheckpointError if the index is malformed, or names a file of another folder or format.
+    """
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
         raise CheckpointError(f"'{index}' is no index of shards: it has no weight_map; download it again")
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
-            raise CheckpointError(
-                f"'{index}' names the shard '{name}', which lies outside its folder; this file is not to be trusted"
-            )
+            raise CheckpointError(f"'{index}' names the shard '{name}' outside its folder; do not trust this file")
         if not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"'{index}' names the shard '{name}', which is no safetensors file; save the model in that format"
@@ -224,7 +239,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     with open(path, "rb") as stream:
         text = stream.read(MAX_JSON + 1)
     if len(text) > MAX_JSON:
-        raise CheckpointError(f"'{path}' is longer than what such a file holds, {MAX_JSON:,} bytes; download it again")
+        raise CheckpointError(
+            f"'{path}' is longer than {MAX_JSON:,} bytes, too long for such a file; download it again"
+        )
     return _parsed(text, f"'{path}'")
 
 
@@ -234,22 +251,25 @@ def _parsed(text: bytes | str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not valid JSON ({error}); download it again") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{where} should hold a JSON object, holds a {type(content).__name__}; download it again")
+        raise CheckpointError(f"{where} holds a JSON {type(content).__name__}, no object; download it again")
     return content
 
 
 def _kind_of(file: Path) -> str:
-    """Looks at the first bytes, since what a loader says of a wrong file is no help."""
+    """Look at the first bytes, since a loader's message about a wrong file does not help."""
     with open(file, "rb") as stream:
         return kind_of(stream.read(64), file.stat().st_size, str(file))
 
 
 def kind_of(head: bytes, size: int, shown: str) -> str:
-    """safetensors, zip or pickle, by the first 64 bytes.  Raises: CheckpointError for anything else."""
+    """Kind of a file by its first 64 bytes: "safetensors", "zip" or "pickle".
+
+    Raises: CheckpointError for other files; the message says what the file is.
+    """
     if head.startswith(b"PK\x03\x04"):
         return "zip"
     if len(head) > 9 and head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= size - 8:
-        return "safetensors"  # before pickles: a header of 640 bytes begins like one
+        return "safetensors"  # before pickles, since a header of 640 bytes begins like a pickle
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return "pickle"
     text = head.decode("ascii", "replace").strip()
@@ -265,27 +285,27 @@ def kind_of(head: bytes, size: int, shown: str) -> str:
 
 
 def _read_torch(file: Path, zipped: bool) -> TensorsInMemory:
-    """Every tensor of a file of torch.save under its dotted name, so that nested checkpoints look like flat ones."""
+    """Read a file of torch.save; each tensor gets its dotted name, so that nested checkpoints look like flat ones."""
     try:
         check_calls(file, zipped)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # main_dino.py keeps its arguments, plain values
+        with torch.serialization.safe_globals([argparse.Namespace]):  # main_dino.py stores its arguments
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
     except pickle.UnpicklingError as error:
         named = f" ({error})" if isinstance(error, NotPlainError) else ""
         raise CheckpointError(
-            f"'{file}' holds Python objects besides tensors{named}, which could run code or take all memory "
-            "when loaded; save its state dict alone, with torch.save(model.state_dict(), ...)"
+            f"'{file}' holds Python objects besides tensors{named}, which could run code or use up memory "
+            "when loaded; save only its state dict, with torch.save(model.state_dict(), ...)"
         ) from None
-    except Exception as error:  # of a damaged one torch raises anything
+    except Exception as error:  # torch raises any exception for damaged files
         raise CheckpointError(
             f"'{file}' is a damaged file of torch.save ({type(error).__name__}); download it again"
         ) from None
     tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()  # a dictionary may hold itself
+    seen: set[int] = set()  # a dictionary may contain itself
 
     def flatten(value: Any, prefix: str, depth: int) -> None:
         if isinstance(value, Tensor):
-            tensors[prefix] = torch.detach(value)  # without attributes that the file may have given it
+            tensors[prefix] = torch.detach(value)  # drops attributes set by the file
         elif isinstance(value, dict) and id(value) not in seen and depth < 8:
             seen.add(id(value))
             for key, inner in dict.items(value):
@@ -299,6 +319,6 @@ def _read_torch(file: Path, zipped: bool) -> TensorsInMemory:
 
 
 def _is_stored(tensor: Tensor) -> bool:
-    """Whether every element lies in memory: neither sparse, nor on no device, nor one number stretched to many."""
+    """Whether every element is in memory: not sparse, not on "meta", not repeated by a stride of 0."""
     dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
     return dense and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

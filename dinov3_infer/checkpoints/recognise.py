@@ -1,4 +1,4 @@
-"""Which backbone a file holds, told by the names of its tensors: where it lies, and in which layout."""
+"""Recognises the backbone in a file by its tensor names: its prefix and its layout."""
 
 import logging
 import re
@@ -15,14 +15,14 @@ __all__ = ["HF_EPS", "Stored", "layout_hint", "normalise", "recognise", "some"]
 
 log = logging.getLogger("dinov3_infer")
 
-# transformers' model types, and the epsilon that their config classes have where a config.json is silent
+# transformers' model types, and the default epsilon of their config classes
 HF_EPS = {"dinov3_vit": 1e-5, "dinov2": 1e-6, "dinov2_with_registers": 1e-6, "vit": 1e-12, "dinov3_convnext": 1e-6}
 _REFUSED = {
-    "convnext": "a ConvNeXt of transformers' supervised kind; DINOv3's have model_type dinov3_convnext",
-    "convnextv2": "a ConvNeXt of the second version, which has another normalisation in its blocks",
+    "convnext": "a supervised ConvNeXt of transformers; DINOv3's have model_type dinov3_convnext",
+    "convnextv2": "a ConvNeXt V2, which has another normalisation in its blocks",
 }
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-# what a training run keeps beside its teacher, and a classifier or pooler on top
+# other parts of a training checkpoint, and classifiers or poolers
 _OF_TRAINING = re.compile(
     r"((model|module)\.)*(student|teacher|ema|gram|head|dino_|ibot_|optimizer|classifier|pooler)\w*(\.|$)"
 )
@@ -34,10 +34,10 @@ _ANCHORS = re.compile(
 
 
 class Stored:
-    """One backbone inside a file: its layout, the shapes of its tensors, and where each of ours lies among them."""
+    """One backbone inside a file: its layout, the shapes of its tensors, and the place of each of ours."""
 
     def __init__(self, layout: Layout, tensors: TensorSource, names: Mapping[str, str]) -> None:
-        """`names`: in the layout -> in the file."""
+        """`names`: name in the layout -> name in the file."""
         self.layout, self.tensors, self.names = layout, tensors, names
         self.shapes = {name: tensors.shapes[original] for name, original in names.items()}
         self.dtypes = {name: tensors.dtypes[original] for name, original in names.items()}
@@ -46,11 +46,18 @@ class Stored:
 
 
 def recognise(checkpoint: Checkpoint, layout: LayoutName | None = None, named: bool = False) -> Stored:
-    """The backbone in a file: by its names, else by its config, else Meta's, said in one line.
+    """Recognise the backbone in a file.
 
-    `named`: the caller says which model it is, so the state_dict of a Backbone will do.
+    Where two layouts have the same names, config.json decides, else Meta's layout is used with a warning.
 
-    Raises: CheckpointError for names of no known layout or of two backbones, UnsupportedError for other networks.
+    Args:
+        checkpoint: The file.
+        layout: The layout, if the caller states it.
+        named: The caller names the model, so the state_dict of a Backbone is enough.
+
+    Raises:
+        CheckpointError: The names fit no known layout, or there are two backbones.
+        UnsupportedError: The network is not supported.
     """
     _refuse_adapters(checkpoint)
     _refuse_windows(checkpoint.config)
@@ -69,11 +76,11 @@ def recognise(checkpoint: Checkpoint, layout: LayoutName | None = None, named: b
     if own and not named or not candidates:
         if own:
             raise CheckpointError(
-                f"'{checkpoint.path}' is the state_dict of a Backbone, without its config; "
-                "give the name of the model too, as from_pretrained(name, weights=...), or save it with save_pretrained"
+                f"'{checkpoint.path}' is the state_dict of a Backbone without its config; "
+                "give the model's name too, as from_pretrained(name, weights=...), or save it with save_pretrained"
             )
         kinds = "layout" if layout is None else f"layout {layout!r}"
-        raise CheckpointError(f"the names in '{checkpoint.path}' are those of no known {kinds}: {some(group)}")
+        raise CheckpointError(f"the names in '{checkpoint.path}' fit no known {kinds}: {some(group)}")
     chosen = candidates[0]
     others = " or ".join(sorted({repr(c.name) for c in candidates} - {repr(chosen.name)}))
     if others:
@@ -81,7 +88,7 @@ def recognise(checkpoint: Checkpoint, layout: LayoutName | None = None, named: b
         chosen = next((c for c in candidates if c.name == hint), chosen)
         if chosen.name != hint:
             log.warning(
-                "%s: %s and %s use the same names here; taken as %r, pass layout=%s to resize positions by its rule",
+                "%s: %s and %s use the same names; read as %r, pass layout=%s to resize positions by its rule",
                 checkpoint.path, chosen.name, others, chosen.name, others,
             )  # fmt: skip
     if prefix:
@@ -89,14 +96,14 @@ def recognise(checkpoint: Checkpoint, layout: LayoutName | None = None, named: b
         larger = [name for name in left if not _OF_TRAINING.match(name)]
         log.log(
             logging.WARNING if larger else logging.INFO,
-            "%s: took the %d tensors under '%s', left %d others aside%s",
+            "%s: read the %d tensors under '%s', ignored %d others%s",
             checkpoint.path, len(group), prefix, len(left),
-            f"; they are of a larger model ({some(sorted(larger), 3)}), and what that does besides is not done here"
+            f"; they belong to a larger model ({some(sorted(larger), 3)}), of which only the backbone is used"
             if larger else "",
         )  # fmt: skip
-    if "fc_norm.weight" in group and "norm.weight" not in group:  # of timm's models that pool before their norm
+    if "fc_norm.weight" in group and "norm.weight" not in group:  # timm models that pool before their norm
         log.warning(
-            "%s: its norm follows the mean of the patches; here every token gets it, so a mean differs from timm's",
+            "%s: timm applies its norm after the mean of the patches, this package to every token, so means differ",
             checkpoint.path,
         )
         group = {re.sub(r"^fc_norm\.", "norm.", name): original for name, original in group.items()}
@@ -123,14 +130,14 @@ def _refuse_adapters(checkpoint: Checkpoint) -> None:
 
 
 def normalise(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Groups the names of a file by backbone: prefix -> {name without wrappers and prefix: name in the file}.
+    """Group the names in a file by backbone: prefix -> {name without wrappers and prefix: name in the file}.
 
-    Where a backbone begins is told by its patch embedding, or by the first convolution of its first stage.  Names under
-    no such prefix are in no group.
+    A prefix is found by the patch embedding, or by the first convolution of the first stage.  Names under no prefix are
+    in no group.
     """
     clean = {_WRAPPERS.sub("", name): name for name in names}
     prefixes = {match[1] for name in clean if (match := _ANCHORS.match(name))}
-    ordered = sorted(clean)  # those of a prefix lie together, so that thousands of prefixes take no longer than one
+    ordered = sorted(clean)  # sorted names of a prefix are adjacent, so that thousands of prefixes stay fast
 
     def under(prefix: str) -> list[str]:
         start = bisect_left(ordered, prefix)
@@ -140,13 +147,13 @@ def normalise(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def _refuse_windows(config: Mapping[str, Any]) -> None:
-    """Raises UnsupportedError for a config, at any depth, of a backbone whose attention stays inside windows."""
+    """Raises UnsupportedError if a config, at any depth, states attention inside windows."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             _refuse_windows(value)
         elif re.fullmatch("num_windows|window_size|window_block_indexes|window_block_indices", str(name)) and value:
             raise UnsupportedError(
-                f"config.json states {name}: its attention stays inside windows, and that is not here"
+                f"config.json states {name}: windowed attention is not supported; use the library of this model"
             )
 
 
@@ -156,13 +163,13 @@ def _choose_prefix(checkpoint: Checkpoint, prefixes: list[str]) -> str:
     if len(chosen) != 1:
         raise CheckpointError(
             f"'{checkpoint.path}' holds {len(prefixes)} backbones, under {', '.join(map(repr, prefixes))}; "
-            "save the one you want on its own"
+            "save the one you want in a separate file"
         )
     return chosen[0]
 
 
 def _layouts_of(names: Collection[str], layout: LayoutName | None, known: tuple[Layout, ...] = LAYOUTS) -> list[Layout]:
-    """The layouts that these names (without prefix) can be, of the kind `layout` if given."""
+    """The layouts that fit these names (without prefix), only those named `layout` if it is given."""
 
     def any_matches(pattern: str) -> bool:
         return any(re.fullmatch(pattern, name) for name in names)
@@ -177,7 +184,7 @@ def _layouts_of(names: Collection[str], layout: LayoutName | None, known: tuple[
 
 
 def layout_hint(config: Mapping[str, Any]) -> LayoutName | None:
-    """Whose config.json this is: "hf", "timm" or None.  Raises UnsupportedError for models that are not here."""
+    """The library of a config.json: "hf", "timm" or None.  Raises UnsupportedError for unsupported models."""
     kind = str(config.get("model_type"))
     if kind in _REFUSED:
         raise UnsupportedError(f"this checkpoint is {_REFUSED[kind]}")
@@ -187,7 +194,7 @@ def layout_hint(config: Mapping[str, Any]) -> LayoutName | None:
 
 
 def some(names: Iterable[str], most: int = 8) -> str:
-    """The first names of many, for an error."""
+    """The first names of many, for a message."""
     listed = list(names)
     return ", ".join(listed[:most]) + (f", ... ({len(listed) - most} more)" if len(listed) > most else "")
 
@@ -197,7 +204,7 @@ def _what_is_there(tensors: TensorSource) -> str:
     found = (
         (
             r"dwconv|conv_dw|depthwise_conv",
-            f"it may be a ConvNeXt, and its first block is not there ({some(names, 3)})",
+            f"it may be a ConvNeXt without its first block ({some(names, 3)})",
         ),
         (r"head|decoder|classifier", f"it looks like a head without its backbone ({some(names, 3)})"),
         (r"", f"no patch embedding among its {len(names)} tensors ({some(names, 3)})"),

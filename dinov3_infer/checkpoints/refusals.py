@@ -1,6 +1,6 @@
-"""Models near DINO that are something else: refused by name, with the reason, before anything is computed.
+"""Refuses models that resemble DINO but differ, by name and with the reason, before anything is computed.
 
-Sources: transformers 5.24 and timm 1.0.31, where these models are, and the cards of those that are in neither.
+Sources: transformers 5.24 and timm 1.0.31, and the model cards of models that are in neither.
 """
 
 import re
@@ -14,7 +14,7 @@ __all__ = ["refuse_config", "refuse_id", "refuse_tensors"]
 
 class _Neighbour(NamedTuple):
     name: str
-    ids: str  # pattern in a hub id, a name of timm or the model type of a config.json, all in lower case
+    ids: str  # pattern of a hub id, a timm name or the model type of a config.json, in lower case
     why: str
 
 
@@ -36,7 +36,7 @@ _NEIGHBOURS = (
     _Neighbour("EoMT", r"(\b|_)eomt", "it is a segmenter whose queries run through its last blocks"),
 )  # fmt: skip
 
-# names of tensors that no network here has, or has one of, and what they mean
+# patterns of tensor names that no supported network has, and what they mean
 _SIGNS = (
     (r"(^|\.)([qk]_norm|query_norm|key_norm|[qk]_layernorm|layernorm_[qk])\.", "it normalises queries and keys"),
     (r"(^|\.)(norm_pre|ln_pre|pre_layrnorm)\.", "it has a norm before its blocks"),
@@ -47,19 +47,19 @@ _SIGNS = (
     (r"relative_position_bias|rel_pos", "its attention has relative positions"),
     (r"(^|\.)(inner_attn_ln|ffn_ln|mlp\.norm|attn\.norm)\.", "it has norms inside its attention or its MLP"),
 )
-_ENDS = "and that is not here; load it with the library that its card names"
+_ENDS = "which is not supported; load it with the library that its model card names"
 
 
 def refuse_id(name: str) -> None:
-    """Raises UnsupportedError for a hub id, or a name of timm, of a model that is known to be another.
+    """Raises UnsupportedError for a hub id or timm name of a model that is known to differ.
 
-    Of a name that also speaks of DINO only the detector and the segmenter: what the others do with it nobody knows.
+    If the name also contains DINO, only the detector and the segmenter are refused, since the others are then unknown.
     """
     _refuse(name, name)
 
 
 def refuse_config(config: Mapping[str, Any], path: str) -> None:
-    """Raises UnsupportedError for a config.json, of transformers or timm, of a model that is known to be another."""
+    """Raises UnsupportedError for a config.json of transformers or timm of a model that is known to differ."""
     timm = config.get("pretrained_cfg")
     stated = [config.get("model_type"), config.get("architecture"), isinstance(timm, dict) and timm.get("architecture")]
     for text in stated:
@@ -68,7 +68,7 @@ def refuse_config(config: Mapping[str, Any], path: str) -> None:
 
 
 def refuse_tensors(names: Collection[str], class_token: tuple[int, ...] | None, path: str) -> None:
-    """Raises UnsupportedError for what the names in a backbone, or its class token, show to be another network."""
+    """Raises UnsupportedError if tensor names, or the shape of the class token, show another network."""
     for pattern, why in _SIGNS:
         found = next((name for name in names if re.search(pattern, name)), None)
         if found is not None:

@@ -1,4 +1,4 @@
-"""Writing checkpoints: the key tables read backwards."""
+"""Writes checkpoints: the layout tables read backwards."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ from .layouts import Layout, LayoutName, Parts, layout_for
 from .reading import INDEX, METADATA, WEIGHTS, read_index
 from .transforms import transform_of
 
-__all__ = ["restore", "save_checkpoint"]
+__all__ = ["our_block", "restore", "save_checkpoint", "write_folder"]
 
 _WITH_LOCAL_NORM = ("dinov3_vit7b16", "dinov3_vit7b16_sat493m", "dinov3_vitl16_sat493m")  # dinov3 at 6876159
 
@@ -44,9 +44,18 @@ log = logging.getLogger("dinov3_infer")
 def restore(
     state: Mapping[str, Tensor], config: Config, layout: Layout, with_bias: bool = True
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Our tensors under a layout's names, and what the layout has no place for, in words.
+    """Rename our tensors to a layout's names.
 
-    Raises: UnsupportedError where leaving something out would change the features.
+    Args:
+        state: Our names and tensors, of the shapes in the model.
+        config: The config of the model.
+        layout: The layout.
+        with_bias: Write the qkv biases of timm's DINOv3.
+
+    Returns: The layout's names and tensors, and a sentence for each tensor that the layout cannot store.
+
+    Raises:
+        UnsupportedError: Leaving a tensor out would change the features.
     """
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
@@ -64,7 +73,9 @@ def restore(
             tensors["cls_token"] = state["cls_token"] + tensor[:, :1]
             tensors[parts.names[0]] = tensor[:, 1:]
             if tensor[:, 0].any():
-                notes.append("timm adds the position of the class token to the class token, and the two stay one")
+                notes.append(
+                    "timm adds the position of the class token to the token, so they cannot be separated again"
+                )
         else:
             tensors.update(_write(parts, ours, tensor, config))
     if layout is layouts.HF_V3 and "register_tokens" not in state:
@@ -75,7 +86,7 @@ def restore(
 
 
 def _write(parts: Parts, ours: str, tensor: Tensor, config: Config) -> dict[str, Tensor]:
-    """One tensor of ours under the layout's names."""
+    """One of our tensors under the layout's names."""
     names = parts.names
     masked_key = ours.endswith("attn.qkv.bias") and isinstance(config, ViTConfig) and not config.key_bias
     if parts.form == "masked":
@@ -85,7 +96,7 @@ def _write(parts: Parts, ours: str, tensor: Tensor, config: Config) -> dict[str,
     if parts.form == "joined":
         if not masked_key and "" in names:  # zeros, see `layouts.ZEROS`
             raise UnsupportedError(
-                "timm's DINOv3 has no bias for the keys and this model has one; write the 'hf' or 'meta' layout"
+                "timm's DINOv3 has no bias for the keys, but this model has one; write the 'hf' or 'meta' layout"
             )
         chunks = zip(names, tensor.chunk(len(names)), strict=True)
         return {name: chunk for name, chunk in chunks if not masked_key or name not in parts.optional}
@@ -95,14 +106,14 @@ def _write(parts: Parts, ours: str, tensor: Tensor, config: Config) -> dict[str,
 
 
 def _note_of_loss(ours: str, layout: Layout, tensor: Tensor, config: Config) -> str:
-    """What it means that a layout has no place for a tensor; "" for nothing."""
+    """A sentence about a tensor that a layout cannot store; "" if nothing is lost."""
     if ours == "rope_periods":
         if _are_exact(tensor, config):
             return ""
         reader = "transformers" if layout.name == "hf" else "timm"
-        return f"the {layout.name} layout holds no RoPE periods, so {reader} will use exact ones"
+        return f"the {layout.name} layout stores no RoPE periods, so {reader} will use exact ones"
     if "lora_" in ours or "base_layer" in ours:
-        raise UnsupportedError(f"an adapter is injected and not merged ({ours}); merge it into the weights first")
+        raise UnsupportedError(f"the model has an adapter that is not merged ({ours}); merge it into the weights first")
     if ours == "mask_token" or ours.startswith("local_cls_norm"):
         return f"the {layout.name} layout has no place for {ours.split('.')[0]}, which only training uses"
     other = "another layout" if layout.name == "meta" else "the 'meta' layout"
@@ -116,17 +127,34 @@ def save_checkpoint(
     info: ModelInfo | None,
     preprocess: Preprocess,
 ) -> Path:
-    """Writes a layout: a directory for "hf" and "timm", a `.pth` or `.safetensors` file for "meta".
+    """Write a model: a folder for "hf" and "timm", a `.pth` or `.safetensors` file for "meta".
 
-    What the layout cannot hold is said in one line each.  A file appears whole or not at all, also over the file that
-    the model was loaded from.
+    Each loss of a layout is logged as a warning.  Files are written atomically, even over the file that the model was
+    loaded from.
+
+    Args:
+        model: The network.
+        target: The folder or file.
+        layout: "hf", "meta" or "timm".
+        info: The model of the zoo, for its name and licence.
+        preprocess: The transform.
+
+    Returns: The path.
+
+    Raises:
+        InputError: `target` is a file where the layout needs a folder, or the reverse, or has a wrong suffix.
+        UnsupportedError: The layout cannot store this model.
+        DiskError: The disk refuses the file.
+
+    Example:
+        >>> save_checkpoint(bb, "folder", "hf", bb.info, bb.preprocess)
     """
     target = Path(target).expanduser()
     table = layout_for(model.config, layout)
-    if info is not None and not same_architecture(info.config, model.config):  # blocks were taken out, or added
+    if info is not None and not same_architecture(info.config, model.config):  # blocks were removed or added
         info = None
     if layout == "meta" and target.suffix not in (".pth", ".safetensors"):
-        raise InputError(f"Meta's layout is one file; '{target}' should end in .pth or .safetensors")
+        raise InputError(f"the meta layout is one file; '{target}' should end in .pth or .safetensors")
     if target.is_dir() if layout == "meta" else target.is_file():
         kinds = ("one file", "a folder") if layout == "meta" else ("a folder", "a file")
         raise InputError(f"the {layout} layout is {kinds[0]}, and '{target}' is {kinds[1]}; give another path")
@@ -136,7 +164,7 @@ def save_checkpoint(
         name.endswith("qkv.bias") and bool(tensor.any()) for name, tensor in state.items()
     )
     files: dict[str, Any] = {}
-    block = _our_block(model, info, preprocess)
+    block = our_block(model, info, preprocess)
     if layout == "hf":
         dtype = str(model.main_weight.dtype).removeprefix("torch.")
         files["config.json"] = hf_config(model.config) | {"dtype": dtype, "dinov3_infer": block}
@@ -149,33 +177,45 @@ def save_checkpoint(
     tensors, notes = restore(state, model.config, table, with_bias)
     is_vit = isinstance(model.config, ViTConfig)
     if layout == "meta" and is_vit and (made := _complete(tensors, model.config, table, info)):
-        notes.append(f"made up, since Meta's strict loaders ask for it and no feature needs it: {', '.join(made)}")
+        notes.append(f"added {', '.join(made)}, which Meta's strict loaders need and no feature uses")
     if target.suffix == ".pth" and (info is not None or preprocess != transform_of(model.config, info)):
-        notes.append("a .pth holds no name, no transform, no mean and std; a .safetensors file does")
+        notes.append("a .pth file stores no name and no transform; a .safetensors file does")
     if layout != "meta" and not is_default(preprocess, info) and (what := not_held(preprocess, layout)):
         notes.append(
-            f"{layout} has no {what}, so its readers prepare images in the family's way; this package does not"
+            f"{layout} cannot store {what}, so its readers use the family's default transform; this package does not"
         )
     for note in notes + reading_differs(model.config, table):
         log.warning("%s: %s", target, note)
-    weights = target if layout == "meta" else target / WEIGHTS
-    weights.parent.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = dict(layer_norm_eps=model.config.norm_eps)
     if isinstance(model.config, ViTConfig):
         facts["num_attention_heads"] = model.config.num_heads
     facts |= dict(dinov3_infer=block | {"preprocess": asdict(preprocess)})
-    _write_tensors(weights, tensors, facts)
+    if layout == "meta":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_tensors(target, tensors, facts)
+    else:
+        write_folder(target, tensors, facts, files)
+    return target
+
+
+def write_folder(
+    target: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], files: Mapping[str, Any]
+) -> None:
+    """Weights and JSON files of one model, and nothing left of another one that lay there.
+
+    `facts`: what the tensors do not show, for the header of the weights file.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    _write_tensors(target / WEIGHTS, tensors, facts)
     for name, content in files.items():
         (target / name).parent.mkdir(exist_ok=True)
         with whole(target / name) as path:
             path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if layout != "meta":
-        _remove_shards(target)
-    return target
+    _remove_shards(target)
 
 
 def _complete(tensors: dict[str, Tensor], config: ViTConfig, table: Layout, info: ModelInfo | None) -> list[str]:
-    """Adds what Meta's own files of this architecture have and other layouts do not keep; says what."""
+    """Add tensors that Meta's files of this architecture have and other layouts drop; returns their descriptions."""
     row = info or next(iter(rows_like(config)), None)
     width, first, made = config.embed_dim, tensors["cls_token"], []
     if table is not layouts.META_V1 and "mask_token" not in tensors:
@@ -195,7 +235,7 @@ def _complete(tensors: dict[str, Tensor], config: ViTConfig, table: Layout, info
 
 
 def _sort_metadata(path: Path) -> None:
-    """safetensors writes its metadata in another order each time, and equal models should be equal files."""
+    """Sort the metadata of a safetensors file, whose order varies, so that equal models give equal files."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -206,8 +246,8 @@ def _sort_metadata(path: Path) -> None:
             file.write(text.ljust(length))
 
 
-def _our_block(model: Network, info: ModelInfo | None, preprocess: Preprocess) -> dict[str, Any]:
-    """What the configs of others have no field for."""
+def our_block(model: Network, info: ModelInfo | None, preprocess: Preprocess) -> dict[str, Any]:
+    """The facts that the configs of other libraries have no field for."""
     block: dict[str, Any] = {"name": info.name if info else None}
     if info is not None and info.licence == OWN:
         block["from_scratch"] = True
@@ -225,11 +265,11 @@ def _are_exact(periods: Tensor, config: Any) -> bool:
 
 
 def _remove_shards(folder: Path) -> None:
-    """Shards of what lay here before would be read instead of the new file."""
+    """Remove the shards of an earlier save, which readers would prefer to the new file."""
     index = folder / INDEX
     if index.is_file():
         shards: set[str] = set()
-        with contextlib.suppress(CheckpointError):  # what lay here may be damaged; it goes all the same
+        with contextlib.suppress(CheckpointError):  # a damaged index is removed all the same
             shards = set(read_index(index).values()) - {WEIGHTS}
         index.unlink()
         for shard in shards:
@@ -237,11 +277,11 @@ def _remove_shards(folder: Path) -> None:
 
 
 def _write_tensors(target: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """`facts`: what the tensors do not show, for the header of a safetensors file."""
+    """Write the tensors; `facts` go into the header of a safetensors file."""
     with whole(target) as path:
         if target.suffix == ".pth":
             torch.save(tensors, path)
-        else:  # which refuses tensors that share memory, as the parts of a split do
+        else:  # safetensors refuses tensors that share memory, such as parts of a split
             own = {n: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for n, t in tensors.items()}
             save_file(own, path, metadata={"format": "pt", METADATA: json.dumps(facts)})
             _sort_metadata(path)

@@ -1,4 +1,4 @@
-"""Which ConvNeXt a stored backbone needs, and the JSON files that describe one to transformers and timm."""
+"""The config of a stored ConvNeXt, and the config.json that describes it to transformers."""
 
 import re
 import reprlib
@@ -12,22 +12,23 @@ from .recognise import Stored
 
 __all__ = ["hf_stages", "stage_eps", "stages_shown"]
 
-_LONGEST = 2**18  # of any dimension
-_STRANGERS = (  # (pattern of a name in a file, what it is)
-    (r"\.grn\.", "a ConvNeXt of the second version, whose blocks have another normalisation"),
+_LONGEST = 2**18  # largest dimension
+_STRANGERS = (  # (pattern of a tensor name, the network that has it)
+    (r"\.grn\.", "a ConvNeXt V2, whose blocks have another normalisation"),
     (r"\.conv_dw\.bn\.|\.norm\.running_mean", "a ConvNeXt with batch norm"),
 )
 
 
 def stages_shown(stored: Stored, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a ConvNeXtConfig that the tensors in a file show.
+    """The fields of a ConvNeXtConfig that the tensors show.
 
-    Raises: CheckpointError where they are no whole ConvNeXt, or not the one that config.json speaks of;
-    UnsupportedError for its relatives.
+    Raises:
+        CheckpointError: The tensors are no whole ConvNeXt, or contradict config.json.
+        UnsupportedError: The network is a relative of ConvNeXt.
     """
     for pattern, what in _STRANGERS:
         if (name := next((name for name in stored.shapes if re.search(pattern, name)), None)) is not None:
-            raise UnsupportedError(f"it is {what} ('{name}'), and that is not here")
+            raise UnsupportedError(f"it is {what} ('{name}'), which is not supported")
     depths: list[int] = []
     widths: list[int] = []
     for stage in range(4):
@@ -49,7 +50,8 @@ def stages_shown(stored: Stored, config: Mapping[str, Any]) -> dict[str, Any]:
         said = config.get(name) if config.get("model_type") == "dinov3_convnext" else None
         if said is not None and (not isinstance(said, (list, tuple)) or tuple(said) != shown[ours]):
             raise CheckpointError(
-                f"config.json says {name} {reprlib.repr(said)} and the tensors {list(shown[ours])}; is the file whole?"
+                f"config.json says {name} {reprlib.repr(said)} and the tensors {list(shown[ours])}; "
+                "is the file complete?"
             )
     return shown
 
@@ -64,13 +66,16 @@ def _shape(stored: Stored, ours: str, dimensions: int) -> tuple[int, ...]:
     if found is None or len(found) != dimensions or 0 in found or max(found) > _LONGEST:
         fault = "missing" if found is None else f"of shape {list(found)}"
         raise CheckpointError(
-            f"the names are those of layout {stored.layout.label}, but '{name}' is {fault}; is the file whole?"
+            f"the names fit layout {stored.layout.label}, but '{name}' is {fault}; is the file complete?"
         )
     return found
 
 
 def stage_eps(checkpoint: Checkpoint) -> dict[str, float]:
-    """The epsilon of the norms, where a live module or config.json states it; all released ones have 1e-6."""
+    """The epsilon of the norms if a live module or config.json states it, else {}; all released models have 1e-6.
+
+    Raises: CheckpointError if the epsilon is no number in 0..1, UnsupportedError for an activation other than "gelu".
+    """
     if (activation := checkpoint.config.get("hidden_act", "gelu")) != "gelu":
         raise UnsupportedError(f"config.json asks for the activation {reprlib.repr(activation)}; a ConvNeXt has 'gelu'")
     said = checkpoint.known.get("norm_eps", checkpoint.config.get("layer_norm_eps"))
@@ -78,7 +83,7 @@ def stage_eps(checkpoint: Checkpoint) -> dict[str, float]:
         return {}
     if isinstance(said, bool) or not isinstance(said, (int, float)) or not 0 < said < 1:
         raise CheckpointError(
-            f"config.json gives layer_norm_eps as {reprlib.repr(said)}; it is a number above 0, below 1"
+            f"config.json gives layer_norm_eps as {reprlib.repr(said)}, which should be a number above 0 and below 1"
         )
     return {"norm_eps": float(said)}
 

@@ -1,6 +1,6 @@
-"""What a config.json states of a network that no tensor shows: heads, epsilon, RoPE base, activation.
+"""Facts in a config.json that no tensor shows: number of heads, epsilon, RoPE base, activation.
 
-It is that of transformers, of any model type, or that of timm, whose architectures are names.
+The config.json is that of transformers, of any model type, or that of timm, which names architectures.
 """
 
 import re
@@ -13,14 +13,14 @@ from .recognise import HF_EPS
 
 __all__ = ["Statement", "stated", "timm_heads"]
 
-_LARGEST = 10**9  # of any number in config.json: more overflows somewhere
-_SECTIONS = ("vision_config", "backbone_config", "encoder_config", "vision_encoder_config")  # of a larger model
+_LARGEST = 10**9  # largest number in config.json; larger ones may overflow
+_SECTIONS = ("vision_config", "backbone_config", "encoder_config", "vision_encoder_config")  # inside a larger model
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "vision_num_heads")
 _EPS = ("layer_norm_eps", "norm_eps", "layernorm_eps")
 
 Statement = tuple[dict[str, Any], str]  # fields of a ViTConfig, and where they are stated
 
-# Heads of timm's architectures by their size, timm 1.0.31; of two patterns that fit the first counts.
+# Heads of timm 1.0.31 by size in the architecture's name; the first match is used.
 _TIMM_HEADS = (
     (r"giant_.*(dinov2|tipsv2|lingbot)", 24), (r"base_patch16_gap", 16), (r"huge_plus_", 20),
     (r"tiny_", 3), (r"(d|p|dp)?wee_|xsmall_", 4), (r"d?little_", 5), (r"small_", 6), (r"mediumd?_", 8),
@@ -30,14 +30,16 @@ _TIMM_HEADS = (
 
 
 def timm_heads(architecture: str) -> int | None:
-    """How many heads timm's architecture of this name has, None for a name that is not known."""
+    """Number of heads of a timm architecture; None for an unknown name."""
     return next((heads for pattern, heads in _TIMM_HEADS if re.match(f"vit_{pattern}", architecture)), None)
 
 
 def stated(config: Mapping[str, Any], width: int, gated: bool) -> list[Statement]:
-    """What config.json says of a backbone of this width, the strongest statement first.
+    """Statements of config.json about a backbone of this width, the strongest first.
 
-    Raises: CheckpointError for numbers that are none, UnsupportedError for another activation.
+    Raises:
+        CheckpointError: A value is not a positive number.
+        UnsupportedError: config.json states another activation.
     """
     found: list[Statement] = []
     if isinstance(arguments := config.get("model_args"), Mapping):
@@ -60,13 +62,13 @@ def stated(config: Mapping[str, Any], width: int, gated: bool) -> list[Statement
         name = str(config["architecture"])
         eps = 1e-5 if re.search("dinov3|lingbot", name) else 1e-6
         usual = {"num_heads": heads, "norm_eps": eps}
-        said = found[0][0] if isinstance(arguments, Mapping) else {}  # which change what the architecture has
+        said = found[0][0] if isinstance(arguments, Mapping) else {}  # model_args override the architecture
         found.append(({k: v for k, v in usual.items() if k not in said}, f"timm's architecture {name}"))
     return [(fields, where) for fields, where in found if fields]
 
 
 def _sections(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """config.json itself, and the parts of it that speak of the vision tower of something larger."""
+    """config.json itself, and its sections about the vision tower of a larger model."""
     inner = [(f"{name} in config.json", config[name]) for name in _SECTIONS if isinstance(config.get(name), Mapping)]
     return [*inner, ("config.json", config)]
 
@@ -82,11 +84,11 @@ def _numbers(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_hf_activation(section: Mapping[str, Any], kind: str, gated: bool) -> None:
     activation = section.get("hidden_act")
-    if kind == "dinov3_vit":  # its gate has the activation that is stated, and the class's default is gelu
+    if kind == "dinov3_vit":  # the gate uses the stated activation, and the class's default is gelu
         _refuse_activation(activation or "gelu", gated, "silu" if gated else "gelu")
     elif not gated:
         _refuse_activation(activation, gated, "gelu")
-    elif kind not in HF_EPS and activation not in (None, "gelu"):  # DINOv2's gate is SiLU whatever is stated
+    elif kind not in HF_EPS and activation not in (None, "gelu"):  # DINOv2's gate is always SiLU
         _refuse_activation(activation, gated, "silu")
 
 
@@ -98,7 +100,7 @@ def _refuse_activation(stated: Any, gated: bool, ours: str) -> None:
 
 
 def _positive(name: str, value: Any, kind: Any) -> Any:
-    """The value, if it is a number of this kind above 0 that a float can hold."""
+    """The value, if it is a number of this kind above 0 that fits a float.  Raises: CheckpointError."""
     if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value <= _LARGEST:
         raise CheckpointError(f"config.json gives {name} as {reprlib.repr(value)}, which should be a number above 0")
     return value

@@ -1,4 +1,4 @@
-"""The transform of a checkpoint's images: what its files state, else what its model is known for.
+"""The transform for a checkpoint's images: stated by its files, else the default of its model.
 
 A processor of transformers or a pretrained_cfg of timm that equals the published one of a named model changes nothing.
 Any other statement beside the weights becomes the default.
@@ -24,37 +24,39 @@ log = logging.getLogger("dinov3_infer")
 
 _PLAIN: dict[str, Any] = dict(fit="squash", filter="bilinear", engine="pil", resize_to=None, crop_rounds="even")
 _GEOMETRY = ("size", "fit", "filter", "engine", "resize_to", "crop_rounds")
-_LEVELS = 255  # of an image of 8 bits; a transform divides by it
+_LEVELS = 255  # largest value of an 8-bit image, by which transforms divide
 _FILTERS: dict[Any, str] = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
 
 Stated = dict[str, Any]  # fields of a Preprocess
 
 
 def transform_of(config: Config, info: ModelInfo | None, style: Style | None = None) -> Preprocess:
-    """That of a row, which without a name is the first of this shape; for any other architecture ImageNet's mean and
-    std, at the size that its positions are for.
+    """The default transform of a network.
 
-    Without learned positions that is 16 patches a side, as of DINOv3, or 8 of a ConvNeXt's.
+    It is that of the model `info`, else of the first model with this architecture.  For unknown architectures it has
+    ImageNet's mean and std, at the size of the learned positions, or 16 patches a side (ConvNeXt: 8) without them.
+
+    Raises: InputError if `style` is given for an unknown architecture.
     """
     row = info or next(iter(rows_like(config)), None)
     if row is not None:
         return preprocess_of(row, style)
     if style is not None:
         raise InputError(
-            f"preprocessing={style!r} needs a known architecture or a file beside the weights that states it, and this "
-            "model has neither; leave it out"
+            f"preprocessing={style!r} needs a known architecture, or a file beside the weights that states it; this "
+            "model has neither, so leave preprocessing out"
         )
     first = next(iter(MODELS.values()))
     mean: tuple[float, ...] = first.mean
     std: tuple[float, ...] = first.std
     patches = config.position_grid or (16 if config.patch_size <= 16 else 8)
-    if config.in_chans != 3:  # of what the channels are nobody says: the mean of the colours
+    if config.in_chans != 3:  # nothing states the channels: use the mean over the colours
         mean, std = ((round(sum(values) / 3, 3),) * config.in_chans for values in (mean, std))
     return Preprocess(mean, std, config.patch_size, size=patches * config.patch_size)
 
 
 def shown(preprocess: Preprocess) -> str:
-    """In words, but for mean and std."""
+    """The transform as a text, without mean and std."""
     size = (
         preprocess.size
         if isinstance(preprocess.size, int) or preprocess.size is None
@@ -67,11 +69,13 @@ def shown(preprocess: Preprocess) -> str:
 def stated_transform(
     checkpoint: Checkpoint, config: Config, info: ModelInfo | None, style: Style | None, block: Mapping[str, Any]
 ) -> tuple[Preprocess, dict[str, str]]:
-    """The transform, and from where its geometry and its mean and std were taken.
+    """The transform of a checkpoint, and the sources of its geometry and of its mean and std.
 
-    `block`: what `save_pretrained` wrote into config.json.
+    `block` is the block that `save_pretrained` wrote into config.json.
 
-    Raises: CheckpointError for numbers that are wrong, UnsupportedError where `style` asks for what is not here.
+    Raises:
+        CheckpointError: A file has wrong numbers.
+        UnsupportedError: `style` asks for a transform that is not supported.
     """
     hf, timm = checkpoint.processor, checkpoint.config.get("pretrained_cfg")
     readers = {"hf": (PROCESSOR, hf, _of_processor), "timm": (CONFIG, timm, _of_timm)}
@@ -85,7 +89,7 @@ def stated_transform(
         except UnsupportedError as error:
             if style is not None:
                 raise UnsupportedError(f"{file} of '{checkpoint.path}' {error}; leave preprocessing out") from None
-            log.warning("%s of '%s' %s; the default is used instead", file, checkpoint.path, error)
+            log.warning("%s of '%s' %s; using the default instead", file, checkpoint.path, error)
             found = (file, _levels_alone(content) if name == "hf" else _statistics(content))
             break
     file, stated = found or (CONFIG, {})
@@ -93,14 +97,14 @@ def stated_transform(
     correction = CORRECTIONS.get(checkpoint.repository) if style is None else None
     if correction is not None:
         stated |= {"mean": correction[0], "std": correction[1]}
-    if len(stated.get("mean", ())) == 1:  # of every channel
+    if len(stated.get("mean", ())) == 1:  # one value for all channels
         stated |= {name: stated[name] * config.in_chans for name in ("mean", "std")}
-    elif len(stated.get("mean", ())) == 3 != config.in_chans:  # timm and transformers leave those of RGB there
+    elif len(stated.get("mean", ())) == 3 != config.in_chans:  # timm and transformers keep the values of RGB
         stated = {name: value for name, value in stated.items() if name not in ("mean", "std")}
     has_geometry = "size" in stated
     if style is None and isinstance(saved := block.get("preprocess"), Mapping):
         ours = _build(lambda: _of_block(saved, config), CONFIG, checkpoint)
-        if not hf or dict(hf) == hf_processor_config(config, ours, info):  # it was not edited since
+        if not hf or dict(hf) == hf_processor_config(config, ours, info):  # not edited since
             return ours, {"transform": f"dinov3_infer in {CONFIG}", "mean and std": f"dinov3_infer in {CONFIG}"}
     row = info or next(iter(rows_like(config)), None)
     by_row = (
@@ -117,8 +121,8 @@ def stated_transform(
     made = _build(lambda: replace(base, **changes), file, checkpoint)
     if made.channels != config.in_chans:
         raise CheckpointError(
-            f"{file} of '{checkpoint.path}' gives mean and std of {made.channels} channels, and the patches have "
-            f"{config.in_chans}; mend it"
+            f"{file} of '{checkpoint.path}' gives mean and std for {made.channels} channels, but the patches have "
+            f"{config.in_chans}; correct that file"
         )
     if by_row:
         where = f"our own for {row.name}, whose published one {file} states"  # type: ignore[union-attr]
@@ -133,7 +137,7 @@ def stated_transform(
 
 
 def _of_nobody(config: Config, row: ModelInfo | None) -> str:
-    """From where a geometry is that neither a file nor a name states."""
+    """The source of a geometry that neither a file nor a name states."""
     if row is not None:
         return f"the default of models of this shape, {row.name}"
     grid = (
@@ -147,7 +151,7 @@ def _is_side(size: Any, config: Config) -> bool:
 
 
 def _is_published(stated: Stated, config: Config, info: ModelInfo, style: Style) -> bool:
-    """Whether this is the geometry that the row's own repositories state."""
+    """Whether this is the geometry that the model's own repositories state."""
     if style == "hf":
         published = _of_processor(hf_processor_config(config, preprocess_of(info), info))
     else:
@@ -162,11 +166,11 @@ def _build(make: Any, file: str, checkpoint: Checkpoint) -> Preprocess:
     try:
         return make()  # type: ignore[no-any-return]
     except (InputError, TypeError) as error:
-        raise CheckpointError(f"{file} of '{checkpoint.path}' is wrong: {error}; mend it") from None
+        raise CheckpointError(f"{file} of '{checkpoint.path}' is wrong: {error}; correct that file") from None
 
 
 def _of_block(saved: Mapping[str, Any], config: Config) -> Preprocess:
-    """What `save_pretrained` wrote."""
+    """The transform that `save_pretrained` wrote."""
     names = {field.name for field in fields(Preprocess)}
     values: Stated = {n: tuple(v) if isinstance(v, list) else v for n, v in saved.items() if n in names}
     return Preprocess(**(values | {"patch_size": config.patch_size}))
@@ -181,27 +185,29 @@ def _statistics(source: Mapping[str, Any]) -> Stated:
 
 
 def _of_processor(stated: Mapping[str, Any]) -> Stated:
-    """The fields of transformers' image processor.  Raises UnsupportedError for what no transform here does."""
+    """The fields of transformers' image processor.  Raises UnsupportedError for a transform that is not supported."""
     found: Stated = _levels(stated)
     kind = str(stated.get("image_processor_type", stated.get("feature_extractor_type", "")))
     if "size" not in stated and "crop_size" not in stated:
         return found
     for name in ("do_pad", "do_thumbnail", "do_align_long_axis", "do_reduce_labels", "do_flip_channel_order"):
         if stated.get(name):
-            raise UnsupportedError(f"states {name}, which is not here")
+            raise UnsupportedError(f"states {name}, which is not supported")
     crops, size = bool(stated.get("do_center_crop", "crop_size" in stated)), stated.get("size")
     crop = _sides(stated.get("crop_size")) if crops else None
     if not stated.get("do_resize", True):
-        raise UnsupportedError("states do_resize false, and images of any size need one")
+        raise UnsupportedError("states do_resize false, and images of any size need a resize")
     filter_ = _filter(stated.get("resample", 2 if "ViT" in kind else 3))
     if filter_ is None:
-        raise UnsupportedError(f"states the resample {reprlib.repr(stated['resample'])}, and only 2 and 3 are here")
+        raise UnsupportedError(
+            f"states the resample {reprlib.repr(stated['resample'])}, and only 2 and 3 are supported"
+        )
     engine = "float" if kind.startswith("DINOv3") else "uint8" if kind.endswith("Fast") else "pil"
     found |= dict(filter=filter_, engine=engine)
     if isinstance(size, int) and not isinstance(size, bool):
         size = {"shortest_edge": size} if crops else {"height": size, "width": size}
     if not isinstance(size, Mapping):
-        raise UnsupportedError(f"states the size {reprlib.repr(size)}, which is not here")
+        raise UnsupportedError(f"states the size {reprlib.repr(size)}, which is not supported")
     whole, short = _sides(size), size.get("shortest_edge")
     if whole is not None and crop in (None, whole):
         return found | dict(size=whole[0] if whole[0] == whole[1] else whole, fit="squash")
@@ -209,15 +215,15 @@ def _of_processor(stated: Mapping[str, Any]) -> Stated:
         return found | dict(size=crop[0], fit="crop", resize_to=_unless(short, crop[0]), crop_rounds="down")
     raise UnsupportedError(
         f"states the size {dict(size)} {'with' if crops else 'without'} a centre crop"
-        f"{'' if crop is None else f' of {crop[0]}x{crop[1]}'}, which is not here"
+        f"{'' if crop is None else f' of {crop[0]}x{crop[1]}'}, which is not supported"
     )
 
 
 def _levels(stated: Mapping[str, Any]) -> Stated:
-    """Mean and std for pixels in 0 to 1, whatever the file divides by."""
+    """Mean and std for pixels in 0..1, whatever the file divides by."""
     factor = stated.get("rescale_factor", 1 / _LEVELS) if stated.get("do_rescale", True) else 1
     if stated.get("rescale_offset") or stated.get("offset"):
-        raise UnsupportedError("states an offset of the levels, which is not here")
+        raise UnsupportedError("states an offset of the pixel values, which is not supported")
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1e-6 < factor < 1e6:
         raise UnsupportedError(f"states the rescale_factor {reprlib.repr(factor)}, which is no number above 0")
     times = 1.0 if math.isclose(factor * _LEVELS, 1, rel_tol=1e-6) else factor * _LEVELS
@@ -234,7 +240,7 @@ def _levels(stated: Mapping[str, Any]) -> Stated:
 
 
 def _levels_alone(stated: Mapping[str, Any]) -> Stated:
-    """Of a processor whose geometry is not here."""
+    """Mean and std of a processor whose geometry is not supported."""
     try:
         return _levels(stated)
     except UnsupportedError:
@@ -242,19 +248,19 @@ def _levels_alone(stated: Mapping[str, Any]) -> Stated:
 
 
 def _of_timm(stated: Mapping[str, Any]) -> Stated:
-    """The fields of timm's pretrained_cfg.  Raises UnsupportedError for what no transform here does."""
+    """The fields of timm's pretrained_cfg.  Raises UnsupportedError for a transform that is not supported."""
     found, size = _statistics(stated), stated.get("input_size")
     if size is None:
         return found
     if not isinstance(size, (list, tuple)) or len(size) != 3 or not all(isinstance(s, int) and s > 0 for s in size):
-        raise UnsupportedError(f"states the input_size {reprlib.repr(size)}, which is not here")
+        raise UnsupportedError(f"states the input_size {reprlib.repr(size)}, which is not supported")
     side = size[1] if size[1] == size[2] else tuple(size[1:])
     filter_ = _filter(stated.get("interpolation", "bicubic"))
     mode, share = stated.get("crop_mode", "center") or "center", stated.get("crop_pct", 0.875)
     if filter_ is None or mode not in ("center", "squash") or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise UnsupportedError(
             f"states interpolation {stated.get('interpolation')!r}, crop_mode {mode!r}, crop_pct {share!r}, "
-            "which is not here"
+            "which is not supported"
         )
     found |= dict(size=side, filter=filter_, engine="pil")
     if mode == "squash" and share == 1:
@@ -273,7 +279,7 @@ def _unless(short: int, side: int) -> int | None:
 
 
 def _sides(size: Any) -> tuple[int, int] | None:
-    """Height and width."""
+    """(height, width) of a size."""
     if isinstance(size, int) and not isinstance(size, bool):
         return size, size
     if isinstance(size, Mapping) and isinstance(size.get("height"), int) and isinstance(size.get("width"), int):

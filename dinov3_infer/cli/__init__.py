@@ -1,7 +1,7 @@
 """The command line, `dinov3-infer`.
 
-Data go to stdout, everything else to stderr.  `parser` knows every option and imports no torch, so that help comes at
-once; each command is a module with a function `run(args)` that returns the exit status.
+Results go to stdout, messages to stderr.  `parser` holds all options and does not import torch, so that help is
+immediate.  Each command is a module with a function `run(args)` that returns the exit status.
 """
 
 from .main import main

@@ -1,12 +1,13 @@
-"""`dinov3-infer classify`: the likeliest classes of ImageNet for each image."""
+"""`dinov3-infer classify`: the likeliest classes of ImageNet, or of labels that are given, for each image."""
 
 import argparse
+from collections.abc import Callable
 
-from ..errors import Dinov3Error, InputError
+from ..errors import Dinov3Error
+from ..images.decode import ImageLike
 from ..images.opening import find_images
-from ..released.attach import load_head
-from ..released.catalogue import find_head
-from .inputs import status
+from ..released.imagenet import Guess
+from .inputs import given_labels, load_released, status
 from .main import say, tell
 
 __all__ = ["run"]
@@ -14,14 +15,12 @@ __all__ = ["run"]
 
 def run(args: argparse.Namespace) -> int:
     images = find_images(args.sources)
-    if (kind := find_head(args.head).kind) != "classifier":
-        raise InputError(f"{args.head} is of another kind, {kind}; give a name that ends in _lc")
-    classifier = load_head(args.head, weights=args.weights, variant=args.layers, device=args.device)
+    predict = _predictor(args)
     skipped = 0
     for number in range(len(images)):
         name = images.key(number) or images.label(number)
         try:
-            (guesses,) = classifier.predict(images.picture(number), args.top)
+            (guesses,) = predict(images.picture(number))
         except Dinov3Error as error:  # of one image among many
             skipped += 1
             tell(f"left out {name}: {error}")
@@ -29,3 +28,12 @@ def run(args: argparse.Namespace) -> int:
         for guess in guesses:
             say(f"{name}  {guess.probability:.4f}  {guess.label}  {guess.name}")
     return status(len(images), skipped)
+
+
+def _predictor(args: argparse.Namespace) -> Callable[[ImageLike], list[list[Guess]]]:
+    if args.labels is None:
+        classifier = load_released(args, "classifier")
+        return lambda image: classifier.predict(image, args.top)
+    head = load_released(args, "text")
+    labels = head.encode_labels(given_labels(args), args.template)
+    return lambda image: head.classify(image, labels, top=args.top)

@@ -1,4 +1,4 @@
-"""`dinov3-infer convert`: weights in another layout, read back and compared."""
+"""`dinov3-infer convert`: writes weights in another layout, reads them back and compares."""
 
 import argparse
 import math
@@ -18,6 +18,12 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
+    """Converts a checkpoint; returns the exit status.
+
+    Raises:
+        CheckpointError: the written file has other weights than the source.
+        InputError: the output exists or has a wrong name.
+    """
     if args.to == "meta":
         out = check_file(args.out, args.overwrite, (".pth", ".safetensors"))
     else:
@@ -29,17 +35,17 @@ def run(args: argparse.Namespace) -> int:
     )
     expected = bb.fingerprint()
     bb.save_pretrained(out, args.to)
-    heads = bb.config.num_heads if args.to == "meta" else None  # which that layout does not state
+    heads = bb.config.num_heads if args.to == "meta" else None  # Meta's layout does not state them
     del bb
     found = Backbone.from_pretrained(out, device="cpu", dtype=dtype, layout=args.to, num_heads=heads).fingerprint()
     if found != expected:
-        raise CheckpointError(f"'{out}' was written, but what it holds differs from '{args.source}'; please report it")
-    tell(f"wrote '{out}', layout {args.to}; read back, its fingerprint is that of '{args.source}': {found[:16]}")
+        raise CheckpointError(f"the weights written to '{out}' differ from '{args.source}'; please report this")
+    tell(f"wrote '{out}' in the layout {args.to}; read back, it has the fingerprint of '{args.source}': {found[:16]}")
     return OK
 
 
 def _dtype(path: str | os.PathLike[str]) -> torch.dtype:
-    """That of most of the numbers in a checkpoint, so that none takes more room than before."""
+    """The dtype of most numbers in a checkpoint, which the conversion keeps."""
     tensors = open_checkpoint(path).tensors
     numbers: Counter[torch.dtype] = Counter()
     for name, shape in tensors.shapes.items():

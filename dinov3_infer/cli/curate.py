@@ -1,4 +1,4 @@
-"""`dinov3-infer embed curate`: a list that is balanced over what there is, or like seed pictures."""
+"""`dinov3-infer embed curate`: chooses a balanced subset, or images similar to seed images."""
 
 import argparse
 
@@ -16,12 +16,13 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
+    """Writes the list of chosen images; returns the exit status.  Raises: InputError for options that do not fit."""
     if args.seeds is None and args.count is None:
-        raise InputError("nothing says what to choose; give -n for a balanced sample, or --seeds")
+        raise InputError("no choice is given; add -n for a balanced subset, or --seeds for similar images")
     if args.seeds is None and args.nearest is not None:
-        raise InputError("--nearest is said of seed pictures; give --seeds too, or leave it out")
+        raise InputError("--nearest needs --seeds; add --seeds, or remove --nearest")
     if args.seeds is not None and args.clusters is not None:
-        raise InputError("--clusters is said of a balanced sample; leave it out, or --seeds")
+        raise InputError("--clusters does not work with --seeds; remove one of them")
     out = check_file(args.out, args.overwrite, (".txt",))
     store = Store(args.vectors)
     within = None if args.within is None else listed_in(store, args.within)
@@ -38,5 +39,5 @@ def run(args: argparse.Namespace) -> int:
         levels = hierarchy(store, args.clusters, within, args.seed, device=device)
         numbers = levels.sample(args.count, args.seed)
     count = write_list(out, (store.paths[int(number)] for number in numbers))
-    tell(f"wrote '{out}': {count} of {len(store)} pictures")
+    tell(f"wrote '{out}': {count} of {len(store)} images")
     return OK

@@ -1,4 +1,4 @@
-"""`dinov3-infer embed dedup`: a list without near-duplicates."""
+"""`dinov3-infer embed dedup`: lists the images that remain without near-duplicates."""
 
 import argparse
 
@@ -16,8 +16,13 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
+    """Writes the list of kept images and prints the others; returns the exit status.
+
+    Raises:
+        InputError: an option does not fit, or the vectors cannot be compared.
+    """
     if args.against is None and args.against_threshold is not None:
-        raise InputError("--against-threshold is said of a test set; give --against too, or leave it out")
+        raise InputError("--against-threshold needs --against; add --against, or remove --against-threshold")
     out = check_file(args.out, args.overwrite, (".txt",))
     store = Store(args.vectors)
     against = None if args.against is None else Store(args.against)
@@ -31,10 +36,10 @@ def run(args: argparse.Namespace) -> int:
     for number in foreign:
         say(store.paths[int(number)], args.against)
     write_list(out, (store.paths[int(number)] for number in kept))
-    parts = [f"{len(alike)} are like others"]
+    parts = [f"duplicates: {len(alike)}"]
     if against is not None:
-        parts.append(f"{len(foreign)} like those of '{args.against}'")
+        parts.append(f"duplicates of '{args.against}': {len(foreign)}")
     if failed := int((~store.good).sum()):
-        parts.append(f"{failed} have no vector")
-    tell(f"wrote '{out}': {len(kept)} of {len(store)} pictures; {', '.join(parts)}")
+        parts.append(f"without a vector: {failed}")
+    tell(f"wrote '{out}': kept {len(kept)} of {len(store)} images; {', '.join(parts)}")
     return OK

@@ -1,4 +1,4 @@
-"""`dinov3-infer doctor`: what is installed, where it runs, and whether it computes what it should."""
+"""`dinov3-infer doctor`: reports the installation and the devices, and checks that the results are right."""
 
 import argparse
 import os
@@ -38,18 +38,19 @@ _VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE",
     "MKL_NUM_THREADS", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_HOME", "TRITON_INTERPRET",
 )  # fmt: skip
-CLOSE = {"cpu": 2e-5, "cuda": 2e-2}  # relative distance from the recorded vectors: float32, and bfloat16 products
+CLOSE = {"cpu": 2e-5, "cuda": 2e-2}  # largest relative distance from the recorded vectors
 _GATED = "dinov3_vits16"
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs all checks and prints their results; returns 1 if one of them failed."""
     faults = 0
     checks = [*_CHECKS, *([("model", lambda: _model(args.model))] if args.model else [])]
     for title, check in checks:
         try:
             for line in check():
                 say(f"{title:<13} {line}")
-        except Exception as error:  # one thing that is broken must not hide the others
+        except Exception as error:  # a failed check must not hide the others
             faults += 1
             say(f"{title:<13} FAILED: {error if isinstance(error, Dinov3Error) else repr(error)}")
     say(f"{'verdict':<13} {f'{faults} of {len(checks)} checks failed' if faults else 'works'}")
@@ -64,6 +65,7 @@ def _versions() -> Iterator[str]:
 
 
 def version_of(name: str) -> str | None:
+    """The version of an installed distribution; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -71,11 +73,11 @@ def version_of(name: str) -> str | None:
 
 
 def _devices() -> Iterator[str]:
-    yield f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
+    yield f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     if mps_available():
         reason = why_not_mps()
-        yield "mps: Apple GPU, its features are the recorded ones" if reason is None else f"mps is not used: {reason}"
+        yield "mps: Apple GPU, features equal the recorded ones" if reason is None else f"mps is not used: {reason}"
     elif not torch.cuda.is_available():
         yield f"no GPU; this torch was built with {built}"
     for i in range(torch.cuda.device_count()):
@@ -84,7 +86,7 @@ def _devices() -> Iterator[str]:
 
 
 def cpu_name() -> str:
-    """As its maker calls it."""
+    """The model name of the CPU."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else ():
         if line.startswith("model name"):
@@ -95,15 +97,16 @@ def cpu_name() -> str:
 def _attention() -> Iterator[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reason = why_not_triton(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 64)
-    yield "the Triton kernel" if reason is None else f"torch's SDPA; the Triton kernel cannot serve: {reason}"
+    yield "the Triton kernel" if reason is None else f"torch's SDPA; the Triton kernel is not used: {reason}"
 
 
 def _plan() -> Iterator[str]:
-    """What of the fast path on a CPU can be used."""
+    """Which modes and parts of the fast path for CPUs are available."""
     lacking = {"exact": why_not_packed(), "fast": why_not_packed(torch.bfloat16), "int8": why_not_int8()}
-    yield ", ".join(f"{mode} {'works' if reason is None else f'not: {reason}'}" for mode, reason in lacking.items())
+    yield ", ".join(f"{mode} {'works' if reason is None else f'is not available: {reason}'}"
+                    for mode, reason in lacking.items())  # fmt: skip
     reason = why_not_compiled()
-    yield "attention and norms are compiled" if reason is None else f"attention and norms are torch's: {reason}"
+    yield "attention and norms are compiled C" if reason is None else f"attention and norms run in torch: {reason}"
 
 
 def _cache() -> Iterator[str]:
@@ -113,7 +116,7 @@ def _cache() -> Iterator[str]:
         there = there.parent
     writable = "" if os.access(there, os.W_OK) else ", NOT writable"
     yield f"{folder}, {shutil.disk_usage(there).free / 2**30:.1f} GiB free{writable}"
-    yield f"weights in it: {', '.join(name for name in MODELS if cached(name)) or 'none of a known model'}"
+    yield f"cached models: {', '.join(name for name in MODELS if cached(name)) or 'none'}"
 
 
 def _hub() -> Iterator[str]:
@@ -139,11 +142,11 @@ def _hub() -> Iterator[str]:
 
 def _environment() -> Iterator[str]:
     shown = (f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ)
-    yield " ".join(shown) or "none of the variables that matter is set"
+    yield " ".join(shown) or "no variable that this package reads is set"
 
 
 def _model(name: str) -> Iterator[str]:
-    """What of a model is taken from where."""
+    """A model, and the source of each of its facts."""
     bb = Backbone.from_pretrained(name, device="cpu")
     yield bb.extra_repr()
     yield from (f"{field}: {text}" for field, text in bb.origin.items())
@@ -153,16 +156,16 @@ def _forward() -> Iterator[str]:
     bb = by_formula()
     (record,) = (one for one in known() if one.what == FORMULA)
     if bb.fingerprint() != record.fingerprint:
-        raise RuntimeError("weights made by a formula are not those that were recorded")
+        raise RuntimeError("the weights made by a formula differ from the recorded ones")
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         bb.to(device)
-        compute(bb)  # the first one sets things up
+        compute(bb)  # the first call builds the plan
         begun = time.perf_counter()
         distance = difference(compute(bb), record.vectors)
         took = f"{1e3 * (time.perf_counter() - begun):.0f} ms"
         if not distance <= CLOSE[device]:
-            raise RuntimeError(f"on {device} the features are {distance:.1e} away from the recorded ones")
-        yield f"three pictures on {device} in {took}; features {distance:.1e} from the recorded ones"
+            raise RuntimeError(f"on {device} the features differ by {distance:.1e} from the recorded ones")
+        yield f"three images on {device} in {took}; the features differ by {distance:.1e} from the recorded ones"
 
 
 _CHECKS: tuple[tuple[str, Callable[[], Iterator[str]]], ...] = (

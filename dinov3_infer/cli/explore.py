@@ -1,4 +1,4 @@
-"""`dinov3-infer explore`: a page on which one chooses a patch and sees what is similar to it."""
+"""`dinov3-infer explore`: writes a web page that shows the patches similar to a chosen one."""
 
 import argparse
 import os
@@ -11,13 +11,14 @@ from .main import OK, tell
 
 __all__ = ["run"]
 
-MOST = 64  # images on one page: about 100 MB, and a tenth of a second for each patch
+MOST = 64  # images on a page: about 100 MB, and a tenth of a second per chosen patch
 
 
 def run(args: argparse.Namespace) -> int:
+    """Writes the page; returns the exit status.  Raises: InputError for more than 64 images."""
     images = find_images(args.sources)
     if len(images) > MOST:
-        raise InputError(f"{len(images)} images do not fit on one page; give {MOST} at most")
+        raise InputError(f"{len(images)} images do not fit on one page; give at most {MOST}")
     out = check_file(args.out, args.overwrite, (".html", ".htm"))
     given = [images.picture(i) for i in range(len(images))]
     keys = [str(images.key(i) or images.label(i)) for i in range(len(images))]

@@ -1,4 +1,4 @@
-"""`dinov3-infer features`: dense maps, one file per picture."""
+"""`dinov3-infer features`: writes dense feature maps, one file per image."""
 
 import argparse
 import json
@@ -27,6 +27,12 @@ INDEX = "index.jsonl"
 
 
 def run(args: argparse.Namespace) -> int:
+    """Writes the maps and their index; returns the exit status.
+
+    Raises:
+        InputError: two images would have the same output file, or the layers do not fit into one array.
+        Dinov3Error: an image cannot be read, with --on-error raise.
+    """
     images = find_images(args.sources)
     paths = [images.key(i) or images.label(i) for i in range(len(images))]
     names = [f"{name}.{args.format}" for name in relative_names(images)]
@@ -36,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     blocks = resolve_layers(args.layers, bb.n_blocks)
     if args.format == "npy" and len({bb.stride(block) for block in blocks}) > 1:
         raise InputError(
-            "these layers have maps of several sizes, and an .npy file holds one array; take --format safetensors"
+            "these layers have maps of several sizes, which do not fit into one .npy array; use --format safetensors"
         )
     stream = results(bb, images, args, args.layers)
     folder.mkdir(exist_ok=True)
@@ -55,18 +61,18 @@ def run(args: argparse.Namespace) -> int:
                     line |= dict(file=None, error=str(found))
                 index.write(json.dumps(line) + "\n")
                 done += 1
-    finally:  # interrupted too: what is finished stays, and is in the list
+    finally:  # after an interruption too, the index lists the finished files
         if done:
             os.replace(beside, folder / INDEX)
         beside.unlink(missing_ok=True)
     left_out = f"; {skipped} could not be read, see '{folder / INDEX}'" if skipped else ""
     count = done - skipped
-    tell(f"wrote maps of {count} {'picture' if count == 1 else 'pictures'} to '{folder}'{left_out}")
+    tell(f"wrote maps of {count} {'image' if count == 1 else 'images'} to '{folder}'{left_out}")
     return status(done, skipped)
 
 
 def _check_names(paths: list[str], names: list[str]) -> None:
-    """No two pictures may go to one file."""
+    """Raises InputError if two images have the same output file."""
     first: dict[str, int] = {}
     for i, (path, name) in enumerate(zip(paths, names, strict=True)):
         other = first.setdefault(os.path.normcase(name), i)
@@ -74,27 +80,27 @@ def _check_names(paths: list[str], names: list[str]) -> None:
             raise InputError(f"'{path}' is given twice; give it once")
         if other != i:
             raise InputError(
-                f"'{paths[other]}' and '{path}' would both go to '{name}'; give them in runs of their own, with a "
-                "folder each"
+                f"'{paths[other]}' and '{path}' would both be written to '{name}'; use one command and one folder for "
+                "each"
             )
 
 
 def _maps(features: Features, blocks: list[int], half: bool) -> Arrays:
-    """By name: `feature_map` [C, h, w], or one `layer_N` for each block asked for, and what goes with them."""
+    """Arrays by name: `feature_map` [C, h, w], or `layer_N` for each requested block; `cls_token`; `valid` [h, w]."""
     tensors = {f"layer_{block}": layer.feature_map for block, layer in zip(blocks, features.layers, strict=True)}
     tensors = tensors or {"feature_map": features.feature_map}
     tensors["cls_token"] = features.cls_token
     if half:
         tensors = {name: tensor.half() for name, tensor in tensors.items()}
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            raise PrecisionError("features leave the range of float16; leave --half out")
+            raise PrecisionError("features exceed the range of float16; remove --half")
     if features.valid is not None:
         tensors["valid"] = features.valid
     return {name: np.ascontiguousarray(tensor[0].numpy()) for name, tensor in tensors.items()}
 
 
 def _facts(bb: Backbone, features: Features, path: str) -> dict[str, str]:
-    """What a .safetensors file says of itself."""
+    """The metadata of a .safetensors file."""
     sizes = dict(original_size=features.original_sizes[0], input_size=features.input_size)
     shown = {name: f"{height}x{width}" for name, (height, width) in sizes.items()}
     path = path.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""A small model whose weights are a formula, to check the arithmetic of an installation without any file."""
+"""A small model whose weights come from a formula; it checks the arithmetic of an installation without any file."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ FORMULA = "weights by formula"  # the record of `by_formula`
 
 
 def by_formula() -> Backbone:
-    """A small DINOv3 whose weights are a formula, the same in every version of every library."""
+    """A small DINOv3 whose weights come from a formula, so that they do not depend on the version of a library."""
     bb = Backbone.from_config(ViTConfig(192, 4, 3, 768))
     start = 0
     with torch.no_grad():
@@ -26,7 +26,7 @@ def by_formula() -> Backbone:
 
 
 def _noise(start: int, count: int) -> np.ndarray:
-    """[count] float32 in [-1, 1): the finaliser of MurmurHash3 over whole numbers from `start` on."""
+    """[count] float32 in [-1, 1): the finaliser of MurmurHash3 over the integers from `start` on."""
     h = np.arange(start, start + count, dtype=np.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         h = (h ^ (h >> np.uint32(shift))) * np.uint32(factor)

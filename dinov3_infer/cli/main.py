@@ -1,4 +1,4 @@
-"""Parses, runs one command, and turns whatever goes wrong into one line and an exit status."""
+"""Parses the command line, runs one command, and turns an exception into one line and an exit status."""
 
 import logging
 import os
@@ -17,11 +17,12 @@ from .parser import parse
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "SKIPPED", "main", "printable", "say", "tell"]
 
-_quiet = ContextVar("quiet", default=False)  # whether the command that runs says nothing but errors
-OK, FAILED, SKIPPED, INTERRUPTED = 0, 1, 3, 130  # argparse ends with 2
-_TYPED = {  # what an error of the package says for Python, as one types it here
+_quiet = ContextVar("quiet", default=False)  # whether the running command prints errors only
+OK, FAILED, SKIPPED, INTERRUPTED = 0, 1, 3, 130  # argparse exits with 2
+_TYPED = {  # Python terms in the package's errors -> the same on the command line
     "list_models()": "'dinov3-infer models'",
     "weights=PATH": "the path of a file",
+    "give it with weights=": "give it with --weights",
     "pass num_heads=": "give it to 'dinov3-infer convert' with --num-heads",
     "or overwrite it": "or --overwrite",
     ", and extract_features(fit='native') goes there by itself": "",
@@ -32,7 +33,12 @@ _OPTION = re.compile(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status; nothing is raised."""
+    """Runs a command and returns its exit status: 0 success, 1 failure, 2 wrong usage, 3 success with skipped inputs,
+    130 interrupted.  Raises nothing; an exception becomes one line on stderr.
+
+    Args:
+        argv: words after `dinov3-infer`; None for those of this process.
+    """
     handler, debug = _Lines(), False
     log = logging.getLogger("dinov3_infer")
     level = log.level
@@ -47,16 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.quiet:
             log.setLevel(logging.ERROR)
         _quiet.set(args.quiet)
-        module = args.command.split()[-1]  # of "embed search" search
+        module = args.command.split()[-1]  # "search" of "embed search"
         status = import_module(f".{module}", __package__).run(args)
-        sys.stdout.flush()  # a closed pipe shows here, not when Python ends
+        sys.stdout.flush()  # raises BrokenPipeError here rather than at exit
         return int(status)
-    except SystemExit as ended:  # help, version, wrong usage
+    except SystemExit as ended:  # after help, version and wrong usage
         return int(ended.code or 0)
     except KeyboardInterrupt:
         tell("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # whoever reads has enough
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
@@ -82,20 +88,20 @@ def _sentence(error: Exception) -> str:
         at = f" '{os.fsdecode(error.filename)}'" if isinstance(error.filename, (str, bytes)) else ""
         return f"{error.strerror[0].lower()}{error.strerror[1:]}{at}"
     if type(error).__name__ == "OutOfMemoryError":
-        return "the memory of the device is too small; give a smaller --size or --batch-size, or --device cpu"
+        return "the device ran out of memory; give a smaller --size or --batch-size, or --device cpu"
     return (
-        f"{type(error).__name__} where none should be: this is a fault of dinov3-infer; please report it with what "
-        "--debug shows and what dinov3-infer doctor prints"
+        f"unexpected {type(error).__name__}, a bug in dinov3-infer; please report it with the output of --debug and of "
+        "'dinov3-infer doctor'"
     )
 
 
 def printable(text: str) -> str:
-    """The text on one line, without control characters and with names that are not UTF-8 spelled out."""
+    """The text on one line, with control characters and invalid UTF-8 as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def tell(text: str) -> None:
-    """A line for people, on stderr, unless the command is quiet."""
+    """Prints a message to stderr, unless the command is quiet."""
     if not _quiet.get():
         _write(_line(text), sys.stderr)
 
@@ -105,17 +111,17 @@ def _line(text: str) -> str:
 
 
 def say(*columns: str) -> None:
-    """A line of the result, on stdout, with tabs between columns."""
+    """Prints a line of the result to stdout, with tabs between columns."""
     _write("\t".join(map(printable, columns)), sys.stdout)
 
 
 def _write(line: str, stream: TextIO) -> None:
-    encoding = stream.encoding or "utf-8"  # which may lack letters that a name has
+    encoding = stream.encoding or "utf-8"  # which may lack characters of a file name
     stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 class _Lines(logging.Handler):
-    """What the package logs, as lines for people."""
+    """Prints the log of the package to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = (
@@ -123,6 +129,6 @@ class _Lines(logging.Handler):
             if record.levelno == logging.INFO
             else f"{record.levelname.lower()}: {record.getMessage()}"
         )
-        bars = sys.modules.get("tqdm")  # a bar makes room for a line
+        bars = sys.modules.get("tqdm")  # a progress bar moves out of the way
         with bars.tqdm.external_write_mode(sys.stderr) if bars else nullcontext():
             _write(_line(text), sys.stderr)

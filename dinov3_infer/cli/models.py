@@ -1,4 +1,4 @@
-"""`dinov3-infer models`: what can be named."""
+"""`dinov3-infer models`: lists the models that have a name."""
 
 import argparse
 import json
@@ -17,10 +17,11 @@ __all__ = ["cached", "run"]
 
 
 def run(args: argparse.Namespace) -> int:
+    """Prints a table or a JSON list; returns the exit status.  Raises: InputError if no name matches."""
     pattern = args.pattern if any(c in args.pattern for c in "*?[") else f"*{args.pattern}*"
     rows = [_row(info) for name, info in MODELS.items() if fnmatchcase(name, pattern.lower())]
     if not rows:
-        raise InputError(f"no model has {args.pattern!r} in its name; dinov3-infer models lists all {len(MODELS)}")
+        raise InputError(f"no model has {args.pattern!r} in its name; 'dinov3-infer models' lists all {len(MODELS)}")
     if args.json:
         for line in json.dumps(rows, indent=1).splitlines():
             say(line)
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         lines.append(
             (row["name"], str(row["width"]), str(row["blocks"]), str(row["patch_size"]),
              f"{row['parameters'] / 1e6:,.1f} M", row["licence"], "yes" if row["cached"] else "no",
-             row["weights"] or ("in this package" if row["cached"] else "to come"))
+             row["weights"] or ("in this package" if row["cached"] else "none yet"))
         )  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     right = {"width", "blocks", "patch", "parameters"}
@@ -53,7 +54,7 @@ def _row(info: ModelInfo) -> dict[str, Any]:
 
 
 def cached(name: str) -> str | None:
-    """Where the weights are that `from_pretrained` would take without asking the hub."""
+    """The path of the weights that `from_pretrained` would load without asking the hub; None if there are none."""
     try:
         return str(locate(name, HubOptions(local_files_only=True))[0])
     except Dinov3Error:

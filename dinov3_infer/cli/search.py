@@ -1,4 +1,4 @@
-"""`dinov3-infer embed search`: the pictures most like a given one."""
+"""`dinov3-infer embed search`: finds the images most similar to a given one."""
 
 import argparse
 import os
@@ -24,16 +24,17 @@ from .main import OK, say, tell
 
 __all__ = ["run"]
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SHEETS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def run(args: argparse.Namespace) -> int:
-    outs = [check_file(out, args.overwrite, (*PICTURES, ".txt")) for out in args.out or ()]
+    """Prints the most similar images with their cosines; returns the exit status."""
+    outs = [check_file(out, args.overwrite, (*SHEETS, ".txt")) for out in args.out or ()]
     store = Store(args.vectors)
     queries = list_images(args.query) if is_collection(args.query) else [args.query]
     vectors = _embedded(store, queries, args)
     levels = as_levels(store.recipe.preprocess.get("levels"))
-    most = args.count + len(queries)  # which may be in the store, and are not what is asked for
+    most = args.count + len(queries)  # the queries may be in the store, and are not results
     scores, numbers = search(store, vectors, most, _device())
     best = torch.full((len(store),), -torch.inf, dtype=torch.float32, device="cpu").scatter_reduce(
         0, numbers.flatten(), scores.flatten(), "amax"
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             captions += [f"{score:.3f} {os.path.basename(name)}" for score, name in found]
             shown = [panel(query, levels) for query in queries] + _panels(names, levels)
             with whole(out) as path:
-                sheet([_square(picture) for picture in shown], captions).save(path)
+                sheet([_square(image) for image in shown], captions).save(path)
         tell(f"wrote '{out}'")
     return OK
 
@@ -63,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
 def _embedded(
     store: Store, queries: list[str], args: argparse.Namespace
 ) -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
-    """Vectors of the queries, made as those of the store were."""
+    """Vectors [n, C] of the queries, made in the same way as those of the store."""
     recipe = store.recipe
     made = recipe.origin or recipe.model or f"a model without a name (fingerprint {recipe.fingerprint[:16]})"
     if args.model is None and recipe.origin is None and recipe.model is None:
-        raise InputError(f"'{args.vectors}' was made with {made}; give it with -m")
+        raise InputError(f"'{args.vectors}' was made with {made}; add it as -m")
     try:
         bb = load_backbone(argparse.Namespace(**vars(args) | dict(model=args.model or made)))
     except Dinov3Error as error:
@@ -76,36 +77,36 @@ def _embedded(
         raise InputError(f"'{args.vectors}' was made with '{made}', which cannot be loaded: {error}") from None
     if bb.fingerprint() != recipe.fingerprint:
         raise InputError(
-            f"'{args.vectors}' was made with other weights than '{args.model or made}' holds"
-            f"{f', those of {made!r}' if args.model else ' now'} (fingerprint {recipe.fingerprint[:16]}); give those "
+            f"'{args.vectors}' was made with other weights (fingerprint {recipe.fingerprint[:16]}"
+            f"{f', from {made!r}' if args.model else ''}) than '{args.model or made}' now has; give the same weights "
             "with -m"
         )
     settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe.preprocess.items()}
     try:
         bb.preprocess = Preprocess(**settings)
     except TypeError:
-        raise InputError(f"the record of '{args.vectors}' does not say how images are prepared; make it anew") from None
+        raise InputError(f"'{args.vectors}' does not record how images were prepared; embed again") from None
     return bb.embed(queries, pooling=recipe.pooling, decode=recipe.decode)
 
 
 def _panels(names: list[str], levels: Levels | None) -> list[Image.Image]:
-    """Pictures that have gone since are left grey."""
+    """The images of the results; a missing one is grey."""
     source = open_names(names, "the results")
     found = []
     for i in range(len(source)):
         try:
-            picture: ImageLike = source.load(i, levels=levels).image
-            found.append(panel(picture))
+            image: ImageLike = source.load(i, levels=levels).image
+            found.append(panel(image))
         except Dinov3Error:
             found.append(Image.new("RGB", (512, 512), "grey"))
     return found
 
 
-def _square(picture: Image.Image, side: int = 320) -> Image.Image:
-    """Small, and in the middle of a square, so that rows are even."""
+def _square(image: Image.Image, side: int = 320) -> Image.Image:
+    """A small copy in the middle of a white square."""
     made = Image.new("RGB", (side, side), "white")
-    picture.thumbnail((side, side))
-    made.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    image.thumbnail((side, side))
+    made.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return made
 
 

@@ -1,4 +1,4 @@
-"""`dinov3-infer show`: what the features hold, beside the photographs, as one picture."""
+"""`dinov3-infer show`: what the features hold, or what a released head makes of them, beside the photographs."""
 
 import argparse
 import os
@@ -15,10 +15,11 @@ from ..images.decode import ImageLike, load_image
 from ..images.levels import as_levels
 from ..images.opening import find_images
 from ..system import whole
+from ..tasks.legend import depth_picture, segments_picture
 from ..tasks.overlay import attention_picture, overlay, panel, sheet
 from ..tasks.pca import foreground, pca_picture, pca_rgb
 from ..tasks.similarity import region_vector, similarity_map
-from .inputs import check_file, geometry, load_backbone
+from .inputs import check_file, geometry, given_labels, load_backbone, load_released
 from .main import OK, tell
 
 __all__ = ["run"]
@@ -26,6 +27,7 @@ __all__ = ["run"]
 MOST = 64  # images on one sheet, or frames of an animation
 _ANIMATED, _VIDEO = (".gif", ".webp", ".png", ".apng"), (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 _MILLISECONDS = 120  # of a frame
+LONG_SIDE = 768  # pixels that a depth head sees unless another size is asked for
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,9 +37,13 @@ def run(args: argparse.Namespace) -> int:
     paths: list[ImageLike] = [*frames] if frames else _images(args.sources)
     if args.levels is not None:  # so that what is shown is what the model sees
         paths = [load_image(path, levels=as_levels(args.levels)) for path in paths]
-    rows = _KINDS[args.kind](load_backbone(args), paths, args)
+    if args.kind in _OF_HEADS:
+        rows = _OF_HEADS[args.kind](paths, args)
+    else:
+        rows = _KINDS[args.kind](load_backbone(args), paths, args)
     with whole(out) as path:
         if moving:
+            rows = _of_one_size(rows)
             rows[0].save(path, save_all=True, append_images=rows[1:], duration=_MILLISECONDS, loop=0)
         else:
             _together(rows).save(path, quality=92)
@@ -57,14 +63,21 @@ def _frames(source: str) -> list[Image.Image]:
     suffix = os.path.splitext(source)[1].lower()
     if not os.path.isfile(source) or suffix not in (*_ANIMATED, *_VIDEO):
         return []
-    if suffix in _VIDEO:
-        frames = _decoded(source)
-    else:
+    frames = _decoded(source) if suffix in _VIDEO else _animated(source)
+    if not frames:
+        return []
+    return [frames[i] for i in np.linspace(0, len(frames) - 1, min(MOST, len(frames))).round().astype(int)]
+
+
+def _animated(source: str) -> list[Image.Image]:
+    """None of a still image, nor of what is no image: the one who loads it says so."""
+    try:
         with Image.open(source) as stream:
             if getattr(stream, "n_frames", 1) < 2:
                 return []
-            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(stream)]
-    return [frames[i] for i in np.linspace(0, len(frames) - 1, min(MOST, len(frames))).round().astype(int)]
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(stream)]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return []
 
 
 def _decoded(source: str) -> list[Image.Image]:
@@ -121,8 +134,40 @@ def _similarity(bb: Backbone, paths: list[ImageLike], args: argparse.Namespace) 
     ]
 
 
+def _depth(paths: list[ImageLike], args: argparse.Namespace) -> list[Image.Image]:
+    head = load_released(args, "depth", args.dataset)
+    maps = [found.depth for path in paths for found in head.predict([path], _size_of(path, head, args.size))]
+    limits = min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)  # one scale, so that they compare
+    return [depth_picture(path, one, limits) for path, one in zip(paths, maps, strict=True)]
+
+
+def _size_of(path: ImageLike, head: Any, asked: Any) -> Any:
+    """DINOv2's heads learnt from images of about this size, and a photograph at its own would take minutes."""
+    if asked is None and head.info.backbone.startswith("dinov2_"):
+        return min(LONG_SIDE, max(load_image(path).shape[1:]))
+    return None if asked == "own" else asked
+
+
+def _segments(paths: list[ImageLike], args: argparse.Namespace) -> list[Image.Image]:
+    if args.labels is None:
+        head = load_released(args, "segments")
+        return [segments_picture(path, found) for path in paths for found in head.predict([path], args.size)]
+    head = load_released(args, "text")
+    labels = head.encode_labels(given_labels(args), args.template)
+    return [segments_picture(path, found) for path in paths for found in head.segment([path], labels, size=args.size)]
+
+
 def _pair(path: ImageLike, shown: Image.Image) -> Image.Image:
     return sheet([panel(path), shown], columns=2)
+
+
+def _of_one_size(rows: list[Image.Image]) -> list[Image.Image]:
+    """With white below those whose legend is short."""
+    size = max(row.width for row in rows), max(row.height for row in rows)
+    made = [Image.new("RGB", size, "white") for _ in rows]
+    for frame, row in zip(made, rows, strict=True):
+        frame.paste(row, (0, 0))
+    return made
 
 
 def _together(rows: list[Image.Image]) -> Image.Image:
@@ -147,4 +192,8 @@ _KINDS: dict[str, Callable[[Backbone, list[ImageLike], argparse.Namespace], list
     "pca": _pca,
     "attention": _attention,
     "similarity": _similarity,
+}
+_OF_HEADS: dict[str, Callable[[list[ImageLike], argparse.Namespace], list[Image.Image]]] = {
+    "depth": _depth,
+    "segments": _segments,
 }

@@ -1,4 +1,4 @@
-"""`dinov3-infer train`: the trainer, which knows its own options."""
+"""`dinov3-infer train`: hands its arguments to the trainer, which parses them."""
 
 import argparse
 
@@ -8,4 +8,5 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the trainer; returns the exit status."""
     return main(args.rest)

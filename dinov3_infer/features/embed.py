@@ -1,4 +1,4 @@
-"""`embed`: one row for each image, in an array or on disk."""
+"""`embed`: one row per image, in an array or on disk."""
 
 import os
 from collections.abc import Iterable, Sized
@@ -23,16 +23,21 @@ def embed(
     out: str | os.PathLike[str] | None,
     options: EmbedOptions,
 ) -> np.ndarray[Any, Any] | EmbedReport:
-    """What `Backbone.embed` describes."""
+    """See `Backbone.embed`: an array [N, C], [N, P, C] or [N, C, h, w], or with `out` a report.
+
+    Raises: as `Backbone.embed`.
+    """
     if out is not None:
-        from .disk.target import Target  # not above: few processes write vectors
+        from .disk.target import Target  # imported here, because few processes write vectors
         from .disk.write import Writer
 
         target = Target.find(out, options.overwrite)
         return Writer(target, open_images(images), extractor, options).run()
     opened = open_images(images)
+    transform = extractor.transform(options.size, options.fit, options.levels)
+    extractor.warm(transform)
     batcher = extractor.batcher(
-        extractor.transform(options.size, options.fit, options.levels),
+        transform,
         lambda batches: vectors_of(extractor, batches, options),
         options.batch_size or 32,
         num_workers=options.num_workers,

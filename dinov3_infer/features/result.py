@@ -1,4 +1,4 @@
-"""What `extract_features` returns: named tokens, the grid they lie on, and the way back to the picture."""
+"""The result of `extract_features`: named tokens, their grid, and the positions in the original image."""
 
 import base64
 import io
@@ -22,11 +22,20 @@ __all__ = ["Features", "LayerFeatures", "Pooling", "features_of", "pool", "poole
 Pooling = Literal["cls", "mean", "cls_mean"]
 _TOKENS = ("cls_token", "register_tokens", "patch_tokens")
 _NAMES = ("embedding", *_TOKENS, "feature_map")
-_SHOWN = 8  # images of a batch that a notebook shows
+_SHOWN = 8  # number of images that a notebook shows
 
 
-def pool(cls_token: Tensor, patch_tokens: Tensor, pooling: Pooling, valid: Tensor | None = None) -> Tensor:
-    """[B, C], or [B, 2C] for "cls_mean" with the class token first; the mean leaves padding and registers out."""
+def pool(
+    cls_token: Tensor,  # [B, C]
+    patch_tokens: Tensor,  # [B, P, C]
+    pooling: Pooling,
+    valid: Tensor | None = None,  # [B, h, w] bool
+) -> Tensor:
+    """Pools tokens into [B, C], or [B, 2C] for "cls_mean" with the class token first; the mean covers patches that are
+    not padding, and no registers.
+
+    Raises: InputError for another `pooling`.
+    """
     check_choice("pooling", pooling, Pooling)
     if pooling == "cls":
         return cls_token
@@ -39,13 +48,13 @@ def pool(cls_token: Tensor, patch_tokens: Tensor, pooling: Pooling, valid: Tenso
 
 
 def pooled_width(width: int, pooling: Pooling) -> int:
-    """Numbers of what `pool` makes of tokens with `width` numbers."""
+    """Length of the vector that `pool` makes from tokens of length `width`."""
     return width * (2 if pooling == "cls_mean" else 1)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class LayerFeatures:
-    """One layer: its tokens after the final norm, or the facet asked for (see `extract_features`)."""
+    """One layer: its tokens after the final norm, or its queries, keys or values (see `extract_features`)."""
 
     cls_token: Tensor  # [B, C]
     register_tokens: Tensor  # [B, R, C]
@@ -68,9 +77,9 @@ class LayerFeatures:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Features:
-    """Features of a batch of images, float32, all after the final norm.
+    """Features of a batch of images, float32, after the final norm.
 
-    A notebook shows a table of the shapes with the principal components of the first images in colours.
+    A notebook shows a table of the shapes and the principal components of the first images in colours.
 
     Example:
         >>> f = bb.extract_features(["cat.jpg", "dog.jpg"])
@@ -80,14 +89,14 @@ class Features:
         True
     """
 
-    embedding: Tensor  # [B, C], or [B, 2C] with pooling "cls_mean": one vector per picture
+    embedding: Tensor  # [B, C], or [B, 2C] with pooling "cls_mean": one vector per image
     cls_token: Tensor  # [B, C]
     register_tokens: Tensor  # [B, R, C]
     patch_tokens: Tensor  # [B, P, C], row-major
     grid: tuple[int, int]  # (h, w) in patches
-    placements: tuple[Placement, ...]  # where each picture went
-    valid: Tensor | None = None  # [B, h, w] bool: patches that are picture, not padding; None where all are
-    layers: tuple[LayerFeatures, ...] = ()  # as asked for
+    placements: tuple[Placement, ...]  # where each image lies in the input
+    valid: Tensor | None = None  # [B, h, w] bool: False for padding; None if there is no padding
+    layers: tuple[LayerFeatures, ...] = ()  # in the order of `layers=`
 
     @property
     def feature_map(self) -> Tensor:
@@ -96,29 +105,29 @@ class Features:
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the model saw."""
+        """(height, width) in pixels of the model input."""
         return self.placements[0].window[2:]
 
     @property
     def original_sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) in pixels of each picture, after EXIF rotation."""
+        """(height, width) in pixels of each image, after EXIF rotation."""
         return tuple(placement.original for placement in self.placements)
 
     @property
     def last_hidden_state(self) -> Tensor:
-        """transformers' name for all tokens: class token, registers, patches, [B, N, C]."""
+        """All tokens under transformers' name: class token, registers, patches, [B, N, C]."""
         return torch.cat((self.cls_token[:, None], self.register_tokens, self.patch_tokens), dim=1)
 
     @property
     def pooler_output(self) -> Tensor:
-        """transformers' name for the class token, [B, C]."""
+        """The class token under transformers' name, [B, C]."""
         return self.cls_token
 
     def __repr__(self) -> str:
         return f"Features({shapes(self, _NAMES)}, grid {self.grid}, {len(self.layers)} layers)"
 
     def _repr_html_(self) -> str:
-        """A table of shapes with the principal components of the first images in colours, for notebooks."""
+        """A table of shapes, with the first images coloured by principal components, for notebooks."""
         rows = [(name, str(list(getattr(self, name).shape))) for name in _NAMES]
         rows += [("grid", str(self.grid)), ("layers", str(len(self.layers)))]
         if min(self.grid) * len(self) >= 3 and self.patch_tokens.isfinite().all():
@@ -129,7 +138,7 @@ class Features:
         return f"<table>{cells}</table>"
 
     def __eq__(self, other: object) -> bool:
-        """Whether all tensors, and where the images went, are the same."""
+        """Whether all tensors and placements are equal."""
         if not isinstance(other, Features):
             return NotImplemented
         return (
@@ -143,7 +152,7 @@ class Features:
     __hash__ = None  # type: ignore[assignment]  # equal by value, and tensors can change
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The embedding, for `np.asarray(features)`; `numpy()` gives every tensor."""
+        """The embedding [B, C], for `np.asarray(features)`; `numpy()` gives every tensor."""
         found: np.ndarray = self.embedding.detach().cpu().numpy()
         return found.astype(dtype or found.dtype, copy=bool(copy))
 
@@ -151,9 +160,9 @@ class Features:
         return len(self.placements)
 
     def __getitem__(self, index: int) -> "Features":
-        """Picture number `index` alone, a batch of 1 with memory of its own, so that the batch can be freed.
+        """The features of image number `index`, a batch of 1 that is a copy, so that the batch can be freed.
 
-        Raises: InputError for a number that is not there, InputTypeError for what is no whole number.
+        Raises: InputError for a number that does not exist, InputTypeError if `index` is not a whole number.
         """
         number = self._number(index)
         return replace(self._each(lambda t: t[number : number + 1].clone()), placements=(self.placements[number],))
@@ -162,7 +171,7 @@ class Features:
         return (self[i] for i in range(len(self)))
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> "Features":
-        """The same on another device; `non_blocking` as torch has it."""
+        """The same features on another device; `non_blocking` as in `Tensor.to`."""
         return self._each(lambda t: t.to(device, non_blocking=non_blocking))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Features":
@@ -176,40 +185,41 @@ class Features:
     def _number(self, index: int) -> int:
         if not hasattr(index, "__index__"):
             raise InputTypeError(
-                f"a picture has a whole number, got {type(index).__name__}; for several take [f[i] for i in numbers]"
+                f"features are indexed by a whole number, got {type(index).__name__}; use [f[i] for i in numbers]"
             )
         if not -len(self) <= index < len(self):
-            raise InputError(f"picture number {index} does not exist; these are features of {len(self)}")
+            raise InputError(f"image number {index} does not exist; this batch has {len(self)}, numbered from 0")
         return operator.index(index) % len(self)
 
     def to_patch(self, x: float, y: float, index: int = 0) -> tuple[int, int]:
-        """The patch (row, column) that covers pixel (x, y) of original picture number `index`.
+        """The patch (row, column) that covers pixel (x, y) of original image number `index`.
 
-        Raises: InputError for a point outside the picture, or in a part that was cropped away.
+        Raises: InputError for a point outside the image, or in a part that was cropped away.
         """
         return self.placements[self._number(index)].to_patch(x, y, self.grid)
 
     def normalize(self) -> "Features":
-        """The same with an embedding of length 1, for cosine similarity by dot product."""
+        """The same features with each embedding scaled to length 1, for cosine similarity by dot product."""
         return replace(self, embedding=torch.nn.functional.normalize(self.embedding, dim=-1))
 
     def similarity(self, other: "Features") -> Tensor:
-        """Cosine of every embedding here with every one there, [B, B of other].
+        """Cosine similarity of each embedding with each embedding of `other`, [B, B of other].
 
-        Raises: InputTypeError for what are no Features, InputError for embeddings of another width.
+        Raises: InputTypeError if `other` is not Features, InputError if the embeddings differ in length.
         """
         if not isinstance(other, Features):
             raise InputTypeError(
-                f"similarity is with other Features, got {type(other).__name__}; use extract_features()"
+                f"similarity() compares Features with Features, got {type(other).__name__}; use extract_features()"
             )
         if other.embedding.shape[-1] != self.embedding.shape[-1]:
             widths = f"{self.embedding.shape[-1]} and {other.embedding.shape[-1]}"
-            raise InputError(f"embeddings of {widths} numbers cannot be compared; use one model and one pooling")
+            raise InputError(f"embeddings of length {widths} cannot be compared; use one model and one pooling")
         return self.normalize().embedding @ other.normalize().embedding.to(self.embedding.device).T
 
     def numpy(self) -> dict[str, Any]:
-        """The tensors as float32 arrays on the CPU, by their names; `layers` as a list of such, `valid` where there is
-        one.
+        """All tensors as float32 arrays on the CPU, in a dict by name.
+
+        `layers` is a list of such dicts.  `layers` and `valid` are missing if there are none.
         """
 
         def arrays(part: Any, *names: str) -> dict[str, Any]:
@@ -240,7 +250,7 @@ def features_of(
     grids: Sequence[tuple[int, int]],  # (h, w) in patches of the last layer, then of each layer asked for
     pooling: Pooling,
 ) -> Features:
-    """Names the tokens of a batch of images, in float32."""
+    """Converts the output for a batch of images to `Features` in float32."""
     cls_token, registers, patches = (t.float() for t in output[:3])
     valid = batch.valid.to(patches.device) if batch.valid is not None else None
     return Features(

@@ -1,4 +1,4 @@
-"""A stream of pictures of any sizes: decoded by threads, run in bounded batches, given back in order."""
+"""A stream of images of any sizes: threads decode them, bounded batches run, and results keep the order."""
 
 import itertools
 import logging
@@ -42,7 +42,7 @@ log = logging.getLogger("dinov3_infer")
 
 OnError = Literal["raise", "skip", "return"]
 Decode = Literal["exact", "fast"]
-# Tokens of one pass: on a GPU enough to fill it, on a CPU few enough to stay near its caches.
+# Tokens per pass: enough to fill a GPU, few enough for the caches of a CPU.
 MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 
 T = TypeVar("T")
@@ -50,30 +50,30 @@ Launch = Callable[[list[PixelBatch]], Callable[[], list[Sequence[T]]]]
 
 
 class Item(NamedTuple):
-    """One picture, not read yet."""
+    """One image that is not read yet."""
 
-    number: int  # in the input, from 0
-    path: str | None  # None for pictures that came as objects
+    number: int  # position in the input, from 0
+    path: str | None  # None for an image that is an object in memory
     load: Callable[[TargetSize | None, Levels | None, int], Decoded]
-    alone: bool = False  # not in a thread: an open picture or stream may come twice, and cannot be read twice at once
+    alone: bool = False  # outside the threads: an open file may occur twice, and two threads cannot read it at once
 
 
 @dataclass(frozen=True)
 class Result(Generic[T]):
-    """What became of one picture."""
+    """The result for one image."""
 
     number: int
     path: str | None
-    found: T | Dinov3Error  # the error says why it could not be read
-    ends: bool = True  # the last one of its pass
+    found: T | Dinov3Error  # the error, if the image could not be read
+    ends: bool = True  # whether it is the last of its pass
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How pictures become pixels."""
+    """How images are read and decoded."""
 
     workers: int = 0  # threads
-    ahead: bool = False  # beside the model, as a GPU needs it; else all threads read, then all compute
+    ahead: bool = False  # read while the model runs, for a GPU; False: all threads read, then all compute
     decode: Decode = "exact"  # "fast": see `decode`
 
     def __post_init__(self) -> None:
@@ -89,20 +89,20 @@ class _Read(NamedTuple):
         return 0 if isinstance(self.placed, Dinov3Error) else self.placed[0][0].numel() // patch_size**2
 
 
-def items_of(pictures: Source | Iterable[ImageLike], numbers: Iterable[int] | None = None) -> Iterator[Item]:
-    """All images, or of a source those with these numbers.
+def items_of(images: Source | Iterable[ImageLike], numbers: Iterable[int] | None = None) -> Iterator[Item]:
+    """Items for all images, or for those images of a source that have these numbers.
 
-    An array or tensor that does not lie in a list is copied when it is pulled: a stream may fill one again and again.
+    Arrays and tensors from a stream are copied, because the stream may reuse their memory; those of a list are not.
     """
-    if isinstance(pictures, Source):
-        numbers = range(len(pictures)) if numbers is None else numbers
-        if not isinstance(pictures, Items):
-            yield from (Item(n, pictures.key(n), partial(pictures.load, n)) for n in numbers)
+    if isinstance(images, Source):
+        numbers = range(len(images)) if numbers is None else numbers
+        if not isinstance(images, Items):
+            yield from (Item(n, images.key(n), partial(images.load, n)) for n in numbers)
             return
-        listed, kept = list(numbers), pictures.kept
-        chosen: Iterable[tuple[int, ImageLike]] = zip(listed, map(pictures.picture, listed), strict=True)
+        listed, kept = list(numbers), images.kept
+        chosen: Iterable[tuple[int, ImageLike]] = zip(listed, map(images.picture, listed), strict=True)
     else:
-        chosen, kept = enumerate(pictures), isinstance(pictures, (list, tuple))
+        chosen, kept = enumerate(images), isinstance(images, (list, tuple))
     for n, image in chosen:
         if not kept:
             image = own(image)
@@ -111,15 +111,16 @@ def items_of(pictures: Source | Iterable[ImageLike], numbers: Iterable[int] | No
 
 
 class Batcher(Generic[T]):
-    """Runs `launch` over a stream of pictures.
+    """Runs `launch` over a stream of images.
 
-    `launch` is given a batch for each size, and returns what waits for one result per picture: beside a GPU, which goes
-    on meanwhile, the next pass is launched before the results of the one before are waited for.
+    `launch` takes one batch per size and returns a function that waits for one result per image.  On a GPU the next
+    pass is launched before the results of the last one are awaited.
 
-    A pass takes neighbours only, `batch_size` pictures and `max_tokens` patches at most, grouped by size, and none of
-    two shards: so what runs together is a function of the pictures of a shard and of these numbers alone.  Where the
-    memory of the device does not do, the pass is run in halves, and from then on with half the pictures, unless
-    `halves` is False, where torch's error is raised.
+    A pass holds neighbouring images of one shard, at most `batch_size` images and `max_tokens` patches, grouped by
+    size.  So the images of a shard and these two numbers alone decide which images run together.  If the device runs
+    out of memory, the pass is split and `batch_size` is halved; with `halves=False` torch's error is raised.
+
+    Raises: InputError, InputTypeError for a wrong `batch_size`.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Batcher(Generic[T]):
         batch_size: int,
         max_tokens: int,
         reading: Reading,
-        shard_size: int | None = None,  # pictures
+        shard_size: int | None = None,  # images
         halves: bool = True,
         for_gpu: bool = False,  # see `Preprocess.place`
     ) -> None:
@@ -138,7 +139,10 @@ class Batcher(Generic[T]):
         self.shard_size, self.halves, self.for_gpu = shard_size, halves, for_gpu
 
     def __call__(self, items: Iterable[Item]) -> Iterator[Result[T]]:
-        """One result per picture, in order."""
+        """Yields one result per image, in input order.
+
+        Raises: torch.OutOfMemoryError if one image alone, or with `halves=False` one pass, does not fit in memory.
+        """
         flying: deque[_Flight[T]] = deque()
         for reads in self._passes(items):
             yield from self._run(reads, flying)
@@ -167,7 +171,7 @@ class Batcher(Generic[T]):
         if not self.reading.workers:
             yield from map(self._load, items)
             return
-        # as many threads of torch's own below each of these would be far too many
+        # one torch thread per worker: otherwise each worker starts a thread per core
         pool = ThreadPoolExecutor(
             self.reading.workers, "dinov3-infer-read", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -175,7 +179,7 @@ class Batcher(Generic[T]):
             yield from (self._ahead if self.reading.ahead else self._in_rounds)(pool, iter(items))
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(torch.get_num_threads())  # of threads to come, which the pool has changed
+            torch.set_num_threads(torch.get_num_threads())  # the pool has changed the value for new threads
 
     def _ahead(self, pool: ThreadPoolExecutor, items: Iterator[Item]) -> Iterator[_Read]:
         pending: deque[Future[_Read]] = deque()
@@ -187,7 +191,7 @@ class Batcher(Generic[T]):
             yield pending.popleft().result()
 
     def _in_rounds(self, pool: ThreadPoolExecutor, items: Iterator[Item]) -> Iterator[_Read]:
-        """A model on the CPU uses every core: threads that decode meanwhile would only make it wait for its slowest."""
+        """Reads, then computes: a model on the CPU uses every core, and decoding beside it slows it down."""
         while batch := [self._submit(pool, item) for item in itertools.islice(items, self.batch_size)]:
             yield from (future.result() for future in batch)
 
@@ -210,16 +214,16 @@ class Batcher(Generic[T]):
     # --- running ----------------------------------------------------------------------------------------------------
 
     def _run(self, reads: list[_Read], flying: "deque[_Flight[T]]") -> Iterator[Result[T]]:
-        """Launches a pass, and gives the results of those that are not to fly beside it."""
+        """Launches a pass and yields the results of passes that should not run beside it."""
         while reads:
             part = reads[: self.batch_size]
             flight = self._launched(part, alone=not flying)
-            if flight is None and flying:  # which hold memory
+            if flight is None and flying:  # a running pass holds memory
                 yield from flying.popleft().landed()
                 continue
             if flight is None:
                 self.batch_size = len(part) // 2
-                log.warning("out of memory with %d pictures in one pass; going on with %d", len(part), self.batch_size)
+                log.warning("out of memory with %d images per pass; continuing with %d", len(part), self.batch_size)
                 continue
             flying.append(flight)
             reads = reads[len(part) :]
@@ -227,7 +231,7 @@ class Batcher(Generic[T]):
                 yield from flying.popleft().landed()
 
     def _launched(self, reads: list[_Read], alone: bool) -> "_Flight[T] | None":
-        """None where the memory did not do."""
+        """The running pass, or None if the device ran out of memory and a retry is possible."""
         groups: dict[tuple[int, ...], list[tuple[int, tuple[Tensor, Placement]]]] = {}
         for item, placed in reads:
             if not isinstance(placed, Dinov3Error):
@@ -241,7 +245,7 @@ class Batcher(Generic[T]):
             if not alone or (len(reads) > 1 and self.halves):
                 return None
             if len(reads) == 1:
-                error.add_note(f"item {reads[0].item.number} alone is too large for the memory; give a smaller size=")
+                error.add_note(f"item {reads[0].item.number} does not fit in memory even alone; give a smaller size=")
             raise
         return _Flight(reads, [[number for number, _ in group] for group in groups.values()], wait)
 
@@ -251,11 +255,11 @@ class _Flight(Generic[T]):
     """A pass that was launched."""
 
     reads: list[_Read]
-    numbers: list[list[int]]  # of the pictures of each batch
+    numbers: list[list[int]]  # of the images of each batch
     wait: Callable[[], list[Sequence[T]]]
 
     def landed(self) -> Iterator[Result[T]]:
-        """What became of each picture, when the results are there."""
+        """Waits for the pass and yields one result per image."""
         batches = zip(self.numbers, self.wait(), strict=True)
         done = {n: one for numbers, batch in batches for n, one in zip(numbers, batch, strict=True)}
         for item, placed in self.reads:
@@ -264,7 +268,10 @@ class _Flight(Generic[T]):
 
 
 def in_order(results: Iterable[Result[T]], on_error: OnError) -> Iterator[T | Dinov3Error | None]:
-    """What became of each picture, with errors raised, returned or left out with a line in the log."""
+    """Yields the results in order; `on_error` decides about images that could not be read.
+
+    Raises: with on_error="raise" the error of the first such image.
+    """
     for result in results:
         if not isinstance(result.found, Dinov3Error) or on_error == "return":
             yield result.found
@@ -276,11 +283,14 @@ def in_order(results: Iterable[Result[T]], on_error: OnError) -> Iterator[T | Di
 
 
 def count_of(name: str, value: int, least: int) -> int:
-    """A whole number.  Raises: InputTypeError, InputError."""
+    """`value` as an int.
+
+    Raises: InputTypeError if it is not a whole number, InputError if it is below `least`.
+    """
     try:
         number = index(value)
     except TypeError:
         raise InputTypeError(f"{name} is a whole number, got {value!r}") from None
     if number < least:
-        raise InputError(f"{name} is a whole number from {least} on, got {value}")
+        raise InputError(f"{name} is a whole number of at least {least}, got {value}")
     return number

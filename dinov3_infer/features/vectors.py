@@ -1,4 +1,4 @@
-"""Vectors of many pictures in one array."""
+"""Vectors of many images in one array."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -29,28 +29,28 @@ OutDtype = Literal["float32", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedOptions:
-    """The options of `embed`, for the method, the command, a Ray cluster and the record beside the vectors.
+    """The options of `embed`, shared by the method, the command, the Ray functions and the record on disk.
 
-    Raises: InputError, InputTypeError for a wrong one, before an image is read.
+    Raises: InputError, InputTypeError for a wrong value, before an image is read.
     """
 
-    # what vectors depend on
+    # options that change the vectors
     kind: Kind = "embedding"
     pooling: Pooling = "cls"
     normalize: bool = False
     out_dtype: OutDtype = "float32"
     size: int | tuple[int, int] | None = None  # pixels
     fit: Fit | None = None
-    levels: Levels | None = None  # of images of more than 8 bits
+    levels: Levels | None = None  # for images of more than 8 bits
     decode: Decode = "exact"
-    # how they are made
-    batch_size: int | None = None  # images; None for what is found to be fastest
-    shard_size: int | None = None  # images; None for 10,000, or as many as have 256 MiB
+    # options that do not
+    batch_size: int | None = None  # images; None: 32 for an array, measured for files
+    shard_size: int | None = None  # images; None: 10,000, or as many as have 256 MiB of rows
     num_workers: int | None = None  # threads that read images
     on_error: Literal["raise", "skip"] = "raise"
     overwrite: bool = False
-    trust_names: bool = False  # a rerun does not look whether images are those that had their names
-    progress: bool | None = None  # None: where stderr is a terminal
+    trust_names: bool = False  # a rerun takes a file of the same name for the same image
+    progress: bool | None = None  # None: if stderr is a terminal
 
     def __post_init__(self) -> None:
         for name, kind in (("pooling", Pooling), ("kind", Kind), ("out_dtype", OutDtype), ("decode", Decode)):
@@ -64,10 +64,10 @@ class EmbedOptions:
 
 @dataclass(frozen=True)
 class Failure:
-    """A picture that could not be read."""
+    """An image that could not be read."""
 
     row: int
-    path: str | None  # None for a picture that came as an object
+    path: str | None  # None for an image that is an object in memory
     error: str
 
 
@@ -75,17 +75,17 @@ class Failure:
 class EmbedReport:
     """What `embed` wrote."""
 
-    path: Path  # of the file, one row per picture, or of the folder of shards
-    shape: tuple[int, ...]  # of all rows together; of unequal ones their number alone
-    failures: tuple[Failure, ...]  # whose rows are NaN
-    batch_size: int  # in the end: smaller than asked for where the memory did not do
-    resumed: int  # rows that were there before
-    changed: int = 0  # rows computed again, because their source is another one now
-    retried: int = 0  # rows that had failed before, and were tried again
+    path: Path  # the file, with one row per image, or the folder of shards
+    shape: tuple[int, ...]  # of all rows; (N,) if the rows differ in shape
+    failures: tuple[Failure, ...]  # their rows are NaN
+    batch_size: int  # at the end; smaller than asked for if memory ran out
+    resumed: int  # rows that an earlier run wrote
+    changed: int = 0  # rows computed again because their source changed
+    retried: int = 0  # rows that had failed and were tried again
 
 
 class Vector(NamedTuple):
-    """What is kept of one picture."""
+    """The row of one image."""
 
     array: Array  # float32 [C], [P, C] or [C, h, w]
     grid: tuple[int, int]  # (h, w) in patches
@@ -94,11 +94,14 @@ class Vector(NamedTuple):
 def vectors_of(
     extractor: Extractor, batches: list[PixelBatch], options: EmbedOptions
 ) -> Callable[[], list[Sequence[Vector]]]:
-    """For each batch one vector per image, with memory of its own; what is returned waits for them."""
+    """Starts a pass and returns a function that waits for one vector per image of each batch; vectors are copies.
+
+    Raises (when waiting): PrecisionError if the features are not finite.
+    """
     class_only = options.kind == "embedding" and options.pooling == "cls"
     found, total = extractor.launched(batches, pooling=options.pooling, class_only=class_only)
     tensors = [(_kept(features, options).to("cpu", non_blocking=True), features.grid) for features in found]
-    total = total.to("cpu", non_blocking=True)  # torch takes pinned memory for both
+    total = total.to("cpu", non_blocking=True)  # torch uses pinned memory for both copies
     landed = extractor.landing()
 
     def wait() -> list[Sequence[Vector]]:
@@ -118,12 +121,13 @@ def _kept(features: Features, options: EmbedOptions) -> Tensor:
 def collect(
     results: Iterable[Result[Vector]],
     options: EmbedOptions,
-    width: int,  # numbers of an embedding
-    total: int | None = None,  # images, where that is known
+    width: int,  # length of an embedding
+    total: int | None = None,  # images, if known
 ) -> Array:
-    """Rows in the order of the input: [N, C], or [N, P, C] of patches, or [N, C, h, w] of maps; NaN for failures.
+    """Collects rows in input order: [N, C], [N, P, C] for patches, [N, C, h, w] for maps; NaN for images that failed.
 
-    Raises: with on_error="raise" the error of the first image that cannot be read.
+    Raises: InputError if rows differ in shape or no image could be read; with on_error="raise" the error of the first
+    image that cannot be read.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -144,7 +148,7 @@ def collect(
             array = _rows(total or 64, vector.shape, options.out_dtype)
         if vector.shape != array.shape[1:]:
             raise InputError(
-                f"item {row} gives {options.kind} of shape {list(vector.shape)} where those before have "
+                f"item {row} gives {options.kind} of shape {list(vector.shape)}, and the items before give "
                 f"{list(array.shape[1:])}; use fit='squash', or iter_features()"
             )
         while row >= len(array):
@@ -152,7 +156,7 @@ def collect(
         array[row] = vector
     if array is None:
         if options.kind != "embedding" and count:
-            raise InputError(f"none of the {count} pictures could be read; the first says: {failures[0].error}")
+            raise InputError(f"none of the {count} images could be read; the first error: {failures[0].error}")
         array = _rows(0, (width,), options.out_dtype)
     if len(array) < count:
         array = np.concatenate((array, _rows(count - len(array), array.shape[1:], options.out_dtype)))
@@ -161,10 +165,10 @@ def collect(
 
 
 def say_failures(failures: list[Failure], count: int) -> None:
-    """One line in the log, if there are any."""
+    """Logs one line if any image failed."""
     if failures:
         log.warning(
-            "%d of %d pictures could not be read, their rows are NaN: %s%s",
+            "%d of %d images could not be read and have a row of NaN: %s%s",
             len(failures), count, "; ".join(f.error for f in failures[:3]), "; ..." if len(failures) > 3 else "",
         )  # fmt: skip
 

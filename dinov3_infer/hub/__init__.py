@@ -1,1 +1,1 @@
-"""From a name or a link to a file, and from a model to the hub."""
+"""Locates and downloads weights, and publishes models on the hub."""

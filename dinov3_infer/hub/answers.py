@@ -1,4 +1,4 @@
-"""Access to the hub: what its client has to know, and what it answers instead of files, in sentences."""
+"""Options for huggingface_hub, and its exceptions as errors of this package."""
 
 import os
 import re
@@ -13,7 +13,16 @@ __all__ = ["HubOptions", "explain", "not_cached"]
 
 @dataclass(frozen=True)
 class HubOptions:
-    """What huggingface_hub needs to know; its own environment variables count too."""
+    """Options for huggingface_hub, whose environment variables are respected too.
+
+    Args:
+        revision: Branch, tag or commit.
+        token: A token, True for the stored one, False for none, None for the default of huggingface_hub.
+        cache_dir: Folder of the cache (default: that of huggingface_hub).
+        local_files_only: Never contact the hub.
+
+    Raises: InputError for an empty token or one with white space.
+    """
 
     revision: str | None = None
     token: str | bool | None = None
@@ -22,20 +31,18 @@ class HubOptions:
 
     def __post_init__(self) -> None:
         if isinstance(self.token, str) and (not self.token or re.search(r"\s", self.token)):
-            raise InputError(
-                "token is empty or holds white space or a line break; give it alone, or None for the stored one"
-            )
+            raise InputError("token is empty or contains white space; give the token alone, or None for the stored one")
 
     @property
     def folder(self) -> Path:
-        """Of the cache."""
+        """Folder of the cache."""
         from huggingface_hub import constants
 
         return Path(constants.HF_HUB_CACHE if self.cache_dir is None else self.cache_dir).expanduser()
 
     @property
     def not_asked(self) -> str | None:
-        """Why the hub is not to be asked, if it is not."""
+        """Why the hub must not be contacted; None if it may be."""
         from huggingface_hub import constants
 
         if self.local_files_only:
@@ -44,6 +51,7 @@ class HubOptions:
 
     @property
     def sends_token(self) -> bool:
+        """Whether requests carry a token."""
         from huggingface_hub import constants, get_token
 
         if self.token is None or self.token is True:
@@ -55,34 +63,39 @@ class HubOptions:
 def explain(
     error: Exception, repository: str, options: HubOptions, copy: str | None = None, reached: bool = True
 ) -> Dinov3Error:
-    """An error of huggingface_hub as one of ours.
+    """Turn an exception of huggingface_hub into an error of this package, which the caller raises.
 
-    `copy`: where else the same weights are.  `reached`: the hub had answered before.
+    Args:
+        error: The exception.
+        repository: The repository that was requested.
+        options: The options of the request.
+        copy: Another repository with the same weights.
+        reached: The hub had answered before.
     """
     from huggingface_hub import errors
 
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error  # as its own HEAD failed
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error  # its HEAD request failed
     cause = cause or error
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, errors.LocalTokenNotFoundError):
-        return InputError("token=True asks for a stored token, and none is stored; log in with 'hf auth login'")
+        return InputError("token=True needs a stored token, and none is stored; log in with 'hf auth login'")
     if isinstance(cause, errors.HFValidationError):
-        return ModelNotFoundError(f"'{repository}' is no path here, and no id of a hub's model, which is 'org/name'")
+        return ModelNotFoundError(f"'{repository}' is no existing path and no hub id; a hub id has the form 'org/name'")
     sent = options.sends_token
     if isinstance(cause, errors.GatedRepoError):
-        state = "the token that was sent is not admitted" if sent else "no token was sent"
-        other = f", or take timm's copy under the same licence, {copy!r}" if copy else ""
+        state = "the token that was sent has no access" if sent else "no token was sent"
+        other = f", or use timm's copy under the same licence, {copy!r}" if copy else ""
         return GatedModelError(
             f"access to '{repository}' is gated, and {state}: accept the licence on its page and log in with "
-            f"'hf auth login', or pass weights=PATH to a file that you already have{other}"
+            f"'hf auth login', or pass weights=PATH with a file that you already have{other}"
         )
     if isinstance(cause, errors.RevisionNotFoundError):
         return ModelNotFoundError(
-            f"'{repository}' has no revision {options.revision!r}; give a branch, a tag or a commit that it has"
+            f"'{repository}' has no revision {options.revision!r}; give one of its branches, tags or commits"
         )
     if isinstance(cause, errors.RepositoryNotFoundError):
         return ModelNotFoundError(
-            f"'{repository}' is no path here, and the hub has no model of that name that you can see"
+            f"'{repository}' is no existing path, and the hub shows no model of that name"
             f"{' with the token that was sent' if sent else ' (no token was sent)'}; check the id, or log in with "
             "'hf auth login'"
         )
@@ -90,8 +103,8 @@ def explain(
         return ModelNotFoundError(f"'{repository}' has no such file; see the list on its page")
     if status == 401:
         return ModelNotFoundError(
-            f"the hub refused the token that was sent for '{repository}' (HTTP 401); log in anew with 'hf auth login', "
-            "or pass token=False for a public model"
+            f"the hub refused the token for '{repository}' (HTTP 401); log in again with 'hf auth login', or pass "
+            "token=False for a public model"
         )
     if status == 403:
         return GatedModelError(
@@ -100,20 +113,21 @@ def explain(
         )
     if isinstance(cause, errors.FileMetadataError):
         return OfflineError(
-            f"what answers for '{repository}' is no hub but perhaps a login page or a proxy; open the hub in a "
-            "browser, check HF_ENDPOINT, or give weights=PATH"
+            f"the server that answered for '{repository}' is no hub, but perhaps a login page or a proxy; open the hub "
+            "in a browser, check HF_ENDPOINT, or give weights=PATH"
         )
     if not reached:
         return not_cached(repository, options, f"cannot be reached ({reason(cause)})")
     broken = type(cause) in (OSError, RuntimeError) and not getattr(cause, "errno", None)
-    what = "a file came incomplete" if broken else reason(cause)
+    what = "a file arrived incomplete" if broken else reason(cause)
     how = "; if that does not help, set HF_HUB_DISABLE_XET=1" if type(cause) is RuntimeError else ""
     return OfflineError(f"download of '{repository}' failed ({what}); try again, or give weights=PATH{how}")
 
 
 def not_cached(repository: str, options: HubOptions, why: str) -> OfflineError:
+    """The error for weights that are not cached and cannot be downloaded; `why` completes "the hub ..."."""
     at = f" --revision {options.revision}" if options.revision else ""
     return OfflineError(
-        f"'{repository}' is no path here and not in the cache '{options.folder}', and the hub {why}; "
-        f"run 'hf download {repository}{at}' where it can be, copy the cache, or give weights=PATH"
+        f"'{repository}' is no existing path and not in the cache '{options.folder}', and the hub {why}; run "
+        f"'hf download {repository}{at}' where the hub can be reached, copy the cache, or give weights=PATH"
     )

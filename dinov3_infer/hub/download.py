@@ -1,4 +1,4 @@
-"""Weights behind a link: downloaded once, whole or not at all; what signs a link is neither kept nor shown."""
+"""Downloads weights from a link, once and atomically; never stores or shows the signature of a link."""
 
 import base64
 import binascii
@@ -29,9 +29,9 @@ from ..web import client_error, client_errors, client_tools, get, queries_cut, r
 __all__ = ["download"]
 
 _TRIES, _PAUSE_S = 4, 1.0
-MAX_BYTES = 2**36  # of a file: twice those of the largest model in float32
-_HEAD = 64  # bytes that tell what a file is
-_SPARE = 2**30  # of a disk, which a file without a stated size does not take
+MAX_BYTES = 2**36  # size limit of a file: twice the largest model in float32
+_HEAD = 64  # bytes that show the kind of a file
+_SPARE = 2**30  # bytes of the disk that a file of unstated size must leave free
 
 
 def download(
@@ -41,13 +41,25 @@ def download(
     not_asked: str | None,
     check: Callable[[Path], None],
 ) -> tuple[Path, bool]:
-    """The file that a link leads to, in the assets of huggingface_hub's cache, and whether it is new there.
+    """Download the file behind a link into the assets of huggingface_hub's cache.
 
-    Files are known by their link without its query, so that a link signed anew finds what an older one brought.
-    `not_asked` is why nothing may be downloaded, None if it may.  `check` raises for a file that is not to be kept.
+    The link without its query identifies the file, so that a newly signed link finds an earlier download.
 
-    Raises: InputError, GatedModelError where access is refused, ModelNotFoundError, OfflineError, CheckpointError,
-    DiskError.
+    Args:
+        link: An http or https link to a weights file.
+        cache_dir: The cache (default: that of huggingface_hub).
+        not_asked: Why nothing may be downloaded; None if it may.
+        check: Raises for a file that must not be kept.
+
+    Returns: The path, and whether the file was downloaded now.
+
+    Raises:
+        InputError: The link is not valid.
+        GatedModelError: The server refuses access.
+        ModelNotFoundError: The server has no such file.
+        OfflineError: The download failed or is not allowed.
+        CheckpointError: The file is no checkpoint.
+        DiskError: The disk has no room.
     """
     from huggingface_hub import cached_assets_path
 
@@ -56,8 +68,8 @@ def download(
     name = PurePosixPath(unquote(urlsplit(shown).path)).name
     if PurePosixPath(name).suffix not in SUFFIXES:
         raise InputError(
-            f"a link should lead to a weights file ({', '.join(SUFFIXES)}), and '{shown}' does not; "
-            "download what you need, and give its path"
+            f"a link should end in the name of a weights file ({', '.join(SUFFIXES)}), and '{shown}' does not; "
+            "download the file, and give its path"
         )
     key = hashlib.sha256(shown.encode()).hexdigest()[:16]
     try:
@@ -69,10 +81,10 @@ def download(
             return target, False
         if not_asked:
             raise OfflineError(
-                f"'{shown}' is not in the cache '{folder}', and its host was not asked ({not_asked}); "
-                "download it where that is allowed, or give the path of the file"
+                f"'{shown}' is not in the cache '{folder}', and its host was not contacted ({not_asked}); download "
+                "it where that is allowed, or give the path of the file"
             )
-        with client_tools().WeakFileLock(folder / ".lock"):  # of several processes one downloads
+        with client_tools().WeakFileLock(folder / ".lock"):  # only one of several processes downloads
             if target.is_file():
                 return target, False
             with whole(target) as beside:
@@ -89,11 +101,11 @@ def download(
 
 
 def _receive(link: str, shown: str, file: BinaryIO, name: str) -> None:
-    """Writes the whole file; where a connection breaks it goes on from there, unless nothing comes any more."""
+    """Write the whole file; after a broken connection continue from there, unless nothing arrives any more."""
     total: int | None = None
     version: str | None = None
     done, without_progress, answered, head = 0, 0, False, b""
-    with client_tools().tqdm(desc=name, unit="B", unit_scale=True, disable=None) as bar:  # on a terminal only
+    with client_tools().tqdm(desc=name, unit="B", unit_scale=True, disable=None) as bar:  # shown on a terminal only
         while True:
             before = done
             problem = "the connection ended early"
@@ -101,7 +113,7 @@ def _receive(link: str, shown: str, file: BinaryIO, name: str) -> None:
                 with get(link, done, version) as (response, chunks):
                     _check(response, link, shown)
                     answered = True
-                    if done and response.status_code != 206:  # from the start again
+                    if done and response.status_code != 206:  # the server starts again
                         done = 0
                         file.seek(0)
                         file.truncate()
@@ -112,7 +124,7 @@ def _receive(link: str, shown: str, file: BinaryIO, name: str) -> None:
                     if total is not None:
                         _check_room(total, total - done, file, shown)
                     for chunk in chunks:
-                        if total is None and done < _HEAD <= done + len(chunk):  # it may be noise without an end
+                        if total is None and done < _HEAD <= done + len(chunk):  # the body may be endless noise
                             kind_of((head + chunk)[:_HEAD], MAX_BYTES, shown)
                         head = (head + chunk[:_HEAD])[:_HEAD] if done else chunk[:_HEAD]
                         file.write(chunk)
@@ -123,7 +135,7 @@ def _receive(link: str, shown: str, file: BinaryIO, name: str) -> None:
                 if total is None or done == total:
                     return
             except client_error() as error:
-                if not answered:  # no use in waiting
+                if not answered:  # waiting would not help
                     raise
                 problem = reason(error)
             without_progress = 0 if done > before else without_progress + 1
@@ -135,30 +147,36 @@ def _receive(link: str, shown: str, file: BinaryIO, name: str) -> None:
 
 
 def _check_room(size: int, more: int, file: BinaryIO, shown: str) -> None:
-    """Raises for a file larger than any model, or than the disk; one without a stated size leaves 1 GiB free."""
+    """Refuse a file larger than any model or than the disk; a file of unstated size must leave 1 GiB free.
+
+    Raises: CheckpointError, DiskError.
+    """
     if size > MAX_BYTES:
-        raise CheckpointError(f"'{shown}' has more than {MAX_BYTES >> 30} GiB, which no model has; check the link")
+        raise CheckpointError(f"'{shown}' has more than {MAX_BYTES >> 30} GiB, more than any model; check the link")
     folder = os.path.dirname(file.name)
     free = shutil.disk_usage(folder).free
     if free < more:
         raise DiskError(
-            f"'{shown}' needs {more >> 20:,} MiB more on the disk of '{folder}', where {free >> 20:,} are free; make "
-            "room, or give another cache_dir"
+            f"'{shown}' needs {more >> 20:,} MiB more on the disk of '{folder}', which has {free >> 20:,} MiB free; "
+            "make room, or give another cache_dir"
         )
 
 
 def _check(response: Any, link: str, shown: str) -> None:
-    """Raises for an answer that is not the file."""
+    """Refuse a response that is not the file.
+
+    Raises: GatedModelError, ModelNotFoundError, OfflineError, CheckpointError.
+    """
     status = response.status_code
     if status in (400, 401, 403):
         query = urlsplit(link).query
         ended = _expiry(query)
         if not query:
-            advice = "log in with a browser, download it there, and give the path of the file"
+            advice = "log in with a browser, download the file there, and give its path"
         elif ended is not None and ended < datetime.now(UTC):
             advice = f"the link expired on {ended:%Y-%m-%d at %H:%M} UTC, so ask for a new one"
         else:
-            advice = "signed links expire, so ask for a new one, and give the whole of it, in quotes"
+            advice = "signed links expire, so ask for a new one, and give the whole link in quotes"
         raise GatedModelError(f"download of '{shown}' was refused (HTTP {status}); {advice}")
     if status in (404, 410):
         raise ModelNotFoundError(f"there is nothing at '{shown}' (HTTP {status}); check the link")
@@ -166,13 +184,13 @@ def _check(response: Any, link: str, shown: str) -> None:
         raise OfflineError(f"download of '{shown}' failed (HTTP {status}); try again, or give the path of the file")
     if response.headers.get("Content-Type", "").startswith("text/html"):
         raise CheckpointError(
-            f"'{shown}' leads to a web page, not to a weights file; open it in a browser, where it may ask to log in, "
-            "and give the path of what you download there"
+            f"'{shown}' leads to a web page, not to a weights file; open it in a browser, log in if asked, download "
+            "the file, and give its path"
         )
 
 
 def _expiry(query: str) -> datetime | None:
-    """When a signed link ends: CloudFront's Expires or Policy, S3's X-Amz-Date and X-Amz-Expires."""
+    """When a signed link expires: CloudFront's Expires or Policy, S3's X-Amz-Date and X-Amz-Expires."""
     fields = {name: values[0] for name, values in parse_qs(query).items()}
     try:
         if "Policy" in fields:

@@ -1,7 +1,7 @@
-"""Where weights come from: a path, else the package, else the cache, else the hub; or a link.
+"""Locates weights: a path, the package, the cache, the hub, or a link, in this order.
 
-What the cache holds is used without asking the hub, so that a cached model starts at once, starts without a network,
-and stays the same; `hf download org/name` fetches what is new.  `revision=` takes a branch, a tag or a commit.
+Cached files are used without contacting the hub, so that a cached model starts at once, works offline and never
+changes; `hf download org/name` fetches updates.  `revision=` takes a branch, a tag or a commit.
 """
 
 import logging
@@ -36,30 +36,40 @@ __all__ = ["HubOptions", "locate", "locate_file"]
 
 log = logging.getLogger("dinov3_infer")
 
-EMBEDDED = Path(__file__).parent.parent / "data"  # the weights that the package holds, a folder for each model
+EMBEDDED = Path(__file__).parent.parent / "data"  # weights inside the package, one folder per model
 
 
 def locate(
     name: str | os.PathLike[str], options: HubOptions, weights: str | os.PathLike[str] | None = None
 ) -> tuple[Path, ModelInfo | None]:
-    """The path of a model's weights, and its row of the zoo if it was called by a name.
+    """Locate the weights of a model, and download them if needed.
 
-    What can only be a path is returned as one, there or not; a name of the zoo is one where weights lie there.
+    Args:
+        name: A name of the zoo, a hub id, a path or a link.  A text that can only be a path is returned as a path, even
+            if nothing is there; a name of the zoo is a path if weights are there.
+        options: Options for the hub.
+        weights: A path or link of the weights, if not the default of `name`; a file named like that of another model is
+            refused.
 
-    `weights`: where they lie if not where the name leads to; a file that is named as that of another model is refused.
+    Returns: The path of the weights, and the model of the zoo if `name` names one.
 
-    Raises: ModelNotFoundError, GatedModelError, OfflineError; for a link also InputError and CheckpointError;
-    InputTypeError for what is neither name nor path.
+    Raises:
+        ModelNotFoundError: No model has this name.
+        GatedModelError: The hub refuses access.
+        OfflineError: The weights are not cached, and the hub cannot be reached.
+        InputError: A link is not valid.
+        CheckpointError: A downloaded file is no checkpoint, or belongs to another model.
+        InputTypeError: `name` is no text and no path.
     """
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise InputTypeError(f"a model is a name of list_models(), a hub id, a path or a link; got {name!r}")
     path, text = Path(os.path.expanduser(name)), os.fspath(name)
     if weights is not None:
-        asked = find(text)  # a typo is found before gigabytes are downloaded
+        asked = find(text)  # finds a typo before gigabytes are downloaded
         path = locate_file(weights, options)
         named = _row_of_file(path.stem) or asked
         if named is not asked:
-            raise CheckpointError(f"'{path}' has the name of {named.name}'s file; ask for that, or rename the file")
+            raise CheckpointError(f"'{path}' has the name of {named.name}'s file; give that name, or rename the file")
         return path, asked
     if is_link(name):
         page = _of_hub(text)
@@ -81,7 +91,7 @@ def locate(
         return _repository(bare, options, None), None
     repository = info.hub_id or info.timm_id
     organisation, _, model = bare.rpartition("/")
-    if model.startswith("vit_") and info.timm_id is not None:  # timm was named, so timm's copy it is
+    if model.startswith("vit_") and info.timm_id is not None:  # the name is timm's, so use timm's copy
         home = organisation if organisation not in ("", "timm") else info.timm_id.rpartition("/")[0]
         repository = f"{home}/{model}" if "." in model else info.timm_id
     if repository is None:
@@ -95,14 +105,14 @@ def _in_the_package(info: ModelInfo) -> Path:
     folder = EMBEDDED / info.name
     if not folder.is_dir():
         raise ModelNotFoundError(
-            f"this version holds no weights of {info.name!r}; name another model, such as 'vits16', "
-            f"or take random ones with Backbone.from_config({info.name!r})"
+            f"this version holds no weights of {info.name!r}; name another model, such as 'vits16', or use random "
+            f"weights with Backbone.from_config({info.name!r})"
         )
     return folder
 
 
 def _is_named_like_a_model(text: str, path: Path) -> bool:
-    """Whether something that lies here has the name of a model and no weights, as what a model was made to write."""
+    """Whether a file or folder, such as an output folder, has the name of a model but holds no weights."""
     try:
         find(text)
     except ModelNotFoundError:
@@ -115,15 +125,17 @@ def _only_a_path(name: str | os.PathLike[str]) -> bool:
 
 
 def _refuse_half_a_link(text: str) -> None:
-    """What signs a link must not get into an error, and an unknown name is told in one."""
+    """Raises InputError for a text with a query, so that no later error shows a signature."""
     if "?" in text and not os.path.exists(text):
-        raise InputError(f"'{text.partition('?')[0]}?...' is no path and no name; a link begins with https://")
+        raise InputError(
+            f"'{text.partition('?')[0]}?...' is no path and no name; give a link that begins with https://"
+        )
 
 
 def locate_file(weights: str | os.PathLike[str], options: HubOptions) -> Path:
-    """The path of a file or directory given as a path or a link; a path is returned as it is.
+    """Path of a file or folder given as a path or a link; a path is returned unchanged.
 
-    Raises: as `locate`.
+    Raises: As in `locate`.
     """
     if not isinstance(weights, (str, os.PathLike)):
         raise InputTypeError(f"weights are a path or a link, got {type(weights).__name__}")
@@ -150,7 +162,7 @@ def locate_file(weights: str | os.PathLike[str], options: HubOptions) -> Path:
 
 
 def _of_hub(link: str) -> tuple[str, str | None, str | None] | None:
-    """Repository, revision and file of a link into the hub: to a model's page, or to a file shown or downloaded."""
+    """Repository, revision and file of a link to a model page or a file of the hub; None for other links."""
     from huggingface_hub import constants
 
     inside = without_query(link).removeprefix(constants.ENDPOINT)
@@ -174,7 +186,7 @@ def _cached(repository: str, file: str, options: HubOptions) -> Path | None:
 
 
 def _cached_weights(repository: str, options: HubOptions) -> Path | None:
-    """The folder of the cache that holds the weights, all shards of them."""
+    """Folder of the cache that holds the weights with all shards; None if they are not cached."""
     for name in (WEIGHTS, INDEX, PICKLED):
         path = _cached(repository, name, options)
         shards = set(read_index(path).values()) if path is not None and name == INDEX else ()
@@ -184,7 +196,7 @@ def _cached_weights(repository: str, options: HubOptions) -> Path | None:
 
 
 def _cached_by_itself(repository: str, options: HubOptions) -> Path | None:
-    """The folder of the cache with the one weights file of a repository that has none of a usual name."""
+    """Folder of the cache with the single weights file of a repository without a file of a usual name."""
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.file_download import repo_folder_name
 
@@ -192,7 +204,7 @@ def _cached_by_itself(repository: str, options: HubOptions) -> Path | None:
     revision = options.revision or "main"
     branch = home / "refs" / revision
     folder = home / "snapshots" / (branch.read_text().strip() if branch.is_file() else revision)
-    for name in (WEIGHTS, INDEX, PICKLED):  # known not to be there, or nobody has looked yet
+    for name in (WEIGHTS, INDEX, PICKLED):  # all must be known to be absent
         found = try_to_load_from_cache(repository, name, cache_dir=options.folder, revision=folder.name)
         if found is None or isinstance(found, str):
             return None
@@ -201,28 +213,28 @@ def _cached_by_itself(repository: str, options: HubOptions) -> Path | None:
 
 
 def _repository(repository: str, options: HubOptions, info: ModelInfo | None) -> Path:
-    """config.json and the weights of a repository, as a folder of the cache."""
+    """The folder of the cache with config.json and weights of a repository, downloaded if needed."""
     folder = _cached_weights(repository, options)
     if folder is None:
         return _from_hub(partial(_get_weights, repository, options), repository, options, info)
-    if info is None:  # of a model of the zoo they say nothing new
-        _complete(repository, replace(options, revision=folder.name))  # the commit that the weights are of
+    if info is None:  # the zoo knows what these files say
+        _complete(repository, replace(options, revision=folder.name))  # the commit of the weights
     return folder
 
 
 def _complete(repository: str, options: HubOptions) -> None:
-    """Gets the small files that go with cached weights, if they can be had."""
+    """Download the configs that belong to cached weights, if possible."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in (CONFIG, PROCESSOR):
         if try_to_load_from_cache(repository, name, cache_dir=options.folder, revision=options.revision) is not None:
-            continue  # there, or known not to be
+            continue  # cached, or known to be absent
         try:
             _from_hub(partial(_get_one, repository, name, options), repository, options, None)
         except ModelNotFoundError:
             continue
         except Dinov3Error:
-            log.warning("%s: %s is not cached and the hub cannot be asked for it; loading without", repository, name)
+            log.warning("%s: %s is not cached and cannot be downloaded; loading without it", repository, name)
             return
 
 
@@ -239,7 +251,7 @@ def _get_weights(repository: str, options: HubOptions) -> Path:
             return None
 
     config = get(CONFIG)
-    if config is not None:  # the rest from the same commit, whatever is pushed meanwhile
+    if config is not None:  # the other files from the same commit, even after a push
         options = replace(options, revision=config.parent.name)
     get(PROCESSOR)
     weights = get(WEIGHTS)
@@ -254,14 +266,17 @@ def _get_weights(repository: str, options: HubOptions) -> Path:
     if len(found) == 1:
         path = _get_one(repository, found[0], options)
         return path if "/" in found[0] else path.parent
-    what = "nor any other weights file; give it with weights="
+    what = "nor any other weights file; give a file with weights="
     if found:
         what = f"but {', '.join(found[:4])}; give the link of one of these with weights="
     raise ModelNotFoundError(f"'{repository}' holds no {WEIGHTS} and no {PICKLED}, {what}")
 
 
 def _get_one(repository: str, name: str, options: HubOptions) -> Path:
-    """Downloads one file into the cache.  Raises what huggingface_hub raises, OSError for weights that came broken."""
+    """Download one file into the cache.
+
+    Raises: The errors of huggingface_hub, and OSError for weights that arrived broken.
+    """
     from huggingface_hub import hf_hub_download
 
     is_weights = Path(name).suffix in SUFFIXES
@@ -270,21 +285,21 @@ def _get_one(repository: str, name: str, options: HubOptions) -> Path:
     path = Path(
         hf_hub_download(repository, name, revision=options.revision, token=options.token, cache_dir=options.folder)
     )
-    stored = path.resolve()  # under its SHA-256, if the file is a big one
+    stored = path.resolve()  # named by its SHA-256 if the file is large
     if is_weights and re.fullmatch("[0-9a-f]{64}", stored.name) and sha256(stored) != stored.name:
-        path.unlink()  # older versions of huggingface_hub may go on with a page that they got instead of the first half
+        path.unlink()  # old versions of huggingface_hub may append the rest of a file to a web page
         stored.unlink()
         raise OSError
     return path
 
 
 def _from_hub(get: Callable[[], Path], repository: str, options: HubOptions, info: ModelInfo | None) -> Path:
-    """What `get` downloads; says the licence, and says in a sentence what went wrong."""
+    """Run `get`, a download; log the licence, and turn exceptions into errors of this package."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
     if options.not_asked:
-        raise not_cached(repository, options, f"was not asked ({options.not_asked})")
+        raise not_cached(repository, options, f"was not contacted ({options.not_asked})")
     reached = False
     try:
         with queries_cut():
@@ -293,7 +308,13 @@ def _from_hub(get: Callable[[], Path], repository: str, options: HubOptions, inf
             path = get()
     except Dinov3Error:
         raise
-    except (OSError, client_error(), EntryNotFoundError, HFValidationError, RuntimeError) as error:  # Runtime: hf_xet's
+    except (
+        OSError,
+        client_error(),
+        EntryNotFoundError,
+        HFValidationError,
+        RuntimeError,
+    ) as error:  # Runtime: from hf_xet
         copy = info.timm_id if info is not None and info.timm_id != repository else None
         raise explain(error, repository, options, copy, reached) from None
     if info is not None:
@@ -302,7 +323,7 @@ def _from_hub(get: Callable[[], Path], repository: str, options: HubOptions, inf
 
 
 def _check_file(link: str, path: Path) -> None:
-    """Refuses what is no checkpoint, or not the one that its name says."""
+    """Raises CheckpointError for a file that is no checkpoint, or whose SHA-256 does not fit its name."""
     shown = without_query(link)
     try:
         open_checkpoint(path)

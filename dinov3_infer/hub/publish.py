@@ -1,4 +1,4 @@
-"""Sharing a model on the hub, with a card that says what it is, whose weights it began with and how to load it."""
+"""Publishes a model on the hub, with a model card that states what it is, its base model and how to load it."""
 
 import tempfile
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from .answers import HubOptions
 
 __all__ = ["model_card", "push"]
 
-# What a card's header says of a licence: the hub's name of it, or "other" with name and link.
+# Licence entries of a card's header: the hub's identifier, or "other" with name and link.
 _LICENCES = {
     "Apache-2.0": "license: apache-2.0",
     "FAIR Noncommercial Research License": "license: fair-noncommercial-research-license",
@@ -26,12 +26,14 @@ _LICENCES = {
 
 
 def model_card(model: Network, repository: str, info: ModelInfo | None, origin: Mapping[str, str] | None = None) -> str:
-    """README.md of a repository that holds `model` in the layout of transformers.
+    """The README.md of a repository that holds `model` in the layout of transformers.
 
-    The licence and the base model are those of the row of the zoo that names the weights, or that they were trained on
-    from; without a row, and for weights that began as random ones, neither is stated.
-
-    `origin`: what of the model was taken from where.
+    Args:
+        model: The network.
+        repository: The id of the repository.
+        info: The model of the zoo that the weights are, or were derived from; it gives the licence and the base model.
+            Without it, and for weights trained from scratch, the card states neither.
+        origin: Field -> its value and source, see `Description`.
     """
     config = model.config
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -42,17 +44,15 @@ def model_card(model: Network, repository: str, info: ModelInfo | None, origin: 
         lines.append(f"- {info.family}")
         kind = f"A {noun} with the architecture of `{info.name}`{', derived from it' if info.derived else ''}"
         licence = (
-            "\n## Licence\n\nThe weights were trained from random ones, and no released weights went into them: their "
-            "licence is\nthe author's choice.\n"
+            "\n## Licence\n\nThe weights were trained from scratch, without any released weights: their licence is\n"
+            "the author's choice.\n"
         )
     if info is not None and info.licence != OWN:
         lines.append(_LICENCES[info.licence])
-        licence = f"\n## Licence\n\nThat of the weights of `{info.name}`: {info.licence}.\n"
+        licence = f"\n## Licence\n\nThe licence of the weights of `{info.name}` applies: {info.licence}.\n"
         if info.hub_id is not None:
             lines.append(f"base_model: {info.hub_id}")
-            licence += (
-                f"The page of `{info.hub_id}` has its text, with what it asks of those who pass the weights on.\n"
-            )
+            licence += f"The page of `{info.hub_id}` has its text, and its conditions for passing the weights on.\n"
     header = "\n".join(lines)
     shape = f"{model.summary()}, {parameters:,.1f} M parameters"
     if isinstance(model, VisionTransformer):
@@ -64,7 +64,7 @@ def model_card(model: Network, repository: str, info: ModelInfo | None, origin: 
     facts = "".join(
         f"| {name} | {text} |\n" for name, text in (origin or {}).items() if name not in ("name", "licence")
     )
-    sources = f"\n## What was taken from where\n\n| field | value |\n|---|---|\n{facts}" if facts else ""
+    sources = f"\n## Sources of the settings\n\n| field | value and source |\n|---|---|\n{facts}" if facts else ""
     return f"""---
 {header}
 ---
@@ -114,11 +114,29 @@ def push(
     commit_message: str = "Weights, written by dinov3_infer",
     card: str | None = None,
 ) -> str:
-    """Makes the repository if there is none, and uploads weights, configs and, where there is none yet, a card.
+    """Create the repository if needed, and upload weights, configs and, if there is none yet, a model card.
 
-    Returns the link of the commit.
+    Args:
+        model: The network.
+        repository: "name" or "org/name".
+        info: The model of the zoo, for the name and licence.
+        preprocess: The transform.
+        origin: Field -> its value and source, for the card.
+        private: Make a new repository private (default: the default of the account).
+        revision: Branch to write to (default: main).
+        token: A token that may write (default: the stored one).
+        commit_message: Message of the commit.
+        card: Text of the card, which replaces an existing card.
 
-    Raises: InputError for a wrong id or no token, GatedModelError without the right to write, OfflineError.
+    Returns: The link of the commit.
+
+    Raises:
+        InputError: The id is not valid, or there is no token.
+        GatedModelError: The token may not write there.
+        OfflineError: The hub cannot be reached.
+
+    Example:
+        >>> push(bb, "me/my-dino", bb.info, bb.preprocess, private=True)
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
@@ -126,13 +144,13 @@ def push(
     options = HubOptions(revision=revision, token=token)
     if options.not_asked:
         raise OfflineError(
-            f"'{repository}' cannot be written to ({options.not_asked}); save_pretrained writes a folder"
+            f"'{repository}' cannot be written ({options.not_asked}); write a folder with save_pretrained"
         )
     api = HfApi(token=token)
     try:
         with tempfile.TemporaryDirectory() as folder, queries_cut():
             save_checkpoint(model, folder, "hf", info, preprocess)
-            repository = api.create_repo(repository, private=private, exist_ok=True).repo_id  # now with its owner
+            repository = api.create_repo(repository, private=private, exist_ok=True).repo_id  # includes the owner
             if revision is not None:
                 api.create_branch(repository, branch=revision, exist_ok=True)
             if card is not None or not api.file_exists(repository, "README.md", revision=revision):
@@ -144,7 +162,7 @@ def push(
                 folder_path=folder,
                 revision=revision,
                 commit_message=commit_message,
-                delete_patterns=[INDEX, "model-*-of-*.safetensors"],  # shards of what was there before
+                delete_patterns=[INDEX, "model-*-of-*.safetensors"],  # shards of an earlier version
             )
         return str(commit.commit_url)
     except Dinov3Error:
@@ -157,8 +175,8 @@ def push(
         what = reason(error)
         if what in ("HTTP 401", "HTTP 403"):
             raise GatedModelError(
-                f"the hub does not let you write to '{repository}' ({what}); log in with 'hf auth login' and a token "
-                "that may write there"
+                f"the hub refuses to write to '{repository}' ({what}); log in with 'hf auth login' and a token that "
+                "may write there"
             ) from None
         raise OfflineError(
             f"'{repository}' could not be written ({what}); try again, or write a folder with save_pretrained"

@@ -1,1 +1,1 @@
-"""From anything that holds an image to normalised pixels."""
+"""Reading images: sources, decoders, and the transform to normalised pixels."""

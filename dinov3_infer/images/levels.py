@@ -1,4 +1,4 @@
-"""Which values of an image of more than 8 bits are black and white: nobody can see that in the image alone."""
+"""Which values of an image with more than 8 bits are black and white; the image alone does not tell."""
 
 import math
 from typing import Any, Literal, TypeAlias
@@ -14,7 +14,11 @@ PERCENTILES = (0.5, 99.5)  # of the values of an image
 
 
 def as_levels(given: Any) -> Levels | None:
-    """(low, high), "full", "percentile" or None, and of a text "LOW,HIGH" too.  Raises: InputError."""
+    """Parse levels: (low, high), "full", "percentile", None, or the text "LOW,HIGH".
+
+    Raises:
+        InputError: The value is none of these.
+    """
     if given is None or given in ("full", "percentile"):
         return given  # type: ignore[no-any-return]
     try:
@@ -24,13 +28,13 @@ def as_levels(given: Any) -> Levels | None:
     except (AttributeError, TypeError, ValueError):
         pass
     raise InputError(
-        f"levels are what becomes black and white, (low, high) with low below high, 'full' or 'percentile'; "
+        f"levels are the values of black and white, (low, high) with low below high, 'full' or 'percentile'; "
         f"got {given!r}"
     )
 
 
 def ask_for_levels(what: str) -> ImageError:
-    """For an image whose range cannot be known; `what` says so of it."""
+    """The error for an image of unknown range; `what` is the first half of its message."""
     return ImageError(
         f"{what}; say which values are black and white with levels=(low, high) (on the command line --levels "
         "LOW,HIGH), such as (0, 4095), or 'full' or 'percentile'"
@@ -41,20 +45,27 @@ def scaled(
     values: np.ndarray,
     levels: Levels,
     label: str,
-    full: float | None = None,  # the largest value there can be, where the file says so
+    full: float | None = None,  # largest possible value, if the file states it
 ) -> np.ndarray:
-    """The values as float32 in 0..1: `levels` at 0 and 1, what is beyond them clipped.
+    """Map values to float32 in 0..1 and clip them.
 
-    "full" takes what the dtype can hold (floats: 0 to 1), "percentile" the 0.5th and 99.5th of this image.
+    Args:
+        values: An array of any shape, integers or floats.
+        levels: (low, high) become 0 and 1.  "full" uses the range of the dtype (floats: 0 to 1), "percentile" the 0.5th
+            and 99.5th percentile of these values.
 
-    Raises: ImageError for values that are not finite, and for "full" of integers of 32 bits and more.
+    Returns:
+        An array of the shape of `values`.
+
+    Raises:
+        ImageError: Values are not finite or not numbers, or "full" is used with integers of 32 bits or more.
     """
     if values.dtype.kind not in "iuf":
         raise ImageError(f"{label} holds {values.dtype}, and levels are for whole numbers and floats; convert it")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ImageError(f"{label} holds values that are not finite; replace them, as with numpy.nan_to_num")
     if levels == "full" and values.dtype.kind != "f" and values.itemsize > 2 and full is None:
-        raise ask_for_levels(f"{label} holds {values.dtype}, of which no image fills the whole range")
+        raise ask_for_levels(f"{label} holds {values.dtype}, and no image fills its whole range")
     if levels == "percentile":
         low, high = (float(v) for v in np.percentile(values, PERCENTILES))
     elif levels != "full":
@@ -63,7 +74,7 @@ def scaled(
         low, high = 0.0, full or 1.0
     else:
         low, high = float(np.iinfo(values.dtype).min), float(np.iinfo(values.dtype).max)
-    # whole numbers of 16 bits are exact in float32
+    # 16-bit integers are exact in float32
     found: np.ndarray[Any, Any] = values.astype(np.float64 if values.itemsize > 2 else np.float32)
-    found = np.clip((found - low) / (high - low or 1.0), 0.0, 1.0)  # one shade alone is black
+    found = np.clip((found - low) / (high - low or 1.0), 0.0, 1.0)  # an image of one value is black
     return found.astype(np.float32)

@@ -1,4 +1,4 @@
-"""From what a user names to images: the one place that decides which are meant, and in which order."""
+"""Resolves what users name (folders, patterns, lists, archives, datasets) into numbered images in a fixed order."""
 
 import os
 import re
@@ -30,14 +30,14 @@ __all__ = ["ARCHIVES", "LISTS", "as_source", "each_image", "find_images", "open_
 LISTS, ARCHIVES = (".txt", ".lst", ".tsv"), (".tar", ".parquet")
 _ZIPPED = (".zip", ".7z", ".rar")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".gz", ".bz2", ".xz", ".zst")
-_OTHERS = {  # what people have their images in, and what to give in its place
+_OTHERS = {  # unsupported suffixes -> what the file is, and what to give instead
     _ZIPPED: "an archive; unpack it, and give the folder",
     _COMPRESSED: "compressed; decompress it (gunzip, bunzip2, unxz, unzstd), and give the .tar",
     (".csv", ".json", ".jsonl", ".xlsx", ".xml"): (
-        "a table; give a .txt list with a path per line, and a label behind a tab if there are any"
+        "a table; give a .txt list with one path per line, optionally with a tab and a label"
     ),
     (".npy", ".npz", ".h5", ".hdf5", ".mat", ".arrow", ".lmdb", ".mdb", ".tfrecord", ".safetensors", ".pt", ".pkl"): (
-        "a file of arrays or records; read it in Python, and give the arrays to Backbone.embed"
+        "a file of arrays or records; read it in Python, and pass the arrays to Backbone.embed"
     ),
     (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"): "a video; give its frames",
     (".pdf", ".svg", ".eps", ".ps", ".ai"): "a document or drawing; make an image of each page",
@@ -45,32 +45,40 @@ _OTHERS = {  # what people have their images in, and what to give in its place
 
 
 def open_images(images: ImageLike | Iterable[ImageLike] | Source | Numbered) -> Source | Iterable[ImageLike]:
-    """Images that can be asked for by number, where that is possible; else a stream of them.
+    """Open images as a numbered source if possible, else as a stream.
 
-    Raises: as `as_source`.
+    Args:
+        images: A path, folder, pattern, list file, archive, table, address, Dataset, an image, or an iterable of
+            images.  Arrays are [H_px, W_px, 3] or [B, H_px, W_px, 3], tensors [3, H_px, W_px] or [B, 3, H_px, W_px].
+
+    Raises: As in `as_source`.
     """
     if isinstance(images, Source):
         return images
     if isinstance(images, (str, os.PathLike)):
         return as_source(images)
-    if hasattr(images, "to_list") and not hasattr(images, "cast_column"):  # a column of a table, which may number its
-        images = images.to_list()  # rows in an order of its own
+    if hasattr(images, "to_list") and not hasattr(images, "cast_column"):  # a table column, whose index may not be
+        images = images.to_list()  # 0, 1, 2, ...
     dataset = hasattr(images, "__getitem__") and hasattr(images, "__len__")
     if dataset and not isinstance(images, (Sequence, Mapping, np.ndarray, Tensor)):
         return Dataset(images)
-    if hasattr(images, "cast_column"):  # a Hugging Face dataset that is streamed
+    if hasattr(images, "cast_column"):  # a streaming Hugging Face dataset
         return streamed(images)
     found = each_image(images)  # type: ignore[arg-type]
     return Items(found) if isinstance(found, Sequence) else found
 
 
 def open_all(given: Iterable[str | Source], base: str | None = None) -> Source:
-    """All images of several sources, in order; `base` is that of the files among them, see `Source.base`.
+    """Open several sources as one, in order.
 
-    Raises: as `as_source`.
+    Args:
+        given: Paths, patterns, addresses or sources.
+        base: The folder that the files among them were found under, see `Source.base`.
+
+    Raises: As in `as_source`.
     """
     sources: list[Source] = []
-    for in_files, group in groupby(given, _is_file):  # neighbours, such as a pattern that the shell has resolved
+    for in_files, group in groupby(given, _is_file):  # runs of files, e.g. from a shell pattern
         if in_files:
             sources.append(Files(cast("Iterable[str]", group), base))
         else:
@@ -79,9 +87,11 @@ def open_all(given: Iterable[str | Source], base: str | None = None) -> Source:
 
 
 def find_images(given: list[str]) -> Source:
-    """All images that are meant, in the order given: as `as_source`, and "@LIST" for the paths that a file lists.
+    """Open the images named on a command line, in order.
 
-    Raises: as `as_source`; MissingFileError, InputError for a list.
+    Each argument is a source, see `as_source`, or "@LIST" for the paths in a list file.
+
+    Raises: As in `as_source`; MissingFileError or InputError for a list.
     """
     if len(given) == 1 and not given[0].startswith("@"):
         return as_source(given[0])
@@ -89,7 +99,7 @@ def find_images(given: list[str]) -> Source:
 
 
 def _is_file(given: str | Source) -> bool:
-    """One image: an address, or a file that is no list, and no archive, read or refused."""
+    """Whether this is a single image: an address, or a file that is neither a list nor an archive."""
     if isinstance(given, Source):
         return False
     others = (*LISTS, *ARCHIVES, *_ZIPPED, *_COMPRESSED)
@@ -97,18 +107,19 @@ def _is_file(given: str | Source) -> bool:
 
 
 def as_source(spec: Any) -> Source:
-    """A folder, pattern, list file (.txt .lst .tsv), tar archive, Parquet table, picture, address, or a Dataset.
+    """Open a folder, pattern, list file (.txt .lst .tsv), tar archive, Parquet table, image, address, or a Dataset.
 
-    A list file has a path per line, from where the list lies, and a label after a tab if there are any; what this
-    package calls a picture of an archive or a table ("ARCHIVE.tar#MEMBER") may stand there too.
+    A list file has one path per line, relative to the list file, optionally with a tab and a label.  Names that this
+    package gives to images in archives and tables ("ARCHIVE.tar#MEMBER") may be listed too.
 
-    Raises: MissingFileError, InputError (no images, damaged archive, what is neither), InputTypeError.
+    Raises: MissingFileError; InputError if there are no images, the archive is damaged or the file is something else;
+    InputTypeError.
     """
     if not isinstance(spec, (str, os.PathLike)):
         return _open_dataset(spec)
     text = os.path.expanduser(os.fsdecode(spec))
-    if not text:  # such as a variable of the shell that is not set; it is not the folder one is in
-        raise MissingFileError("a source is an empty path; give a picture, folder or pattern")
+    if not text:  # such as an unset shell variable; it must not mean the current folder
+        raise MissingFileError("a source is an empty path; give an image, folder or pattern")
     if address_scheme(text):
         return Files([text])
     path = Path(text)
@@ -119,7 +130,7 @@ def as_source(spec: Any) -> Source:
         mixed = not path.is_dir() and any(name.lower().endswith((*LISTS, *ARCHIVES)) for name in found)
         return open_all(found, base) if mixed else Files(found, base)
     if not path.is_file():
-        raise MissingFileError(f"no picture, folder or pattern at '{path.absolute()}'; check the path")
+        raise MissingFileError(f"no image, folder or pattern at '{path.absolute()}'; check the path")
     suffix = path.suffix.lower()
     if suffix in LISTS:
         return _open_list(path)
@@ -136,42 +147,42 @@ def as_source(spec: Any) -> Source:
 
 
 def each_image(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
-    """One picture, a 4-dimensional batch, or any iterable of pictures -> an iterable of pictures, not read yet.
+    """Turn one image, a 4-dimensional batch or any iterable of images into an iterable of images that are not yet read.
 
-    A folder or a pattern is the list of its pictures, see `list_images`; an array of paths is a list of them.
+    A folder or a pattern becomes the list of its images, see `list_images`; an array of paths becomes a list of paths.
+
+    Raises: MissingFileError or InputError for a folder or pattern without images, InputTypeError for other types.
     """
     if is_collection(images):
         return list_images(images)  # type: ignore[arg-type]
     if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:
         return list(images)
-    if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OU":  # a column of a table
+    if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OU":  # a table column
         return images.tolist()  # type: ignore[no-any-return]
     single = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Tensor, np.ndarray)
     if isinstance(images, single) or hasattr(images, "read"):
         return [images]  # type: ignore[list-item]
     if not isinstance(images, Iterable) or isinstance(images, Mapping):
         raise InputTypeError(
-            f"a picture is a path, PIL image, array, tensor or a list of these; got {type(images).__name__}"
+            f"images are a path, PIL image, array, tensor or a list of these; got {type(images).__name__}"
         )
     return images
 
 
 def _open_dataset(spec: Any) -> Source:
     if not (hasattr(spec, "__getitem__") and hasattr(spec, "__len__")):
-        raise InputTypeError(
-            f"data is a path or a Dataset with a length and items by number; got {type(spec).__name__}"
-        )
+        raise InputTypeError(f"data is a path, or a Dataset with __len__ and __getitem__; got {type(spec).__name__}")
     if isinstance(spec, (Tensor, np.ndarray)) and spec.ndim != 4:
         raise InputTypeError(
-            f"a {type(spec).__name__} of {spec.ndim} dimensions is no source; stack pictures to [B, 3, H, W]"
+            f"a {type(spec).__name__} of {spec.ndim} dimensions is no source; stack images to [B, 3, H, W]"
         )
     if not len(spec):
-        raise InputError(f"the {type(spec).__name__} is empty; give one that holds pictures")
+        raise InputError(f"the {type(spec).__name__} is empty; give one that holds images")
     return Dataset(spec)
 
 
 def _open_list(path: Path) -> Source:
-    """A list file, see `as_source`."""
+    """Open a list file, see `as_source`."""
     names, labels = read_labelled_list(path)
     source = open_names([name if address_scheme(name) else str(path.parent / name) for name in names], str(path))
     source.labels = labels
@@ -179,11 +190,14 @@ def _open_list(path: Path) -> Source:
 
 
 def open_names(names: Sequence[str], origin: str) -> Source:
-    """Pictures by the names that `key` of a source gave them.  Raises: as `as_source`."""
+    """Open images by the names that `Source.key` gave them; `origin` is the list that holds the names.
+
+    Raises: As in `as_source`; MissingFileError for a name that is in no archive.
+    """
     if not any(_INSIDE.fullmatch(name) for name in names):
         return Files(names)
     sources: list[Source] = []
-    opened: dict[str, tuple[int, dict[str | None, int]]] = {}  # archive -> its place, and numbers by key
+    opened: dict[str, tuple[int, dict[str | None, int]]] = {}  # archive -> its number, {key: index}
     places = []
     for name in names:
         found = _INSIDE.fullmatch(name)
@@ -197,7 +211,9 @@ def open_names(names: Sequence[str], origin: str) -> Source:
             sources.append(source)
         which, numbers = opened[found[1]]
         if name not in numbers:
-            raise MissingFileError(f"no picture '{found[2]}' in '{found[1]}', which '{origin}' lists; make it anew")
+            raise MissingFileError(
+                f"no image '{found[2]}' in '{found[1]}', which '{origin}' lists; write the list again"
+            )
         places.append((which, numbers[name]))
     return Picked(sources, places)
 

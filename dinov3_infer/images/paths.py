@@ -1,4 +1,4 @@
-"""Where images lie, and which files are images: folders, patterns, lists, addresses."""
+"""Where images are, and which files are images: folders, patterns, lists, addresses."""
 
 import base64
 import glob
@@ -38,9 +38,9 @@ __all__ = [
 
 log = logging.getLogger("dinov3_infer")
 
-# What is decoded, and the names of such files.  A table of our own, since Pillow's needs all of Pillow to be loaded, as
-# all formats do but the first five.  HEIF and JXL need a plugin (see `foreign`), which may bring more suffixes.
-# Pillow reads more kinds: one runs a program (EPS), one unpacks whatever there is (FITS), most are hardly ever tried.
+# Supported formats and their suffixes.  This table is ours because Pillow's own loads every plugin of Pillow; only the
+# first five formats load without that.  HEIF and JXL need a plugin (see `foreign`), which may add suffixes.  Other
+# formats of Pillow are left out: EPS runs a program, FITS decompresses without a limit, most others are rarely tested.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -54,22 +54,33 @@ FORMATS = {
     "HEIF": (".heic", ".heif", ".hif"),
     "JXL": (".jxl",),
 }
-MAX_BYTES, MAX_SECONDS = 2**27, 60  # of one download
+MAX_BYTES, MAX_SECONDS = 2**27, 60  # limits of one download
 
 
 def image_suffixes() -> tuple[str, ...]:
-    """What names of image files end in, in lower case."""
+    """Suffixes of image files, in lower case."""
     plugged = (suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS)
     return tuple(dict.fromkeys((*chain.from_iterable(FORMATS.values()), *plugged)))
 
 
 def list_images(source: str | os.PathLike[str]) -> list[str]:
-    """Paths of all images under a folder, or of all files that a pattern ("photos/**/*.jpg") fits, sorted.
+    """List all images under a folder, or all files that match a pattern.
 
-    A folder is searched to the bottom by `image_suffixes`; hidden files and folders are left out, see `walk`, and
-    a line in the log counts the others.
+    Folders are searched recursively by suffix (`image_suffixes`).  Hidden files and folders are skipped, see `walk`,
+    and the log counts the other files that were left out.
 
-    Raises: MissingFileError where there is nothing, InputError for a folder without an image.
+    Args:
+        source: A folder, or a pattern such as "photos/**/*.jpg".
+
+    Returns: The paths, sorted.
+
+    Raises:
+        MissingFileError: Nothing is there.
+        InputError: The folder holds no image.
+
+    Example:
+        >>> list_images("photos")
+        ['photos/cat.jpg', 'photos/dog.jpg']
     """
     path = os.fsdecode(source)
     if not os.path.isdir(path):
@@ -84,15 +95,15 @@ def list_images(source: str | os.PathLike[str]) -> list[str]:
     if not images:
         held = _counted(kinds) or "no files"
         raise InputError(
-            f"no pictures under '{path}' (looked for {' '.join(suffixes)}; {len(files)} other files), which holds "
-            f"{held}; give a folder of pictures, or its tar files"
+            f"no images under '{path}' (looked for {' '.join(suffixes)}; {len(files)} other files), which holds "
+            f"{held}; give a folder of images, or its tar files"
         )
     tell_left_out(path, kinds)
     return images
 
 
 def tell_left_out(where: str, kinds: "Counter[str]") -> None:
-    """A line in the log about the files of a folder or an archive that are no images by their names."""
+    """Log a warning about files of a folder or an archive whose names are not image names."""
     if kinds:
         log.warning("left out of '%s': %d other files (%s)", where, kinds.total(), _counted(kinds))
 
@@ -103,7 +114,7 @@ def _counted(kinds: "Counter[str]") -> str:
 
 
 def fixed_part(source: str | os.PathLike[str]) -> str:
-    """The absolute path of a folder, or of the folders of a pattern that hold no magic."""
+    """Absolute path of a folder, or of the part of a pattern before its first wildcard."""
     fixed = os.fsdecode(source)
     while not os.path.isdir(fixed) and glob.has_magic(fixed):
         fixed = os.path.dirname(fixed)
@@ -111,7 +122,7 @@ def fixed_part(source: str | os.PathLike[str]) -> str:
 
 
 def _fitting(pattern: str) -> Iterator[str]:
-    """What fits a pattern.  `**` is every folder that `walk` enters; glob's own way through loops has no end."""
+    """Files that match a pattern; `**` matches the folders that `walk` enters, as glob follows link loops forever."""
     parts = (pattern.replace(os.altsep, os.sep) if os.altsep else pattern).split(os.sep)
     if "**" not in parts:
         yield from glob.iglob(pattern)
@@ -120,21 +131,21 @@ def _fitting(pattern: str) -> Iterator[str]:
     rest = [part for part in parts[at + 1 :] if part] or ["*"]
     for top in glob.iglob(os.sep.join([*parts[:at], ""])) if at else [""]:
         for folder, _ in _walk(top or os.curdir):
-            found = folder if top else folder[2:]  # without "./"
+            found = folder if top else folder[2:]  # cut "./"
             yield from _fitting(os.path.join(glob.escape(found), *rest))
 
 
 def walk(folder: str) -> Iterator[str]:
-    """Files under a folder, to the bottom, without hidden ones.
+    """Yield the files under a folder, recursively, without hidden ones.
 
-    Links to folders are followed after all real folders, and no folder is entered twice: loops end, nothing comes twice
-    by another name, and what is found does not depend on the order in which the disk lists it.
+    Links to folders are followed after all real folders, and each folder is entered once.  So loops end, no file comes
+    twice under another name, and the result does not depend on the order of the disk.
     """
     return (os.path.join(where, name) for where, files in _walk(folder) for name in files)
 
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Each folder, and the names of its files."""
+    """Yield each folder with the names of its files."""
     entered: set[tuple[int, int]] = set()
     waiting = [folder]
     while waiting:
@@ -153,7 +164,7 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _identity(folder: str) -> tuple[int, int] | None:
-    """The same for all names of a folder; None where it has just gone."""
+    """Device and inode of a folder; None if it has just been removed."""
     try:
         found = os.stat(folder)
     except OSError:
@@ -162,15 +173,18 @@ def _identity(folder: str) -> tuple[int, int] | None:
 
 
 def read_list(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a list file, or what lies between its zero bytes if there are any; "-" is stdin.
+    """Read the lines of a list file, or its zero-separated entries if it holds zero bytes; "-" is stdin.
 
-    Raises: MissingFileError, InputError for an empty list.
+    Raises: MissingFileError, or InputError if the list is empty or no text.
     """
     return _read_list(path)[0]
 
 
 def read_labelled_list(path: str | os.PathLike[str]) -> tuple[list[str], list[str] | None]:
-    """Paths, and what stands behind a tab in every line.  Between zero bytes there are paths alone."""
+    """Read the paths of a list file, and its labels if every line has a tab and a label.
+
+    Raises: As in `read_list`.
+    """
     lines, by_line = _read_list(path)
     if not by_line:
         return lines, None
@@ -201,20 +215,20 @@ def _read_list(path: str | os.PathLike[str]) -> tuple[list[str], bool]:
 
 
 def is_collection(source: object) -> bool:
-    """A folder, or a pattern that is not itself the name of a file."""
+    """Whether this is a folder, or a pattern that is not itself the name of a file."""
     if not isinstance(source, (str, os.PathLike)) or address_scheme(path := os.fsdecode(source)):
         return False
     return os.path.isdir(path) or (glob.has_magic(path) and not os.path.exists(path))
 
 
 def address_scheme(path: str) -> str:
-    """http, https, file, data ... in lower case; empty for a path."""
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://|(https?)(?=:/)|(data):", path)  # a Path has lost a slash
+    """The scheme of an address (http, https, file, data, ...) in lower case; empty for a path."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://|(https?)(?=:/)|(data):", path)  # Path turns // into /
     return next(filter(None, found.groups())).lower() if found else ""
 
 
 def name_of(source: object) -> str | None:
-    """The path of a picture, or its address without what signs it; None for one that came as an object."""
+    """The path of an image, or its address without query and password; None for an image given as an object."""
     if not isinstance(source, (str, os.PathLike)):
         return None
     path = os.fsdecode(source)
@@ -226,7 +240,7 @@ def name_of(source: object) -> str | None:
     try:
         parts = urlsplit(path)
         host, _ = parts.hostname, parts.port
-    except ValueError:  # perhaps the first half of a password in which "/" or "?" was not escaped
+    except ValueError:  # perhaps half of a password with an unescaped "/" or "?"
         host = None
     if not host and scheme != "file":
         return f"{scheme}://..."
@@ -234,9 +248,10 @@ def name_of(source: object) -> str | None:
 
 
 def identity_of(source: object) -> str | None:
-    """What tells a file from another one of its name: its size and the time of its change; of an address a hash of it
-    all but the password, of a data address a hash of its content.  None for an object, "" for a file that cannot be
-    looked at.
+    """A text that changes when a file changes: its size and modification time.
+
+    For an address it is a hash of the address without its password, for a data address a hash of the content.  It is
+    None for an object, and "" for a file that cannot be examined.
     """
     if not isinstance(source, (str, os.PathLike)):
         return None
@@ -253,11 +268,12 @@ def identity_of(source: object) -> str | None:
 
 
 def fetched(source: str) -> str | bytes:
-    """A path as it is, that of a file address, and what lies behind an http, https or data address.
+    """Resolve a source: a path unchanged, a file address as its path, an http, https or data address as its content.
 
-    The connection is that of huggingface_hub, with its proxies and certificates, without its token.
+    Downloads use the session of huggingface_hub with its proxies and certificates, without its token.
 
-    Raises: InputError for other schemes, MissingFileError, ImageError for a download that fails or is too large.
+    Raises: InputError for a file address that is no path or a link of another scheme; MissingFileError; ImageError if a
+    download fails or is too large.
     """
     scheme = address_scheme(source)
     if not scheme:
@@ -272,15 +288,15 @@ def fetched(source: str) -> str | bytes:
         try:
             return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote_to_bytes(body)
         except ValueError:
-            raise ImageError(f"a data: address of {len(source)} characters is no base64; encode it anew") from None
+            raise ImageError(f"a data: address of {len(source)} characters is no base64; encode it again") from None
     shown, content, started = web.without_query(source), bytearray(), time.monotonic()
     try:
         with web.queries_cut(), web.get(source, seconds=MAX_SECONDS) as (response, chunks):
             if response.status_code in (404, 410):
-                raise MissingFileError(f"no picture at '{shown}' (HTTP {response.status_code}); check the address")
+                raise MissingFileError(f"no image at '{shown}' (HTTP {response.status_code}); check the address")
             if response.status_code >= 400:
                 raise ImageError(
-                    f"cannot download '{shown}' (HTTP {response.status_code}); fetch it in another way, and give the "
+                    f"cannot download '{shown}' (HTTP {response.status_code}); download it another way, and give the "
                     "file"
                 )
             for chunk in chunks:
@@ -294,5 +310,7 @@ def fetched(source: str) -> str | bytes:
     except web.client_errors() as error:
         if time.monotonic() - started > MAX_SECONDS:
             raise ImageError(f"'{shown}' took longer than {MAX_SECONDS} s; download it, and give the file") from None
-        raise ImageError(f"cannot download '{shown}' ({web.reason(error)}); check it, or give a file") from None
+        raise ImageError(
+            f"cannot download '{shown}' ({web.reason(error)}); check the address, or give a file"
+        ) from None
     return bytes(content)

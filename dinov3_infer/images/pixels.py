@@ -1,4 +1,4 @@
-"""Arrays and tensors as images: RGB or grey, 8 bits or floats, or of more bits with the levels that say their range."""
+"""Arrays and tensors as images: RGB or grey, 8 bits or floats, or more bits with levels."""
 
 import math
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 _REMEDY = "drop an alpha channel, or give a PIL image, which is converted"
 RGB = 3  # channels
-_CHANNELS = (1, 2, 3, 4)  # what has so few columns is a row of pixels rather than an image
+_CHANNELS = (1, 2, 3, 4)  # a 2D array with so few columns is most likely a row of pixels
 
 
 def own(image: T) -> T:
-    """An image in memory of its own, where it is one that its giver may fill again; others are as they are."""
+    """Copy an array or tensor, so that its owner may overwrite it; other images are returned unchanged."""
     copied: Any = image
     if isinstance(image, np.ndarray):
         copied = image.copy()  # with its mask, if it has one
@@ -32,21 +32,33 @@ def own(image: T) -> T:
 
 
 def from_hwc(array: np.ndarray) -> Tensor:
-    """[H_px, W_px, 3] -> [3, H_px, W_px], a copy in which the colours of a pixel stay together."""
+    """Copy [H_px, W_px, C] to a tensor [C, H_px, W_px] that stays channels last in memory."""
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
 
 
 def from_pixels(image: np.ndarray | Tensor, label: str, levels: Levels | None = None, channels: int = RGB) -> Tensor:
-    """An array or a tensor, see `from_array` and `from_tensor`."""
+    """Convert an array or a tensor to [channels, H_px, W_px], see `from_array` and `from_tensor`.
+
+    Raises: ImageError, as there.
+    """
     if isinstance(image, Tensor):
         return from_tensor(image, label, levels, channels)
     return from_array(image, label, levels, channels)
 
 
 def from_array(array: np.ndarray, label: str, levels: Levels | None = None, channels: int = RGB) -> Tensor:
-    """[H_px, W_px, 3], or grey [H_px, W_px] or [H_px, W_px, 1] -> [3, H_px, W_px] uint8, or float32 in 0..1.
+    """Convert an array to [channels, H_px, W_px] uint8, or float32 in 0..1.
 
-    With other `channels` [H_px, W_px, channels], and of one [H_px, W_px] too.
+    Args:
+        array: [H_px, W_px, 3], or grey: [H_px, W_px] or [H_px, W_px, 1].  With other `channels`:
+            [H_px, W_px, channels], and [H_px, W_px] for one channel.
+        label: Name of the image in errors.
+        levels: See `load_image`.
+        channels: Channels of the model.
+
+    Raises:
+        ImageError: The shape, dtype or range is wrong.
+        InputError: The array has a mask.
     """
     shape = f"{label} has shape {list(array.shape)} {array.dtype}"
     check_unmasked(array, label)
@@ -65,14 +77,23 @@ def from_array(array: np.ndarray, label: str, levels: Levels | None = None, chan
 
 
 def from_tensor(tensor: Tensor, label: str, levels: Levels | None = None, channels: int = RGB) -> Tensor:
-    """[3, H_px, W_px], or grey [H_px, W_px] or [1, H_px, W_px] -> [3, H_px, W_px] uint8, or float32 in 0..1.
+    """Convert a tensor to [channels, H_px, W_px] uint8, or float32 in 0..1, on the CPU.
 
-    With other `channels` [channels, H_px, W_px], and of one [H_px, W_px] too.
+    Args:
+        tensor: [3, H_px, W_px], or grey: [H_px, W_px] or [1, H_px, W_px].  With other `channels`:
+            [channels, H_px, W_px], and [H_px, W_px] for one channel.
+        label: Name of the image in errors.
+        levels: See `load_image`.
+        channels: Channels of the model.
+
+    Raises:
+        ImageError: The shape, dtype or range is wrong, or the tensor is sparse, quantised, nested or on "meta".
+        InputError: The tensor has a mask.
     """
     shape = f"{label} has shape {list(tensor.shape)} {tensor.dtype}"
     check_unmasked(tensor, label)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
-        raise ImageError(f"a tensor holds its pixels one by one; {shape}, which is sparse, quantised, nested or empty")
+        raise ImageError(f"{shape} and is sparse, quantised, nested or on 'meta'; give a dense tensor of pixel values")
     grey = tensor[None] if tensor.ndim == 2 and (channels == 1 or tensor.shape[1] not in _CHANNELS) else tensor
     if channels != RGB and (grey.ndim != 3 or grey.shape[0] != channels or not grey.numel()):
         raise ImageError(f"this model takes a tensor [{channels}, height, width]; {shape}")
@@ -89,23 +110,23 @@ def from_tensor(tensor: Tensor, label: str, levels: Levels | None = None, channe
 
 
 def no_rgb(label: str, channels: int) -> ImageError:
-    """For a file where a model takes other images."""
+    """The error for a file where the model takes other channels than RGB."""
     return ImageError(
-        f"{label} is no array, and files are read as RGB, while this model takes {channels} channels; give an array "
+        f"{label} would be read as RGB, and this model takes {channels} channels; give an array "
         f"[height, width, {channels}] or a tensor [{channels}, height, width]"
     )
 
 
 def _remedy(shape: Sequence[int]) -> str:
     if 0 in shape:
-        return "it has no pixels; look where it comes from"
+        return "it has no pixels; check where it comes from"
     if len(shape) == 2:
         return "is it a row of an image? give the image"
-    return "a batch has four dimensions and is given alone, not in a list" if len(shape) > 3 else _REMEDY
+    return "give a batch of four dimensions alone, not in a list" if len(shape) > 3 else _REMEDY
 
 
 def _in_range(values: np.ndarray, label: str, shape: str, levels: Levels | None) -> np.ndarray:
-    """uint8 as it is, others as float32 in 0..1."""
+    """uint8 unchanged, other dtypes as float32 in 0..1."""
     if values.dtype == np.uint8:
         return values
     if levels is not None:
@@ -120,6 +141,6 @@ def _in_range(values: np.ndarray, label: str, shape: str, levels: Levels | None)
         return values
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ImageError(f"{label} holds values that are not finite; float pixels lie in 0 to 1")
-    guess = "is it 0 to 255? then give uint8, else levels=(low, high)"
-    guess = "is it normalised already? then call the model itself, else give levels=(low, high)" if low < 0.0 else guess
-    raise ImageError(f"float pixels lie in 0 to 1; {label} reaches from {low:.3g} to {high:.3g}: {guess}")
+    guess = "if it is 0 to 255, give uint8, else give levels=(low, high)"
+    guess = "if it is normalised already, call the model itself, else give levels=(low, high)" if low < 0.0 else guess
+    raise ImageError(f"float pixels lie in 0 to 1; {label} reaches from {low:.3g} to {high:.3g}; {guess}")

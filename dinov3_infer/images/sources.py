@@ -1,4 +1,4 @@
-"""What every source of images is, and the simple ones: names, lists, and what is picked out of several."""
+"""The interface of an image source, and the simple sources: names, lists, and selections from several sources."""
 
 import os
 from abc import ABC, abstractmethod
@@ -33,43 +33,43 @@ class Source(ABC):
 
     @abstractmethod
     def key(self, index: int) -> str | None:
-        """What a list may call an image: its path, "ARCHIVE.tar#MEMBER", "TABLE.parquet#ROW"; None for an object."""
+        """The name of an image in a list: its path, "ARCHIVE.tar#MEMBER" or "TABLE.parquet#ROW"; None for an object."""
 
     @abstractmethod
     def picture(self, index: int) -> ImageLike:
-        """Not decoded where it lies in a file.  Raises: ImageError, MissingFileError."""
+        """One image; not decoded if it is in a file.  Raises: ImageError, MissingFileError."""
 
     def identity(self, index: int) -> str | None:
-        """What tells an image from another one of its key, see `identity_of`; None where nothing does."""
+        """A text that changes when the image behind a key changes, see `identity_of`; None if there is none."""
         return None
 
     @cached_property
     def labels(self) -> list[str] | None:
-        """Class of each image, where all have one."""
+        """Class of each image, if all have one."""
         return None
 
     def base(self, index: int) -> str | None:
-        """The folder, or the fixed part of a pattern, that an image was found below; None if it was given itself."""
+        """The folder, or the fixed part of a pattern, under which an image was found; None if it was given directly."""
         return None
 
     def label(self, index: int) -> str:
-        """What messages call an image."""
+        """Name of an image in messages."""
         return f"item {index}" if (key := self.key(index)) is None else f"'{key}'"
 
     def load(
         self, index: int, target: TargetSize | None = None, levels: Levels | None = None, channels: int = 3
     ) -> Decoded:
-        """Decoded; for `target`, `levels` and `channels` see `decode`.  Raises: ImageError, MissingFileError."""
+        """Decode one image to [channels, H_px, W_px]; see `decode`.  Raises: ImageError, MissingFileError."""
         return decode(self.picture(index), self.label(index), target, levels, channels)
 
 
 class Names(Sequence[str]):
-    """Names end to end in one piece of memory: a list of a million strings takes three times that, in every process."""
+    """A sequence of names in one block of memory; a list of a million strings takes three times that per process."""
 
     def __init__(self, names: Iterable[str]) -> None:
         content, ends = bytearray(), [0]
         for name in names:
-            content += name.encode("utf-8", "surrogatepass")  # which takes names that no file can have too
+            content += name.encode("utf-8", "surrogatepass")  # also encodes impossible file names
             ends.append(len(content))
         self._content, self._ends = bytes(content), np.array(ends, np.int64)
 
@@ -81,52 +81,58 @@ class Names(Sequence[str]):
 
 
 class Items(Source):
-    """Images of a list, of any kind."""
+    """A list of images of any kind."""
 
     def __init__(self, images: Sequence[ImageLike]) -> None:
         self._images = images
-        self.kept = isinstance(images, (list, tuple, Names))  # each image in memory of its own
+        self.kept = isinstance(images, (list, tuple, Names))  # each image keeps its own memory
 
     def __len__(self) -> int:
         return len(self._images)
 
     def key(self, index: int) -> str | None:
+        """Path or address of an image; None for an object."""
         return name_of(self._images[index])
 
     def picture(self, index: int) -> ImageLike:
+        """One image, as it was given."""
         return self._images[index]
 
     def identity(self, index: int) -> str | None:
+        """See `identity_of`."""
         return identity_of(self._images[index])
 
     def label(self, index: int) -> str:
-        return f"item {index}"  # a path is in what is said anyway
+        """The text "item NUMBER"."""
+        return f"item {index}"  # messages name the path anyway
 
 
 class Files(Items):
-    """Images in files or at addresses of their own."""
+    """Images in files or at addresses."""
 
     def __init__(self, paths: Iterable[str], base: str | None = None) -> None:
-        """`base`: the folder, or the fixed part of a pattern, that all were found below."""
+        """`base`: the folder, or the fixed part of a pattern, under which all were found."""
         super().__init__(Names(paths))
         self._base = base
 
     @cached_property
     def labels(self) -> list[str] | None:
+        """The folders of the files, see `folder_labels`."""
         if self._base is None:
             return None
         return folder_labels([os.path.relpath(path, self._base) for path in self._images])  # type: ignore[arg-type]
 
     def base(self, index: int) -> str | None:
+        """The folder, or the fixed part of a pattern, under which all were found."""
         return self._base
 
 
 class Picked(Source):
-    """Some images of several sources, in an order of their own."""
+    """Images selected from several sources, in any order."""
 
     def __init__(self, sources: Sequence[Source], places: Sequence[tuple[int, int]]) -> None:
         self._sources = tuple(sources)
-        self._places = np.array(places, np.int64).reshape(-1, 2)  # which source, and its number there
+        self._places = np.array(places, np.int64).reshape(-1, 2)  # [N, 2]: source, index in that source
 
     def __len__(self) -> int:
         return len(self._places)
@@ -136,22 +142,27 @@ class Picked(Source):
         return self._sources[which], place
 
     def key(self, index: int) -> str | None:
+        """Name of an image in its source."""
         source, place = self._place(index)
         return source.key(place)
 
     def picture(self, index: int) -> ImageLike:
+        """One image of its source.  Raises: ImageError, MissingFileError."""
         source, place = self._place(index)
         return source.picture(place)
 
     def identity(self, index: int) -> str | None:
+        """Identity of an image in its source."""
         source, place = self._place(index)
         return source.identity(place)
 
     def base(self, index: int) -> str | None:
+        """Base of an image in its source."""
         source, place = self._place(index)
         return source.base(place)
 
     def label(self, index: int) -> str:
+        """Label of an image in its source; "item NUMBER" for items of a list."""
         source, place = self._place(index)
         return f"item {index}" if isinstance(source, Items) else source.label(place)
 
@@ -164,7 +175,9 @@ def chained(sources: Sequence[Source]) -> Source:
 
 
 def folder_labels(paths: Sequence[str]) -> list[str] | None:
-    """The first folder in which the paths differ, as torchvision's ImageFolder has it; None where there is none."""
+    """Label each path by the first folder level at which the paths differ, as torchvision's ImageFolder; None if a path
+    has no such folder.
+    """
     parents = [os.path.dirname(path).replace(os.sep, "/").split("/") for path in paths]
     common = len(os.path.commonprefix(parents))
     if any(len(parent) <= common or not parent[0] for parent in parents):
@@ -173,15 +186,16 @@ def folder_labels(paths: Sequence[str]) -> list[str] | None:
 
 
 def relative_names(source: Source) -> list[str]:
-    """Names for what is written for each image: its path below the folder or pattern that was given, or below what all
-    that were given themselves have in common, without a suffix."""
+    """Output names of the images: their paths, without suffix, below the folder or pattern that was given, or below the
+    common folder of the images that were given directly.
+    """
     found = [(source.key(i) or source.label(i), source.base(i)) for i in range(len(source))]
     single = [os.path.dirname(os.path.abspath(key)) for key, base in found if base is None and not address_scheme(key)]
     common = os.path.commonpath(single) if single else ""
     names = []
     for key, base in found:
         if address_scheme(key):
-            names.append(os.path.splitext(PurePosixPath(urlsplit(key).path).name)[0] or "picture")
+            names.append(os.path.splitext(PurePosixPath(urlsplit(key).path).name)[0] or "image")
             continue
         name = os.path.relpath(os.path.abspath(key), common if base is None else base)
         stem, suffix = os.path.splitext(name)

@@ -1,1 +1,1 @@
-"""The network: a vision transformer, and how it computes.  Nothing here knows a file or an image format."""
+"""The networks and how they compute.  This room knows no files and no image formats."""

@@ -1,7 +1,7 @@
-"""Attention over the packed qkv projection, rotated on the way: the torch definition, the operator, the dispatch.
+"""Attention over the packed qkv projection with RoPE: the torch definition, the operator, and the dispatch.
 
-One signature for pictures of one size (`[B, N, 3, H, D]`) and for pictures of many sizes laid end to end
-(`[T, 3, H, D]` with `cu_seqlens`).  The definition is product code: the CPU path, and what the kernel is judged by.
+One signature serves images of one size (`[B, N, 3, H, D]`) and images of many sizes, concatenated (`[T, 3, H, D]` with
+`cu_seqlens`).  The definition is the CPU path and the reference for the kernel.
 """
 
 import math
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-# --- the definition ------------------------------------------------------------------------------------------------
+# The definition
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -46,10 +46,10 @@ def sdpa_attention(
     sin: Tensor | None,  # [N or T, D/2] float32, or float16 where qkv has 16 bits
     *,
     cu_seqlens: Tensor | None = None,  # [S + 1] int32, the first token of each sequence and T; packed input only
-    max_seqlen: int | None = None,  # kernels want it; nothing here does
+    max_seqlen: int | None = None,  # used by kernels only
     scale: float | None = None,
 ) -> Tensor:
-    """`rope_attention` in plain torch: one rotation of all tokens, then attention for each run of equal lengths."""
+    """`rope_attention` in plain torch, of its shape: one rotation of all tokens, one SDPA per run of equal lengths."""
     q, k, v = _rotated(qkv, cos, sin)
     parts = [
         _sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale).transpose(1, 2).flatten(2)
@@ -68,7 +68,7 @@ def eager_attention(
     max_seqlen: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`rope_attention` with the whole score matrix in memory: to look at, or to differentiate twice."""
+    """`rope_attention`, of its shape, with the whole score matrix in memory: to inspect, or to differentiate twice."""
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     return _joined([out for out, _ in _weighted(qkv, cos, sin, cu_seqlens, scale)], cu_seqlens)
 
@@ -76,7 +76,7 @@ def eager_attention(
 def _weighted(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, cu_seqlens: Tensor | None, scale: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each run of equal lengths its result [B, N, H*D] and scores [B, H, N, N]; softmax in float32 at least."""
+    """Yields per run of equal lengths the result [B, N, H*D] and scores [B, H, N, N]; softmax in float32 at least."""
     for q, k, v in zip(*(_runs(t, cu_seqlens) for t in _rotated(qkv, cos, sin)), strict=True):
         scores = _scores(q, k, scale)
         yield torch.einsum("bhqk, bkhd -> bqhd", scores.softmax(-1).to(v.dtype), v).flatten(2), scores
@@ -90,7 +90,7 @@ def _rotated(qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tenso
 
 
 def _runs(tokens: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
-    """[B, N, ...] as it is; packed [T, ...] -> one view [count, length, ...] for neighbours of one length."""
+    """[B, N, ...] unchanged, or packed [T, ...] as one view [count, length, ...] per run of equal lengths."""
     if cu_seqlens is None:
         return [tokens]
     runs = [(sum(1 for _ in run), length) for length, run in groupby(cu_seqlens.diff().tolist())]
@@ -98,7 +98,7 @@ def _runs(tokens: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
     return [part.unflatten(0, run) for part, run in zip(parts, runs, strict=True)]
 
 
-# --- the operator: what kernels implement, opaque to compilers -----------------------------------------------------
+# The operator, which kernels implement and compilers do not look into
 
 _REST = "Tensor? cos, Tensor? sin, Tensor? cu_seqlens, SymInt max_seqlen, float scale"
 torch.library.define("dinov3_infer::rope_attention", f"(Tensor qkv, {_REST}) -> (Tensor out, Tensor lse)")
@@ -111,7 +111,7 @@ torch.library.define(
 def _forward(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What `rope_attention` returns, and log2 of each query's sum of weights, [B, H, N] or [H, T]."""
+    """The result of `rope_attention`, and log2 of the sum of each query's weights, [B, H, N] or [H, T]."""
     outs, sums = [], []
     for out, scores in _weighted(qkv, cos, sin, cu_seqlens, scale):
         outs.append(out)
@@ -131,7 +131,7 @@ def _backward(
     out: Tensor,
     lse: Tensor,
 ) -> Tensor:
-    """The gradient of qkv, in its shape: weights once more from scores and `lse`, the rotation undone at the end.
+    """The gradient of qkv, of its shape: weights recomputed from scores and `lse`, the rotation undone at the end.
 
     With weights P, dP = dO V^T and delta = sum(dO O): dS = P (dP - delta) scale, dQ = dS K, dK = dS^T Q, dV = P^T dO.
 
@@ -192,12 +192,12 @@ def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("dinov3_infer::rope_attention", _differentiate, setup_context=_save)
 
 
-# --- the kernels ---------------------------------------------------------------------------------------------------
+# The kernels
 
 
 @cache
 def _kernels() -> ModuleType:
-    """The Triton launchers, imported when the first tokens on a GPU want them: importing Triton takes its time."""
+    """The Triton launchers, imported for the first tokens on a GPU, since importing Triton takes seconds."""
     from dinov3_infer_kernels import gpu
 
     count_flops()
@@ -209,7 +209,7 @@ torch.library.define("dinov3_infer::rope_rotate", "(Tensor qkv, Tensor cos, Tens
 
 @torch.library.impl("dinov3_infer::rope_rotate", "cpu")
 def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotated q and k, [B, N, 2, H, D], for what attends without rotating.  Without a gradient."""
+    """Rotated q and k, [B, N, 2, H, D], for attention without rotation.  It has no gradient."""
     return torch.stack(_rotated(qkv, cos, sin)[:2], dim=-3)
 
 
@@ -220,7 +220,7 @@ def _rotate_shapes(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def launch(launcher: str, *arguments: Any) -> Any:
-    """What a launcher of the kernel package returns."""
+    """Call a launcher of the kernel package and return its result."""
     return getattr(_kernels(), launcher)(*arguments)
 
 
@@ -230,7 +230,7 @@ for _name, _launcher in (("attention", "forward"), ("attention_backward", "backw
 
 @cache
 def count_flops() -> None:
-    """Tells torch's FLOP counter of the operators: 4 N^2 H D forward and 2.5 times that backward, as it counts SDPA."""
+    """Register the operators with torch's FLOP counter: 4 N^2 H D forward and 2.5 times that backward, as for SDPA."""
     from torch.utils.flop_counter import register_flop_formula
 
     def forward(qkv: Tensor, cos: Any, sin: Any, cu_seqlens: Tensor | None, *rest: Any, **others: Any) -> int:
@@ -245,7 +245,7 @@ def count_flops() -> None:
     register_flop_formula(torch.ops.dinov3_infer.rope_attention_backward, get_raw=True)(backward)
 
 
-# --- the dispatch --------------------------------------------------------------------------------------------------
+# The dispatch
 
 
 @cache
@@ -253,7 +253,7 @@ def _import_error() -> str | None:
     try:
         _kernels()
     except ImportError as error:
-        return f"'{error.name}' is not installed; on Linux pip install 'dinov3-infer[triton]' brings it"
+        return f"'{error.name}' is not installed; on Linux, pip install 'dinov3-infer[triton]'"
     return None
 
 
@@ -263,17 +263,17 @@ def _not_installed() -> str | None:
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the Triton kernel cannot serve such a qkv, or None if it can."""
+    """Why the Triton kernel cannot process such a qkv; None if it can."""
     if device.type not in ("cuda", "xpu"):
         return f"it runs on GPUs, and the model is on '{device.type}'"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it takes bfloat16, float16 and float32, and the tokens come in {dtype}"
+        return f"it supports bfloat16, float16 and float32, and the tokens are {dtype}"
     if head_dim not in (64, 128):
-        return f"it is made for heads of 64 and 128 channels, and these have {head_dim}"
+        return f"it supports heads of 64 and 128 channels, and these have {head_dim}"
     if dtype == torch.float32 and head_dim == 128:
         return "float32 tiles of 128 channels do not fit the registers of a GPU"
     if lacks_bfloat16(device):
-        return "it is made for NVIDIA GPUs of compute capability 8.0 and above, and this one is older"
+        return "it supports NVIDIA GPUs of compute capability 8.0 and above, and this one is older"
     if (reason := why_distrusted(device)) is not None:
         return reason
     return _not_installed()
@@ -286,15 +286,15 @@ def rope_attention(
     sin: Tensor | None,  # [N or T, D/2] float32, or float16 where qkv has 16 bits
     *,
     cu_seqlens: Tensor | None = None,  # [S + 1] int32, the first token of each sequence and T; packed input only
-    max_seqlen: int | None = None,  # tokens of the longest sequence; saves a look at cu_seqlens
+    max_seqlen: int | None = None,  # tokens of the longest sequence; saves reading cu_seqlens
     scale: float | None = None,
 ) -> Tensor:
-    """Softmax attention of rotated q and k, [B, N, H*D], or [T, H*D] for packed input, by the fastest way there is.
+    """Softmax attention of rotated q and k, [B, N, H*D], or [T, H*D] for packed input, by the fastest implementation.
 
-    Queries and keys are turned by the angles of their token, values are not.  `scale` defaults to D^-0.5.  On a GPU
-    this is the Triton kernel, except for pictures of one size that need no rotation (SDPA alone), or need no gradient
-    and are longer than the kernel's crossover (a kernel that rotates, then SDPA).  Where the kernel cannot run, see
-    `why_not_triton`, this is `sdpa_attention`.
+    Queries and keys are rotated by the angles of their tokens, values are not.  `scale` defaults to D^-0.5.  On a GPU
+    this is the Triton kernel, with two exceptions: images of one size without rotation use SDPA, and images of one size
+    without a gradient that are longer than the kernel's crossover use a rotation kernel and SDPA.  Where the kernel
+    cannot run, see `why_not_triton`, this is `sdpa_attention`.
 
     Source: dinov3/layers/attention.py:19-38 and 114-135 at 6876159.
     """
@@ -319,9 +319,9 @@ def triton_attention(
     max_seqlen: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`rope_attention` by the Triton kernel, whatever the length.
+    """`rope_attention` by the Triton kernel at any length.
 
-    Raises: UnsupportedError with the reason where it cannot run.
+    Raises: UnsupportedError, with the reason, if the kernel cannot run.
     """
     if (reason := why_not_triton(qkv.device, qkv.dtype, qkv.shape[-1])) is not None:
         raise UnsupportedError(f"the Triton attention cannot run: {reason}; use attn_implementation='auto'")
@@ -345,6 +345,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def resolve_attention(name: str) -> Callable[..., Tensor]:
-    """The function behind `attn_implementation`."""
+    """The function behind `attn_implementation`, see `rope_attention`.  Raises: InputError for an unknown name."""
     check_choice("attn_implementation", name, IMPLEMENTATIONS)
     return IMPLEMENTATIONS[name]

@@ -1,4 +1,4 @@
-"""What is asked of the machine and answered while a compiler traces, not traced itself."""
+"""Questions about the machine that compilers evaluate while tracing, and do not trace."""
 
 from collections.abc import Callable
 from functools import cache
@@ -12,7 +12,7 @@ C = TypeVar("C", bound=Callable[..., Any])
 
 
 def constant_for_compilers(function: C) -> C:
-    """`torch.compiler.assume_constant_result`, which imports the whole compiler to set this mark."""
+    """`torch.compiler.assume_constant_result`, without importing the compiler to set its mark."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -24,21 +24,21 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @constant_for_compilers
 def lacks_bfloat16(device: torch.device) -> bool:
-    """Whether this is an NVIDIA GPU before Ampere: torch emulates bfloat16 there, Triton compiles no tensor cores."""
+    """Whether this is an NVIDIA GPU before Ampere, where torch emulates bfloat16 and Triton has no tensor cores."""
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return False
     return _capability(device) < (8, 0)
 
 
-_DISTRUSTED: dict[torch.device, str] = {}  # devices on which our own kernels are not used, and why
+_DISTRUSTED: dict[torch.device, str] = {}  # devices whose results from our kernels were wrong, and why
 
 
 def distrust(device: torch.device, reason: str) -> None:
-    """From now on nothing runs our own kernels there."""
+    """Stop using our kernels on a device."""
     _DISTRUSTED[device] = reason
 
 
 @constant_for_compilers
 def why_distrusted(device: torch.device) -> str | None:
-    """Why our own kernels are not used there, or None if they are."""
+    """Why our kernels are not used on a device; None if they are."""
     return _DISTRUSTED.get(device)

@@ -1,4 +1,4 @@
-"""ConvNeXt, as DINOv3 was distilled into it: four stages of convolutions, and no attention.
+"""ConvNeXt as distilled from DINOv3: four stages of convolutions, without attention.
 
 Source: ConvNeXt (arXiv 2201.03545), DINOv3 paper (arXiv 2508.10104), section 6; dinov3/models/convnext.py at 6876159.
 """
@@ -17,18 +17,21 @@ from .network import BackboneOutput, LayerOutput, Network, resolve_layers
 
 __all__ = ["ConvBlock", "ConvNeXt", "ConvNeXtConfig", "Depthwise", "Patches"]
 
-_STEM = 4  # pixels of the side of what the first convolution makes one position of
+_STEM = 4  # stride of the first convolution in pixels
 
 
 @dataclass(frozen=True)
 class ConvNeXtConfig:
-    """What the weights cannot do without."""
+    """The architecture of a ConvNeXt.
+
+    Raises: InputError for anything but four numbers above 0 in `depths` and `widths`.
+    """
 
     depths: tuple[int, ...]  # blocks of each stage
     widths: tuple[int, ...]  # channels of each stage
     norm_eps: float = 1e-6
     in_chans: ClassVar[int] = 3
-    position_grid: ClassVar[None] = None  # as of a vision transformer without learned positions
+    position_grid: ClassVar[None] = None  # as in a vision transformer without learned positions
 
     def __post_init__(self) -> None:
         for name in ("depths", "widths"):
@@ -44,37 +47,39 @@ class ConvNeXtConfig:
 
     @property
     def depth(self) -> int:
-        """Blocks of the longest stage."""
+        """Blocks in the longest stage."""
         return max(self.depths)
 
     @property
     def patch_size(self) -> int:
-        """Pixels of the side of a position of the last stage."""
+        """Stride of the last stage in pixels."""
         return int(_STEM * 2 ** (len(self.widths) - 1))
 
     hidden_sizes = property(lambda self: list(self.widths))  # transformers' name
 
 
 class Depthwise(nn.Conv2d):
-    """The 7 x 7 convolution of each channel of a map [B, h, w, C], in the dtype of its weights."""
+    """A 7 x 7 convolution of each channel of a map [B, h, w, C], in the dtype of its weights."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width, 7, padding=3, groups=width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, h, w, C] -> [B, h, w, C] in the dtype of the weights."""
         return super().forward(x.permute(0, 3, 1, 2).to(self.weight.dtype)).permute(0, 2, 3, 1)
 
 
 class Patches(nn.Conv2d):
-    """A convolution whose stride is its side, of a map [B, h, w, C]: a linear over patches.
+    """A convolution of a map [B, h, w, C] whose stride is its kernel size, computed as a linear layer over patches.
 
-    As a convolution it would round differently for one image than for several.
+    A convolution kernel would round differently for one image than for several.
     """
 
     def __init__(self, before: int, after: int, side: int) -> None:
         super().__init__(before, after, side, side)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, h, w, C] -> [B, h / side, w / side, C'], rounded down."""
         weight = self.matrix()
         return with_enough_rows(lambda patches: F.linear(patches, weight, self.bias), self.patches(x))
 
@@ -86,11 +91,13 @@ class Patches(nn.Conv2d):
         return x.unflatten(2, (w, side)).unflatten(1, (h, side)).transpose(2, 3).flatten(3)  # type: ignore[no-any-return]
 
     def matrix(self) -> Tensor:
-        """The weight for rows of `patches`."""
+        """The weight for rows of `patches`, [C', side * side * C]."""
         return self.weight.permute(0, 2, 3, 1).flatten(1)
 
 
 class ConvBlock(nn.Module):
+    """Depthwise convolution, layer norm and MLP, with LayerScale and a residual connection."""
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.dwconv = Depthwise(width)
@@ -99,17 +106,18 @@ class ConvBlock(nn.Module):
         self.pwconv2 = nn.Linear(4 * width, width)
         self.gamma = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, h, w, C]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, h, w, C] -> [B, h, w, C]."""
         branch = self.norm(self.dwconv(x).to(x.dtype))
         branch = project(self.pwconv2, F.gelu(project(self.pwconv1, branch)))
         return x + branch.to(x.dtype) * self.gamma.to(x.dtype)
 
 
 class ConvNeXt(Network):
-    """ConvNeXt of the first version; parameter names are Meta's.
+    """ConvNeXt V1 with Meta's parameter names.
 
-    Layers are stages, each with a width and a stride of its own, and only the last one has a norm: the others are given
-    raw, the mean over their positions as the class token.
+    Layers are stages, each with its own width and stride.  Only the last stage has a norm; the other stages give their
+    raw map, with its mean as the class token.
     """
 
     config: ConvNeXtConfig
@@ -135,7 +143,7 @@ class ConvNeXt(Network):
 
     @torch.no_grad()
     def init_weights(self, layerscale: float = 1e-6) -> None:
-        """Random weights as in Meta's code; every tensor is written."""
+        """Initialise every tensor at random, as in Meta's code."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -146,33 +154,41 @@ class ConvNeXt(Network):
             elif isinstance(module, ConvBlock):
                 nn.init.constant_(module.gamma, layerscale)
 
-    # --- the contract of a network -------------------------------------------------------------------------------
+    # The interface of a network
 
     @property
     def blocks(self) -> nn.ModuleList:  # type: ignore[override]
+        """The stages."""
         return self.stages
 
     def stride(self, layer: int = -1) -> int:
+        """Stride of a stage in pixels."""
         return int(_STEM * 2 ** (layer % self.n_blocks))
 
     def width(self, layer: int = -1) -> int:
+        """C of a stage."""
         return self.config.widths[layer]
 
     @property
     def main_weight(self) -> Tensor:
+        """The weight of the first convolution, [C, 3, 4, 4]."""
         return self.downsample_layers[0][0].weight  # type: ignore[index, no-any-return]
 
     def description(self) -> dict[str, Any]:
+        """The fields of the config."""
         return asdict(self.config)
 
     def summary(self) -> str:
+        """The architecture in one line."""
         depths, widths = (" ".join(map(str, values)) for values in (self.config.depths, self.config.widths))
         return f"ConvNeXt with stages of {depths} blocks, {widths} wide, stride {self.stride()}"
 
     def grid_of(self, pixels: Tensor, layer: int = -1) -> tuple[int, int]:
-        """(h, w) of a stage: sides are rounded down, by each stage anew.
+        """(h, w) of a stage for pixels [B, 3, H_px, W_px]; each stage rounds its sides down.
 
-        Raises: InputError for anything that is not a batch of images of 32 pixels a side or more.
+        Raises:
+            InputTypeError: `pixels` is no float tensor.
+            InputError: The shape is not [B, 3, H_px, W_px], or a side is below 32 pixels.
         """
         if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
             found = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
@@ -181,13 +197,11 @@ class ConvNeXt(Network):
             raise InputError(f"the model takes pixels of shape [B, 3, height, width], got {list(pixels.shape)}")
         height, width = pixels.shape[2:]
         if height < self.stride() or width < self.stride():
-            raise InputError(
-                f"input {height}x{width} is too small; a ConvNeXt takes {self.stride()} pixels a side or more"
-            )
+            raise InputError(f"input {height}x{width} is too small; give at least {self.stride()} pixels a side")
         stride = self.stride(layer)
         return height // stride, width // stride
 
-    # --- the forward pass ----------------------------------------------------------------------------------------
+    # The forward pass
 
     def forward(
         self,
@@ -195,18 +209,23 @@ class ConvNeXt(Network):
         layers: int | Sequence[int] | None = None,
         masks: Tensor | None = None,
     ) -> BackboneOutput:
-        """As in `Network`; the class token is the normed mean of the last map, and there are no registers."""
+        """Compute tokens, see `Network.forward`.
+
+        The class token is the norm of the mean over the last map, and there are no registers.
+
+        Raises: UnsupportedError for masks; InputError, InputTypeError, LayerError as in `Network.forward`.
+        """
         if masks is not None:
-            raise UnsupportedError("masks need a mask token, which a ConvNeXt has not; leave masks out")
+            raise UnsupportedError("masks need a mask token, which a ConvNeXt does not have; leave masks out")
         return self.output(self.run_stages(pixels), resolve_layers(layers, self.n_blocks))
 
     def output(self, maps: Sequence[Tensor], indices: Sequence[int]) -> BackboneOutput:
-        """The tokens of the last of all maps, and as layers those of `indices`."""
+        """The tokens of the last of all maps, each [B, h, w, C], and of the stages `indices` as layers."""
         each = {i: self.tokens(maps[i], norm=i == len(maps) - 1) for i in {*indices, len(maps) - 1}}
         return BackboneOutput(*each[len(maps) - 1], tuple(each[i] for i in indices))
 
     def run_stages(self, pixels: Tensor) -> list[Tensor]:
-        """The raw map of each stage, [B, h, w, C] with h, w and C of the stage."""
+        """[B, 3, H_px, W_px] -> the raw map of each stage, [B, h, w, C] with h, w and C of the stage."""
         self.grid_of(pixels)
         x = pixels.to(torch.promote_types(pixels.dtype, torch.float32)).permute(0, 2, 3, 1)
         maps: list[Tensor] = []
@@ -216,7 +235,7 @@ class ConvNeXt(Network):
         return maps
 
     def tokens(self, x: Tensor, norm: bool = False) -> LayerOutput:
-        """A map [B, h, w, C] as a class token, which is its mean, no registers, and patches."""
+        """A map [B, h, w, C] -> class token [B, C] (its mean), no registers [B, 0, C], and patches [B, h*w, C]."""
         patches = x.flatten(1, 2)
         cls_token, registers = patches.mean(dim=1), patches[:, :0]
         if not norm:

@@ -1,4 +1,4 @@
-"""Methods that carry Meta's, timm's or transformers' names do what those do: code written for them runs unchanged.
+"""Methods with names of Meta, timm or transformers, and their results, so that code written for these runs unchanged.
 
 `ViTBackbone` has these functions as its methods.
 """
@@ -33,10 +33,12 @@ def forward_features(
     x: Tensor | Sequence[Tensor],  # [B, 3, H_px, W_px] normalised, or one such tensor per crop size
     masks: Tensor | Sequence[Tensor | None] | None = None,  # [B, P] bool
 ) -> dict[str, Any] | list[dict[str, Any]]:
-    """Meta's dictionary of tokens (a list of them for a list of crops).
+    """Meta's dictionary of tokens (for a list of crops, a list of dictionaries).
 
-    After the final norm `x_norm_clstoken` [B, C], `x_norm_patchtokens` [B, P, C] and the registers [B, R, C], under
-    DINOv3's name `x_storage_tokens` and DINOv2's `x_norm_regtokens`; before it `x_prenorm` [B, N, C].
+    Returns: After the final norm `x_norm_clstoken` [B, C], `x_norm_patchtokens` [B, P, C] and the registers [B, R, C]
+    under DINOv3's name `x_storage_tokens` and DINOv2's `x_norm_regtokens`; before the norm `x_prenorm` [B, N, C].
+
+    Raises: InputError if the masks do not fit the crops.
 
     Source: dinov3/models/vision_transformer.py:203-259 at 6876159.
     """
@@ -57,7 +59,7 @@ def forward_features(
 
 
 def paired(crops: Sequence[Tensor], masks: Any) -> list[tuple[Tensor, Any]]:
-    """Each crop with its mask, or None.  Raises InputError for another number of masks."""
+    """Pair each crop [B, 3, H_px, W_px] with its mask [B, P] or None.  Raises: InputError if their numbers differ."""
     each: Sequence[Any] = [None] * len(crops) if masks is None else list(masks)
     if len(each) != len(crops):
         raise InputError(
@@ -75,18 +77,18 @@ def get_intermediate_layers(
     return_extra_tokens: bool = False,
     norm: bool = True,
 ) -> tuple[Any, ...]:
-    """Meta's: patches of the last n blocks, or of the blocks in n, always from shallow to deep.
+    """Meta's: patches of the last n blocks, or of the blocks in n, ordered from shallow to deep.
 
-    Each element is the patches [B, P, C] ([B, C, h, w] with `reshape`), or a tuple of them with the class token
-    [B, C] and the registers [B, R, C] as asked for.  With `norm` every layer passes through the final norm.
+    Each element is the patches [B, P, C] ([B, C, h, w] with `reshape`), or a tuple of the patches with the class token
+    [B, C] and the registers [B, R, C] if requested.  With `norm` every layer passes through the final norm.
 
-    Raises: LayerError for a layer that does not exist, InputError for one asked for twice.
+    Raises: LayerError for a layer that does not exist, InputError for one that is given twice.
     Source: dinov3/models/vision_transformer.py:261-319 at 6876159.
     """
     asked = resolve_layers(n, model.config.depth)
     indices = sorted(set(asked))
     if len(indices) != len(asked):
-        raise InputError(f"get_intermediate_layers got a block twice in n={n}; name each once")
+        raise InputError(f"get_intermediate_layers got a block twice in n={n}; name each block once")
     _, taken = model.run_blocks(x, indices=indices, stop_early=True)
     results: list[Any] = []
     for i in indices:
@@ -99,9 +101,9 @@ def get_intermediate_layers(
 
 
 def get_last_selfattention(model: VisionTransformer, x: Tensor) -> Tensor:  # [B, 3, H_px, W_px] normalised
-    """Meta's, of DINO: the whole attention matrix of the last block, [B, H, N, N].
+    """DINO's, from Meta: the whole attention matrix of the last block, [B, H, N, N].
 
-    It grows with the square of N; `attention_maps` computes single rows.
+    Its size grows with the square of N; `attention_maps` computes single rows.
 
     Source: dino/vision_transformer.py of facebookresearch/dino.
     """
@@ -118,11 +120,17 @@ def forward_intermediates(
     output_fmt: str = "NCHW",
     intermediates_only: bool = False,
 ) -> Any:
-    """timm's: all tokens after the final norm [B, N, C], and the patches of some blocks, shallow to deep.
+    """timm's: all tokens after the final norm [B, N, C], and the patches of some blocks, ordered from shallow to deep.
 
-    `indices`: None for every block, an int for the last n, a list for these.  The intermediates are [B, C, h, w],
-    or [B, P, C] with `output_fmt="NLC"`; with `return_prefix_tokens` pairs of them and the prefix tokens
-    [B, 1 + R, C].  They do not pass through the final norm unless `norm` says so.
+    Args:
+        indices: None for every block, an int for the last n blocks, or a list of blocks.
+        return_prefix_tokens: Return pairs of patches and prefix tokens [B, 1 + R, C].
+        norm: Apply the final norm to the intermediates.
+        stop_early: Stop after the last of `indices`.
+        output_fmt: "NCHW" for [B, C, h, w], "NLC" for [B, P, C].
+        intermediates_only: Return only the intermediates.
+
+    Raises: InputError for another `output_fmt`, LayerError for a block that does not exist.
 
     Source: timm/models/eva.py, `Eva.forward_intermediates`, release 1.0.31.
     """
@@ -141,7 +149,7 @@ def forward_intermediates(
 
 
 class FeatureInfo(list[dict[str, Any]]):
-    """timm's: for each block its "module", "num_chs" and "reduction".
+    """timm's: "module", "num_chs" and "reduction" of each block.
 
     Source: timm/models/_features.py, `FeatureInfo`, release 1.0.31.
     """
@@ -151,11 +159,11 @@ class FeatureInfo(list[dict[str, Any]]):
         return self._get("num_chs", idx)
 
     def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
-        """Pixels of a side of a patch."""
+        """Stride in pixels of every block, or of those in `idx`."""
         return self._get("reduction", idx)
 
     def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
-        """Such as "blocks.0"."""
+        """Name of every block, or of those in `idx`, such as "blocks.0"."""
         return self._get("module", idx)
 
     def _get(self, key: str, idx: int | Sequence[int] | None) -> Any:
@@ -165,7 +173,7 @@ class FeatureInfo(list[dict[str, Any]]):
 
 
 def feature_info(model: VisionTransformer) -> FeatureInfo:
-    """timm's description of what `forward_intermediates` gives.
+    """timm's description of the result of `forward_intermediates`.
 
     Example:
         >>> bb.feature_info.channels(), bb.feature_info.reduction(0), bb.feature_info.module_name(0)
@@ -178,9 +186,9 @@ def feature_info(model: VisionTransformer) -> FeatureInfo:
 
 
 def set_grad_checkpointing(model: VisionTransformer, enable: bool = True) -> None:
-    """timm's: the backward pass computes each block anew instead of keeping its activations.
+    """timm's: recompute each block in the backward pass instead of keeping its activations.
 
-    `forward_packed` with `drop_path` keeps them, since its draws would differ the second time.
+    `forward_packed` with `drop_path` keeps activations, since its random draws would differ the second time.
 
     Example:
         >>> bb.train().set_grad_checkpointing()
@@ -192,7 +200,7 @@ def set_grad_checkpointing(model: VisionTransformer, enable: bool = True) -> Non
 def gradient_checkpointing_enable(
     model: VisionTransformer, gradient_checkpointing_kwargs: dict[str, Any] | None = None
 ) -> None:
-    """transformers' name for `set_grad_checkpointing`; the non-reentrant kind of torch is always taken."""
+    """transformers' name for `set_grad_checkpointing`; always non-reentrant."""
     set_grad_checkpointing(model)
 
 

@@ -1,4 +1,4 @@
-"""Methods of a ConvNeXt that carry Meta's or timm's names and give Meta's or timm's output; see `dropin`."""
+"""Methods of a ConvNeXt with names of Meta or timm, and their results; see `dropin`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,12 +17,12 @@ __all__ = ["forward_features", "forward_intermediates", "get_intermediate_layers
 def forward_features(
     model: ConvNeXt,
     x: Tensor | Sequence[Tensor],  # [B, 3, H_px, W_px] normalised, or one such tensor per crop size
-    masks: Any = None,  # given back, and not used, as in Meta's code
+    masks: Any = None,  # returned unused, as in Meta's code
 ) -> dict[str, Any] | list[dict[str, Any]]:
-    """Meta's dictionary of tokens (a list of them for a list of crops).
+    """Meta's dictionary of tokens (for a list of crops, a list of dictionaries).
 
-    `x_norm_clstoken` [B, C], `x_norm_patchtokens` [B, P, C], `x_storage_tokens` [B, 0, C], and before the norm, without
-    the class token, `x_prenorm` [B, P, C].
+    Returns: `x_norm_clstoken` [B, C], `x_norm_patchtokens` [B, P, C] and `x_storage_tokens` [B, 0, C], and before the
+    norm, without the class token, `x_prenorm` [B, P, C].
 
     Source: dinov3/models/convnext.py at 6876159.
     """
@@ -48,18 +48,18 @@ def get_intermediate_layers(
     norm: bool = True,
     patch_size: int | None = None,
 ) -> tuple[Any, ...]:
-    """Meta's: patches of the last n stages, or of the stages in n, always from shallow to deep.
+    """Meta's: patches of the last n stages, or of the stages in n, ordered from shallow to deep.
 
-    Each element is the patches [B, P, C] ([B, C, h, w] with `reshape`), or a pair of them and the mean of the map
-    [B, C].  With `norm` the last stage passes through the final norm; the others have none.
-    `patch_size`, which Meta gives to its constructor: every map is resized to the grid of patches of so many pixels.
+    Each element is the patches [B, P, C] ([B, C, h, w] with `reshape`), or a pair of the patches and the mean of the
+    map [B, C].  With `norm` the last stage passes through the final norm; the others have none.  `patch_size`, which
+    Meta passes to the constructor, resizes every map to a grid of patches of so many pixels.
 
-    Raises: LayerError for a stage that does not exist, InputError for one asked for twice.
+    Raises: LayerError for a stage that does not exist, InputError for one that is given twice.
     Source: dinov3/models/convnext.py at 6876159.
     """
     asked = resolve_layers(n, model.n_blocks)
     if len(set(asked)) != len(asked):
-        raise InputError(f"get_intermediate_layers got a stage twice in n={n}; name each once")
+        raise InputError(f"get_intermediate_layers got a stage twice in n={n}; name each stage once")
     maps, results = model.run_stages(x), []
     for i in sorted(asked):
         cls_token, dense = maps[i].mean(dim=(1, 2)), maps[i]
@@ -88,9 +88,16 @@ def forward_intermediates(
     output_fmt: str = "NCHW",
     intermediates_only: bool = False,
 ) -> Any:
-    """timm's: the raw map of the last stage [B, C, h, w], and those of some stages, shallow to deep.
+    """timm's: the raw map of the last stage [B, C, h, w], and the maps of some stages, ordered from shallow to deep.
 
-    `indices`: None for every stage, an int for the last n, a list for these.  `norm` and `stop_early` change no number.
+    Args:
+        indices: None for every stage, an int for the last n stages, or a list of stages.
+        norm: Has no effect, as in timm.
+        stop_early: Has no effect on the result.
+        output_fmt: "NCHW".
+        intermediates_only: Return only the intermediates.
+
+    Raises: InputError for another `output_fmt`, LayerError for a stage that does not exist.
 
     Source: timm/models/convnext.py, `ConvNeXt.forward_intermediates`, release 1.0.31.
     """

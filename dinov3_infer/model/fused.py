@@ -1,7 +1,7 @@
-"""What stands between the products of a transformer, as operators of one pass over memory each.
+"""The operators between the products of a transformer, each in one pass over memory.
 
-The definitions are plain torch, run on a CPU and judge the kernels; on a GPU each operator is one Triton kernel.  None
-has a gradient.  Every one computes in float32 at least and rounds once, when it stores.
+The definitions are plain torch, run on a CPU and judge the kernels; on a GPU each operator is one Triton kernel.  Every
+one computes in float32 at least and rounds once, when it stores.  The two norms have a gradient, one kernel as well.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .attention import launch
 
@@ -35,6 +36,36 @@ def _residual_norm(
     branch = branch.to(x.dtype)
     x = x + (branch if scale is None else branch * scale.to(x.dtype))
     return x, _layer_norm(x, weight, bias, eps, out_dtype)
+
+
+def _norm_backward(
+    grad_sum: Tensor | None,  # of the stream after the branch; None: a norm alone
+    grad_out: Tensor,
+    x: Tensor,  # [..., C], the input of the norm
+    branch: Tensor | None,  # without a scale its dtype alone matters, and it may be [0]
+    scale: Tensor | None,
+    weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the stream, of the branch, [0] without one, and of weight, bias and scale [3, C], [2, C] without it.
+
+    With n the normed x before weight and bias, s its factor and g the gradient of n: s (g - mean(g) - n mean(g n)).
+    """
+    x = _wide(x)
+    grad, rows = grad_out.to(x.dtype), tuple(range(x.ndim - 1))
+    apart = x - x.mean(-1, keepdim=True)
+    spread = (apart.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normal = apart * spread
+    sums = [(grad * normal).sum(rows), grad.sum(rows)]
+    grad = grad * weight.to(x.dtype)
+    total = (grad - grad.mean(-1, keepdim=True) - normal * (grad * normal).mean(-1, keepdim=True)) * spread
+    total = total if grad_sum is None else total + grad_sum
+    if branch is None:
+        return total, x.new_empty(0), torch.stack(sums)
+    if scale is None:
+        return total, total.to(branch.dtype, copy=True), torch.stack(sums)
+    sums.append((total * branch.to(x.dtype)).sum(rows))
+    return total, (total * scale.to(x.dtype)).to(branch.dtype, copy=True), torch.stack(sums)
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
@@ -64,6 +95,13 @@ def _residual_norm_shapes(
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype)
 
 
+def _norm_backward_shapes(
+    grad_sum: Any, grad_out: Tensor, x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, eps: float
+) -> Any:
+    of_branch = x.new_empty(0) if branch is None else x.new_empty(x.shape, dtype=branch.dtype)
+    return x.new_empty(x.shape), of_branch, x.new_empty(2 if scale is None else 3, x.shape[-1])
+
+
 def _swiglu_shapes(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
@@ -74,7 +112,7 @@ def _unfold_shapes(images: Tensor, mean: Any, std: Any, patch: int, out_dtype: t
     return images.new_empty(shape, dtype=out_dtype)
 
 
-# --- the operators: what kernels implement, opaque to compilers ----------------------------------------------------
+# --- the operators, which compilers see as one node each -----------------------------------------------------------
 
 OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "layer_norm": (
@@ -88,6 +126,12 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         _residual_norm,
         _residual_norm_shapes,
     ),
+    "norm_backward": (
+        "(Tensor? grad_sum, Tensor grad_out, Tensor x, Tensor? branch, Tensor? scale, Tensor weight, float eps)"
+        " -> (Tensor, Tensor, Tensor)",
+        _norm_backward,
+        _norm_backward_shapes,
+    ),
     "swiglu": ("(Tensor gate_up) -> Tensor", _swiglu, _swiglu_shapes),
     "unfold": (
         "(Tensor images, float[] mean, float[] std, int patch, ScalarType out_dtype) -> Tensor",
@@ -99,7 +143,7 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
 
 @cache
 def count_flops() -> None:
-    """Tells torch's FLOP counter of the operators: none, as it counts products alone, and no norm or activation."""
+    """Tells torch's FLOP counter that the operators have none: it counts products, and no norms or activations."""
     from torch.utils.flop_counter import register_flop_formula
 
     for name in OPERATORS:
@@ -118,7 +162,47 @@ for _name, (_signature, _definition, _shapes) in OPERATORS.items():
     torch.library.register_fake(f"dinov3_infer::{_name}", _shapes)
 
 
-# --- what callers use ----------------------------------------------------------------------------------------------
+# --- gradients -----------------------------------------------------------------------------------------------------
+
+
+class _Norm(torch.autograd.Function):
+    """Keeps the stream, which its neighbours keep too, and of a branch without LayerScale its dtype alone.
+
+    A function and not a gradient of the operators: torch looks for that in each call, without gradients too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+        out_dtype: torch.dtype,
+    ) -> Any:  # fmt: skip
+        operators, ctx.eps, ctx.dtypes = torch.ops.dinov3_infer, eps, (weight.dtype, bias.dtype)
+        if branch is None:
+            out = operators.layer_norm(x, weight, bias, eps, out_dtype)
+            ctx.save_for_backward(x, None, None, weight)
+            return out
+        total, out = operators.residual_norm(x, branch, scale, weight, bias, eps, out_dtype)
+        ctx.save_for_backward(total, branch.new_empty(0) if scale is None else branch, scale, weight)
+        return total, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, branch, scale, weight = ctx.saved_tensors
+        grad_sum = None if branch is None else gradients[0]
+        of_x, of_branch, sums = torch.ops.dinov3_infer.norm_backward(
+            grad_sum, gradients[-1], x, branch, scale, weight, ctx.eps
+        )
+        of_weight, of_bias = (t.to(dtype) for t, dtype in zip(sums[:2], ctx.dtypes, strict=True))
+        of_scale = None if scale is None else sums[2].to(scale.dtype)
+        return of_x, None if branch is None else of_branch, of_scale, of_weight, of_bias, None, None
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# --- the functions to call -------------------------------------------------------------------------------------------
 
 
 def layer_norm(
@@ -128,20 +212,27 @@ def layer_norm(
     eps: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Layer norm of the stream, [..., C] in the dtype of the product that follows."""
+    """Layer norm of the stream, [..., C] in the dtype of the product that follows.  It can be differentiated once."""
+    if _differentiable(x, weight, bias):
+        return _Norm.apply(x, None, None, weight, bias, eps, out_dtype)  # type: ignore[no-any-return,no-untyped-call]
     return torch.ops.dinov3_infer.layer_norm(x, weight, bias, eps, out_dtype)  # type: ignore[no-any-return]
 
 
 def residual_norm(
     x: Tensor,  # [..., C], float32: the stream
-    branch: Tensor,  # [..., C], float32 or 16 bits: what a product has given
+    branch: Tensor,  # [..., C], float32 or 16 bits: the result of a product
     scale: Tensor | None,  # [C], LayerScale; None: 1
     weight: Tensor,  # [C], of the norm
     bias: Tensor,  # [C]
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The stream after a branch, x + branch scale in the dtype of x, and its layer norm in `out_dtype`."""
+    """The stream after a branch, x + branch scale in the dtype of x, and its layer norm in `out_dtype`.
+
+    It can be differentiated once.
+    """
+    if _differentiable(x, branch, scale, weight, bias):
+        return _Norm.apply(x, branch, scale, weight, bias, eps, out_dtype)  # type: ignore[no-any-return,no-untyped-call]
     return torch.ops.dinov3_infer.residual_norm(x, branch, scale, weight, bias, eps, out_dtype)  # type: ignore[no-any-return]
 
 

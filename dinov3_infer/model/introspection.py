@@ -1,4 +1,4 @@
-"""What one block makes of its tokens: queries, keys, values, and rows of its attention matrix."""
+"""Queries, keys, values and rows of the attention matrix of a block."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -18,14 +18,20 @@ _THIRD = {"query": 0, "key": 1, "value": 2}
 
 
 def _qkv(model: VisionTransformer, stream: Tensor, number: int) -> Tensor:
-    """The projection that a block makes of the stream [B, N, C] that enters it, [B, N, 3, H, D], not rotated."""
+    """The qkv projection of the stream [B, N, C] that enters a block, [B, N, 3, H, D], before RoPE."""
     block: Any = model.blocks[number]
     x = entering(block.norm1(stream), block.attn.qkv)
     return block.attn.qkv(x).unflatten(-1, (3, model.num_heads, -1))  # type: ignore[no-any-return]
 
 
 def with_facet(model: VisionTransformer, pixels: Tensor, blocks: Sequence[int], facet: Facet) -> BackboneOutput:
-    """The output of a model whose layers are queries, keys or values: heads side by side, [B, *, C], not rotated."""
+    """The output of a model whose layers are queries, keys or values, concatenated over heads, before RoPE.
+
+    Args:
+        pixels: [B, 3, H_px, W_px], normalised.
+        blocks: Block numbers from 0.
+        facet: "query", "key" or "value"; the layers have cls_token [B, C], registers [B, R, C] and patches [B, P, C].
+    """
     last, before = model.run_blocks(pixels, indices=[block - 1 for block in blocks])
     layers = (_qkv(model, before[block - 1], block)[:, :, _THIRD[facet]].flatten(2) for block in blocks)
     return BackboneOutput(*model.split(model.normed(last)), tuple(LayerOutput(*model.split(x)) for x in layers))
@@ -35,11 +41,11 @@ def attention_rows(
     model: VisionTransformer,
     pixels: Tensor,  # [B, 3, H_px, W_px]
     block: int,  # from 0
-    tokens: Tensor | None = None,  # [B] int64: the token of each picture that asks; None: all of them
+    tokens: Tensor | None = None,  # [B] int64: the query token of each image; None: all tokens
 ) -> Tensor:
-    """How much a token attends to each token, softmax(q k^T / sqrt(D)), [B, H, 1 or N, N], float32 at least.
+    """Attention weights softmax(q k^T / sqrt(D)), [B, H, 1 or N, N], in float32 at least.
 
-    With `tokens` the matrix is never built, so memory grows with N and not with its square.
+    With `tokens` the whole matrix is never built, so that memory grows with N and not with its square.
     """
     _, taken = model.run_blocks(pixels, indices=[block - 1], stop_early=True)
     qkv = _qkv(model, taken[block - 1], block)

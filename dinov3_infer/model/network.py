@@ -1,7 +1,7 @@
-"""The contract of a network: what features, embedding, saving and export ask an architecture for.
+"""The interface of a network for features, embedding, saving and export.
 
-Nothing outside `model` needs to know which network it has; what only a vision transformer can do (facets, attention
-maps, packed crops) is asked of a `VisionTransformer` by name, and refused in one sentence for others.
+Code outside `model` does not depend on the architecture.  Features of vision transformers alone (facets, attention
+maps, packed crops) require a `VisionTransformer`, and raise an error for others.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ Scale: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std of r
 
 
 class LayerOutput(NamedTuple):
-    """Tokens of one layer after the final norm, where that layer has one; C, P, h and w are those of that layer."""
+    """Tokens of one layer, after the final norm if that layer has one; C, P, h and w are those of the layer."""
 
     cls_token: Tensor  # [B, C]
     register_tokens: Tensor  # [B, R, C]
@@ -43,7 +43,7 @@ class LayerOutput(NamedTuple):
 
 
 class BackboneOutput(NamedTuple):
-    """Tokens after the last layer and the final norm, and those of the layers asked for.
+    """Tokens after the last layer and the final norm, and those of the requested layers.
 
     Example:
         >>> out = bb(bb.preprocess(["cat.jpg"]))
@@ -70,36 +70,47 @@ class BackboneOutput(NamedTuple):
 
 
 def shapes(holder: object, names: Sequence[str]) -> str:
-    """The shapes of tensors, in one line: a notebook shows it instead of the numbers."""
+    """The shapes of the named tensors in one line; notebooks show it instead of the values."""
     return ", ".join(f"{name} {list(getattr(holder, name).shape)}" for name in names)
 
 
 class Outputs(list[BackboneOutput]):
-    """One for each tensor of a pass, with the sum of all tokens, which is not finite where one of them is not."""
+    """One output per tensor of a pass, and the sum of all tokens, which is not finite if any token is not."""
 
     def __init__(self, outputs: Sequence[BackboneOutput], total: Tensor | None = None) -> None:
         super().__init__(outputs)
-        self.total = total  # [] float32; None where nobody has computed it
+        self.total = total  # [] float32; None if not computed
 
 
 class Network(nn.Module):
     """Normalised pixels in, named tokens out."""
 
-    config: Any  # a frozen dataclass: all that shapes and numbers depend on beside the weights
-    blocks: nn.ModuleList  # what is repeated; `layers` counts these
-    rope_periods: Tensor | None  # [D/4] float32, of rotary positions; None without
+    config: Any  # a frozen dataclass; determines shapes and values together with the weights
+    blocks: nn.ModuleList  # the layers that `layers` numbers
+    rope_periods: Tensor | None  # [D/4] float32; None without RoPE
 
     def forward(
         self,
-        pixels: Tensor,  # [B, 3, H_px, W_px] float, normalised
+        pixels: Tensor,
         layers: int | Sequence[int] | None = None,
-        masks: Tensor | None = None,  # [B, P] bool: these patches become the mask token
+        masks: Tensor | None = None,
     ) -> BackboneOutput:
-        """Tokens after the final norm, float32 at least.
+        """Compute tokens after the final norm, in float32 at least.
 
-        `layers` asks for intermediate layers too: an int for the last n, a list for these, in that order.
+        Args:
+            pixels: [B, 3, H_px, W_px] float, normalised.
+            layers: Intermediate layers to return too: an int for the last n, or a list of layers, in its order.
+            masks: [B, P] bool; True replaces a patch by the mask token.
 
-        Raises: InputError for a size or a mask that the network does not take, LayerError for a missing layer.
+        Returns: cls_token [B, C], register_tokens [B, R, C], patch_tokens [B, P, C], and a tuple of layers.
+
+        Raises:
+            InputError: The size or a mask does not fit.
+            InputTypeError: `pixels` is no float tensor.
+            LayerError: A layer does not exist.
+
+        Example:
+            >>> model(model.preprocess("photo.jpg")[None], layers=[-1]).patch_tokens  # [1, P, C]
         """
         raise NotImplementedError
 
@@ -108,7 +119,7 @@ class Network(nn.Module):
         batches: Sequence[Tensor],  # [B_i, 3, H_i, W_i] float, normalised: one tensor per size
         layers: int | Sequence[int] | None = None,
     ) -> list[BackboneOutput]:
-        """What `forward` gives for each tensor; a network that can takes them in one pass."""
+        """The result of `forward` for each tensor, in one pass if the network can do that."""
         return [self(pixels, layers=layers) for pixels in batches]
 
     def grid_of(
@@ -116,11 +127,11 @@ class Network(nn.Module):
         pixels: Tensor,  # [B, 3, H_px, W_px]
         layer: int = -1,
     ) -> tuple[int, int]:
-        """(h, w) in patches of a layer.  Raises InputError for a tensor that the network does not take."""
+        """(h, w) in patches of a layer.  Raises: InputError or InputTypeError for a tensor that does not fit."""
         raise NotImplementedError
 
     def stride(self, layer: int = -1) -> int:
-        """Pixels of the side of a patch of a layer."""
+        """Side of a patch of a layer in pixels."""
         raise NotImplementedError
 
     def width(self, layer: int = -1) -> int:
@@ -129,64 +140,72 @@ class Network(nn.Module):
 
     @property
     def main_weight(self) -> Tensor:
-        """A weight that matrix products use: its device and dtype are those of the network."""
+        """A weight of a matrix product, of any shape; its device and dtype are those of the network."""
         raise NotImplementedError
 
     def description(self) -> dict[str, Any]:
-        """All that features depend on beside the weights, as JSON takes it."""
+        """All settings that features depend on besides the weights, as JSON values."""
         raise NotImplementedError
 
     def init_weights(self, layerscale: float = 1e-5) -> None:
-        """Random weights as in the papers' training code; every tensor is written."""
+        """Initialise every tensor at random, as in the papers' training code."""
         raise NotImplementedError
 
     def set_attention(self, implementation: str | Callable[..., Tensor]) -> None:
-        """Which attention runs; a network without any takes "auto" alone.  Raises: InputError, UnsupportedError."""
+        """Choose the attention; a network without attention takes only "auto".
+
+        Raises: InputError, UnsupportedError.
+        """
         if implementation != "auto":
             raise UnsupportedError(
-                f"attn_implementation={implementation!r} needs attention, which this network has not"
+                f"attn_implementation={implementation!r} needs attention, which this network does not have"
             )
 
     def why_not_triton(self) -> str | None:
-        """Why attention cannot run as the Triton kernel here, or None if it can."""
+        """Why attention cannot run as the Triton kernel here; None if it can."""
         return "this network has no attention"
 
     def summary(self) -> str:
-        """The architecture in a few words."""
+        """The architecture in one line."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.main_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the linear layers."""
         return self.main_weight.dtype
 
     @property
     def embed_dim(self) -> int:
+        """C of the last layer."""
         return self.width()
 
     num_features = embed_dim
 
     @property
     def patch_size(self) -> int:
+        """Side of a patch of the last layer in pixels."""
         return self.stride()
 
     @property
     def n_blocks(self) -> int:
+        """Number of layers that can be requested with `layers`."""
         return len(self.blocks)
 
-    why_not_padded: str | None = None  # why an image cannot be filled up with a mean colour
+    why_not_padded: str | None = None  # why images cannot be padded with the mean colour
     num_register_tokens = 0  # R
-    num_prefix_tokens = 1  # class token and registers, which stand before the patches
+    num_prefix_tokens = 1  # class token and registers, before the patches
 
 
 def normalised(
     pixels: Tensor,  # [B, 3, H_px, W_px] uint8, or float and normalised already
     scale: Scale,
 ) -> Tensor:
-    """What a network takes, [B, 3, H_px, W_px] float, on the device of the pixels."""
+    """Pixels that a network takes, [B, 3, H_px, W_px] float, on the device of the given pixels."""
     if pixels.dtype != torch.uint8:
         return pixels
     mean, std = (
@@ -199,16 +218,20 @@ def as_map(
     patch_tokens: Tensor,  # [B, P, C]
     grid: tuple[int, int],  # (h, w) in patches
 ) -> Tensor:
-    """[B, C, h, w], a view."""
+    """[B, P, C] -> [B, C, h, w], a view."""
     return patch_tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
 def resolve_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
-    """Block indices from 0: an int asks for the last n, a sequence for these, negative ones from the end."""
+    """Block indices from 0: an int means the last n blocks, a sequence these blocks, and negative numbers count from
+    the end.
+
+    Raises: LayerError for a block that does not exist, InputTypeError for other types.
+    """
     if layers is None:
         return []
     try:
-        single = isinstance(layers, int) or getattr(layers, "ndim", 1) == 0  # numpy's and torch's numbers too
+        single = isinstance(layers, int) or getattr(layers, "ndim", 1) == 0  # also scalars of numpy and torch
         last = index(layers) if single else None  # type: ignore[arg-type]
         asked = [] if last is not None else [index(layer) for layer in layers]  # type: ignore[union-attr]
     except TypeError:
@@ -227,10 +250,13 @@ def resolve_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
 
 @one_node
 def whole_patches(pixels: Tensor, size: int, channels: int = 3) -> tuple[int, int]:
-    """See `grid_of`; `size`: pixels of the side of a patch."""
+    """(h, w) in patches of pixels [B, channels, H_px, W_px]; `size` is the side of a patch in pixels.
+
+    Raises: InputTypeError if `pixels` is no float tensor, InputError for another shape or sides of no whole patches.
+    """
     if not isinstance(pixels, Tensor):
         raise InputTypeError(
-            f"the model takes a tensor, got {type(pixels).__name__}; use extract_features() for pictures"
+            f"the model takes a tensor, got {type(pixels).__name__}; use extract_features() for images"
         )
     if not pixels.is_floating_point():
         raise InputTypeError(
@@ -243,14 +269,17 @@ def whole_patches(pixels: Tensor, size: int, channels: int = 3) -> tuple[int, in
         nearest = [max(1, round(side / size)) * size for side in (height, width)]
         raise InputError(
             f"input {height}x{width} is not a multiple of the patch size {size}; the nearest is "
-            f"{nearest[0]}x{nearest[1]}, and extract_features(fit='native') goes there by itself"
+            f"{nearest[0]}x{nearest[1]}, and extract_features(fit='native') resizes to it"
         )
     return height // size, width // size
 
 
 @one_node
 def without_layers(pixels: Tensor, layers: Any) -> Tensor:
-    """For a graph of torch.fx, whose layers are chosen when it is made."""
+    """Returns pixels [B, 3, H_px, W_px]; for graphs of torch.fx, whose layers are chosen at tracing.
+
+    Raises: InputError if `layers` is given.
+    """
     if layers is not None:
-        raise InputError(f"this graph was traced without layers, and layers={layers!r} was given; trace it with them")
+        raise InputError(f"this graph was traced without layers, and layers={layers!r} was given; trace it with layers")
     return pixels

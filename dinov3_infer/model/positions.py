@@ -1,4 +1,4 @@
-"""Learned positions on another grid, by the rule of each implementation."""
+"""Learned positions resized to another grid, by the rule of each implementation."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ PositionResize = Literal["offset", "size", "antialias"]
 
 
 def cubic_kernel(x: Tensor, a: float) -> Tensor:
-    """Keys' cubic convolution kernel; torch takes a = -0.75, and -0.5 where it filters."""
+    """Keys' cubic convolution kernel of x, of any shape; torch uses a = -0.75, and -0.5 with antialiasing."""
     x = x.abs()
     near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
     far = ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a
@@ -26,11 +26,13 @@ def resize_positions(
     positions: Tensor,  # [1, G*G, C] learned for a square grid of G patches a side
     grid: tuple[int, int],  # h, w in patches
     rule: PositionResize,
-    dtype: torch.dtype = torch.float32,  # of the arithmetic
+    dtype: torch.dtype = torch.float32,  # of the computation
 ) -> Tensor:
-    """Learned positions for another grid, [1, h*w, C], bicubic; three rules are in use, 1 to 4 % of the features apart.
+    """Resize learned positions bicubically to another grid, [1, h*w, C].
 
-    offset: Meta's DINO and DINOv2 without registers.  The factor is (h + 0.1)/G, and sampling follows that factor.
+    Three rules are in use; their features differ by 1 to 4 %.
+
+    offset: Meta's DINO and DINOv2 without registers.  The scale is (h + 0.1)/G, and sampling follows that scale.
     size: transformers' DINO and DINOv2 without registers.  Exactly from G to h.
     antialias: models with registers, and timm.  Exactly from G to h, with a low-pass filter when shrinking.
     """

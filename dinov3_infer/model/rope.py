@@ -1,8 +1,8 @@
-"""Axial 2D rotary position embedding: where the patches lie, by which angle each channel pair turns.
+"""Axial 2D rotary position embedding: patch coordinates, and the rotation angle of each channel pair.
 
-Half of the channel pairs turn with the row of a patch, half with its column.  The tables are float32 always: in
-bfloat16 more than 128 patches per side share angles.  Class and register tokens get identity rows (cos 1, sin 0), so
-that whatever applies a table needs to know nothing of them.
+Half of the channel pairs rotate with the row of a patch, half with its column.  Tables are always float32: in bfloat16
+grids of more than 128 patches per side would share angles.  Class and register tokens get identity rows (cos 1, sin 0),
+so that code that applies a table needs no special case for them.
 
 Source: DINOv3 paper (arXiv 2508.10104), section 3.2; dinov3/layers/rope_position_encoding.py and
 dinov3/layers/attention.py at 6876159.
@@ -24,11 +24,14 @@ RopeTable = tuple[Tensor, Tensor]  # cos, sin: [N, D/2] float32 each
 
 @dataclass(frozen=True)
 class RopeAugmentation:
-    """Random changes of the patch coordinates in training; `None` leaves a step out, in this order:
+    """Random changes of the patch coordinates in training, in this order; None skips a step.
 
     shift s: each axis moves by a draw from U(-s, s).
     jitter j: each axis is scaled by a log-uniform draw from [1/j, j].
-    rescale r: both axes are scaled by one log-uniform draw from [1/r, r].  The released models used 2, the rest off.
+    rescale r: both axes are scaled by one log-uniform draw from [1/r, r].  The released models used 2 and no other
+    step.
+
+    Raises: InputError for a negative shift, and for a jitter or rescale below 1.
     """
 
     shift: float | None = None
@@ -61,7 +64,7 @@ def rope_coordinates(
 ) -> Tensor:
     """Patch centres as (row, column), [P, 2] float32, row-major.
 
-    Each axis runs over [-1, 1] by its own length, so the first of h rows lies at 1/h - 1.
+    Each axis runs over [-1, 1] by its own length, so the first of h rows is at 1/h - 1.
     """
     rows, columns = ((2.0 * torch.arange(n, dtype=torch.float32, device=device) + 1.0) / n - 1.0 for n in grid)
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
@@ -72,7 +75,7 @@ def augment_coordinates(
     augmentation: RopeAugmentation,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One draw, shared by all patches of a picture size, [P, 2]."""
+    """Shift and scale patch coordinates [P, 2] at random; all patches share one draw."""
 
     def uniform(count: int, limit: float) -> Tensor:  # [count] in [-limit, limit]
         device = generator.device if generator else "cpu"
@@ -98,7 +101,7 @@ def rope_table(
 ) -> RopeTable:
     """cos and sin of the angle of every channel pair, [N, D/2] float32 each.
 
-    Pairs 0 .. D/4-1 turn by 2 pi row / period, the others by 2 pi column / period; pair k is channels k and k + D/2.
+    Pairs 0 .. D/4-1 rotate by 2 pi row / period, the others by 2 pi column / period; pair k is channels k and k + D/2.
     """
     coordinates = rope_coordinates(grid, periods.device)
     if augmentation is not None:
@@ -113,7 +116,7 @@ def apply_rope(
     cos: Tensor,  # [N, D/2] float32, or float16 for x of 16 bits
     sin: Tensor,  # [N, D/2], likewise
 ) -> Tensor:
-    """Rotates every token of every head, [..., N, H, D] in the dtype of x; computed in float32 at least."""
+    """Rotate every token of every head, [..., N, H, D] in the dtype of x; computed in float32 at least."""
     wide = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
     first, second = x.to(wide).chunk(2, dim=-1)
     cos, sin = cos.to(wide)[:, None], sin.to(wide)[:, None]

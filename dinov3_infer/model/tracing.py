@@ -1,4 +1,4 @@
-"""What torch.fx sees as one node: checks, and choices that depend on the shape, dtype or device of a tensor."""
+"""Functions that torch.fx records as one node: checks, and choices by the shape, dtype or device of a tensor."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def one_node(function: Callable[P, T]) -> Callable[P, T]:
-    """The function itself; where torch.fx traces its first argument, a node that calls it when the graph runs."""
+    """The function itself; if torch.fx traces its first argument, a node that calls it when the graph runs."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,4 +1,4 @@
-"""A plan is compared with the network as it is written before its numbers are believed."""
+"""Compares a plan with the model's own code before its numbers are used."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Run = Callable[[Sequence[Tensor]], Sequence[BackboneOutput]]
 
 
 class Undecided(Exception):
-    """What a plan has to give is not finite itself, so that nothing can be said of the plan."""
+    """The model's own result is not finite, so that it cannot judge the plan."""
 
 
 class Precision(NamedTuple):
@@ -33,33 +33,33 @@ class Precision(NamedTuple):
 
 
 def compare(found: BackboneOutput, plain: BackboneOutput) -> Precision:
-    """How near tokens are to others."""
+    """Cosines of tokens with those of the plain model."""
     pairs = ((found.cls_token, plain.cls_token), (found.patch_tokens, plain.patch_tokens))
     cls, patches = (F.cosine_similarity(a.double(), b.double(), dim=-1).flatten().sort().values for a, b in pairs)
     return Precision(cls.mean().item(), cls[0].item(), patches[len(patches) // 100].item(), patches[0].item())
 
 
 def twin(model: VisionTransformer) -> VisionTransformer:
-    """The same parameters, with torch's own attention."""
+    """A copy that shares the parameters and uses torch's own attention."""
     found = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     found.set_attention(sdpa_attention)
     return found
 
 
 def why_not_trusted(
-    run: Run,  # what is tried
-    judge: VisionTransformer,  # what it has to give, by torch's own operators
+    run: Run,  # the plan, or the model on a GPU
+    judge: VisionTransformer,  # computes the right result by torch's own operators
     images: Sequence[Tensor],  # [B, 3, H_px, W_px] each, uint8 or normalised
     scale: Scale,
     mode: str,
-    passes: int = 3,  # the second may record what the third replays
+    passes: int = 3,  # the second may record a graph, which the third replays
 ) -> str | None:
-    """Why what `run` gives cannot be believed, or None if it can.
+    """Why the results of `run` are not used, or None if they are right.
 
-    Cosines are those that the mode promises, or, where the judge rounds more than that by itself, twice as far from it
-    as it is from float32.
+    They need the cosines that the mode promises.  Where the judge itself is further than that from float32, they may be
+    twice as far from the judge as it is from float32.
 
-    Raises: Undecided; torch.OutOfMemoryError, which says nothing of the numbers either.
+    Raises: Undecided; torch.OutOfMemoryError, which says nothing about the numbers.
     """
     pixels = [normalised(t, scale) for t in images]
     expected = [judge(t) for t in pixels]
@@ -82,14 +82,14 @@ def why_not_trusted(
         if near.cls_mean >= 1 - 2 * (1 - own.cls_mean) and near.patch_percentile >= 1 - 2 * (1 - own.patch_percentile):
             continue
         return (
-            f"its class tokens have a cosine of {near.cls_mean:.4f} with those of the model as it is written, "
+            f"its class tokens have a cosine of {near.cls_mean:.4f} with those of the model without it, "
             f"patches {near.patch_percentile:.4f}"
         )
     return None
 
 
 def _rounding(judge: VisionTransformer, pixels: Tensor, found: BackboneOutput) -> Precision:
-    """How near the judge is to its own float32; exactly, where it has no float32 weights to compute with."""
+    """Cosines of the judge with its own results in float32; 1 if it has no float32 weights to compute them with."""
     if judge.main_weight.dtype != torch.float32:
         return Precision(1.0, 1.0, 1.0, 1.0)
     with torch.autocast(pixels.device.type, enabled=False):

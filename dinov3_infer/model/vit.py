@@ -1,4 +1,4 @@
-"""The vision transformer of DINO, DINOv2 and DINOv3: one class, told apart by its config.
+"""The vision transformer of DINO, DINOv2 and DINOv3: one class for all configs.
 
 Source: DINOv3 paper (arXiv 2508.10104), DINOv2 (2304.07193), registers (2309.16588), DINO (2104.14294).
 """
@@ -35,7 +35,7 @@ __all__ = ["ViTConfig", "VisionTransformer"]
 
 
 class VisionTransformer(Network):
-    """Pre-norm ViT; parameter names are Meta's, but for `register_tokens` and the gated FFN's `gate_up` and `down`."""
+    """Pre-norm ViT with Meta's parameter names, except `register_tokens`, and `gate_up` and `down` of the gated FFN."""
 
     grad_checkpointing = False  # see `dropin.set_grad_checkpointing`
 
@@ -59,12 +59,12 @@ class VisionTransformer(Network):
         self.norm = LayerNorm(width, config.norm_eps)
         self.cls_norm = LayerNorm(width, config.norm_eps) if config.prefix_norm else None
         self.local_cls_norm = LayerNorm(width, config.norm_eps) if config.local_cls_norm else None
-        if not self.cls_token.is_meta:  # where there is nothing to fill, and trying imports 75 MB of meta kernels
+        if not self.cls_token.is_meta:  # nothing to initialise, and trying would import 75 MB of meta kernels
             self.init_weights()
 
     @property
     def config(self) -> ViTConfig:
-        """What it was built as, with the blocks that it has now: some may have been deleted or added since."""
+        """The config of construction with the current number of blocks, as blocks may have been deleted or added."""
         depth = len(self.blocks)
         return self._built if depth == self._built.depth else replace(self._built, depth=depth)
 
@@ -74,9 +74,9 @@ class VisionTransformer(Network):
 
     @torch.no_grad()
     def init_weights(self, layerscale: float = 1e-5) -> None:
-        """Random weights as in the papers' training code.
+        """Initialise every tensor at random, as in the papers' training code.
 
-        Every tensor is written, so that a model built on the meta device is whole after `to_empty` and this.
+        A model built on the meta device is complete after `to_empty` and this call.
         """
         for module in self.modules():
             if isinstance(module, (LayerNorm, nn.Conv2d)):
@@ -98,9 +98,10 @@ class VisionTransformer(Network):
             self.rope_periods.copy_(rope_periods(self.config.head_dim, self.config.rope_base))
 
     def set_attention(self, implementation: str | Callable[..., Tensor]) -> None:
-        """Which attention runs: "auto", "triton", "sdpa", "eager", or a function that is called like `rope_attention`.
+        """Choose the attention: "auto", "triton", "sdpa", "eager", or a function with the signature of
+        `rope_attention`.
 
-        Raises: InputError for an unknown name, UnsupportedError for "triton" where it cannot run.
+        Raises: InputError for an unknown name, UnsupportedError if "triton" cannot run.
         """
         attend = resolve_attention(implementation) if isinstance(implementation, str) else implementation
         if attend is triton_attention and (reason := self.why_not_triton()) is not None:
@@ -110,35 +111,40 @@ class VisionTransformer(Network):
                 module.attend = attend
 
     def why_not_triton(self) -> str | None:
-        """Why attention cannot run as the Triton kernel here, or None if it can."""
+        """Why attention cannot run as the Triton kernel here; None if it can."""
         weight = self.patch_embed.proj.weight
         return why_not_triton(weight.device, weight.dtype, self.config.head_dim)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """`.to`, `.half` and their kin leave the rope periods float32: rounding them would move every angle."""
+        """`.to`, `.half` and similar calls keep the RoPE periods in float32: rounding them would change every angle."""
         kept = self.rope_periods
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if kept is not None and self.rope_periods is not None and self.rope_periods.dtype != kept.dtype:
             self.rope_periods = kept.to(self.rope_periods.device)
         return self
 
-    # --- the contract of a network, and what other code expects to find -----------------------------------------
+    # The interface of a network, and names that other libraries expect
 
     def stride(self, layer: int = -1) -> int:
+        """Side of a patch in pixels."""
         return self.config.patch_size
 
     def width(self, layer: int = -1) -> int:
+        """C."""
         return self.config.embed_dim
 
     @property
     def main_weight(self) -> Tensor:
+        """The weight of the patch embedding, [C, in_chans, p, p]."""
         return self.patch_embed.proj.weight
 
     def description(self) -> dict[str, Any]:
+        """The fields of the config, and the RoPE periods."""
         periods = self.rope_periods
         return asdict(self.config) | {"rope_periods": None if periods is None else periods.tolist()}
 
     def summary(self) -> str:
+        """The architecture in one line."""
         c = self.config
         positions = "RoPE" if c.position_grid is None else f"learned {c.position_grid}x{c.position_grid}"
         return (
@@ -147,19 +153,22 @@ class VisionTransformer(Network):
 
     @property
     def num_heads(self) -> int:
+        """H."""
         return self.config.num_heads
 
     @property
     def num_register_tokens(self) -> int:  # type: ignore[override]
+        """R."""
         return self.config.num_registers
 
     n_storage_tokens = num_register_tokens
 
     @property
     def num_prefix_tokens(self) -> int:  # type: ignore[override]
+        """1 + R."""
         return self.config.num_prefix
 
-    # --- the forward pass ----------------------------------------------------------------------------------------
+    # The forward pass
 
     def forward(
         self,
@@ -167,8 +176,13 @@ class VisionTransformer(Network):
         layers: int | Sequence[int] | None = None,
         masks: Tensor | None = None,  # [B, P] bool: these patches become the mask token
     ) -> BackboneOutput:
-        """As in `Network`; layers pass through the final norm like the last one."""
-        if isinstance(layers, Proxy):  # an argument of a graph of torch.fx
+        """Compute tokens; layers pass through the final norm like the last one.  For arguments see `Network.forward`.
+
+        Returns: cls_token [B, C], register_tokens [B, R, C], patch_tokens [B, P, C], and a tuple of layers.
+
+        Raises: InputError, InputTypeError or LayerError, as there.
+        """
+        if isinstance(layers, Proxy):  # an input of a torch.fx graph
             pixels, layers = without_layers(pixels, layers), None
         indices = resolve_layers(layers, self.config.depth)
         last, taken = self.run_blocks(pixels, masks, indices)
@@ -178,7 +192,8 @@ class VisionTransformer(Network):
     def forward_sizes(
         self, batches: Sequence[Tensor], layers: int | Sequence[int] | None = None
     ) -> list[BackboneOutput]:
-        if len(batches) == 1 or self.training:  # whose packed pass norms all but its first size otherwise
+        """The result of `forward` for each [B_i, 3, H_i, W_i]; one packed pass in eval mode."""
+        if len(batches) == 1 or self.training:  # in training the packed pass norms later sizes differently
             return super().forward_sizes(batches, layers)
         return self.forward_packed(batches, layers=layers)
 
@@ -186,12 +201,12 @@ class VisionTransformer(Network):
         self,
         pixels: Tensor,  # [B, 3, H_px, W_px]
         masks: Tensor | None = None,  # [B, P] bool
-        indices: Sequence[int] = (),  # blocks to keep; -1 is what enters the first
-        stop_early: bool = False,  # after the last of them
-        positions: Tensor | None = None,  # [1, P, C], where they are known already; see `positions`
-        rope: RopeTable | None = None,  # likewise
+        indices: Sequence[int] = (),  # blocks whose output is kept; -1 is the input of the first block
+        stop_early: bool = False,  # stop after the last of `indices`
+        positions: Tensor | None = None,  # [1, P, C], if already computed; see `positions`
+        rope: RopeTable | None = None,  # if already computed
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The stream before the final norm, [B, N, C], after the last block and after each block of `indices`."""
+        """The stream [B, N, C] before the final norm, after the last block and after each block of `indices`."""
         x = self.embed_tokens(pixels, masks, positions)
         rope = self.rope(self.grid_of(pixels)) if rope is None else rope
         if rope is not None:
@@ -216,15 +231,17 @@ class VisionTransformer(Network):
         self,
         crops: Sequence[Tensor],  # [B_i, 3, H_i, W_i] float, normalised: one tensor per size
         masks: Sequence[Tensor | None] | None = None,  # [B_i, P_i] bool each
-        rope: RopeAugmentation | None = None,  # drawn anew for every block and group of crops
+        rope: RopeAugmentation | None = None,  # drawn again for every block and group of crops
         drop_path: float | Sequence[float] = 0.0,  # share of images that skip a branch; one, or one for each block
-        generator: torch.Generator | None = None,  # of the two draws above
+        generator: torch.Generator | None = None,  # for both random draws
         layers: int | Sequence[int] | None = None,  # as in `forward`
     ) -> list[BackboneOutput]:
-        """Pictures of several sizes in one pass: linears see all tokens at once, attention stays within a picture.
+        """Compute tokens of images of several sizes in one pass; attention stays within each image.
 
-        Without `rope` and `drop_path` the result is that of `forward` on each tensor.  In training mode the class and
-        register tokens of all groups but the first (the local crops) take `local_cls_norm` where the model has one.
+        Without `rope` and `drop_path` the result equals `forward` on each tensor.  In training mode the class and
+        register tokens of all groups but the first (the local crops) use `local_cls_norm` if the model has it.
+
+        Raises: InputError for a wrong number of crops, masks or shares, InputTypeError for a single tensor.
         """
         if isinstance(crops, Tensor):
             raise InputTypeError(
@@ -292,7 +309,7 @@ class VisionTransformer(Network):
         grid: tuple[int, int],
         positions: Tensor | None = None,  # [1, P, C]
     ) -> Tensor:
-        """Class token, registers and patches, [B, N, C], with learned positions where the model has them."""
+        """Class token, registers and patches, [B, N, C], plus learned positions if the model has them."""
         prefix = self.cls_token.to(x.dtype)
         if self.mask_token is not None:
             prefix = with_gradient(prefix, self.mask_token)
@@ -304,21 +321,21 @@ class VisionTransformer(Network):
         return torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1)
 
     def positions(self, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Learned positions of the patches of one picture, [1, P, C], for a stream of this dtype."""
+        """Learned positions of the patches, [1, P, C], for a stream of this dtype."""
         assert self.pos_embed is not None
         working = torch.float32 if self.config.resizes_in_float32 else dtype
         return resize_positions(self.pos_embed[:, 1:], grid, self.config.position_resize, working)
 
     def rope(self, grid: tuple[int, int]) -> RopeTable | None:
-        """Angles of all tokens of one picture; None for learned positions."""
+        """cos and sin of all tokens of an image, [N, D/2] each; None with learned positions."""
         return None if self.rope_periods is None else rope_table(grid, self.rope_periods, self.config.num_prefix)
 
     def grid_of(self, pixels: Tensor, layer: int = -1) -> tuple[int, int]:
-        """(h, w) in patches.  Raises InputError for anything that is not a batch of whole patches."""
+        """(h, w) in patches.  Raises: InputError or InputTypeError unless pixels are [B, in_chans, h*p, w*p] floats."""
         return whole_patches(pixels, self.config.patch_size, self.config.in_chans)
 
     def normed(self, x: Tensor, local: bool = False) -> Tensor:
-        """The final norm, [B, N, C]."""
+        """The final norm, [B, N, C] -> [B, N, C]."""
         prefix_norm = self.local_cls_norm if local and self.local_cls_norm is not None else self.cls_norm
         if prefix_norm is None:
             return self.norm(x)  # type: ignore[no-any-return]

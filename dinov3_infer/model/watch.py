@@ -17,13 +17,13 @@ from .vit import VisionTransformer
 
 __all__ = ["Snapshot", "checksums", "modules_of", "tensors_of", "why_unknown"]
 
-_PACKAGE = __name__.split(".")[0]  # whose methods a plan knows
-# What a plan knows how to compute.  A module of any other class, such as an adapter, runs as it is written.
+_PACKAGE = __name__.split(".")[0]  # plans know the methods of this package
+# The classes that a plan can compute.  A model with a module of any other class, such as an adapter, has no plan.
 _KNOWN = {
     nn.ModuleList, nn.Conv2d, nn.Linear, MaskedKeyLinear, Attention, Block, GatedMlp, LayerNorm, Mlp, PatchEmbed,
     Residual, nn.Sequential, ConvBlock, Depthwise, Patches,
 }  # fmt: skip
-# The methods of a network that its plan takes the place of.
+# The methods of a network that its plan replaces.
 _OWN: dict[type[Network], set[str]] = {
     ConvNeXt: {"forward", "run_stages", "output", "tokens"},
     VisionTransformer: {
@@ -55,7 +55,7 @@ def why_unknown(model: Network, dtypes: set[torch.dtype]) -> str | None:
     device = model.device
     for name, module in model.named_modules():
         if module is not model and type(module) not in _KNOWN:
-            return f"'{name}' is a {type(module).__name__}, which runs as it is written"
+            return f"'{name}' is a {type(module).__name__}, which no plan can compute"
         if any(getattr(module, hooks) for hooks in _HOOKS):
             return f"'{name or 'the model'}' has a hook"
         if "forward" in module.__dict__:
@@ -71,7 +71,7 @@ def why_unknown(model: Network, dtypes: set[torch.dtype]) -> str | None:
 
 
 class Snapshot:
-    """A model as it is now, without what would keep the model itself in memory.
+    """The state of a model, without a reference to the model itself.
 
     Modules, their attributes and tensors are compared by identity, tensors by memory and version too.  Aliases keep the
     memory of the tensors from being given to others.  Writing to `.data` shows in none of these; it shows in
@@ -86,7 +86,7 @@ class Snapshot:
         self.tensors = [(t, t.detach(), t._version) for t in tensors]
 
     def holds(self, model: Network) -> bool:
-        """Whether nothing of the model has changed that can be seen without reading its tensors."""
+        """Whether the model is unchanged, as far as this shows without reading its tensors."""
         if _root_is_changed(model) or not _same(_held(model.__dict__), self.root) or model.config != self.config:
             return False
         for own, values, held in self.modules:
@@ -98,9 +98,9 @@ class Snapshot:
 
 
 def checksums(model: nn.Module) -> list[bytes]:
-    """A checksum of every value of every tensor on a CPU, in which any change shows but for contrived ones.
+    """A checksum of each tensor on a CPU, which any change alters unless it is contrived.
 
-    Sums of bits by column of a table of a prime width, so that rows or heads that change places show too.
+    The bits are summed by column of a table of a prime width, so that swapped rows or heads alter it too.
     """
     found = []
     for module in modules_of(model):

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
-from ..errors import InputError, ModelNotFoundError
+from ..errors import InputError, ModelNotFoundError, UnsupportedError
 from ..images.preprocess import Preprocess
 from ..zoo import MODELS
 
-__all__ = ["HEADS", "HeadInfo", "find_head", "transform_for"]
+__all__ = ["HEADS", "HeadInfo", "find_head", "transform_for", "variant_of"]
 
-Kind = Literal["classifier", "depth"]
+Kind = Literal["classifier", "depth", "segments", "text"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,20 @@ class HeadInfo:
     file: str  # the owner's
     folder: str | None = None  # of the owner's server, where the file is open to everyone
     variant: Any = None  # where one name has several: number of layers, or data set
-    options: dict[str, Any] = field(default_factory=dict, hash=False)  # what its module is built with
+    # what its module is built with, and as what transformers has it
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    more: tuple[str, ...] = ()  # other files of the owner that hold a part of it
 
     @property
     def link(self) -> str | None:
         """Where anyone can download the file."""
-        return None if self.folder is None else f"https://dl.fbaipublicfiles.com/{self.folder}/{self.file}"
+        return next(iter(self.links), None)
+
+    @property
+    def links(self) -> tuple[str, ...]:
+        """Of all its files; none where they have to be asked for."""
+        names = () if self.folder is None else (self.file, *self.more)
+        return tuple(f"https://dl.fbaipublicfiles.com/{self.folder}/{name}" for name in names)
 
 
 _APACHE, _DINOV3 = "Apache-2.0", "DINOv3 License"
@@ -47,11 +55,12 @@ def _classifiers() -> list[HeadInfo]:
         for ending, part in (("", ""), ("_reg", "_reg4")):
             for layers, number in ((4, "4"), (1, "")):
                 name = f"dinov2_vit{size}14"
+                has_class = {} if layers == 4 else dict(transformers="classifier")
                 rows.append(
                     HeadInfo(
                         f"{name}{ending}_lc", "classifier", f"{name}{ending}", _APACHE,
                         f"{name}{part}_linear{number}_head.pth", f"dinov2/{name}", layers,
-                        dict(vector="cls4_mean" if layers == 4 else "cls_mean"),
+                        dict(vector="cls4_mean" if layers == 4 else "cls_mean", **has_class),
                     )
                 )  # fmt: skip
     rows.append(
@@ -93,7 +102,7 @@ def _depths() -> list[HeadInfo]:
         rows.append(
             HeadInfo(
                 f"{name}_dd", "depth", name, _APACHE, f"{name}_{dataset.lower()}_dpt_head.pth", f"dinov2/{name}",
-                dataset, common | dict(dpt=dpt, blocks=_FOUR[size]),
+                dataset, common | dict(dpt=dpt, blocks=_FOUR[size], transformers="dpt"),
             )
         )  # fmt: skip
         for layers, number in ((4, "4"), (1, "")):
@@ -129,21 +138,61 @@ def _depths() -> list[HeadInfo]:
             "dinov3_vitl16_chmv2_dpt_head-3703d643.pth",
             options=dict(
                 dpt=canopy, blocks=(5, 11, 17, 23), normed=True, outputs=256, bins="mixlog", floor=1e-8,
-                range=(0.001, 96.0), transform=_OWN_SIZE | dict(mean=mean, std=std),
+                range=(0.001, 96.0), transform=_OWN_SIZE | dict(mean=mean, std=std), transformers="chmv2",
             ),
         )
     )  # fmt: skip
     return rows
 
 
-HEADS: tuple[HeadInfo, ...] = (*_classifiers(), *_depths())
+def _segments() -> list[HeadInfo]:
+    """Meta has no entries for these; the names are those of the files, without "_head"."""
+    rows = []
+    for size, dataset, (ending, layers) in product(_WIDTHS, ("ade20k", "voc2012"), (("linear", 1), ("ms", 4))):
+        backbone = f"dinov2_vit{size}14"
+        name = f"{backbone}_{dataset}_{ending}"
+        options = dict(classes=dataset, layers=layers, transform=_OWN_SIZE)
+        rows.append(
+            HeadInfo(name, "segments", backbone, _APACHE, f"{name}_head.pth", f"dinov2/{backbone}", options=options)
+        )
+    return rows
+
+
+def _texts() -> list[HeadInfo]:
+    v3, v2 = "dinov3_vitl16_dinotxt", "dinov2_vitl14_reg4_dinotxt"
+    size = "tet1280d20h24l"  # text transformer of width 1280, 20 heads, 24 layers
+    common: dict[str, Any] = dict(text=dict(width=1280, heads=20, depth=24))
+    crop = dict(size=512, fit="crop", filter="bicubic", engine="pil")
+    return [
+        HeadInfo(
+            f"{v3}_{size}", "text", "dinov3_vitl16", _DINOV3, f"{v3}_vision_head_and_text_encoder-a442d8f5.pth",
+            options=common | dict(is_v3=True, transform=crop),
+        ),
+        HeadInfo(
+            f"{v2}_{size}", "text", "dinov2_vitl14_reg", _APACHE, f"{v2}_{size}_vision_head.pth",
+            "dinov2/dinov2_vitl14", more=(f"{v2}_{size}_text_encoder.pth",), options=common | dict(is_v3=False),
+        ),
+    ]  # fmt: skip
+
+
+HEADS: tuple[HeadInfo, ...] = (*_classifiers(), *_depths(), *_segments(), *_texts())
+
+
+_LEFT_OUT = {
+    "dinov3_vit7b16_de": "a detector for the 7B backbone alone, which no installable library can confirm",
+    "dinov3_vit7b16_ms": "an adapter and Mask2Former of 927 million parameters for the 7B backbone alone",
+    "dinov2_vitg14_ade20k_m2f": "a whole model of mmsegmentation 0.x, with another backbone inside",
+}
 
 
 def find_head(name: str, variant: Any = None) -> HeadInfo:
     """The row of a head; of several under one name that of `variant`, else the first.
 
-    Raises: ModelNotFoundError with the closest names, InputError for a variant that was not released.
+    Raises: ModelNotFoundError with the closest names, InputError for a variant that was not released,
+    UnsupportedError for a released head that is left out.
     """
+    if (reason := _LEFT_OUT.get(str(name))) is not None:
+        raise UnsupportedError(f"{name} is not here: {reason}; train a head of dinov3_infer.tasks on a backbone")
     rows = [row for row in HEADS if row.name == name]
     if not rows:
         close = difflib.get_close_matches(str(name).lower(), sorted({row.name for row in HEADS}), n=3, cutoff=0.5)
@@ -156,6 +205,18 @@ def find_head(name: str, variant: Any = None) -> HeadInfo:
         known = " or ".join(repr(row.variant) for row in rows if row.variant is not None) or "one kind only"
         raise InputError(f"{name} was released for {known}, not for {variant!r}")
     return found
+
+
+def variant_of(name: str, dataset: str | None = None, layers: int | None = None) -> Any:
+    """What `find_head` takes for a data set ("NYU", "KITTI") and a number of layers, where one or both are asked for.
+
+    Raises: ModelNotFoundError.
+    """
+    usual = find_head(name).variant
+    if isinstance(usual, tuple):
+        return (dataset or usual[0], layers or usual[1])
+    given = [one for one in (dataset, layers) if one is not None]
+    return usual if not given else given[0] if len(given) == 1 else tuple(given)
 
 
 def transform_for(info: HeadInfo) -> Preprocess:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..backbone import Backbone, Images
 from ..images.opening import each_image
 from .catalogue import HeadInfo
-from .head import Released
+from .head import Released, to_whole_patches
 
 __all__ = ["Depth", "DepthMap", "DptDecoder", "LinearDecoder", "bins_of"]
 
@@ -212,15 +212,11 @@ class Depth(Released):
     def core(self, pixels: Tensor, most: float | None = None) -> tuple[Tensor, tuple[int, int, int, int]]:
         """Normalised pixels [B, 3, H_px, W_px] -> depth [B, 1, H, W] with the padding, and (left, right, top, bottom).
 
-        Sides are filled up with zeros to whole patches, half of them on either side, as the owners do.
+        Sides are filled up with zeros to whole patches, see `to_whole_patches`.
         """
-        patch = self.backbone.patch_size
-        spare = [-side % patch for side in pixels.shape[2:]]
-        padding = (spare[1] // 2, spare[1] - spare[1] // 2, spare[0] // 2, spare[0] - spare[0] // 2)
+        whole, padding = to_whole_patches(pixels, self.backbone.patch_size)
         vit: Any = self.backbone
-        found = vit.get_intermediate_layers(
-            F.pad(pixels, padding), self.blocks, reshape=True, return_class_token=True, norm=self.normed
-        )
+        found = vit.get_intermediate_layers(whole, self.blocks, reshape=True, return_class_token=True, norm=self.normed)
         dtype = next(self.decoder.parameters()).dtype
         logits = self.decoder([f[0].to(dtype) for f in found], [f[1].to(dtype) for f in found])
         most = self.most if most is None else most

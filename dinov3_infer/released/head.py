@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import safe_open
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,9 +21,10 @@ from ..images.opening import each_image
 from ..images.preprocess import PixelBatch
 from ..system import whole
 from ..zoo import MODELS
+from .as_transformers import FORMS, save_as_transformers
 from .catalogue import HeadInfo, transform_for
 
-__all__ = ["Released", "refuse_other_backbone"]
+__all__ = ["Released", "refuse_other_backbone", "shape_of", "to_whole_patches"]
 
 _WRAPPERS = re.compile(r"^(?:(?:state_dict|module|model)\.)+")
 _OF_TRAINING = (r"(?:optimizer|scheduler|meta)\..*", "")
@@ -38,6 +39,7 @@ class Released(nn.Module):
 
     # (pattern of a name in a file, our name; "" for what belongs to the backbone or to training), the first counts
     rules: ClassVar[tuple[tuple[str, str], ...]]
+    names: tuple[str, ...] = ()  # of classes
 
     def __init__(self, info: HeadInfo, backbone: Backbone) -> None:
         super().__init__()
@@ -87,9 +89,7 @@ class Released(nn.Module):
         }
         if any(faults.values()):
             counts = "; ".join(f"{len(found)} {what}: {some(found, 3)}" for what, found in faults.items() if found)
-            raise CheckpointError(
-                f"'{checkpoint.path}' does not fit {self.info.name}: {counts}; is it that head's file?"
-            )
+            raise CheckpointError(f"'{checkpoint.path}' does not fit {self.info.name}: {counts}; {self._hint()}")
         with torch.no_grad():
             for ours, tensor in wanted.items():
                 if ours in names:
@@ -104,22 +104,40 @@ class Released(nn.Module):
         target = Path(path).expanduser()
         if target.suffix != ".safetensors":
             raise InputError(f"a head is one .safetensors file; '{target}' should end in that")
-        stored = json.dumps(dict(head=self.info.name, backbone=self.backbone.fingerprint()))
+        stored = json.dumps(self._facts())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head_state().items()}
         with whole(target) as beside:
             save_file(tensors, beside, {"format": "pt", _KEY: stored})
         return target
 
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes backbone and head as one folder that transformers loads, and `load_head` with weights=.
+
+        Raises: UnsupportedError for a head that transformers has no class for, InputError for a target that is a file.
+        """
+        options = self.info.options
+        if "transformers" not in options:
+            raise UnsupportedError(
+                f"transformers has no class for this {self.info.name}; save() writes it under Meta's names"
+            )
+        make = FORMS[options["transformers"]]
+        form = make(self.backbone, self.head_state(), options, self.preprocess, self.names)
+        return save_as_transformers(form, self.backbone, self._facts(), folder)
+
+    def _facts(self) -> dict[str, str]:
+        return dict(head=self.info.name, backbone=self.backbone.fingerprint())
+
+    def _hint(self) -> str:
+        names = (self.info.file, *self.info.more)
+        return f"give its files as a list: {', '.join(names)}" if self.info.more else "is it that head's file?"
+
     def _refuse_other_weights(self, checkpoint: Checkpoint) -> None:
-        if not checkpoint.path.endswith(".safetensors"):
-            return
-        with safe_open(checkpoint.path, "pt") as file:
-            stored = (file.metadata() or {}).get(_KEY)
+        stored = getattr(checkpoint.tensors, "metadata", "")
         try:
-            made_with = None if stored is None else json.loads(stored)["backbone"]
-        except (ValueError, KeyError, TypeError):
+            made_with = json.loads(stored).get("backbone") if stored else None
+        except (ValueError, AttributeError):
             raise CheckpointError(
-                f"'{checkpoint.path}' was not written by save(), or is damaged; save it anew"
+                f"'{checkpoint.path}' was not written by save(), or is damaged; save it again"
             ) from None
         if made_with is not None and made_with != self.backbone.fingerprint():
             raise CheckpointError(
@@ -154,3 +172,13 @@ def refuse_other_backbone(info: HeadInfo, backbone: Backbone) -> None:
 def shape_of(checkpoint: Checkpoint, names: Mapping[str, str], ours: str) -> Sequence[int] | None:
     """Of one of our tensors in a file, None where it is not there."""
     return checkpoint.tensors.shapes.get(names.get(ours, ""))
+
+
+def to_whole_patches(pixels: Tensor, patch: int) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """[B, 3, H_px, W_px] with zeros around up to whole patches, and how many: (left, right, top, bottom).
+
+    Half of them are on either side, as the owners have it.
+    """
+    down, across = (-side % patch for side in pixels.shape[2:])
+    padding = (across // 2, across - across // 2, down // 2, down - down // 2)
+    return F.pad(pixels, padding), padding

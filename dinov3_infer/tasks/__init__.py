@@ -1,7 +1,7 @@
-"""What people do with the features: on what the backbone gave once, in the field's terms.
+"""Tasks on features that a backbone has computed: classifiers, segmentation, search, clusters, and images to look at.
 
-Probes take class names or whole numbers.  Labels of masks are whole numbers: 0 is the background, 255 is left out.
-All that is fitted has `fit`, `predict`, `save` and `load`, and goes with the weights of one backbone.
+Probes take class names or whole numbers.  Masks hold whole numbers: 0 is the background, 255 is ignored.  A fitted
+object has `fit`, `predict`, `save` and `load`, and works with the weights of one backbone only.
 """
 
 from .attentive import AttentiveProbe
@@ -9,6 +9,7 @@ from .classifier import Probe
 from .clusters import Hierarchy, hierarchy, retrieve
 from .dense import dense_features
 from .explore import explore
+from .legend import depth_picture, segments_picture
 from .neighbours import Duplicates, duplicates, search
 from .overlay import at_pixels, attention_picture, overlay, panel, sheet
 from .pca import foreground, pca_picture, pca_rgb
@@ -31,6 +32,7 @@ __all__ = [
     "at_pixels",
     "attention_picture",
     "dense_features",
+    "depth_picture",
     "duplicates",
     "explore",
     "foreground",
@@ -44,6 +46,7 @@ __all__ = [
     "region_vector",
     "retrieve",
     "search",
+    "segments_picture",
     "sheet",
     "similarity_map",
     "similarity_picture",

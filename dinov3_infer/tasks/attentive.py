@@ -18,14 +18,16 @@ __all__ = ["AttentiveProbe"]
 
 @dataclass(repr=False, eq=False)
 class AttentiveProbe(Probe):
-    """One learned query attends to the patches [N, P, C] by several heads; a norm and a linear layer follow.
+    """A classifier with one learned query that attends to the patches [N, P, C] with several heads.
 
-    For a video put the patches of all its frames in one row.  AdamW with warm-up and cosine decay, one run for each
-    learning rate; a tenth of the examples chooses, and the chosen one is trained anew on all of them.
+    A norm and a linear layer follow.
 
-    The query and the projection of the keys are one matrix here, a direction in feature space for each head, and
-    values are projected after the average: the same functions as multi-head attention with one query, at about a
-    hundredth of its cost.
+    For a video, concatenate the patches of all its frames.  Training uses AdamW with warm-up and cosine decay, once for
+    each learning rate.  A tenth of the examples chooses the rate; the final probe is trained on all examples.
+
+    The product of query and key projection is stored as one matrix, a direction in feature space for each head, and
+    values are projected after the average.  This computes the same functions as multi-head attention with one query, at
+    about a hundredth of its cost.
 
     Source: attentive probing as in CAE (arXiv 2202.03026), section 4, and V-JEPA.
 
@@ -46,7 +48,9 @@ class AttentiveProbe(Probe):
 
     def _fit(self, features: Tensor, targets: Tensor, num_classes: int) -> dict[str, Tensor]:
         if features.shape[-1] % self.num_heads:
-            raise InputError(f"{features.shape[-1]} channels do not split into {self.num_heads} heads; give a divisor")
+            raise InputError(
+                f"{features.shape[-1]} channels do not split into {self.num_heads} heads; give a divisor as num_heads="
+            )
         rate = self.learning_rates[0]
         if len(self.learning_rates) > 1:
             part, held = held_out(len(features), self.seed)
@@ -99,7 +103,7 @@ class AttentiveProbe(Probe):
 
 
 def _logits(tokens: Tensor, made: dict[str, Tensor]) -> Tensor:  # [B, P, C] -> [B, K]
-    """For each head a softmax over patches of their product with its direction, and what it then sees of the mean."""
+    """Per head: a softmax over the patches of their product with its direction, and the projected weighted mean."""
     heads, width = made["query"].shape
     attention = (tokens @ made["query"].T * (width // heads) ** -0.5).softmax(dim=1)  # [B, P, H]
     seen = attention.mT @ tokens  # [B, H, C]

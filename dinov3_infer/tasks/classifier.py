@@ -17,15 +17,15 @@ __all__ = ["CELLS", "Classes", "Probe", "Vectors", "as_classes", "as_features"]
 
 Vectors: TypeAlias = Any  # a tensor, an array, a DataFrame, or a list of rows
 Classes: TypeAlias = Tensor | np.ndarray | Sequence[Any]
-CELLS = 2**26  # numbers of one matrix of cosines
+CELLS = 2**26  # largest size of a matrix of cosines
 MOST_CLASSES = 2**16
 
 
 class Probe(Fitted):
-    """Base of the classifiers.  Classes are names or whole numbers; `classes_` holds them in order after `fit`.
+    """Base of the classifiers.  Classes are names or whole numbers; after `fit`, `classes_` holds them in sorted order.
 
-    What goes in decides what comes out: tensors for a tensor, arrays for everything else.  scikit-learn's `clone`,
-    `Pipeline`, `cross_val_score` and `GridSearchCV` take a probe.
+    Methods return tensors for a tensor and arrays for other input.  A probe works in scikit-learn's `clone`,
+    `Pipeline`, `cross_val_score` and `GridSearchCV`.
 
     Example:
         >>> probe = KNN(k=5).fit(bb.embed("photos/"), ["cat", "dog", ...])
@@ -34,13 +34,14 @@ class Probe(Fitted):
         >>> cross_val_score(KNN(), bb.embed("photos/"), names)  # scikit-learn's
     """
 
-    dims: ClassVar[int] = 2  # of the features
+    dims: ClassVar[int] = 2  # number of axes of the features
     classes_: np.ndarray  # [K], sorted
 
     def fit(self, features: Vectors, targets: Classes) -> Self:
         """Learns from features [N, C] (`AttentiveProbe`: [N, P, C]) and the class of each row [N].
 
-        Raises: InputError for other shapes, features that are not finite, targets that are no classes, or one class.
+        Raises: InputError for other shapes, features that are not finite, targets that are not classes, or a single
+        class.
         """
         known = as_features(features, "features", self.dims)
         classes, numbers = as_classes(targets, len(known))
@@ -53,21 +54,24 @@ class Probe(Fitted):
         return self
 
     def predict(self, features: Vectors) -> Any:
-        """The class of each row, [N].  A tensor for a tensor where the classes are numbers, else an array."""
+        """The class of each row, [N]: a tensor for a tensor if the classes are numbers, else an array.
+
+        Raises: InputError before `fit`, and for features of another shape or model.
+        """
         best = self._proba(features).argmax(dim=-1)
         if not isinstance(features, Tensor) or self.classes_.dtype.kind == "U":
             return self.classes_[best.cpu().numpy()]
         return torch.from_numpy(self.classes_).to(best.device)[best]
 
     def predict_proba(self, features: Vectors) -> Any:
-        """The probability of each class, [N, K] float32, in the order of `classes_`."""
+        """The probability of each class, [N, K] float32, in the order of `classes_`.  Raises: as `predict`."""
         found = self._proba(features)
         return found if isinstance(features, Tensor) else found.cpu().numpy()
 
     def score(self, features: Vectors, targets: Classes) -> float:
-        """The accuracy, 0 to 1.
+        """The accuracy for features [N, C] and their classes [N], 0 to 1.
 
-        Raises: InputError, as `fit`; also for targets of another kind than those of `fit`, such as numbers for names.
+        Raises: InputError as in `fit`, and if the targets are names and those of `fit` were numbers, or the reverse.
         """
         best = self._proba(features).argmax(dim=-1).cpu().numpy()
         truth, numbers = as_classes(targets, len(best))
@@ -79,19 +83,19 @@ class Probe(Fitted):
 
     @property
     def n_features_in_(self) -> int:
-        """scikit-learn's name for the width of the features."""
+        """Width of the features, under scikit-learn's name.  Raises: AttributeError before `fit`."""
         if not self.tensors:
             raise AttributeError("n_features_in_ is known after fit()")
         return int(self.tensors[self.names[0]].shape[-1])
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """scikit-learn's: the arguments of the constructor."""
+        """The constructor arguments, for scikit-learn."""
         return self.settings()
 
     def set_params(self, **params: Any) -> Self:
-        """scikit-learn's: changes arguments of the constructor.
+        """Changes constructor arguments, for scikit-learn.
 
-        Raises: InputError for a name that is none of them.
+        Raises: InputError for an unknown name.
         """
         for name, value in params.items():
             if name not in self.settings():
@@ -138,23 +142,25 @@ class Probe(Fitted):
 
 
 def as_features(given: Vectors, what: str, dims: int = 2) -> Tensor:
-    """A float tensor of `dims` dimensions, not empty and finite; float32 where `dims` is 2.
+    """Converts features to a finite float tensor [N, C] (`dims=2`, float32) or [N, P, C] (`dims=3`) that is not empty.
 
-    Raises: InputTypeError for Features, images and paths; InputError for anything else that is no such tensor.
+    Raises: InputTypeError for Features, images and paths; InputError for other input that cannot be converted.
     """
     shape = ("[N, C]", "[N, P, C]")[dims - 2]
     if isinstance(given, Features):
         token = ("embedding", "patch_tokens")[dims - 2]
-        raise InputTypeError(f"{what} are numbers {shape}, got Features; give their .{token}")
+        raise InputTypeError(f"{what} are numbers {shape}, got Features; give features.{token}")
     tensor = _tensor(given, what, shape)
     whole = dims == 2 and not tensor.is_floating_point() and tensor.dtype != torch.bool and not tensor.is_complex()
     if tensor.ndim != dims or not tensor.numel() or not (tensor.is_floating_point() or whole):
-        raise InputError(f"{what} are float {shape}, one row for each, got {tensor.dtype} {list(tensor.shape)}")
+        raise InputError(
+            f"{what} are float {shape}, one row per example, got {tensor.dtype} {list(tensor.shape)}; reshape them"
+        )
     finite = tensor.flatten(1).sum(dim=1, dtype=torch.float32).isfinite()
     if not finite.all():
         raise InputError(
             f"{int((~finite).sum())} of {len(finite)} rows of the {what} are not finite, the first is number "
-            f"{int(finite.int().argmin())}; drop these rows: NaN stands for an image that could not be read"
+            f"{int(finite.int().argmin())}; drop these rows: NaN marks an image that could not be read"
         )
     return tensor.float() if dims == 2 else tensor
 
@@ -164,34 +170,34 @@ def _tensor(given: Vectors, what: str, shape: str) -> Tensor:
     if isinstance(first, str | bytes | Path) or type(first).__module__.startswith("PIL."):
         raise InputTypeError(f"{what} are numbers {shape}, got {type(first).__name__}; make them with bb.embed(images)")
     if hasattr(given, "toarray"):
-        raise InputTypeError(f"{what} are numbers {shape}, and sparse input is not supported; give {what}.toarray()")
+        raise InputTypeError(f"{what} are numbers {shape}, and a sparse matrix is not supported; give {what}.toarray()")
     try:
         check_unmasked(given, what)
         if isinstance(given, list | tuple) and isinstance(first, Tensor):
             given = torch.stack(list(given))
         elif not isinstance(given, Tensor):
-            array = np.asarray(given)  # a DataFrame and a list of rows, too
+            array = np.asarray(given)  # also converts a DataFrame or a list of rows
             given = array.astype(float) if array.dtype == object else array
         return as_tensor(given, what).detach()
     except InputError:
         raise
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
-            f"{what} are numbers {shape}, one row for each; got {type(given).__name__} of others"
+            f"{what} are numbers {shape}, one row per example; got a {type(given).__name__} of other values"
         ) from None
 
 
 def as_classes(given: Classes, count: int) -> tuple[np.ndarray, Tensor]:
-    """The classes that occur, sorted [K], and the number of each of `count` rows in them, [N] int64.
+    """The distinct classes, sorted, [K], and the index of the class of each of `count` rows, [N] int64.
 
-    Raises: InputError for what is not a name or a whole number for each row.
+    Raises: InputError if `given` does not hold a name or a whole number for each row.
     """
     check_unmasked(given, "targets")
     array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
     if array.shape == (count, 1):  # one column of a table
         array = array[:, 0]
     parts = given if isinstance(given, list | tuple) else list(array.flat) if array.dtype == object else ()
-    mixed = len({isinstance(one, str) for one in parts}) > 1  # numpy would make names of the numbers among names
+    mixed = len({isinstance(one, str) for one in parts}) > 1  # numpy converts numbers among names to names
     if array.dtype == object and not mixed:
         array = np.asarray(array.tolist())
     whole = array.dtype.kind in "iub" or (array.dtype.kind == "f" and bool((array == np.round(array)).all()))
@@ -202,5 +208,7 @@ def as_classes(given: Classes, count: int) -> tuple[np.ndarray, Tensor]:
         raise InputError(f"targets are class names or whole numbers, one for each of {count} rows, got {found}")
     classes, numbers = np.unique(array, return_inverse=True)
     if len(classes) > MOST_CLASSES:
-        raise InputError(f"the targets have {len(classes):,} classes; {MOST_CLASSES:,} is the most")
+        raise InputError(
+            f"the targets have {len(classes):,} classes, and a probe takes at most {MOST_CLASSES:,}; give fewer"
+        )
     return classes, torch.from_numpy(numbers.astype(np.int64))

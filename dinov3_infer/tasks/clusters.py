@@ -1,4 +1,4 @@
-"""Hierarchical k-means and samples that are balanced over it; retrieval around seed pictures.
+"""Hierarchical k-means and samples that are balanced over its clusters; retrieval around seed images.
 
 Source: Vo et al. (arXiv 2405.15613), algorithm 1 and section 3; DINOv2 paper (arXiv 2304.07193), appendix A.
 """
@@ -20,22 +20,24 @@ __all__ = ["Hierarchy", "allocate", "default_clusters", "hierarchy", "kmeans", "
 
 Points: TypeAlias = Callable[[], Iterator[Tensor]]  # blocks [n, C], the same at every call
 
-SAMPLE = 1 << 16  # rows among which the first centres are drawn
-ROUNDS = 10  # of resampling, on all levels but the first
-STEPS = 64  # in which the first centres are drawn
-SEEDS = 3  # more than so many seed pictures make a cluster count
+SAMPLE = 1 << 16  # rows from which the first centres are drawn
+ROUNDS = 10  # of resampling, on each level above the first
+STEPS = 64  # number of draws for the first centres
+SEEDS = 3  # a cluster counts if it holds more seed images than this
 
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """Clusters of clusters, the finest first."""
+    """Clusters of clusters, the finest level first."""
 
-    parents: tuple[Array, ...]  # int64: the cluster of each point, the cluster above each cluster, ...
-    points: Array  # [n] int64: the numbers of the pictures that are clustered
+    parents: tuple[Array, ...]  # int64: the cluster of each point, then the parent of each cluster, ...
+    points: Array  # [n] int64: numbers of the clustered images
 
     def sample(self, count: int, seed: int = 0) -> Array:
-        """Numbers of `count` pictures, sorted: each cluster gives as many as the others as far as it has them, from the
-        top down, and in the finest ones they are drawn.
+        """Draws `count` images and returns their numbers, sorted, [count] int64.
+
+        From the top level down, each cluster gives the same number of images, or all of its images if it has fewer;
+        inside the finest clusters the images are drawn at random.
         """
         rng = np.random.default_rng(seed)
         sizes = [np.ones(len(self.points), np.int64)]
@@ -54,8 +56,9 @@ class Hierarchy:
 
 
 def allocate(sizes: Array, count: int, rng: np.random.Generator) -> Array:
-    """How many of `count` to take from sets of these sizes: min(size, c) with the largest c that does, and what is left
-    one by one from sets drawn among the larger ones.
+    """Splits `count` over sets of sizes [n] as evenly as the sizes allow, [n].
+
+    Each set gives min(size, c) with the largest possible c; random larger sets give one more each, up to `count`.
     """
     if count >= sizes.sum():
         return sizes.copy()
@@ -70,7 +73,7 @@ def allocate(sizes: Array, count: int, rng: np.random.Generator) -> Array:
 
 
 def default_clusters(count: int) -> list[int]:
-    """A twentieth of the pictures, a twentieth of that, and so on, to ten at least."""
+    """A twentieth of `count`, a twentieth of that, and so on, down to at least 10."""
     found = [max(1, count // 20)]
     while found[-1] // 20 >= 10:
         found.append(found[-1] // 20)
@@ -79,24 +82,24 @@ def default_clusters(count: int) -> list[int]:
 
 def hierarchy(
     store: Store,
-    clusters: Sequence[int] | None = None,  # of each level, the finest first; None: see `default_clusters`
-    within: Array | None = None,  # [N] bool: pictures that take part, such as those that are no duplicates
+    clusters: Sequence[int] | None = None,  # per level, the finest first; None: see `default_clusters`
+    within: Array | None = None,  # [N] bool: images to cluster, for example without duplicates
     seed: int = 0,
     iterations: int = 25,
     device: torch.device | str = "cpu",
 ) -> Hierarchy:
-    """Level by level k-means on the centres of the level below.
+    """Clusters the vectors by k-means, then the centres of each level by k-means for the next level.
 
-    Above the first level the points nearest to each centre are clustered anew, several times, and all assigned again:
-    so the centres spread evenly over where there is anything at all, and not by how much there is.
+    Above the first level, the points nearest to each centre are clustered again, several times, and all points are
+    reassigned.  This spreads the centres evenly over the occupied space, independent of the density.
 
-    Raises: InputError for numbers of clusters that do not fall, or are more than there are pictures.
+    Raises: InputError if the numbers of clusters do not decrease from level to level, or exceed the number of images.
     """
     taking_part = store.good & (True if within is None else within)
     count = int(taking_part.sum())
     wanted = list(clusters or default_clusters(count))
     if not wanted or any(a <= b for a, b in zip([count + 1, *wanted], wanted, strict=False)) or wanted[-1] < 1:
-        raise InputError(f"clusters are fewer on each level, from {count} pictures on; got {wanted}")
+        raise InputError(f"clusters must decrease from level to level and stay below the {count} images; got {wanted}")
 
     def points() -> Iterator[Tensor]:
         for first, block in store.blocks():
@@ -123,7 +126,7 @@ def hierarchy(
 
 
 def kmeans(points: Points, k: int, generator: torch.Generator, iterations: int = 25) -> tuple[Tensor, Array]:
-    """Centres [k, C] and the cluster of each point, by Lloyd's steps from k-means++, a block in memory at a time."""
+    """Centres [k, C] and the cluster of each point [n], by k-means++ and Lloyd's iterations over blocks."""
     centres = _first_centres(points, k, generator)
     before = float("inf")
     for _ in range(iterations):
@@ -135,7 +138,7 @@ def kmeans(points: Points, k: int, generator: torch.Generator, iterations: int =
             sums.index_add_(0, found, block.double())
             counts.index_add_(0, found, torch.ones_like(found, dtype=torch.float64))
             total += float(distance.sum())
-        filled = counts > 0  # an empty one stays where it is
+        filled = counts > 0  # the centre of an empty cluster stays
         centres[filled] = (sums[filled] / counts[filled, None]).to(centres.dtype)
         if before - total <= 1e-4 * total:
             break
@@ -144,7 +147,7 @@ def kmeans(points: Points, k: int, generator: torch.Generator, iterations: int =
 
 
 def _nearest_centres(block: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Which centre is nearest to each row, and the square of its distance."""
+    """The nearest centre of each row, and its squared distance."""
     found, distances = [], []
     for rows in block.split(max(1, (1 << 25) // len(centres))):
         squares = rows.square().sum(1, keepdim=True) - 2 * rows @ centres.T + centres.square().sum(1)
@@ -160,20 +163,21 @@ def _assigned(points: Points, centres: Tensor) -> tuple[Array, Array]:
 
 
 def _first_centres(points: Points, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007) among a sample: points are drawn by how far they are from those before.
+    """k-means++ (Arthur and Vassilvitskii 2007) on a sample of the points.
 
-    For a large k many at a time, as in k-means|| (Bahmani et al., arXiv 1203.6402): one by one takes hours.
+    For a large k many centres are drawn at a time, as in k-means|| (Bahmani et al., arXiv 1203.6402); one by one takes
+    hours.
     """
     rows = torch.cat(list(_sampled(points, generator, max(SAMPLE, 4 * k))))
     chosen = torch.randint(len(rows), (1,), generator=generator, device="cpu")
     new, step = chosen, -(-k // STEPS)
     distance = torch.full((len(rows),), torch.inf, dtype=rows.dtype, device=rows.device)
-    same = 1e-6 * rows.square().sum(1).mean()  # to rounding
+    same = 1e-6 * rows.square().sum(1).mean()  # equal up to rounding
     while len(chosen) < k:
         distance = torch.minimum(distance, _nearest_centres(rows, rows[new])[1])
         weights = torch.where(distance > same, distance, 0).cpu()
         wanted = min(step, k - len(chosen))
-        if int(weights.count_nonzero()) < wanted:  # all the rest are copies
+        if int(weights.count_nonzero()) < wanted:  # the other rows are copies of the centres
             weights = torch.ones_like(weights)
         new = torch.multinomial(weights, wanted, replacement=len(weights) < wanted, generator=generator)
         chosen = torch.cat((chosen, new))
@@ -181,7 +185,7 @@ def _first_centres(points: Points, k: int, generator: torch.Generator) -> Tensor
 
 
 def _sampled(points: Points, generator: torch.Generator, most: int) -> Iterator[Tensor]:
-    """About `most` rows, an equal share of every block."""
+    """About `most` rows, the same share of every block."""
     total = sum(len(block) for block in points())
     for block in points():
         share = -(-len(block) * most // total)
@@ -193,7 +197,7 @@ def _sampled(points: Points, generator: torch.Generator, most: int) -> Iterator[
 
 
 def _closest(rows: Tensor, centres: Tensor, above: Array, most: int) -> Tensor:
-    """Rows of the `most` points of each cluster that are nearest to its centre."""
+    """For each cluster, the rows of the `most` points that are nearest to its centre."""
     cluster = torch.from_numpy(above).to(rows.device)
     order = ((rows - centres[cluster]).square().sum(1)).argsort()
     order = order[cluster[order].argsort(stable=True)]  # by cluster, the nearest first
@@ -206,18 +210,18 @@ def retrieve(
     store: Store,
     seeds: Store,
     k: int = 4,
-    by_cluster: bool | None = None,  # None: for fewer than 10,000 seeds
-    clusters: int | None = None,  # None: one for 1,000 pictures, ten at least
+    by_cluster: bool | None = None,  # None: if there are fewer than 10,000 seeds
+    clusters: int | None = None,  # None: one per 1,000 images, at least 10
     per_cluster: int = 10_000,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Array:
-    """Numbers of the pictures that are like those of a set of seeds, sorted.
+    """Finds images that are similar to seed images; returns their numbers, sorted, [n] int64.
 
-    For many seeds the `k` nearest of each; few seeds would give few pictures, so for them the pictures are clustered,
-    and a cluster that more than three seeds fall into gives `per_cluster` at most.
+    For many seeds, these are the `k` nearest images of each seed.  Few seeds would give few images, so for them the
+    images are clustered, and each cluster with more than three seeds gives up to `per_cluster` images.
 
-    Raises: InputError for seeds that were made in another way, or that no cluster holds enough of.
+    Raises: InputError if the seeds were made with other settings, or no cluster holds enough seeds.
     """
     store.check_comparable(seeds)
     asked = np.concatenate([block for _, block in seeds.blocks()])[seeds.good]
@@ -240,7 +244,7 @@ def retrieve(
     if not found:
         raise InputError(
             f"no cluster of '{store.path}' holds more than {SEEDS} of the {len(asked)} seeds; give fewer clusters, "
-            "more seeds, or take the nearest"
+            "more seeds, or take the nearest images of each seed"
         )
     drawn = [rng.permutation(numbers)[:per_cluster] for numbers in found]
     return np.sort(np.concatenate(drawn))

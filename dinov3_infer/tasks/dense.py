@@ -1,4 +1,4 @@
-"""Dense features of one picture at any resolution: in tiles, at several scales, mirrored too, and made finer."""
+"""Dense features of one image at any resolution: in tiles, at several scales, mirrored, and upsampled."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Upsampler", "dense_features"]
 
-# (features [1, C, h, w], the picture [1, 3, H_px, W_px] normalised as the model sees it) -> [1, C, h', w'], finer
+# (features [1, C, h, w], normalised image [1, 3, H_px, W_px]) -> finer features [1, C, h', w']
 Upsampler: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -36,37 +36,47 @@ def dense_features(
     flip: bool = False,
     upsampler: Upsampler | None = None,
 ) -> Features:
-    """Features of one picture, a batch of 1 on the CPU, on the grid of the whole picture at `size`, its aspect kept.
+    """Features of one image, with its aspect ratio kept, as a batch of 1 on the CPU.
 
-    `size`: pixels of the long side; None for the picture's own.
-    `layers`: as in `extract_features`; the features of several are side by side, [1, P, C * layers].
-    `tile`: pixels of the side of the square windows that the model sees, whole patches; None shows it all at once.
-    `overlap`: share of a tile that the next one covers too; there the two fade into each other.
-    `scales`: the mean over the picture at these multiples of `size`; `flip`: and mirrored, turned back.
-    `upsampler`: makes the map finer, as AnyUp, JAFAR, LoftUp or FeatUp do: called once, on the device of the backbone,
-    with the map and the normalised picture.  The result is on its grid, whatever that is; the channels stay.
+    Args:
+        backbone: the model.
+        image: as in `extract_features`.
+        size: pixels of the long side; None keeps the size of the image (default: 768).
+        layers: as in `extract_features`; several layers are concatenated, [1, P, C * layers].
+        tile: side in pixels of the square windows that the model sees, a multiple of the patch size; None shows it the
+            whole image (default: None).
+        overlap: share of a tile that the next tile also covers; there the tiles are blended (default: 0.5).
+        scales: averages the features of the image at these multiples of `size` (default: (1.0,)).
+        flip: also averages over the mirrored image (default: False).
+        upsampler: a function that makes the map finer, such as AnyUp, JAFAR, LoftUp or FeatUp.  It is called once on
+            the backbone's device with the map [1, C, h, w] and the normalised image [1, 3, H_px, W_px], and returns [1,
+            C, h', w'].
 
-    Class token and registers are means over all windows.  A linear head on these features gives the mean of what it
-    would say in each window: sliding-window inference.
+    Returns:
+        `Features`: `patch_tokens` [1, P, C] on the grid of the whole image, or of the upsampler; class token and
+        registers are means over all windows.  A linear head on them gives the mean of its outputs for the windows,
+        which is sliding-window inference.
 
-    Raises: as `extract_features`; InputError for tiles that are not whole patches, and for what an upsampler got wrong.
+    Raises:
+        InputError: tiles are not whole patches, layers differ in stride, or the upsampler returns a wrong shape.  Other
+            errors are those of `extract_features`.
     """
     _check(backbone.patch_size, tile, overlap, scales)
     if len(strides := {backbone.stride(layer) for layer in resolve_layers(layers, backbone.n_blocks) or [-1]}) > 1:
         raise InputError(
-            f"layers={layers!r} have maps of {len(strides)} sizes, which cannot lie side by side; give one"
+            f"layers={layers!r} have maps of {len(strides)} sizes, which cannot be concatenated; give one layer"
         )
-    picture = load_image(image, levels=backbone.preprocess.levels, channels=backbone.preprocess.channels)
-    own = size if size is not None else max(picture.shape[1:])
+    whole = load_image(image, levels=backbone.preprocess.levels, channels=backbone.preprocess.channels)
+    own = size if size is not None else max(whole.shape[1:])
     shown = replace(backbone.preprocess.with_options(own, "native"), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    pixels, placement = shown.place(picture)
+    pixels, placement = shown.place(whole)
     stride = strides.pop()
     grid = (pixels.shape[1] // stride, pixels.shape[2] // stride)
     maps, prefixes = [], []
     for scale in scales:
-        resized = pixels if scale == 1 else shown.with_options(max(1, round(own * scale))).place(picture)[0]
+        resized = pixels if scale == 1 else shown.with_options(max(1, round(own * scale))).place(whole)[0]
         for mirrored in (False, True) if flip else (False,):
-            given = resized.clamp(0, 1)  # cubic filters overshoot
+            given = resized.clamp(0, 1)  # cubic filters overshoot the range
             dense, prefix = _in_tiles(backbone, given.flip(-1) if mirrored else given, layers, tile, overlap, stride)
             dense = dense.flip(-1) if mirrored else dense
             if dense.shape[1:] != grid:
@@ -87,9 +97,11 @@ def dense_features(
 def _check(patch_size: int, tile: int | None, overlap: float, scales: Sequence[float]) -> None:
     if tile is not None and (tile < patch_size or tile % patch_size):
         nearest = max(1, round(tile / patch_size)) * patch_size
-        raise InputError(f"tile is {tile} pixels and patches have {patch_size}; give whole patches, such as {nearest}")
+        raise InputError(
+            f"tile is {tile} pixels and a patch {patch_size}; give a multiple of the patch, such as {nearest}"
+        )
     if not 0 <= overlap < 1:
-        raise InputError(f"overlap is a share of a tile, got {overlap}; give 0 to below 1")
+        raise InputError(f"overlap is a share of a tile, at least 0 and below 1, got {overlap}; give for example 0.5")
     if not scales or not all(0 < scale < math.inf for scale in scales):
         raise InputError(f"scales are multiples of size, got {list(scales)}; give one or more above 0, such as (1.0,)")
 
@@ -100,7 +112,7 @@ def _in_tiles(
     layers: int | Sequence[int] | None,
     tile: int | None,
     overlap: float,
-    stride: int,  # pixels, of the layers
+    stride: int,  # of the layers, in pixels
 ) -> tuple[Tensor, Tensor]:
     """The map [C, h, w], and the mean of class token and registers [1 + R, C]."""
     patch, fine = backbone.patch_size, backbone.patch_size // stride
@@ -135,28 +147,28 @@ def _in_tiles(
 
 
 def _starts(length: int, side: int, overlap: float) -> list[int]:
-    """Where tiles begin, in patches: as few as overlap by that much, evenly spread, the last at the very end."""
+    """First patch of each tile: the fewest tiles with at least this overlap, evenly spread from end to end."""
     step = max(1, math.floor(side * (1 - overlap)))
     count = math.ceil((length - side) / step) + 1
     return [round(i * (length - side) / max(1, count - 1)) for i in range(count)]
 
 
 def _fade(side: int) -> Tensor:
-    """Weight of each patch along a tile: most in the middle, never nothing."""
+    """Weight of each patch along a tile, largest in the middle and above 0."""
     return torch.sin(math.pi * (torch.arange(side, **PLAIN) + 0.5) / side) ** 2
 
 
 def _upsampled(upsampler: Upsampler, dense: Tensor, pixels: Tensor) -> Tensor:
-    """What it made of the map, on the CPU, checked."""
+    """The map after the upsampler, checked, on the CPU."""
     with torch.no_grad():
         made = upsampler(dense, pixels)
     shape = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
     fits = isinstance(made, Tensor) and made.ndim == 4 and made.shape[:2] == dense.shape[:2]
     if not fits or made.shape[2] < dense.shape[2] or made.shape[3] < dense.shape[3]:
         raise InputError(
-            f"the upsampler got a map {list(dense.shape)} and gave {shape}; it has to give [1, {dense.shape[1]}, h, w] "
-            f"with at least {dense.shape[2]} x {dense.shape[3]}"
+            f"the upsampler got a map {list(dense.shape)} and returned {shape}; it has to return "
+            f"[1, {dense.shape[1]}, h, w] with at least {dense.shape[2]} x {dense.shape[3]}"
         )
     if not bool(made.isfinite().all()):
-        raise InputError("the upsampler gave values that are not finite; run it in float32")
+        raise InputError("the upsampler returned values that are not finite; run it in float32")
     return made.float().cpu()

@@ -1,7 +1,7 @@
-"""One page, in one file: choose a patch, and see which patches of all images are similar to it.
+"""A web page in one file: point at a patch, and see which patches of all images are similar to it.
 
-Tokens are stored at length 1 along their principal axes, in whole steps of 0.0025.  Turning keeps every cosine, and
-most axes then need few steps, which deflate packs into few bits.
+Tokens are scaled to length 1, rotated onto their principal axes and stored in whole steps of 0.0025.  The rotation
+keeps every cosine, and most axes then take few values, which compress well.
 """
 
 import base64
@@ -31,8 +31,8 @@ from .pca import pca_rgb
 
 __all__ = ["STEP", "Explored", "explore", "largest_error", "pack"]
 
-STEP = 0.0025  # of stored numbers: cosines are at most 0.006 off in 9e8 pairs of real tokens
-SAMPLE = 512  # patches that are compared with all others to state the error
+STEP = 0.0025  # step of stored values: cosines differ by at most 0.006 in 9e8 pairs of real tokens
+SAMPLE = 512  # patches that are compared with all others to measure the error
 QUALITY = 85  # of the JPEGs
 
 
@@ -41,7 +41,7 @@ class Explored:
     """What `explore` wrote."""
 
     path: Path
-    patches: int  # of all images
+    patches: int  # number of patches of all images
     error: float  # largest difference of a stored cosine from the exact one, over `pairs`
     pairs: int
 
@@ -55,26 +55,36 @@ def explore(
     size: int | tuple[int, int] | None = 768,
     fit: Fit = "native",
 ) -> Explored:
-    """Writes a page that shows, for a patch that one points at, how similar all patches of all images are to it.
+    """Writes a page that shows how similar each patch of all images is to the patch under the pointer.
 
     The page also shows the principal components of the patches and the attention of the class token.  It needs no
-    server and no network, and holds the images as JPEGs.
+    server and no network, and contains the images as JPEGs.
 
-    `names`: captions; None takes the names of files, or numbers.
-    `size`, `fit`: as in `extract_features`; "pad" is refused, because padding is no image.
+    Args:
+        backbone: the model.
+        images: paths or images, as in `extract_features`.
+        out: the .html file to write.
+        names: captions (default: the file names, or numbers).
+        size: as in `extract_features` (default: 768).
+        fit: "native", "squash" or "crop" (default: "native").
 
-    Raises: InputError for no image, "pad", or names of another number; as `extract_features`.
+    Returns:
+        `Explored`: the path, the number of patches, and the error of the stored cosines.
+
+    Raises:
+        InputError: there is no image, `fit` is "pad", or `names` has another length than `images`.  Other errors are
+            those of `extract_features`.
 
     Example:
         >>> explore(bb, ["cat.jpg", "dog.jpg"], "explore.html")
     """
     if fit == "pad":
-        raise InputError("a page has no place for padding; give fit='native', 'squash' or 'crop'")
+        raise InputError("explore does not show padding, got fit='pad'; give fit='native', 'squash' or 'crop'")
     if not len(images):
         raise InputError("explore got no images; give at least one")
     names = [_name(image, number) for number, image in enumerate(images)] if names is None else names
     if len(names) != len(images):
-        raise InputError(f"explore got {len(images)} images and {len(names)} names; give one for each")
+        raise InputError(f"explore got {len(images)} images and {len(names)} names; give one name per image")
     features = list(backbone.iter_features(images, size=size, fit=fit))
     tokens = torch.cat([found.patch_tokens[0] for found in features]).float()
     packed, colours = pack(tokens), pca_rgb(features)
@@ -102,7 +112,7 @@ def explore(
         "heat": _base64(heat_colours().tobytes()), "tokens": _base64(_compressed(packed)),
     }  # fmt: skip
     template = (files("dinov3_infer") / "data" / "explore" / "page.html").read_text(encoding="utf-8")
-    page = template.replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c"))  # no name can end the script
+    page = template.replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c"))  # a name cannot end the script
     path = Path(out).expanduser()
     with whole(path) as beside:
         beside.write_text(page, encoding="utf-8")
@@ -118,9 +128,9 @@ def pack(tokens: Tensor) -> np.ndarray:  # [N, C] float
 
 
 def largest_error(tokens: Tensor, packed: np.ndarray, rows: int | None = None) -> tuple[float, int]:
-    """The largest difference of a stored cosine from the exact one, and over how many pairs.
+    """The largest difference between a stored and the exact cosine of tokens [N, C], and the number of pairs compared.
 
-    `rows`: so many, drawn evenly, with all; None compares every pair.
+    `rows`: compares this many evenly spaced rows with all rows; None compares every pair.
     """
     unit, stored = F.normalize(tokens.float(), dim=1), torch.from_numpy(packed).float()
     count = len(unit) if rows is None else min(rows, len(unit))
@@ -130,14 +140,14 @@ def largest_error(tokens: Tensor, packed: np.ndarray, rows: int | None = None) -
 
 
 def _compressed(packed: np.ndarray) -> bytes:
-    """Axis by axis, the low bytes and then the high ones, which are nearly all the same."""
+    """Axis by axis, first the low bytes, then the high bytes, which are nearly all equal."""
     planes = np.ascontiguousarray(packed.T).view(np.uint16)
     low, high = (planes & 255).astype(np.uint8), (planes >> 8).astype(np.uint8)
     return zlib.compress(low.tobytes() + high.tobytes(), 9)
 
 
 def _typical(tokens: Tensor) -> float:
-    """The cosine of two patches at random: colours begin there."""
+    """The median cosine of two patches, where the colour scale begins."""
     unit = F.normalize(tokens[:: max(1, len(tokens) // 1000)], dim=1)
     return min(0.95, max(-1.0, float((unit @ unit.T).median())))
 

@@ -1,4 +1,4 @@
-"""What is fitted to the features of one backbone, and is of no use with those of another."""
+"""The base of objects that are fitted to the features of one backbone."""
 
 import json
 import math
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Fitted", "descend"]
 
-_KEY = "dinov3_infer"  # of our entry in the metadata of the file
-_WHOLE = ("targets",)  # tensors that number classes
+_KEY = "dinov3_infer"  # key of our entry in the metadata of the file
+_WHOLE = ("targets",)  # tensors that hold class numbers
 
 
 @dataclass(repr=False, eq=False)
 class Fitted:
-    """Base of all that has `fit` and `predict`.  Fields that a constructor takes are settings; `fit` sets `tensors`."""
+    """Base of all objects with `fit` and `predict`.  Constructor fields are settings; `fit` sets `tensors`."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict, init=False)
-    options: dict[str, Any] = field(default_factory=dict, init=False)  # how its features were made, as given to `save`
+    options: dict[str, Any] = field(default_factory=dict, init=False)  # settings of its features, as given to `save`
 
-    names: ClassVar[tuple[str, ...]] = ()  # of the tensors; the first has the width of the features as its last axis
-    shapes: ClassVar[tuple[str, ...]] = ()  # "K C": a letter for each axis, the same for the same length; "1" is 1
+    names: ClassVar[tuple[str, ...]] = ()  # names of the tensors; the last axis of the first is the feature width
+    shapes: ClassVar[tuple[str, ...]] = ()  # "K C": one letter per axis, equal letters for equal lengths; "1" is 1
 
     def save(self, path: str | os.PathLike[str], backbone: "Backbone", **options: Any) -> Path:
-        """Writes one safetensors file: the tensors, and as JSON the settings and the fingerprint of the backbone.
+        """Writes one safetensors file with the tensors and, as JSON, the settings and the fingerprint of the backbone.
 
-        `options`: how the features were made, such as pooling="mean", size=448; after loading they are in `.options`,
-        to make others in the same way: `bb.embed(pictures, **probe.options)`.
+        `options`: settings of the features, such as pooling="mean", size=448.  `load` restores them in `.options`, to
+        make features in the same way: `bb.embed(images, **probe.options)`.
 
         Raises: InputError before `fit`, and for options that JSON cannot hold.
         """
@@ -53,7 +53,9 @@ class Fitted:
                 )
             )  # fmt: skip
         except TypeError as error:
-            raise InputError(f"options are numbers, words and lists of these: {error}; leave the others out") from None
+            raise InputError(
+                f"options are numbers, strings and lists of these: {error}; leave the others out"
+            ) from None
         target = Path(path).expanduser()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         with whole(target) as beside:
@@ -63,10 +65,10 @@ class Fitted:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], backbone: "Backbone") -> Self:
-        """What `save` wrote, of this class or one derived from it, on the CPU.
+        """Loads a file that `save` wrote for this class or a derived one, on the CPU.
 
-        Raises: MissingFileError; CheckpointError for another file, another class, features of another backbone, and
-        for tensors and settings that `fit` and the constructor of that class do not make.
+        Raises: MissingFileError if there is no file; CheckpointError for a file of another kind or class, for another
+        backbone, and for tensors or settings that the class cannot have.
         """
         if not os.path.isfile(path):
             raise MissingFileError(f"no file at '{os.path.abspath(path)}'; check the path")
@@ -81,24 +83,33 @@ class Fitted:
             options, made_with, model = dict(stored["options"]), stored["backbone"], stored["model"]
         except OSError as error:
             raise CheckpointError(f"cannot read '{path}' ({error.strerror}); check it and its permissions") from None
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError):  # Recursion, of JSON
-            raise CheckpointError(f"'{path}' was not written by save(), or is damaged; fit and save anew") from None
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+        ):  # RuntimeError: JSON that is too deep
+            raise CheckpointError(f"'{path}' was not written by save(), or is damaged; fit and save again") from None
         if found is None:
-            raise CheckpointError(f"'{path}' holds a {stored['kind']}, not a {cls.__name__}; load it by that class")
+            raise CheckpointError(
+                f"'{path}' holds a {stored['kind']}, not a {cls.__name__}; use {stored['kind']}.load()"
+            )
         if set(tensors) != set(found.names):
-            raise CheckpointError(f"'{path}' holds the tensors {sorted(tensors)}, not {sorted(found.names)}; fit anew")
+            raise CheckpointError(f"'{path}' holds the tensors {sorted(tensors)}, not {sorted(found.names)}; fit again")
         if made_with != backbone.fingerprint():
             raise CheckpointError(
-                f"'{path}' was fitted to features of other weights ({model or 'an architecture of its own'}, "
-                f"{str(made_with)[:12]}); load that backbone, or fit anew with this one"
+                f"'{path}' was fitted to features of other weights ({model or 'a model without a name'}, "
+                f"{str(made_with)[:12]}); load that backbone, or fit again with this one"
             )
         if wrong := found._misfit(tensors):
-            raise CheckpointError(f"'{path}' holds {wrong}, which save() does not write; fit and save anew")
+            raise CheckpointError(f"'{path}' holds {wrong}, which save() does not write; fit and save again")
         found.tensors, found.options = tensors, options
         return found
 
     def _misfit(self, tensors: dict[str, Tensor]) -> str:
-        """What of a file no instance of this class can have made; "" if nothing."""
+        """The first part of a file that an instance of this class cannot have, or ""."""
         for one in fields(self):
             if one.init and not _is_like(getattr(self, one.name), one.default):
                 return f"{one.name}={getattr(self, one.name)!r}"
@@ -111,8 +122,8 @@ class Fitted:
                 sides.setdefault(letter, side) == side > 0 for letter, side in zip(letters, tensor.shape, strict=True)
             )
             if not fits or tensor.dtype != expected:
-                shape = " x ".join(str(sides.get(letter, letter)) for letter in letters)
-                return f"{name} as {tensor.dtype} {list(tensor.shape)} in place of {expected} {shape}"
+                shape = ", ".join(str(sides.get(letter, letter)) for letter in letters)
+                return f"{name} as {tensor.dtype} {list(tensor.shape)} instead of {expected} [{shape}]"
             low, high = (float(number) for number in tensor.aminmax())
             if not (math.isfinite(low) and math.isfinite(high)) or (name in _WHOLE and not 0 <= low <= high < classes):
                 return f"{name} from {low:g} to {high:g}"
@@ -121,16 +132,16 @@ class Fitted:
         return ""
 
     def to(self, device: str | torch.device) -> Self:
-        """Moves the tensors; features are brought to them."""
+        """Moves the tensors to a device; features are moved there when they are used."""
         self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return self
 
     def settings(self) -> dict[str, Any]:
-        """What the constructor took."""
+        """The constructor arguments."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def _stored(self) -> dict[str, Any]:
-        """What the file holds beside tensors and settings; `_restore` reads it."""
+        """Further content of the file, which `_restore` reads."""
         return {}
 
     def _restore(self, stored: dict[str, Any]) -> None:
@@ -141,14 +152,14 @@ class Fitted:
         return f"{type(self).__name__}({settings}){'' if self.tensors else ', not fitted'}"
 
     def _check(self, width: int | None = None) -> None:
-        """Raises InputError before `fit`, and for features of another width than it was fitted to."""
+        """Raises InputError before `fit`, and for features of another width."""
         if not self.tensors:
-            raise InputError(f"this {type(self).__name__} has seen no examples yet; call fit() first")
+            raise InputError(f"this {type(self).__name__} is not fitted; call fit() first")
         known = self.tensors[self.names[0]].shape[-1]
         if width not in (None, known):
             raise InputError(
-                f"this {type(self).__name__} was fitted to features of {known} numbers, got {width}; "
-                "take the same model, layers and pooling"
+                f"this {type(self).__name__} was fitted to features of width {known}, got {width}; "
+                "use the same model, layers and pooling"
             )
 
     @property
@@ -164,9 +175,10 @@ def descend(
     warm_up: float,
     loss: Callable[[], Tensor],
 ) -> None:
-    """AdamW on tensors with a weight decay for each: linear warm-up over a share of the steps, cosine decay to 0.
+    """Minimises `loss` with AdamW, in place, over tensors of any shape, each with its weight decay.
 
-    `loss` is called once in each step, and draws its examples.
+    The learning rate warms up linearly over the share `warm_up` of the steps and follows a cosine to 0.  `loss` is
+    called once per step, draws its examples and returns a scalar [].
     """
     solver = torch.optim.AdamW(
         [{"params": [one], "weight_decay": decay} for one, decay in zip(tensors, decays, strict=True)], lr=rate
@@ -182,7 +194,7 @@ def descend(
 
 
 def _is_like(value: object, default: object) -> bool:
-    """Whether a setting from a file is of the kind that its default is."""
+    """Whether a setting from a file has the type of its default."""
     if default is None:
         return value is None or _is_like(value, 0.0)
     if isinstance(default, tuple):

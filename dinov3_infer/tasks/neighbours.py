@@ -1,8 +1,8 @@
 """Exact cosine neighbours over vectors on disk: search, and groups of near-duplicates.
 
-Source: DINOv2 paper (arXiv 2304.07193), section 3 and appendix A: pairs above a cosine, connected components, one of
-each kept; components that touch an evaluation set dropped whole.  Whitening, as copy detection does it: Pizzi et al.
-(arXiv 2202.10261), section 4.
+Source: DINOv2 paper (arXiv 2304.07193), section 3 and appendix A: pairs above a cosine, connected components, one image
+of each kept; components that touch an evaluation set are dropped.  Whitening as in copy detection: Pizzi et al. (arXiv
+2202.10261), section 4.
 """
 
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ from ..features.vectors import Array
 
 __all__ = ["THRESHOLDS", "Duplicates", "duplicates", "search"]
 
-# Cosines above which pictures are copies: whitened, and as they are (tests/benchmarks/records/curation.json).
+# Cosine above which two images are duplicates, with and without whitening (tests/benchmarks/records/curation.json).
 THRESHOLDS = {True: 0.75, False: 0.98}
-TILE = 4096  # rows that are compared with a block at a time
+TILE = 4096  # rows that are compared with one block
 
 
 def search(
@@ -29,13 +29,13 @@ def search(
     k: int,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """The `k` pictures that are most like each query: cosines [Q, k], falling, and numbers [Q, k].
+    """The `k` images most similar to each query: cosines [Q, k], best first, and numbers [Q, k] int64.
 
-    Raises: InputError for vectors of another width.
+    Raises: InputError for queries of another width.
     """
     if queries.shape[1] != store.width:
         raise InputError(
-            f"queries have {queries.shape[1]} numbers and '{store.path}' has {store.width}; use one model and pooling"
+            f"queries have width {queries.shape[1]} and '{store.path}' {store.width}; use one model and one pooling"
         )
     asked = torch.nn.functional.normalize(torch.from_numpy(queries).float(), dim=1).to(device)
     scores = torch.empty(len(asked), 0, dtype=torch.float32, device=device)
@@ -51,39 +51,48 @@ def search(
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What `duplicates` found."""
+    """The result of `duplicates`."""
 
-    group: Array  # [N] int64: the first picture of the group that each belongs to
-    foreign: Array  # [N] bool: pictures of a group that touches the other set
+    group: Array  # [N] int64: number of the first image in the group of each image
+    foreign: Array  # [N] bool: images of a group that touches the other set
 
     def kept(self, store: Store) -> Array:
-        """Numbers of the pictures that stay: the first of each group that is not foreign, of those that were read."""
+        """Numbers of the images to keep, [n] int64: the first readable image of each group that is not foreign."""
         return np.flatnonzero(store.good & (self.group == np.arange(len(self.group))) & ~self.foreign)
 
 
 def duplicates(
     store: Store,
-    threshold: float | None = None,  # cosine; None for what suits whitened vectors, or those that are not
+    threshold: float | None = None,  # cosine; None: 0.75 with whitening, 0.98 without
     against: Store | None = None,
-    against_threshold: float | None = None,  # None: the same
+    against_threshold: float | None = None,  # None: as `threshold`
     whiten: bool = True,
     device: torch.device | str = "cpu",
 ) -> Duplicates:
-    """Groups of pictures that are connected by cosines above `threshold`, and those that touch the set `against`.
-    Equal vectors are connected whatever the threshold and the whitening.
+    """Groups images that are connected by cosines above `threshold`, and marks groups that touch the set `against`.
+    Equal vectors are always connected.
 
-    `whiten`: by the mean and covariance of the store.  Vectors of a model share most of their direction, and what
-    tells one picture from another of its kind is a small part of them, which this makes as large as the rest.
+    Args:
+        store: the vectors.
+        threshold: cosine above which two images are duplicates (default: 0.75 with whitening, 0.98 without).
+        against: vectors of another set, such as a test set.
+        against_threshold: threshold for `against` (default: `threshold`).
+        whiten: whiten by the mean and covariance of the store.  The vectors of a model share most of their direction;
+            whitening makes the small differences between similar images as large as the rest (default: True).
+        device: where cosines are computed (default: "cpu").
 
-    Every pair is compared, in tiles: the time grows with the square of their number, the memory does not.
+    Returns:
+        `Duplicates`.  Every pair is compared, in tiles: the time grows with the square of the number of images, the
+        memory does not.
 
-    Raises: InputError for vectors that were made in different ways, and for a threshold that is no cosine.
+    Raises:
+        InputError: the stores were made with different settings, or a threshold is not between -1 and 1.
     """
     threshold = THRESHOLDS[whiten] if threshold is None else threshold
     limit = threshold if against_threshold is None else against_threshold
     for cosine in (threshold, limit):
         if not -1 <= cosine <= 1:
-            raise InputError(f"a threshold is a cosine, from -1 to 1; got {cosine:g}")
+            raise InputError(f"a threshold is a cosine from -1 to 1, got {cosine:g}; give for example 0.75")
     if against is not None:
         store.check_comparable(against)
     parent = np.arange(len(store))
@@ -113,17 +122,17 @@ def duplicates(
 
 
 def _prints(store: Store) -> Array:
-    """[N] uint64, the same for equal vectors, and for others but once in 2^63 pairs."""
+    """[N] uint64, equal for equal vectors; two different vectors collide with probability 2^-63."""
     keys = np.random.default_rng(0).integers(1, 2**63, store.width, np.uint64) * 2 + 1
     found = np.zeros(len(store), np.uint64)
     for first, rows in store.blocks():
-        bits = (rows + 0.0).view(np.uint32)  # minus zero is zero
+        bits = (rows + 0.0).view(np.uint32)  # turns -0.0 into 0.0
         found[first : first + len(rows)] = (bits * keys).sum(1, dtype=np.uint64)
     return found
 
 
 def _whitening(store: Store, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Mean [C] and matrix [C, C] after which all directions vary alike, those that hardly vary excepted."""
+    """Mean [C] and matrix [C, C] that give all directions the same variance, except those with nearly none."""
     total = torch.zeros(store.width, dtype=torch.float64, device=device)
     products = torch.zeros(store.width, store.width, dtype=torch.float64, device=device)
     count = 0
@@ -135,7 +144,9 @@ def _whitening(store: Store, device: torch.device | str) -> tuple[Tensor, Tensor
     mean = total / max(1, count)
     values, vectors = torch.linalg.eigh(products / max(1, count) - mean.outer(mean))
     values = values.clamp(min=0)
-    values += values.mean() * (0.1 + store.width / max(1, count)) + 1e-12  # few pictures tell little of directions
+    values += (
+        values.mean() * (0.1 + store.width / max(1, count)) + 1e-12
+    )  # with few images the directions are uncertain
     return mean.float(), (vectors / values.sqrt()).float()
 
 
@@ -150,13 +161,13 @@ def _blocks(
 
 
 def _above(one: Tensor, other: Tensor, threshold: float) -> tuple[Array, Array]:
-    """Rows of pairs; NaN is above nothing."""
+    """Rows of the pairs above the threshold; NaN is never above it."""
     left, right = (one @ other.T > threshold).nonzero(as_tuple=True)
     return left.cpu().numpy(), right.cpu().numpy()
 
 
 def _roots(parent: Array, rows: Array) -> Array:
-    """The lowest number of the group of each."""
+    """The lowest number of the group of each row."""
     while True:
         above = parent[rows]
         if np.array_equal(above, rows):
@@ -165,7 +176,7 @@ def _roots(parent: Array, rows: Array) -> Array:
 
 
 def _join(parent: Array, left: Array, right: Array) -> None:
-    """Union by the lowest number, all pairs at a time: each round hangs a root under a lower one."""
+    """Joins all pairs at once; in each round the higher root gets the lower root as its parent."""
     while len(left):
         left, right = _roots(parent, left), _roots(parent, right)
         apart = left != right

@@ -1,4 +1,4 @@
-"""Maps over the picture that they belong to, to look at."""
+"""Draws maps over their images."""
 
 import math
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from ..model.positions import cubic_kernel
 
 __all__ = ["at_pixels", "attention_picture", "heat_colours", "overlay", "panel", "placement_of", "sheet"]
 
-SIDES = 512, 1024  # pixels: the long side of a shown picture lies between
-GAP = 8  # pixels between pictures of a sheet
-WIDEST = 4096  # pixels of a sheet
-# Dark violet over magenta and orange to pale yellow, in steps that look alike and get ever lighter.
+SIDES = 512, 1024  # pixels: range of the long side of a shown image
+GAP = 8  # pixels between the images of a sheet
+WIDEST = 4096  # pixels: largest width of a sheet
+# Dark violet, magenta, orange, pale yellow: perceptually even steps that get lighter.
 _HEAT = bytes.fromhex(
     "0a07381f0d4f3712645215747016808e1684a91f79c12b69d63b56e7503df26712f8850cf9a22af9bf4df7da73f7f49c"
 )
@@ -31,18 +31,18 @@ _HEAT = bytes.fromhex(
 
 @cache
 def heat_colours() -> np.ndarray:
-    """256 colours from low to high, [256, 3] uint8."""
+    """Colours of the heat map from low to high, [256, 3] uint8."""
     rows = np.frombuffer(_HEAT, np.uint8).reshape(-1, 3)
     steps = np.linspace(0, len(rows) - 1, 256)
     return np.stack([np.interp(steps, range(len(rows)), row) for row in rows.T], axis=-1).round().astype(np.uint8)
 
 
 def at_pixels(
-    maps: Tensor,  # [K, h, w] float, a value per patch
-    placement: Placement | None,  # of the picture that the patches are of; None where they cover all of it
-    size: tuple[int, int],  # (height, width) of the result, which shows the whole original picture
+    maps: Tensor,  # [K, h, w] float, one value per patch
+    placement: Placement | None,  # of the image; None if the patches cover all of it
+    size: tuple[int, int],  # (height, width) of the result, which shows the whole original image
 ) -> Tensor:
-    """The value at every pixel, [K, height, width]: cubic between patch centres, NaN where the model saw nothing."""
+    """Interpolates values to pixels, [K, height, width]: cubic between patch centres, NaN outside the model input."""
     placement = placement or Placement((1, 1), (1, 1), (0, 0, 1, 1))
     weights = []
     for axis in (0, 1):
@@ -55,9 +55,9 @@ def at_pixels(
 
 
 def _cubic(positions: Tensor, count: int) -> Tensor:
-    """Weight of each of `count` samples at positions in [0, count], where sample i lies at i + 0.5, [positions, count].
+    """Weights [positions, count] of samples at positions in [0, count], where sample i lies at i + 0.5.
 
-    Cubic convolution with a = -0.5, which keeps straight lines straight; edges are repeated, NaN outside.
+    Cubic convolution with a = -0.5, which reproduces straight lines.  Edges are repeated; outside it gives NaN.
     """
     weights = torch.zeros(len(positions), count, dtype=positions.dtype, device=positions.device)
     first = (positions - 0.5).floor().long()
@@ -69,15 +69,15 @@ def _cubic(positions: Tensor, count: int) -> Tensor:
 
 
 def panel(image: ImageLike, levels: Levels | None = None) -> Image.Image:
-    """The image upright, in a size to look at."""
+    """The image, upright, with a long side of 512 to 1,024 pixels."""
     pixels = load_image(image, levels=levels)
     if pixels.dtype != torch.uint8:
         pixels = (pixels * 255).round().to(torch.uint8)
-    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    long = max(picture.size)
+    shown = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    long = max(shown.size)
     factor = min(max(long, SIDES[0]), SIDES[1]) / long
-    width, height = (max(1, round(side * factor)) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+    width, height = (max(1, round(side * factor)) for side in shown.size)
+    return shown.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def overlay(
@@ -88,21 +88,28 @@ def overlay(
     limits: tuple[float, float] | None = None,
     mark: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """The picture in grey under the map in colours, by `heat_colours`.
+    """Draws a map in colours over the image in grey.
 
-    `placement`: of the picture; None where the map covers all of it, as with fit "native" and "squash".
-    `limits`: values of the first and the last colour; None takes the least and the largest of the map.
-    `mark`: a point (x, y) in pixels of the picture, drawn as a ring.
+    Args:
+        image: as in `extract_features`.
+        values: the map, [h, w].
+        placement: that of the image; None if the map covers the whole image, as with fit "native" and "squash".
+        limits: values of the first and the last colour (default: minimum and maximum of the map).
+        mark: a point (x, y) in pixels of the image, drawn as a ring.
 
-    Raises: InputError for values of another shape.
+    Returns:
+        A PIL image.
+
+    Raises:
+        InputError: `values` is not one map.
     """
     maps = as_tensor(values, "the map")
     if maps.ndim != 2:
-        raise InputError(f"overlay takes one map [h, w], got {list(maps.shape)}; give one, or the mean over heads")
+        raise InputError(f"overlay takes one map [h, w], got {list(maps.shape)}; give one map, or the mean over heads")
     base = panel(image)
     found = at_pixels(maps[None], placement, (base.height, base.width))[0]
     low, high = limits or (float(v) for v in found[found.isfinite()].aminmax())
-    span = max(high - low, 1e-5 * max(abs(low), abs(high)), 1e-12)  # a flat map is flat, not rounding made large
+    span = max(high - low, 1e-5 * max(abs(low), abs(high)), 1e-12)  # keeps rounding noise of a flat map small
     level = ((found - low) / span).clamp(0, 1).numpy()
     seen = np.isfinite(level)
     colours = heat_colours()[np.where(seen, level * 255, 0).round().astype(int)]
@@ -116,17 +123,17 @@ def overlay(
 
 
 def placement_of(image: ImageLike, features: Features) -> Placement:
-    """Where the one image of these features went.
+    """The placement of the one image of these features.
 
     Raises: InputError for features of several images, or of an image of another size.
     """
     if len(features) != 1:
-        raise InputError(f"these are features of {len(features)} images, and one is drawn; give features[0]")
+        raise InputError(f"the drawing shows one image, got features of {len(features)} images; give features[0]")
     placement, size = features.placements[0], tuple(load_image(image).shape[1:])
     if placement.original != size:
         raise InputError(
-            f"the image is {size[1]} wide and {size[0]} high, and the features are of one {placement.original[1]} wide "
-            f"and {placement.original[0]} high; give the image that they were made from"
+            f"the image is {size[1]} x {size[0]} pixels, but the features are of an image of {placement.original[1]} x "
+            f"{placement.original[0]} pixels; give the image of these features"
         )
     return placement
 
@@ -135,9 +142,11 @@ def attention_picture(
     image: ImageLike,
     maps: Tensor,  # [H, h, w], as `attention_maps` gives for one image, or [1, H, h, w]
     placement: Placement | None = None,
-    mark: tuple[float, float] | None = None,  # the point that asked
+    mark: tuple[float, float] | None = None,  # the query point (x, y)
 ) -> Image.Image:
-    """The image, the mean over heads, and every head, each by its own range, up to the 99.5th percentile.
+    """Draws the image, the mean over heads, and every head; each map spans its own range up to the 99.5th percentile.
+
+    Raises: InputError for maps of several images.
 
     Example:
         >>> attention_picture("cat.jpg", bb.attention_maps("cat.jpg")).save("attention.png")
@@ -145,39 +154,43 @@ def attention_picture(
     if maps.ndim == 4 and len(maps) == 1:
         maps = maps[0]
     if maps.ndim != 3:
-        raise InputError(f"attention_picture takes the maps of one image [heads, h, w], got {list(maps.shape)}")
+        raise InputError(
+            f"attention_picture takes the maps of one image [heads, h, w], got {list(maps.shape)}; give maps[0]"
+        )
     every = [maps.float().mean(dim=0), *maps.float()]
     heads = [
         overlay(image, m, placement, limits=(float(m.min()), float(np.quantile(m.cpu(), 0.995))), mark=mark)
         for m in every
     ]
-    names = ["picture", "mean over heads", *(f"head {i}" for i in range(len(maps)))]
+    names = ["image", "mean over heads", *(f"head {i}" for i in range(len(maps)))]
     return sheet([panel(image), *heads], names)
 
 
-def sheet(pictures: Sequence[Image.Image], captions: Sequence[str] = (), columns: int | None = None) -> Image.Image:
-    """Images in rows, each in the middle of its place with its caption below, on white.
+def sheet(images: Sequence[Image.Image], captions: Sequence[str] = (), columns: int | None = None) -> Image.Image:
+    """Arranges images in rows on white, each centred in its cell with its caption below.
 
-    They are shrunk where a row would be more than 4,096 pixels wide; a long caption loses its middle; a last row that
-    is not full stands in the middle.
+    Images shrink if a row is wider than 4,096 pixels; a long caption is shortened in the middle; the last row is
+    centred.
+
+    Raises: InputError if there are no images.
     """
-    if not pictures:
-        raise InputError("sheet got no pictures; give at least one")
-    if columns is None:  # about as many as rows, with few places left empty
-        root = math.ceil(len(pictures) ** 0.5)
-        columns = min(range(root, root + 3), key=lambda n: (-len(pictures) % n, n))
-    factor = min(1.0, (WIDEST / columns - GAP) / max(picture.width for picture in pictures))
-    shown = [p.resize((round(p.width * factor), round(p.height * factor))) if factor < 1 else p for p in pictures]
+    if not images:
+        raise InputError("sheet got no images; give at least one")
+    if columns is None:  # about as many columns as rows, with few empty places
+        root = math.ceil(len(images) ** 0.5)
+        columns = min(range(root, root + 3), key=lambda n: (-len(images) % n, n))
+    factor = min(1.0, (WIDEST / columns - GAP) / max(image.width for image in images))
+    shown = [p.resize((round(p.width * factor), round(p.height * factor))) if factor < 1 else p for p in images]
     width, height = max(p.width for p in shown), max(p.height for p in shown)
     text = max(14, width // 28)
     step = (width + GAP, height + GAP + (text * 3 // 2 if captions else 0))
     made = Image.new("RGB", (columns * step[0] + GAP, -(-len(shown) // columns) * step[1] + GAP), "white")
     draw, lacking = ImageDraw.Draw(made), -len(shown) % columns
-    for i, picture in enumerate(shown):
+    for i, image in enumerate(shown):
         x, y = GAP + i % columns * step[0], GAP + i // columns * step[1]
         if i >= len(shown) + lacking - columns:
             x += lacking * step[0] // 2
-        made.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
+        made.paste(image, (x + (width - image.width) // 2, y + (height - image.height) // 2))
         if i < len(captions):
             font = ImageFont.load_default(text)
             draw.text((x, y + height), _shortened(captions[i], font, width), fill="black", font=font)
@@ -185,7 +198,7 @@ def sheet(pictures: Sequence[Image.Image], captions: Sequence[str] = (), columns
 
 
 def _shortened(caption: str, font: Any, width: int) -> str:
-    """With its middle left out where it is wider than its image."""
+    """Shortens a caption in the middle until it is as narrow as its image."""
     kept = len(caption)
     while kept > 4 and font.getlength(shown := _without_middle(caption, kept)) > width:
         kept -= 1
@@ -196,8 +209,8 @@ def _without_middle(text: str, kept: int) -> str:
     return text if kept >= len(text) else f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
 
 
-def _ring(picture: Image.Image, x: float, y: float) -> None:
-    draw, radius = ImageDraw.Draw(picture), max(picture.size) / 60
+def _ring(image: Image.Image, x: float, y: float) -> None:
+    draw, radius = ImageDraw.Draw(image), max(image.size) / 60
     for colour, width in (("black", radius / 2), ("white", radius / 4)):
         box = (x - radius - width / 2, y - radius - width / 2, x + radius + width / 2, y + radius + width / 2)
         draw.ellipse(box, outline=colour, width=max(1, round(width)))

@@ -1,4 +1,4 @@
-"""Patch features as colours: three principal components to red, green and blue."""
+"""Patch features as colours: three principal components become red, green and blue."""
 
 from collections.abc import Sequence
 
@@ -22,12 +22,21 @@ __all__ = ["foreground", "pca_picture", "pca_rgb"]
 def pca_rgb(
     features: Features | Sequence[Features], masks: Sequence[Tensor | np.ndarray] | None = None
 ) -> list[np.ndarray]:
-    """One picture [h, w, 3] uint8 per input picture, a pixel per patch, by components fitted to all of them together.
+    """Colours [h, w, 3] uint8 for each image, one pixel per patch, by components fitted to all images together.
 
-    So equal colours mean similar features across pictures.  Signs are fixed: the first component is low at the borders,
-    and so red for what is in the middle; for the others see `project`.  Each channel spans the 1st to the 99th
-    percentile.  `masks` are the patches that count, bool [h, w] for each picture, such as `foreground` gives; all
-    others, and padding, are black.
+    Equal colours mean similar features across images.  Signs are fixed: the first component is low at the borders, so
+    the middle is red; for the others see `project`.  Each channel spans the 1st to the 99th percentile.
+
+    Args:
+        features: of one or more images.
+        masks: bool [h, w] per image, the patches to use, such as `foreground` gives; all other patches, and padding,
+            are black (default: all patches).
+
+    Returns:
+        One array per image.
+
+    Raises:
+        InputError: there are fewer than 3 patches, or the masks have other shapes than the grids.
 
     Source: DINOv2 paper (arXiv 2304.07193), section 7.5.
     """
@@ -37,22 +46,24 @@ def pca_rgb(
 
 
 def foreground(features: Features | Sequence[Features]) -> list[np.ndarray]:
-    """The patches of the main thing in each picture, [h, w] bool: one side of the first component of all together.
+    """The patches of the main object of each image, bool [h, w].
 
-    Of the two sides it is the one that touches the borders of the pictures less.
+    They are one side of the first component of all images together: the side that touches the borders less.
 
-    Source: DINOv2 paper (arXiv 2304.07193), section 7.5, which picks the side by hand.
+    Raises: InputError for fewer than 3 patches.
+
+    Source: DINOv2 paper (arXiv 2304.07193), section 7.5, which chooses the side by hand.
     """
     counted = _counted(features, None)
     return [mask.numpy() for mask in _on_grids(_components(features, counted, 1)[:, 0] > 0, counted)]
 
 
 def _components(features: Features | Sequence[Features], counted: Sequence[Tensor], count: int) -> Tensor:
-    """Of all patches that count, in order, [P, count]; the first is low at the borders of what counts."""
+    """Components of all patches in use, in order, [P, count]; the first is low at the borders of the used part."""
     patches = (one.patch_tokens[0].detach().cpu().float() for one in each(features))
     tokens = torch.cat([p[mask.flatten()] for p, mask in zip(patches, counted, strict=True)])
     if len(tokens) < 3:
-        raise InputError(f"three components need at least 3 patches, got {len(tokens)}; give a larger picture or mask")
+        raise InputError(f"three components need at least 3 patches, got {len(tokens)}; give a larger image or mask")
     projected = project(tokens, count)
     at_border = torch.cat([_border(mask)[mask] for mask in counted])
     if projected[at_border, 0].mean() > 0:
@@ -61,13 +72,13 @@ def _components(features: Features | Sequence[Features], counted: Sequence[Tenso
 
 
 def _border(mask: Tensor) -> Tensor:
-    """The patches of a mask that have a neighbour outside of it, [h, w] bool."""
+    """[h, w] bool: patches of a mask with a neighbour outside of it."""
     around = torch.nn.functional.pad(mask, (1, 1, 1, 1))
     return mask & ~(around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:])
 
 
 def _on_grids(values: Tensor, counted: Sequence[Tensor]) -> list[Tensor]:
-    """[P, ...] -> one [h, w, ...] per picture, zero where a patch does not count."""
+    """Splits [P, ...] into one [h, w, ...] per image, zero for patches that are not in use."""
     maps, start = [], 0
     for mask in counted:
         found = values.new_zeros((*mask.shape, *values.shape[1:]))
@@ -78,7 +89,7 @@ def _on_grids(values: Tensor, counted: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _counted(features: Features | Sequence[Features], masks: Sequence[Tensor | np.ndarray] | None) -> list[Tensor]:
-    """One bool [h, w] per picture."""
+    """One bool [h, w] per image: the patches in use."""
     every = [
         torch.ones(f.grid, dtype=torch.bool, device="cpu") if f.valid is None else f.valid[0].cpu()
         for f in each(features)
@@ -90,7 +101,7 @@ def _counted(features: Features | Sequence[Features], masks: Sequence[Tensor | n
     given = [as_tensor(mask, "a mask").cpu() for mask in masks]
     if [m.shape for m in given] != [m.shape for m in every] or any(m.dtype != torch.bool for m in given):
         raise InputError(
-            f"masks are bool, one for each of {len(every)} pictures, of the shapes {[tuple(m.shape) for m in every]}; "
+            f"masks are bool, one for each of {len(every)} images, of the shapes {[tuple(m.shape) for m in every]}; "
             f"got {[(str(m.dtype), tuple(m.shape)) for m in given]}"
         )
     return [a & b for a, b in zip(every, given, strict=True)]
@@ -99,9 +110,9 @@ def _counted(features: Features | Sequence[Features], masks: Sequence[Tensor | n
 def pca_picture(
     image: ImageLike,
     features: Features | np.ndarray,  # of this image alone, or its colours [h, w, 3] uint8
-    placement: Placement | None = None,  # of the image, for colours; None where they cover all of it
+    placement: Placement | None = None,  # of the image, if colours are given; None if they cover all of it
 ) -> Image.Image:
-    """The image and the colours of its patches, smoothly enlarged, side by side.
+    """Draws the image beside the colours of its patches, smoothly enlarged.
 
     Raises: InputError for features of several images, or of an image of another size.
 

@@ -1,4 +1,4 @@
-"""Classifiers on cached features: neighbours, and linear layers under the two published protocols."""
+"""Classifiers on cached features: nearest neighbours, and linear layers after the two published protocols."""
 
 import math
 from collections.abc import Sequence
@@ -13,18 +13,20 @@ from .classifier import CELLS, Probe, Vectors, as_features
 
 __all__ = ["KNN", "LinearProbe", "LogisticProbe", "nearest"]
 
-HELD_OUT = 0.1  # share of the examples that choose a learning rate or a penalty
+HELD_OUT = 0.1  # share of the examples that chooses a learning rate or a penalty
 
 
 def nearest(queries: Vectors, bank: Vectors, k: int) -> tuple[Tensor, Tensor]:
-    """The k vectors of a bank [N, C] that are most like each query [M, C]: cosines [M, k], best first, and their rows.
+    """The k vectors of a bank [N, C] most similar to each query [M, C].
 
-    Raises: InputError for widths that differ, values that are not finite, or a bank of fewer than k vectors.
+    Returns cosines [M, k], best first, and row numbers [M, k].
+
+    Raises: InputError for different widths, values that are not finite, or a bank of fewer than k vectors.
     """
     asked, known = as_features(queries, "queries"), as_features(bank, "bank")
     if asked.shape[1] != known.shape[1]:
         raise InputError(
-            f"the queries have {asked.shape[1]} numbers and the bank {known.shape[1]}; use one model and one pooling"
+            f"the queries have width {asked.shape[1]} and the bank {known.shape[1]}; use one model and one pooling"
         )
     if not 1 <= k <= len(known):
         raise InputError(f"k is {k} and the bank holds {len(known)} vectors; give a k from 1 to {len(known)}")
@@ -35,14 +37,14 @@ def nearest(queries: Vectors, bank: Vectors, k: int) -> tuple[Tensor, Tensor]:
 
 
 def weighted_votes(cosines: Tensor, classes: Tensor, num_classes: int, temperature: float) -> Tensor:
-    """How probable each class is, [M, K], by the cosines [M, k] and classes [M, k] of neighbours."""
+    """Class probabilities [M, K] from the cosines [M, k] and classes [M, k] of neighbours."""
     votes = cosines.new_zeros(len(cosines), num_classes)
     return votes.scatter_add_(1, classes, (cosines / temperature).softmax(dim=-1))
 
 
 @dataclass(repr=False, eq=False)
 class KNN(Probe):
-    """The classes of the k nearest examples by cosine, weighted by a softmax over them.
+    """Classifies by the k nearest examples in cosine, weighted by a softmax over their cosines.
 
     Source: reference code of DINO, DINOv2 and DINOv3 (k of 10, 20, 100 or 200, temperature 0.07, class token).
 
@@ -58,7 +60,9 @@ class KNN(Probe):
 
     def _fit(self, features: Tensor, targets: Tensor, num_classes: int) -> dict[str, Tensor]:
         if not 1 <= self.k <= len(features):
-            raise InputError(f"k is {self.k} and there are {len(features)} examples; give a k from 1 to that many")
+            raise InputError(
+                f"k is {self.k} and there are {len(features)} examples; give a k from 1 to {len(features)}"
+            )
         return {"features": F.normalize(features, dim=-1), "targets": targets}
 
     def _probabilities(self, features: Tensor) -> Tensor:
@@ -69,13 +73,13 @@ class KNN(Probe):
 
 @dataclass(repr=False, eq=False)
 class LinearProbe(Probe):
-    """A linear layer by SGD, momentum 0.9, cosine decay to 0: one for each learning rate, side by side.
+    """A linear layer trained by SGD with momentum 0.9 and cosine decay to 0, for all learning rates in parallel.
 
-    A tenth of the examples chooses the rate, and the layer is fitted anew to all of them with it.  Rates are for
-    batches of 256 and are scaled to `batch_size`; `learning_rate` is what was chosen.
+    A tenth of the examples chooses the rate; then the layer is fitted to all examples with it.  Rates are stated for a
+    batch size of 256 and scaled to `batch_size`.  After `fit`, `tensors["learning_rate"]` holds the chosen rate.
 
-    Source: DINOv2 and DINOv3, reference code: 13 rates, 10 passes of 1,250 steps of 128 pictures per device, weights
-    from N(0, 0.01).  That trains on augmented pictures; cached features are what they are.
+    Source: DINOv2 and DINOv3, reference code: 13 rates, 10 passes of 1,250 steps of 128 images per device, weights from
+    N(0, 0.01).  The reference trains on augmented images; this probe trains on cached features.
 
     Example:
         >>> LinearProbe(steps=1000).fit(bb.embed("photos/"), names).predict_proba(bb.embed("new/"))  # [N, K]
@@ -117,7 +121,7 @@ class LinearProbe(Probe):
             rows = order[start : start + size]
             x, y = F.pad(features[rows], (0, 1), value=1.0), targets[rows]
             error = (x @ weight.T).view(size, len(rates), num_classes).softmax(dim=-1)
-            error[torch.arange(size, device=y.device), :, y] -= 1  # now the gradient of the cross-entropy
+            error[torch.arange(size, device=y.device), :, y] -= 1  # gradient of the cross-entropy
             momentum.mul_(0.9).add_(error.flatten(1).T @ x, alpha=1 / size)
             weight -= scaled * momentum * (size / 256 * (1 + math.cos(math.pi * step / self.steps)) / 2)
         found = weight.view(len(rates), num_classes, -1)
@@ -126,12 +130,13 @@ class LinearProbe(Probe):
 
 @dataclass(repr=False, eq=False)
 class LogisticProbe(Probe):
-    """Logistic regression with an L2 penalty by L-BFGS in float64: the minimum of C * sum of losses + |weight|^2 / 2.
+    """Logistic regression with an L2 penalty, by L-BFGS in float64: minimises C * (sum of losses) + |weight|^2 / 2.
 
-    `C`: None takes the one of 45 from 1e-6 to 1e5 that does best on a tenth of the examples, and fits anew to all;
-    `strength` is what was chosen.  While choosing, each C starts where the last one ended and takes 100 steps at most.
+    With `C=None`, 45 values from 1e-6 to 1e5 are fitted to nine tenths of the examples; the value that is best on the
+    other tenth is then fitted to all.  Each fit of the search starts from the last one and takes at most 100 steps.
+    `tensors["strength"]` holds the chosen C.
 
-    Source: DINOv2, reference code, which takes scikit-learn's; the same minimum.
+    Source: DINOv2, reference code, which uses scikit-learn; the minimum is the same.
 
     Example:
         >>> LogisticProbe(C=1.0).fit(bb.embed("photos/"), names).predict(bb.embed("new/"))
@@ -139,14 +144,14 @@ class LogisticProbe(Probe):
 
     C: float | None = None
     max_iter: int = 1000
-    tolerance: float = 1e-6  # of the largest gradient, of the mean loss
+    tolerance: float = 1e-6  # largest gradient of the mean loss at the end
     seed: int = 0
 
     names = ("weight", "bias", "strength")
     shapes = ("K C", "K", "1")
 
     def _fit(self, features: Tensor, targets: Tensor, num_classes: int) -> dict[str, Tensor]:
-        mean = features.double().mean(dim=0)  # the bias takes it up, and the minimum is found much sooner
+        mean = features.double().mean(dim=0)  # centring speeds up convergence; the bias absorbs it
         x = F.pad(features.double() - mean, (0, 1), value=1.0)
         chosen, start = self.C, x.new_zeros(num_classes, x.shape[1])
         if chosen is None:
@@ -163,7 +168,7 @@ class LogisticProbe(Probe):
         weight = start.clone().requires_grad_()
         truth = F.one_hot(targets, len(start)).double()
         penalty = torch.ones_like(start) / (strength * len(x))
-        penalty[:, -1] = 0  # of the bias
+        penalty[:, -1] = 0  # no penalty on the bias
         solver = torch.optim.LBFGS(
             [weight], max_iter=max_iter, tolerance_grad=self.tolerance, tolerance_change=1e-14, history_size=10,
             line_search_fn="strong_wolfe",
@@ -179,17 +184,23 @@ class LogisticProbe(Probe):
 
 
 def held_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to learn from, and a tenth of them, at least one, to choose by."""
+    """Row numbers [n] for training, and [m] for choosing: a tenth of the rows, at least one."""
     order = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     held = max(1, round(count * HELD_OUT))
     return order[held:], order[:held]
 
 
 def best(logits: Tensor, targets: Tensor) -> int:  # [L, N, K], [N]
-    """The one of L with the most hits, among equals the one with the least cross-entropy; diverged ones never."""
+    """The index of the candidate with the most hits; of equals, the one with the least cross-entropy.  Diverged
+    candidates are never chosen.
+
+    Raises: InputError if all candidates diverged.
+    """
     hits = (logits.argmax(dim=-1) == targets).double().mean(dim=-1)
     losses = torch.stack([F.cross_entropy(one.double(), targets) for one in logits])
     if not losses.isfinite().any():
-        raise InputError("no learning rate converged; the features are very large, so bring them to length 1 before")
+        raise InputError(
+            "no learning rate converged, because the features are very large; scale them to length 1 first"
+        )
     hits = hits.masked_fill(~losses.isfinite(), -1.0)
     return int(torch.where(hits == hits.max(), losses, torch.inf).argmin())

@@ -1,4 +1,4 @@
-"""Maps at several strides, for detectors and other necks and heads that were built for pyramids."""
+"""Maps at several strides, for detectors and other heads that expect a feature pyramid."""
 
 import math
 from collections import OrderedDict
@@ -19,21 +19,29 @@ __all__ = ["Level", "Pyramid"]
 
 
 class Level(NamedTuple):
-    """One map of a pyramid; the names are those of detectron2's ShapeSpec."""
+    """One map of a pyramid; the field names are those of detectron2's ShapeSpec."""
 
     channels: int
     stride: int  # pixels
 
 
 class Pyramid(nn.Module):
-    """A simple feature pyramid over a backbone: an ordered dict of maps, one for each stride.
+    """A simple feature pyramid over a backbone: an ordered dict of maps, one per stride.
 
-    Each is made of the map of the layer whose stride is nearest: of a ViT the last one, of a ConvNeXt that stage.
+    Each map is made from the layer with the nearest stride: for a ViT the last layer, for a ConvNeXt that stage.  With
+    patches of 14 pixels the backbone sees the image at 14/16 of its size, so that a patch has stride 16.  torchvision's
+    detectors take a pyramid as their backbone (give them `image_mean` and `image_std` of `backbone.preprocess`);
+    `output_shape` and `size_divisibility` are detectron2's.
 
-    `strides` are powers of 2.  Patches of 14 pixels are made to have stride 16: the backbone sees the picture at 14/16
-    of its size.  `freeze` keeps the backbone as it is, in eval mode and without gradients; the new layers are trained.
-    torchvision's detectors take it as their backbone (give them `image_mean` and `image_std` of `backbone.preprocess`),
-    and `output_shape` and `size_divisibility` are detectron2's.
+    Args:
+        backbone: the model.
+        out_channels: channels of each map (default: 256).
+        strides: pixels, powers of 2 (default: (4, 8, 16, 32)).
+        names: keys of the maps (default: ("0", "1", "2", "3")).
+        freeze: keep the backbone in eval mode and without gradients, and train only the new layers (default: True).
+
+    Raises:
+        InputError: a stride is not a power of 2, or there is not one name per stride.
 
     Source: ViTDet (arXiv 2203.16527), section 3: transposed convolutions and pooling of one map, then 1 x 1 and 3 x 3
     convolutions, each with a norm over channels.
@@ -47,17 +55,17 @@ class Pyramid(nn.Module):
         names: Sequence[str] = ("0", "1", "2", "3"),
         freeze: bool = True,
     ) -> None:
-        """Raises: InputError for strides that are no powers of 2, or another number of names."""
         super().__init__()
         if not strides or any(s < 1 or s & (s - 1) for s in strides) or len(set(names)) != len(strides):
             raise InputError(
-                f"a pyramid has strides that are powers of 2 and a name for each, got {list(strides)} and {list(names)}"
+                f"strides are powers of 2 with one name each, got {list(strides)} and {list(names)}; give for example "
+                "strides=(8, 16), names=('0', '1')"
             )
         self.backbone, self.freeze, self.out_channels = backbone, freeze, out_channels
         self.strides = dict(zip(names, strides, strict=True))
-        self.stride = 1 << round(math.log2(backbone.patch_size))  # of the last map
+        self.stride = 1 << round(math.log2(backbone.patch_size))  # stride of the last map
         have = [1 << round(math.log2(backbone.stride(layer))) for layer in range(backbone.n_blocks)]
-        self.layers = {  # of equal ones the last
+        self.layers = {  # of equal layers the last
             name: min(range(len(have)), key=lambda layer: (abs(math.log2(have[layer] / stride)), -layer))
             for name, stride in self.strides.items()
         }
@@ -71,7 +79,7 @@ class Pyramid(nn.Module):
 
     @property
     def size_divisibility(self) -> int:
-        """Sides that are multiples of this are not padded inside."""
+        """Images whose sides are multiples of this need no padding."""
         return max(self.stride, *self.strides.values())
 
     def output_shape(self) -> dict[str, Level]:
@@ -79,9 +87,9 @@ class Pyramid(nn.Module):
         return {name: Level(self.out_channels, stride) for name, stride in self.strides.items()}
 
     def forward(self, pixels: Tensor) -> "OrderedDict[str, Tensor]":
-        """Normalised pixels [B, 3, H_px, W_px] of any size -> maps [B, out_channels, H_px / stride, W_px / stride].
+        """Maps [B, out_channels, H_px / stride, W_px / stride] of normalised pixels [B, 3, H_px, W_px] of any size.
 
-        Sides are rounded up; what was padded is cut off again.
+        Sides of maps are rounded up; the maps are cropped to the part without padding.
         """
         height, width = pixels.shape[2:]
         whole = [-(-side // self.size_divisibility) * self.size_divisibility for side in (height, width)]
@@ -101,6 +109,7 @@ class Pyramid(nn.Module):
         )
 
     def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`; a frozen backbone stays in eval mode."""
         super().train(mode)
         self.backbone.train(mode and not self.freeze)
         return self
@@ -114,8 +123,9 @@ class _ChannelNorm(nn.LayerNorm):
 
 
 def _level(channels: int, out_channels: int, have: int, want: int) -> nn.Sequential:
+    """The layers that turn a map with stride `have` into one with stride `want`."""
     layers: list[nn.Module] = []
-    while have > want:  # up by 2, with half the channels each time
+    while have > want:  # doubles the size and halves the channels
         layers += [nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)]
         have, channels = have // 2, channels // 2
         if have > want:

@@ -1,4 +1,4 @@
-"""`python -m dinov3_infer.train`."""
+"""`python -m dinov3_infer.train`, the same as `dinov3-infer train`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters on a backbone, and the plain model that they come to."""
+"""Low-rank adapters on a backbone, and their merging into a plain model."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ __all__ = ["add_adapters", "plain_copy"]
 
 
 class LowRank(nn.Module):
-    """W + up @ down, which starts as W.  Source: LoRA (arXiv 2106.09685), with its alpha equal to the rank."""
+    """Adapts a weight W as W + up @ down, which starts at W.  Source: LoRA (arXiv 2106.09685), alpha = rank."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
@@ -24,11 +24,12 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self, weight: Tensor) -> Tensor:
+        """The adapted weight, [out, in], of a weight [out, in]."""
         return weight + self.up @ self.down
 
 
 def add_adapters(backbone: Backbone, rank: int) -> None:
-    """Freezes the backbone and puts an adapter on every linear layer of its blocks."""
+    """Freezes the backbone and adds an adapter of this rank to every linear layer of its blocks."""
     backbone.requires_grad_(False)
     for module in list(backbone.blocks.modules()):
         if isinstance(module, nn.Linear):
@@ -36,7 +37,7 @@ def add_adapters(backbone: Backbone, rank: int) -> None:
 
 
 def plain_copy(backbone: Backbone) -> Backbone:
-    """The same model on the CPU, adapters merged, nothing spread over processes; all processes call it."""
+    """A copy of the model on the CPU, with adapters merged and unsharded parameters; all processes must call it."""
     state = {name: whole(tensor).detach().cpu() for name, tensor in backbone.state_dict().items()}
     made = Backbone(backbone.config, backbone.info).eval()
     ranks = [len(tensor) for name, tensor in state.items() if name.endswith(".down")]

@@ -1,12 +1,12 @@
-"""The blocks of a model in training: some activations are computed twice, and a CPU is used well.
+"""The blocks of a model in training: faster on a CPU, and with activations that the backward pass computes again.
 
-`wrap_blocks` puts a `TrainedBlock` in the place of each block.  It holds the same modules under the same names, so that
-state-dict keys, adapters and groups of the optimiser stay what they are.  On a CPU
+`wrap_blocks` replaces each block by a `TrainedBlock`, which holds the same modules under the same names, so that
+state-dict keys, adapters and parameter groups do not change.  On a CPU:
 
-- products in float32 go to oneDNN: torch hands them to a library that on many CPUs uses half of their vectors;
-- no cast of the weights is kept under autocast, and no branch for the gradient of its LayerScale;
-- attention keeps what enters it alone: q and k are rotated, and the weights made, once more in the backward pass, a few
-  pictures at a time, so that the matrices of all of them are never in memory.
+- float32 products use oneDNN, because torch's default library uses only half of the vector width of many CPUs;
+- autocast keeps no converted copy of the weights, and LayerScale keeps no product for its gradient;
+- attention keeps only its input.  The backward pass rotates q and k and computes the attention matrices again, a few
+  images at a time, so that memory never holds the matrices of all images.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,47 +22,53 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..backbone import Backbone
-from ..model.attention import rope_attention
+from ..model.attention import rope_attention, why_not_triton
 from ..model.cpu.linear import why_not_packed
-from ..model.layers import Block, MaskedKeyLinear, Residual
+from ..model.fused import layer_norm, residual_norm
+from ..model.layers import Block, LayerNorm, MaskedKeyLinear, Residual
 from ..model.rope import RopeTable, apply_rope
 
 __all__ = ["Linear", "Recompute", "attend", "linear", "wrap_blocks"]
 
 Recompute = Literal["none", "cheap", "all"]
-Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]  # of the first and the second run
+Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]  # forward pass, recomputation
 
-_ENTRIES = 2**21  # of the attention matrices of one time, unless a picture alone has more
-_EMPTY = ContextVar("_EMPTY", default=False)  # `linear` leaves its product out
+_ENTRIES = 2**21  # entries of the attention matrices computed at a time; one image may exceed it
+_EMPTY = ContextVar("_EMPTY", default=False)  # `linear` skips its product
 
 
 def wrap_blocks(backbone: Backbone, compiled: bool, recompute: Recompute) -> None:
-    """Blocks whose products and attention are fast and keep little, that are compiled, or that compute some of their
-    activations again in the backward pass.
+    """Replaces the blocks of a backbone by blocks for training.
 
-    "cheap": what norms and the activation of the MLP make, a third of what a block keeps, for a hundredth of its time.
-    The compiler chooses by itself what to keep, so there it is "none".
+    Args:
+        backbone: changed in place.
+        compiled: compile the blocks with torch.compile, which chooses the activations to keep.
+        recompute: activations that the backward pass computes again.  "cheap": the outputs of norms and of the MLP's
+            activation function, a third of the activations of a block, in a hundredth of its time; "all": everything;
+            "none": nothing.
     """
     for i, module in enumerate(backbone.blocks):
         block = cast(Block, module)
         layers = (block.attn.qkv, block.attn.proj, *block.mlp.children())
-        ours = not compiled and all(isinstance(layer, nn.Linear) for layer in layers)  # peft's layers compute their own
+        ours = not compiled and all(isinstance(layer, nn.Linear) for layer in layers)  # not peft's layers
         backbone.blocks[i] = (FastBlock if ours else TrainedBlock)(block, compiled, recompute)
 
 
 class TrainedBlock(Block):
-    """The modules of a block; computed as there, but compiled, or once more in the backward pass."""
+    """A block with the modules of another one, compiled or computed again in the backward pass."""
 
     def __init__(self, block: Block, compiled: bool, recompute: Recompute) -> None:
-        nn.Module.__init__(self)  # Block's would make new weights
+        nn.Module.__init__(self)  # Block.__init__ would create new weights
         for name, part in block.named_children():
             self.add_module(name, part)
         self.training, self.compiled, self.recompute = block.training, compiled, recompute
 
     def forward(self, *args: Any) -> Tensor:
+        """Tokens [B, N, C], or packed [T, C], to tokens of the same shape; arguments as those of `Block.forward`."""
         return self._run(Block.forward, *args)
 
     def forward_dropped(self, *args: Any) -> Tensor:
+        """Packed tokens [T, C] to [T, C], with stochastic depth; arguments as those of `Block.forward_dropped`."""
         return self._run(Block.forward_dropped, *args)
 
     def _run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -73,7 +79,12 @@ class TrainedBlock(Block):
 
 
 class FastBlock(TrainedBlock):
-    """A block that computes with `linear` and `attend`."""
+    """A block that computes with `linear` and `attend`, and on a GPU with the norms of `model.fused`."""
+
+    def forward(self, x: Tensor, *where: Any) -> Tensor:
+        if self.recompute == "none" and _kernel_dtype(x, self.norm2) is not None:
+            return self._fused(x, *where)
+        return super().forward(x, *where)
 
     def attention_branch(
         self,
@@ -82,25 +93,62 @@ class FastBlock(TrainedBlock):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        attn = self.attn
-        cos, sin = rope if rope is not None else (None, None)
-        qkv = self._cheaply(lambda x: _apply(attn.qkv, self.norm1(x)), x).unflatten(-1, (3, attn.num_heads, -1))
-        function = attend if attn.attend is rope_attention else attn.attend
-        attended = function(qkv, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        return _apply(attn.proj, attended, self.ls1).to(x.dtype)
+        """The attention branch of the block, without its residual, in the shape of x."""
+        return _apply(self.attn.proj, self._attended(x, rope, cu_seqlens, max_seqlen), self.ls1).to(x.dtype)
 
     def mlp_branch(self, x: Tensor) -> Tensor:
-        expand, contract = cast(tuple[nn.Linear, nn.Linear], tuple(self.mlp.children()))
-        hidden = self._cheaply(lambda x: _apply(expand, self.norm2(x)), x)
-        return self._cheaply(lambda hidden: _apply(contract, self.mlp.activate(hidden), self.ls2), hidden).to(x.dtype)
+        """The MLP branch of the block, without its residual: [..., C] to [..., C]."""
+        expand = next(self.mlp.children())
+        hidden = self._cheaply(lambda x: _apply(cast(nn.Linear, expand), _normed(self.norm2, x)), x)
+        return self._contracted(hidden).to(x.dtype)
+
+    def _fused(self, x: Tensor, *where: Any) -> Tensor:
+        """As `Block.forward`; the first branch is added by the kernel that norms the sum."""
+        dtype = _kernel_dtype(x, self.norm2)
+        assert dtype is not None
+        branch, norm = _apply(self.attn.proj, self._attended(x, *where)), self.norm2
+        x, h = residual_norm(x, branch, self.ls1.gamma, norm.weight, norm.bias, norm.eps, dtype)
+        return x + self._contracted(_apply(cast(nn.Linear, next(self.mlp.children())), h)).to(x.dtype)
+
+    def _attended(
+        self, x: Tensor, rope: RopeTable | None, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
+        attn = self.attn
+        cos, sin = rope if rope is not None else (None, None)
+        qkv = self._cheaply(lambda x: _apply(attn.qkv, _normed(self.norm1, x)), x)
+        function = attend if attn.attend is rope_attention else attn.attend
+        heads = qkv.unflatten(-1, (3, attn.num_heads, -1))
+        return function(heads, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+
+    def _contracted(self, hidden: Tensor) -> Tensor:
+        *_, contract = self.mlp.children()
+        return self._cheaply(
+            lambda hidden: _apply(cast(nn.Linear, contract), self.mlp.activate(hidden), self.ls2), hidden
+        )
 
     def _cheaply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """function(x), of which x alone is kept where that is wanted."""
+        """function(x); keeps only x for the backward pass if recompute is "cheap"."""
         return _recomputed(function, x, contexts=_without_values) if self.recompute == "cheap" else function(x)
 
 
+def _kernel_dtype(x: Tensor, norm: nn.Module) -> torch.dtype | None:
+    """The dtype of the products after a norm, where one kernel can norm x and round it; None elsewhere."""
+    kind = x.device.type
+    if kind not in ("cuda", "xpu") or x.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return None
+    dtype, plain = torch.get_autocast_dtype(kind), type(norm.weight) in (Tensor, nn.Parameter)
+    return dtype if plain and why_not_triton(x.device, dtype, 64) is None else None
+
+
+def _normed(norm: LayerNorm, x: Tensor) -> Tensor:
+    dtype = _kernel_dtype(x, norm)
+    if dtype is None:
+        return norm(x)  # type: ignore[no-any-return]
+    return layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
+
+
 def _apply(layer: nn.Linear, x: Tensor, residual: Residual | None = None) -> Tensor:
-    """A linear layer; the factors of LayerScale join the product, which need not be kept for their gradient then."""
+    """A linear layer and its LayerScale in one, so that the product is not kept for the gradient of LayerScale."""
     bias = layer.masked_bias if isinstance(layer, MaskedKeyLinear) else layer.bias
     return linear(x, layer.weight, bias, None if residual is None else residual.gamma)
 
@@ -114,8 +162,9 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _recomputed(function: Callable[..., Tensor], *args: Any, contexts: Callable[..., Contexts]) -> Tensor:
-    """Keeps the arguments alone.  The second run ends with the last tensor that is needed: no product is made twice
-    that nothing follows.
+    """function(*args), keeping only the arguments for the backward pass.
+
+    The recomputation stops after the last tensor that the backward pass needs.
     """
     if not torch.is_grad_enabled():
         return function(*args)
@@ -126,7 +175,7 @@ def _recomputed(function: Callable[..., Tensor], *args: Any, contexts: Callable[
 
 
 def _without_values(*_: Any) -> Contexts:
-    """Where only what `linear` keeps for its backward pass is wanted, it leaves the product out."""
+    """Contexts in which the recomputation skips the product of `linear`, whose backward pass needs its inputs only."""
 
     @contextmanager
     def again() -> Iterator[None]:
@@ -140,7 +189,7 @@ def _without_values(*_: Any) -> Contexts:
 
 
 def _drawing_the_same(*args: Any) -> Contexts:
-    """torch replays its own generators, but not a given one."""
+    """Contexts that restore a generator among the arguments, since torch restores only its global generators."""
     drawn = next((arg for arg in args if isinstance(arg, torch.Generator)), None)
     if drawn is None:
         return nullcontext(), nullcontext()
@@ -158,7 +207,17 @@ def _drawing_the_same(*args: Any) -> Contexts:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gamma: Tensor | None = None) -> Tensor:
-    """(x W^T + b) * gamma: x [..., K], W [C, K], b and gamma [C]."""
+    """(x W^T + b) * gamma, with oneDNN on a CPU.
+
+    Args:
+        x: [..., K].
+        weight: W, [C, K].
+        bias: b, [C].
+        gamma: factors of LayerScale, [C].
+
+    Returns:
+        [..., C].
+    """
     plain = type(weight) in (Tensor, nn.Parameter) and x.numel() > 0
     if not plain or x.device.type != "cpu":
         product = F.linear(x, weight, bias)
@@ -169,7 +228,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gamma: Tensor 
 
 
 class Linear(nn.Linear):
+    """`nn.Linear` with oneDNN on a CPU, see `linear`."""
+
     def forward(self, x: Tensor) -> Tensor:
+        """[..., K] to [..., C]."""
         return linear(x, self.weight, self.bias)
 
 
@@ -185,7 +247,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """dW is gamma times a product that has no gamma in it, and the same product, by W, is gamma's gradient."""
+        """One product without gamma gives both gradients: times gamma it is dW, times W and summed it is dgamma."""
         x, weight, bias, gamma = ctx.saved_tensors
         needs, scaled = ctx.needs_input_grad, weight if gamma is None else weight * gamma[:, None]
         rows = gradient.flatten(0, -2)
@@ -202,7 +264,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """In the dtype of x."""
+    """x W^T + b in the dtype of x."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if x.dtype != torch.float32 or why_not_packed() is not None:
         return F.linear(x, weight, bias)
@@ -221,7 +283,13 @@ def attend(
     max_seqlen: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`rope_attention`; on a CPU with products in the dtype of qkv, and softmax in float32 at least."""
+    """`rope_attention` with a backward pass that needs little memory on a CPU.
+
+    On a CPU products have the dtype of qkv, and softmax is in float32 or float64.
+
+    Returns:
+        [B, N, H * D], or packed [T, H * D].
+    """
     if qkv.device.type != "cpu":
         return rope_attention(qkv, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=scale)
     if cu_seqlens is not None:
@@ -250,7 +318,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """With weights P and G of the result: dV = P^T G, dS = softmax's of (G V^T), dQ = dS K, dK = dS^T Q."""
+        """With attention weights P and output gradient G: dV = P^T G, dS = softmax'(G V^T), dQ = dS K, dK = dS^T Q."""
         qkv, cos, sin = ctx.saved_tensors
         found = torch.empty_like(qkv)
         for part, count in _parts(ctx.lengths, qkv.shape[-2]):
@@ -265,7 +333,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _parts(lengths: tuple[int, ...], heads: int) -> Iterator[tuple[slice, int]]:
-    """The tokens of neighbours of one length, and how many these are."""
+    """Runs of consecutive images of one length: the slice of their tokens, and their number."""
     start = 0
     for length, run in groupby(lengths):
         left, most = sum(1 for _ in run), max(1, _ENTRIES // (heads * length**2))
@@ -290,8 +358,8 @@ def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 def _heads(x: Tensor, count: int) -> Tensor:
     """[T, H, D] -> [count * H, N, D]."""
-    pictures: Tensor = x.unflatten(0, (count, -1))
-    return pictures.transpose(1, 2).flatten(0, 1)
+    images: Tensor = x.unflatten(0, (count, -1))
+    return images.transpose(1, 2).flatten(0, 1)
 
 
 def _per_token(x: Tensor, count: int) -> Tensor:

@@ -1,223 +1,229 @@
-"""One flat table of everything that a run can be told, and presets as tables of what they change.
+"""All settings of a training run in one table, and presets as tables of the settings that they change.
 
-A field says what it means (`option`), and its type says which values it takes.
+Each field carries its explanation (`option`); its type says which values it takes.
 """
 
 import dataclasses
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal
 
 from ..errors import InputError, check_choice
 from ..model.rope import RopeAugmentation
 from .blocks import Recompute
 from .losses import GramOf
+from .options import Count, CountFrom0, Pair, Positive, Share, Shares, Weight, check_fields, option
 from .views import ViewConfig
 
 __all__ = ["PRESETS", "TrainConfig"]
 
 Preset = Literal["adapt", "dinov3", "distill"]
-Pair = tuple[float, float]
-T = TypeVar("T")
 
 
-def above_0(value: float) -> str | None:
-    """What is wrong with a value; the same for the three below."""
-    return None if value > 0 else f"is {value}; give a value above 0"
-
-
-def not_below_0(value: float) -> str | None:
-    return None if value >= 0 else f"is {value}; give 0 or more"
-
-
-def share(value: float) -> str | None:
-    return None if 0 <= value <= 1 else f"is {value}; give a value from 0 to 1"
-
-
-def shares(value: Pair) -> str | None:
-    low, high = value
-    return None if 0 < low <= high <= 1 else f"is a range of shares, got {low} to {high}; give 0 < low <= high <= 1"
-
-
-Count = Annotated[int, above_0]
-CountFrom0 = Annotated[int, not_below_0]
-Positive = Annotated[float, above_0]
-Weight = Annotated[float, not_below_0]
-Share = Annotated[float, share]
-Shares = Annotated[Pair, shares]
-
-
-def option(default: T, text: str = "", heading: str = "") -> T:
-    """A field with its text in `--help`, and the heading that stands above it and those that follow."""
-    return dataclasses.field(default=default, metadata={"text": text, "heading": heading})
-
-
+# fmt: off
+# One setting in a line or two reads better here than one argument in a line.
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run.  Sizes are in pixels, `_steps` in optimiser steps, `_share` in parts of the run.
+    """The settings of a run.  Sizes are in pixels, `_steps` in optimiser steps, `_share` in shares of the run.
 
-    The defaults are those of preset "adapt": going on with a released backbone on pictures of one's own.  Values
-    without a source are ours.  "v3" is dinov3/configs at 6876159, "FINO" the fine-tuning branch of that repository.
+    The defaults are those of preset "adapt", which continues the training of a released backbone on your own images.
+    "DINOv3" in a text refers to dinov3/configs at 6876159, "FINO" to the fine-tuning branch of that repository.  A
+    value without a source is ours.
+
+    Raises:
+        InputError: a value has a wrong type or lies outside its range, or two settings contradict each other.
     """
 
     data: tuple[str, ...] = option(
-        (), 'folders, list files, tar shards; "A:0.1:pure" gives A a tenth of the batches, unmixed', heading="what"
-    )
-    model: str = option("vits16", "name, path or hub id; with `from_scratch` a name")
-    out: str = option("", "folder of the run")
-    from_scratch: bool = option(False, "random weights")
-    teacher: str = option("", "of a distillation: name, path or hub id")
+        (), "folders, list files (.txt) or tar shards; 'A:0.1:pure' takes a tenth of the batches from A alone",
+        heading="model and data")
+    model: str = option("vits16", "backbone to start from: name, path or hub id; with from_scratch only a name")
+    out: str = option("", "folder of the run: checkpoints, metrics and the trained backbone")
+    from_scratch: bool = option(False, "start from random weights")
+    teacher: str = option("", "backbone to distil from: name, path or hub id")
 
-    steps: Count = option(2000, "of the optimiser", heading="how long, how many")
-    batch_size: Count = option(64, "pictures per step, of all processes and accumulation steps together")
-    accumulate: Count = option(1, "parts that the batch of a process is computed in: memory against time, same result")
-    seed: int = option(0, "of every random draw")
+    steps: Count = option(2000, "optimiser steps", heading="length and batches")
+    batch_size: Count = option(64, "images per step, over all processes and accumulation steps")
+    accumulate: Count = option(1, "parts in which each process computes its batch; saves memory, same result")
+    seed: int = option(0, "seed of every random draw")
 
     levels: str = option(
-        "", 'of images of more than 8 bits what is black and white: "LOW,HIGH", "full" or "percentile"'
-    )
-    global_px: Count = option(224, "side of the two global crops", heading="views (see views.ViewConfig)")
-    local_px: CountFrom0 = option(96, "side of a local crop")
-    num_local: CountFrom0 = option(8, "local crops of each picture; v3")
+        "", "for images of more than 8 bits: the values that become black and white, as 'LOW,HIGH'; or 'full' (the "
+        "range of the data type) or 'percentile' (of each image)")
+    global_px: Count = option(224, "side of the two global crops, in pixels", heading="views (see views.ViewConfig)")
+    local_px: CountFrom0 = option(96, "side of a local crop, in pixels")
+    num_local: CountFrom0 = option(8, "local crops per image, as DINOv3")
     gram_px: CountFrom0 = option(
-        0, "of the Gram or distillation teacher; 0: what gives it the student's grid of patches"
-    )
-    sizes: tuple[str, ...] = option((), 'mixed resolutions, "512/112/768:0.3": global, local, Gram crops, probability')
-    global_scale: Shares = option((0.32, 1.0), "share of the picture's area; v3")
-    local_scale: Shares = option((0.05, 0.32), "likewise; v3")
-    flip: Share = option(0.5, "probability")
-    distortions: bool = option(True, "of colours, blur, solarisation")
-    blur: bool = option(True, "its strength is in pixels, too much for pictures of 32")
-    mask_share: Share = option(0.5, "of the global crops, that patches are hidden in; v3")
-    mask_ratio: Shares = option((0.1, 0.5), "share of the patches of a masked crop; v3")
+        0, "side of the crops for the Gram or distillation teacher, pixels; 0 gives it as many patches as the student")
+    sizes: tuple[str, ...] = option(
+        (), "mixed resolutions, each as global/local/Gram pixels and a probability: '512/112/768:0.3'")
+    global_scale: Shares = option((0.32, 1.0), "share of the image's area in a global crop, as DINOv3")
+    local_scale: Shares = option((0.05, 0.32), "share of the image's area in a local crop, as DINOv3")
+    flip: Share = option(0.5, "probability that a crop is mirrored")
+    distortions: bool = option(True, "apply colour jitter, greyscale, blur and solarisation")
+    blur: bool = option(True, "apply blur; its strength is in pixels, too strong for images of 32 pixels")
+    mask_share: Share = option(0.5, "share of the global crops in which patches are masked, as DINOv3")
+    mask_ratio: Shares = option((0.1, 0.5), "share of the patches that a masked crop hides, as DINOv3")
 
-    dino_weight: Weight = option(1.0, "class tokens of different crops say the same; v3", heading="objectives")
-    local_weight: Weight = option(1.0, "of the local crops' part; v3, 0.5 in the high-resolution stage")
-    ibot_weight: Weight = option(1.0, "hidden patches are told from the others; v3")
-    koleo_weight: Weight = option(0.1, "pictures keep apart; v3")
-    sigreg_weight: Weight = option(0.0, "likewise, instead of KoLeo; FINO 0.05")
-    spread_group: Count = option(16, "pictures among which KoLeo and SIGReg look; DINOv3 paper, section 3.2")
-    gram: Literal["off", "start", "ema", "renew"] = option("off", "the teacher: start weights, EMA, a copy of the EMA")
-    gram_weight: Weight = option(2.0, "v3")
-    gram_begin_share: Share = option(0.0, "of the run, before Gram anchoring begins")
-    gram_ramp_share: Share = option(0.0, "of the run, until it has its whole weight, by half a cosine; v3 0.005")
-    gram_local_weight: Weight = option(1.0, "times local_weight, once Gram anchoring has its whole weight; v3 0.5")
-    gram_renew_steps: Count = option(10_000, '"renew": copied from the EMA every so often; v3')
-    gram_renewals: CountFrom0 = option(0, '"renew": so many times, then never again; 0: to the end; v3 3')
-    gram_of: GramOf = option("patches", "similarities between these; v3")
-    feature_weight: Weight = option(0.0, "distillation: the teacher's features, without heads")
+    dino_weight: Weight = option(
+        1.0, "weight of the DINO loss, which makes class tokens of different crops of an image agree, as DINOv3",
+        heading="objectives")
+    local_weight: Weight = option(
+        1.0, "factor of the local crops' part of the DINO loss, as DINOv3; 0.5 in its high-resolution stage")
+    ibot_weight: Weight = option(1.0, "weight of the iBOT loss, which predicts masked patches, as DINOv3")
+    koleo_weight: Weight = option(0.1, "weight of the KoLeo loss, which spreads the class tokens, as DINOv3")
+    sigreg_weight: Weight = option(0.0, "weight of SIGReg, which can replace KoLeo; FINO uses 0.05")
+    spread_group: Count = option(16, "images within which KoLeo and SIGReg compare; DINOv3 paper, section 3.2")
+    gram: Literal["off", "start", "ema", "renew"] = option(
+        "off", "teacher of Gram anchoring: the start weights, the moving average (ema), or a copy of it that is "
+        "renewed at intervals")
+    gram_weight: Weight = option(2.0, "weight of the Gram loss, as DINOv3")
+    gram_begin_share: Share = option(0.0, "share of the run before Gram anchoring begins")
+    gram_ramp_share: Share = option(
+        0.0, "share of the run in which the Gram weight rises from 0, along half a cosine; DINOv3 uses 0.005")
+    gram_local_weight: Weight = option(
+        1.0, "factor on local_weight when the Gram weight has its full value; DINOv3 uses 0.5")
+    gram_renew_steps: Count = option(10_000, "steps between renewals with gram='renew', as DINOv3")
+    gram_renewals: CountFrom0 = option(0, "number of renewals with gram='renew'; 0 sets no limit; DINOv3 uses 3")
+    gram_of: GramOf = option(
+        "patches", "similarities that the Gram loss compares: between patches or between channels, as DINOv3")
+    feature_weight: Weight = option(0.0, "distillation: weight of the loss on the teacher's features")
     relation_weight: Weight = option(
-        0.0, "distillation: the teacher's similarities between pictures and between patches"
-    )
+        0.0, "distillation: weight of the loss on the teacher's similarities between images and between patches")
 
-    dino_prototypes: Count = option(16_384, heading="heads and targets")
-    ibot_prototypes: CountFrom0 = option(16_384, "0: DINO's head scores the patches too; DINOv2")
-    head_hidden: Count = option(2048, "v3, the 7B 8192")
-    head_bottleneck: Count = option(256, "v3, the 7B 512")
-    ibot_hidden: CountFrom0 = option(0, "of iBOT's head; 0: as above; v3, the 7B 4096")
-    ibot_bottleneck: CountFrom0 = option(0, "likewise; v3, the 7B 384")
-    unit_prototypes: bool = option(True, "DINO v1; free ones (v3) take thousands of steps to say anything")
-    standardise: bool = option(True, "the heads see tokens of mean 0 and variance 1")
-    centring: Literal["sinkhorn", "centre"] = option("sinkhorn", "v3")
-    student_temperature: Positive = option(0.1, "v3")
-    teacher_temperature_start: Positive = option(0.04, "at first; v3")
-    teacher_temperature: Positive = option(0.04, "v3 0.07")
-    teacher_temperature_share: Share = option(0.1, "of the run, between the two; v3")
+    dino_prototypes: Count = option(16_384, "prototypes of the DINO head", heading="heads and targets")
+    ibot_prototypes: CountFrom0 = option(
+        16_384, "prototypes of the iBOT head; with 0 the DINO head scores patches too, as DINOv2")
+    head_hidden: Count = option(2048, "hidden width of a head, as DINOv3; its 7B uses 8192")
+    head_bottleneck: Count = option(256, "bottleneck width of a head, as DINOv3; its 7B uses 512")
+    ibot_hidden: CountFrom0 = option(0, "hidden width of the iBOT head; 0 takes head_hidden; DINOv3's 7B uses 4096")
+    ibot_bottleneck: CountFrom0 = option(
+        0, "bottleneck width of the iBOT head; 0 takes head_bottleneck; DINOv3's 7B uses 384")
+    unit_prototypes: bool = option(
+        True, "keep prototypes at length 1, as DINO v1; free ones (DINOv3) need thousands of steps to become useful")
+    standardise: bool = option(True, "give the heads tokens of mean 0 and variance 1")
+    centring: Literal["sinkhorn", "centre"] = option(
+        "sinkhorn", "balancing of the teacher's targets: Sinkhorn-Knopp or a running centre, as DINOv3")
+    student_temperature: Positive = option(0.1, "softmax temperature of the student, as DINOv3")
+    teacher_temperature_start: Positive = option(0.04, "softmax temperature of the teacher at step 0, as DINOv3")
+    teacher_temperature: Positive = option(
+        0.04, "softmax temperature of the teacher after its warm-up; DINOv3 uses 0.07")
+    teacher_temperature_share: Share = option(
+        0.1, "share of the run in which the teacher's temperature changes, as DINOv3")
 
-    tune: Literal["full", "last", "lora"] = option("full", heading="what is trained")
-    tune_blocks: Count = option(4, '"last": so many blocks and the final norm')
-    lora_rank: Count = 16
-    freeze_share: Share = option(0.05, "heads alone at first: released backbones have none; FINO 0.4")
-    ramp_share: Share = option(0.05, "until the backbone learns at full rate; FINO 0.04")
-    freeze_prototypes_share: Share = option(0.0, "of the run, while they stay; v3 0.005 to 0.01, from scratch")
-    drop_path: Share = option(0.0, "share of the pictures that a block leaves out; v3 0.3 to 0.4, from scratch")
-    drop_path_grows: bool = option(False, "from 0 in the first block to that in the last; DINO v1")
-    local_cls_norm: bool = option(False, "a final norm for local crops, where the weights have none; v3, the 7B")
-    rope_rescale: float = option(2.0, "of the coordinates, drawn between 1/2 and 2; v3; 1 is off")
+    tune: Literal["full", "last", "lora"] = option(
+        "full", "trained part of the backbone: all, the last blocks, or low-rank adapters", heading="what is trained")
+    tune_blocks: Count = option(4, "with tune='last': blocks that are trained, besides the final norm")
+    lora_rank: Count = option(16, "with tune='lora': rank of the adapters")
+    freeze_share: Share = option(
+        0.05, "share of the run in which only the heads are trained, since they start untrained; FINO uses 0.4")
+    ramp_share: Share = option(
+        0.05, "share of the run after that in which the backbone's learning rate rises; FINO uses 0.04")
+    freeze_prototypes_share: Share = option(
+        0.0, "share of the run in which the prototypes do not change; DINOv3 uses 0.005 to 0.01, from scratch")
+    drop_path: Share = option(
+        0.0, "stochastic depth: share of the images that skip a block; DINOv3 uses 0.3 to 0.4, from scratch")
+    drop_path_grows: bool = option(False, "let drop_path grow linearly from 0 in the first block, as DINO v1")
+    local_cls_norm: bool = option(False, "add a separate final norm for local crops; DINOv3's 7B has one")
+    rope_rescale: float = option(
+        2.0, "largest random rescaling of the RoPE coordinates: 2 draws from 1/2 to 2, 1 turns it off; as DINOv3")
 
     lr_at_1024: Positive = option(
-        4e-4,
-        "times sqrt(batch_size / 1024); v3 writes a quarter of it and multiplies by 4",
-        heading="optimiser (AdamW)",
-    )
-    lr_end_share: Weight = option(1.0, "of the last learning rate: 1 is constant after the warm-up; v3")
-    head_lr: Positive = option(5.0, "of the heads, over that of the backbone: they are new")
-    warmup_share: Share = option(0.1, "until the learning rate is whole; v3")
-    warmup: Literal["line", "cosine"] = option("line", "its form; v3, the high-resolution stage by half a cosine")
-    weight_decay: Weight = option(0.04, "v3")
-    weight_decay_end: Weight = option(0.04, "v3")
-    betas: Pair = option((0.9, 0.99), "v3")
-    clip: Positive = option(3.0, "norm of the gradients of backbone and of each head; v3")
-    layer_decay: Positive = option(0.98, "learning rate of a block over that of the next one; v3")
-    patch_lr: Positive = option(0.2, "of the patch embedding; v3")
+        4e-4, "learning rate for a batch of 1024, multiplied by sqrt(batch_size / 1024); DINOv3 states a quarter of it",
+        heading="optimiser (AdamW)")
+    lr_end_share: Weight = option(
+        1.0, "last learning rate as a share of the highest; 1 keeps it constant after the warm-up, as DINOv3")
+    head_lr: Positive = option(5.0, "learning rate of the heads, as a multiple of the backbone's")
+    warmup_share: Share = option(0.1, "share of the run in which the learning rate rises, as DINOv3")
+    warmup: Literal["line", "cosine"] = option(
+        "line", "shape of the warm-up, as DINOv3; half a cosine in its high-resolution stage")
+    weight_decay: Weight = option(0.04, "weight decay at step 0, as DINOv3")
+    weight_decay_end: Weight = option(0.04, "weight decay at the last step, as DINOv3")
+    betas: Pair = option((0.9, 0.99), "betas of AdamW, as DINOv3")
+    clip: Positive = option(3.0, "largest gradient norm of the backbone and of each head, as DINOv3")
+    layer_decay: Positive = option(0.98, "learning rate of a block as a multiple of the next block's, as DINOv3")
+    patch_lr: Positive = option(0.2, "factor on the learning rate of the patch embedding, as DINOv3")
     ema_momentum: Share = option(
-        0.98, "of the moving average; v3 0.994, of a run of 300 steps 0.95, or it stays behind"
-    )
-    ema_momentum_end: Share = option(0.998, "of a run of 300 steps 0.99")
+        0.98, "momentum of the moving average (EMA) at step 0; short runs need less, about 0.95 for 300 steps; DINOv3 "
+        "uses 0.994")
+    ema_momentum_end: Share = option(0.998, "momentum of the moving average at the last step; about 0.99 for 300 steps")
 
-    device: str = option("auto", heading="machine")
+    device: str = option("auto", "device: cpu, cuda or cuda:1; auto takes cuda if there is one", heading="machine")
     precision: Literal["auto", "float32", "bfloat16", "float64"] = option(
-        "auto", "of the arithmetic; weights are never halved"
-    )
-    workers: CountFrom0 = option(2, "processes that prepare pictures")
-    recompute: Recompute = option("cheap", "activations of blocks in the backward pass: memory against time")
-    compile: bool = False
-    engine: Literal["ddp", "fsdp"] = option("ddp", "under torchrun")
+        "auto", "dtype of the arithmetic; weights stay float32, or float64; auto takes bfloat16 on a GPU that has it")
+    workers: CountFrom0 = option(2, "processes that prepare images")
+    recompute: Recompute = option(
+        "cheap", "activations of a block that the backward pass computes again: saves memory, costs time")
+    compile: bool = option(False, "compile the blocks with torch.compile")
+    engine: Literal["ddp", "fsdp"] = option("ddp", "under torchrun: replicate the model (ddp) or shard it (fsdp)")
 
-    log_steps: Count = option(10, heading="records")
-    checkpoint_steps: Count = 500
-    keep_checkpoints: Count = 2
-    health_steps: Count = 200
-    health_data: str = option(
-        "", "held-out pictures, a folder per class, for 20-NN; empty: some of the training pictures"
-    )
-    health_pictures: Count = 512
-    stop_on_collapse: bool = True
+    log_steps: Count = option(10, "steps between lines of metrics.jsonl", heading="records")
+    checkpoint_steps: Count = option(500, "steps between checkpoints")
+    keep_checkpoints: Count = option(2, "newest checkpoints to keep")
+    health_steps: Count = option(200, "steps between health checks (spread, RankMe, 20-NN, drift)")
+    health_data: str = option("", "held-out images for health checks, a folder per class (default: training images)")
+    health_pictures: Count = option(512, "images in a health check")
+    stop_on_collapse: bool = option(True, "stop the run when the features collapse")
 
     def __post_init__(self) -> None:
         check(self)
 
-    # --- what follows from the above -----------------------------------------------------------------------------
+    # --- values that follow from the settings --------------------------------------------------------------------
+    # fmt: on
 
     def share(self, part: float) -> int:
-        """Steps of a share of the run."""
+        """A share of the run in steps, rounded."""
         return round(part * self.steps)
 
     @property
     def lr(self) -> float:
+        """Highest learning rate, for the batch size of the run."""
         return self.lr_at_1024 * (self.batch_size / 1024) ** 0.5  # type: ignore[no-any-return]
 
     @property
     def distils(self) -> bool:
+        """Whether the run distils a teacher."""
         return bool(self.teacher)
 
     @property
     def masks(self) -> bool:
+        """Whether patches are masked."""
         return self.ibot_weight > 0
 
     @property
     def looks_at_local_crops(self) -> bool:
+        """Whether a loss uses the local crops."""
         return self.num_local > 0 and self.dino_weight > 0
 
     @property
     def shares_head(self) -> bool:
-        """Whether DINO's head scores the masked patches."""
+        """Whether the masked patches go through the DINO head."""
         return self.masks and not self.ibot_prototypes
 
     def drop_paths(self, depth: int) -> float | list[float]:
-        """One share for all blocks, or one for each of `depth`."""
+        """The drop path share: one number for all blocks, or a list with one for each of `depth` blocks."""
         if not self.drop_path_grows:
             return self.drop_path
         return [self.drop_path * block / max(1, depth - 1) for block in range(depth)]
 
     @property
     def rope(self) -> RopeAugmentation | None:
+        """The random rescaling of RoPE coordinates; None if it is off.  Raises: InputError for a factor below 1."""
         return None if self.rope_rescale == 1 else RopeAugmentation(rescale=self.rope_rescale)
 
     def view_configs(self, patch_size: int, teacher_patch: int, mean: Any, std: Any) -> list[tuple[float, ViewConfig]]:
-        """(probability, views) for each resolution; sides are rounded to whole patches of the student."""
+        """A pair (probability, views) for each resolution.
+
+        Args:
+            patch_size: of the student, in pixels; sides are rounded to whole patches of it.
+            teacher_patch: patch size of the Gram or distillation teacher, in pixels.
+            mean: of the RGB channels, for normalisation.
+            std: of the RGB channels.
+
+        Raises:
+            InputError: `sizes` cannot be read, or a value does not fit `ViewConfig`.
+        """
         wanted = [_sizes(text) for text in self.sizes] or [(self.global_px, self.local_px, self.gram_px, 1.0)]
-        others = self.distils or self.gram in ("start", "renew")  # a teacher with crops of its own
+        others = self.distils or self.gram in ("start", "renew")  # this teacher has separate crops
         changes: dict[str, Any] = {}
         if not (self.blur and self.distortions):
             changes |= dict(global_blur=(0.0, 0.0), local_blur=0.0)
@@ -247,23 +253,30 @@ class TrainConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "TrainConfig":
-        """A preset with changes.  Raises: InputError for a name or a field that does not exist."""
+        """The settings of a preset, with some of them replaced.
+
+        Example:
+            >>> TrainConfig.preset("adapt", data=("photos/",), model="vits16", out="run", steps=300)
+
+        Raises:
+            InputError: there is no such preset or setting, or a value is wrong.
+        """
         check_choice("preset", name, PRESETS)
         known = {field.name for field in dataclasses.fields(cls)}
         for field in overrides:
             if field not in known:
-                raise InputError(f"{field!r} is not a setting of the trainer; --help lists them")
+                raise InputError(f"{field!r} is not a setting of the trainer; 'dinov3-infer train --help' lists them")
         return cls(**(PRESETS[name] | overrides))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "adapt": {},
-    # v3, ssl_default_config.yaml: its ViT-L recipe on ImageNet, for the architecture of the released models
+    # dinov3/configs/ssl_default_config.yaml: the ViT-L recipe on ImageNet, for the architecture of the released models
     # differs: model.num_registers: source 0; ours 4; the released models have them
-    # differs: model.key_bias: source true; ours false; likewise, they have none
-    # differs: model.norm_eps: source 1e-06; ours 1e-05; likewise
-    # differs: rope_rescale: source 1; ours 2; likewise, they were trained with it
-    # differs: precision: source parameters, tokens and RoPE in bfloat16; ours products alone; weights stay float32
+    # differs: model.key_bias: source true; ours false; the released models have none
+    # differs: model.norm_eps: source 1e-06; ours 1e-05; the released models have it
+    # differs: rope_rescale: source 1; ours 2; the released models were trained with it
+    # differs: precision: source parameters, tokens and RoPE in bfloat16; ours products only; weights stay float32
     # differs: schedules: source warm-up whole a step earlier, cosine not quite ended; ours ends; 1e-4 of the peak apart
     "dinov3": dict(
         from_scratch=True, model="vitl16", steps=125_000, batch_size=2048, dino_prototypes=65_536,
@@ -272,8 +285,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         layer_decay=0.9, ema_momentum=0.992, ema_momentum_end=1.0, teacher_temperature=0.07,
         teacher_temperature_share=0.3, head_lr=1.0, unit_prototypes=False, standardise=False,
     ),
-    # Feature form, AM-RADIO (arXiv 2312.06709): released teachers have no heads, without which the published form
-    # (DINOv3 paper, section 5.2: the student's own heads against the teacher's) cannot be computed.
+    # Distillation of features, as in AM-RADIO (arXiv 2312.06709).  DINOv3 (paper, section 5.2) compares the heads of
+    # student and teacher, but the released teachers have no heads.
     "distill": dict(
         from_scratch=True, model="nano", steps=20_000, batch_size=64, global_px=128, num_local=0, distortions=False,
         dino_weight=0.0, ibot_weight=0.0, koleo_weight=0.0, feature_weight=1.0, relation_weight=1.0,
@@ -290,61 +303,38 @@ def _sizes(text: str) -> tuple[int, int, int, float]:
         global_px, local_px, gram_px = (int(part) for part in pixels.split("/"))
         return global_px, local_px, gram_px, float(probability or 1)
     except ValueError:
-        raise InputError(f"sizes are 'global/local/gram:probability' such as '512/112/768:0.3'; got {text!r}") from None
-
-
-def _other_kind(value: Any, kind: Any) -> str | None:
-    """What a value should be, where it is something else."""
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    if get_origin(kind) is tuple:
-        first, *rest = get_args(kind)
-        count = None if rest == [Ellipsis] else 1 + len(rest)
-        wrong = not isinstance(value, tuple | list) or count not in (None, len(value))
-        wrong = wrong or any(_other_kind(v, first) for v in value)
-        return f"{_other_kind(None, first)}, {count or 'any number'} of them" if wrong else None
-    known: dict[Any, tuple[bool, str]] = {
-        bool: (isinstance(value, bool), "true or false"),
-        int: (isinstance(value, Integral) and not isinstance(value, bool), "a whole number"),
-        float: (isinstance(value, Real) and not isinstance(value, bool), "a number"),
-        str: (isinstance(value, str), "a text"),
-    }
-    return None if known[kind][0] else known[kind][1]
+        raise InputError(f"sizes are 'global/local/gram:probability', as in '512/112/768:0.3'; got {text!r}") from None
 
 
 def check(config: TrainConfig) -> None:
-    """Raises InputError with one sentence for the first thing that cannot be meant."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if get_origin(field.type) is Literal:
-            check_choice(field.name, value, field.type)
-        elif said := _other_kind(value, field.type):
-            raise InputError(f"{field.name} is {said}; got {value!r}")
-        for rule in getattr(field.type, "__metadata__", ()):
-            if wrong := rule(value):
-                raise InputError(f"{field.name} {wrong}")
-    _ = config.rope, [_sizes(text) for text in config.sizes]  # which check themselves
+    """Checks each setting, and that the settings fit together.
+
+    Raises:
+        InputError: the first fault.
+    """
+    check_fields(config)
+    _ = config.rope, [_sizes(text) for text in config.sizes]  # raise for wrong values
     if config.batch_size < 2:
-        raise InputError(f"batch_size is {config.batch_size}; the objectives compare pictures, so give at least 2")
+        raise InputError(f"batch_size is {config.batch_size}; the losses compare images, so give at least 2")
     if config.batch_size % config.accumulate:
         raise InputError(f"batch_size {config.batch_size} does not split into {config.accumulate} equal parts")
     if config.distils and not (config.feature_weight or config.relation_weight):
-        raise InputError("a teacher was given and no distillation weight; set feature_weight, or use preset 'distill'")
+        raise InputError("teacher is set, but feature_weight and relation_weight are 0; set one of them")
     if not config.distils and (config.feature_weight or config.relation_weight):
-        raise InputError("distillation needs teacher=, a name, path or hub id of a backbone")
+        raise InputError("feature_weight and relation_weight need a teacher; set teacher= to a name, path or hub id")
     if config.gram == "start" and config.from_scratch:
-        raise InputError("gram='start' holds on to the start weights, and these are random; use 'renew' or 'ema'")
+        raise InputError("gram='start' imitates the start weights, which are random here; use gram='renew' or 'ema'")
     if config.tune == "lora" and config.engine == "fsdp":
-        raise InputError("adapters are small enough for engine='ddp'; 'fsdp' does not split them")
+        raise InputError("engine='fsdp' cannot shard the adapters of tune='lora'; use engine='ddp'")
     if config.local_cls_norm and not config.looks_at_local_crops:
-        raise InputError("local_cls_norm is for local crops, which DINO's loss looks at; set num_local and dino_weight")
+        raise InputError("local_cls_norm needs local crops and the DINO loss; set num_local and dino_weight above 0")
     if config.shares_head and (config.ibot_hidden or config.ibot_bottleneck):
         raise InputError(
-            "with ibot_prototypes=0 the patches have DINO's head; leave ibot_hidden and ibot_bottleneck out"
+            "ibot_prototypes=0 shares the DINO head, so ibot_hidden and ibot_bottleneck do not apply; remove them"
         )
     if config.gram_renewals and config.gram != "renew":
-        raise InputError(f"gram_renewals counts the copies of gram='renew', and gram is {config.gram!r}; leave it out")
+        raise InputError(f"gram_renewals needs gram='renew', and gram is {config.gram!r}; remove gram_renewals")
     if config.ibot_weight and not config.mask_share:
-        raise InputError("ibot_weight is above 0 and mask_share is 0, so that nothing is masked; set ibot_weight=0")
+        raise InputError("ibot_weight is above 0 but mask_share is 0, so nothing is masked; set ibot_weight=0")
     if not any((config.dino_weight, config.ibot_weight, config.feature_weight, config.relation_weight)):
-        raise InputError("no objective has a weight; give dino_weight, ibot_weight or feature_weight")
+        raise InputError("no objective has a weight; set dino_weight, ibot_weight or feature_weight above 0")

@@ -1,4 +1,4 @@
-"""What changes with more than one process, and nothing without: every function is a no-op then."""
+"""Training with several processes; with a single process every function here does nothing."""
 
 import os
 import warnings
@@ -31,6 +31,7 @@ __all__ = [
 
 
 def device_of(config: TrainConfig) -> torch.device:
+    """The device of a run: `config.device`, with "auto" as cuda if there is one, else cpu."""
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,7 +39,7 @@ def device_of(config: TrainConfig) -> torch.device:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[torch.device]:
-    """Joins the processes of `torchrun`, if there are any, and says which device this one has."""
+    """Joins the processes of `torchrun`, if there are several, and yields the device of this process."""
     if "WORLD_SIZE" not in os.environ or not dist.is_available() or dist.is_initialized():
         yield device
         return
@@ -53,24 +54,27 @@ def joined(device: torch.device) -> Iterator[torch.device]:
 
 
 def group() -> dist.ProcessGroup | None:
-    """All processes; None for a single one."""
+    """The group of all processes; None for a single process."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
 def rank() -> int:
+    """Number of this process, from 0."""
     return dist.get_rank() if group() is not None else 0
 
 
 def world_size() -> int:
+    """Number of processes."""
     return dist.get_world_size() if group() is not None else 1
 
 
 def is_main() -> bool:
+    """Whether this process is the first, which writes the files."""
     return rank() == 0
 
 
 def mean_of(value: Tensor) -> Tensor:
-    """The mean of a tensor over the processes."""
+    """The mean over the processes of a tensor of any shape, which all of them give."""
     if group() is None:
         return value
     value = value.clone()
@@ -79,7 +83,7 @@ def mean_of(value: Tensor) -> Tensor:
 
 
 def mean_over(rows: Tensor) -> Tensor:
-    """[n, C] -> the mean over the rows of all processes, [C]; n may differ between processes."""
+    """The mean [C] of the rows [n, C] of all processes; n may differ between processes."""
     both = torch.cat((rows.sum(0), rows.new_tensor([len(rows)])))
     if group() is not None:
         dist.all_reduce(both)
@@ -87,17 +91,23 @@ def mean_over(rows: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process' part of a tensor, which shares its memory."""
+    """This process' shard of a tensor of any shape; shares its memory.  Other tensors are returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor whose parts lie on several processes."""
+    """The complete tensor of a sharded one, of any shape; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Engine:
-    """Runs a Method's forward so that gradients are means over the processes."""
+    """Runs the forward pass of a `Method` so that gradients are averaged over the processes.
+
+    Args:
+        method: the model.
+        kind: "ddp" replicates the model, "fsdp" shards it.
+        unused: with "ddp", allow parameters that get no gradient at some steps.
+    """
 
     def __init__(self, method: nn.Module, kind: Literal["ddp", "fsdp"], unused: bool = False) -> None:
         self.sharded: list[FSDPModule] = []
@@ -106,7 +116,7 @@ class Engine:
             return
         if kind == "fsdp":
             self.sharded = shard(method)
-        else:  # `unused`: some parameters get no gradient at some steps
+        else:
             warnings.filterwarnings("ignore", "Grad strides do not match", UserWarning)  # of sides of length 1
             self.call = DistributedDataParallel(method, find_unused_parameters=unused)
 
@@ -114,7 +124,7 @@ class Engine:
         return self.call(*args)
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of one part of a batch: processes meet at the last one only."""
+        """Context for one part of a batch, in which gradients are averaged only if the part is the last one."""
         for module in self.sharded:
             module.set_requires_gradient_sync(last)
         if isinstance(self.call, DistributedDataParallel) and not last:
@@ -123,8 +133,8 @@ class Engine:
 
 
 def shard(method: nn.Module) -> list[FSDPModule]:
-    """Splits every part of student and teachers over the processes, each block a unit of its own."""
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)  # nobody writes into it
+    """Shards student and teachers over the processes, with each block as a unit; returns the units."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)  # never written to
     units = []
     roots = [part for name in ("student", "ema") for part in getattr(method, name).values()]
     roots += [part for name in ("teacher", "gram_teacher") if (part := getattr(method, name)) is not None]
@@ -132,7 +142,7 @@ def shard(method: nn.Module) -> list[FSDPModule]:
         for block in getattr(root, "blocks", ()):
             units.append(fully_shard(block))
             register_fsdp_forward_method(block, "forward_dropped")
-        units.append(fully_shard(root, reshard_after_forward=True))  # without a backward pass too, as the teachers'
+        units.append(fully_shard(root, reshard_after_forward=True))  # also after a forward pass without backward
         if hasattr(root, "forward_packed"):
             register_fsdp_forward_method(root, "forward_packed")
     return units

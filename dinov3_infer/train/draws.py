@@ -1,7 +1,7 @@
-"""Random draws that depend on what they are for, and on nothing else.
+"""Random draws that depend only on seed, step and purpose.
 
-A run draws the same numbers whatever the number of its processes, workers and accumulation steps, and after a resume:
-no generator lives longer than the one thing that it draws.
+A run draws the same numbers with any number of processes, workers and accumulation steps, and after a resume, because
+each draw has a fresh generator.
 """
 
 import hashlib
@@ -12,9 +12,13 @@ __all__ = ["generator"]
 
 
 def generator(seed: int, step: int, purpose: str, index: int = 0) -> torch.Generator:
-    """A fresh CPU generator, a pure function of its arguments.
+    """A fresh CPU generator that depends only on the arguments.
 
-    `index` numbers what the draw is for: the sample in the effective batch of all processes, the block of the model.
+    Args:
+        seed: of the run.
+        step: number of the step, from 0.
+        purpose: name of the draw, such as "views".
+        index: number of the draw within the step, such as the position of an image in the batch of all processes.
     """
     key = hashlib.blake2b(f"{seed}/{step}/{purpose}/{index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(key, "little"))

@@ -1,4 +1,4 @@
-"""What a run would do and need, without doing it."""
+"""A dry run: the settings and the memory of a run, without training."""
 
 import dataclasses
 from typing import Any
@@ -16,9 +16,23 @@ __all__ = ["dry_run"]
 
 
 def dry_run(config: TrainConfig) -> dict[str, Any]:
-    """The settings and what a step needs, counted on two pictures; writes the first batch as a picture into `out`.
+    """Computes one forward pass on two images and draws the first batch into `config.out`.
 
-    Activations are counted as if none were recomputed, so that the real peak is below the sum of the two sizes.
+    Activations are counted as if none were recomputed, so the real peak is below the sum of the two sizes.
+
+    Args:
+        config: settings of the run.
+
+    Returns:
+        The settings; the number of images; the images of the first batch that could not be read; the learning rate;
+        the number of trained parameters; GiB of weights with gradients and AdamW's moments; GiB of activations, at
+        most; the first loss.
+
+    Raises:
+        InputError: the settings or the data are wrong.
+
+    Example:
+        >>> dry_run(TrainConfig(data=("photos/",), model="vits16", out="run"))["gib_of_activations_at_most"]
     """
     run = Run(dataclasses.replace(config, recompute="none", accumulate=1), device_of(config), dry=True)
     stream = run.stream()
@@ -39,13 +53,13 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
 
     with run.autocast(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         target = run.method.targets([part], 0)[0]
-        terms = run.method.train()(part, target, config.steps)  # the last step: nothing is frozen
+        terms = run.method.train()(part, target, config.steps)  # at the last step nothing is frozen
     learning = [p for p in parameters if p.requires_grad]
     weights = sum(p.nbytes for p in parameters) + 3 * sum(p.nbytes for p in learning)
     at_once = len(batch.indices) / config.accumulate
     return dataclasses.asdict(config) | {
         "pictures": len(run.data),
-        "left_out": list(stream.broken.values()),  # of the first batch, why
+        "left_out": list(stream.broken.values()),  # reasons, for images of the first batch
         "learning_rate": config.lr,
         "trained_parameters": sum(p.numel() for p in learning),
         "gib_of_weights_gradients_and_moments": round(weights / 2**30, 3),

@@ -1,19 +1,33 @@
-"""What stands on the backbone in training and is thrown away afterwards."""
+"""Heads that training puts on the backbone, and that are discarded afterwards."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import Linear
+from .config import TrainConfig
 from .distributed import mean_over
 
-__all__ = ["ProjectionHead", "Standardise", "linear_projection"]
+__all__ = ["ProjectionHead", "Standardise", "head_sizes", "linear_projection"]
+
+
+def head_sizes(config: TrainConfig) -> dict[str, tuple[int, int, int]]:
+    """(hidden width, bottleneck width, prototypes) of the head of each loss that has a weight."""
+    dino = (config.head_hidden, config.head_bottleneck, config.dino_prototypes)
+    ibot = (config.ibot_hidden or dino[0], config.ibot_bottleneck or dino[1], config.ibot_prototypes)
+    sizes = {"dino_head": dino} if config.dino_weight else {}
+    return sizes | ({"ibot_head": dino if config.shares_head else ibot} if config.ibot_weight else {})
 
 
 class ProjectionHead(nn.Module):
-    """Tokens -> scores of K prototypes: an MLP to a narrow vector, its direction, one dot product per prototype.
+    """Scores tokens against K prototypes: an MLP to a narrow vector, L2 normalisation, one dot product per prototype.
 
-    DINO v1 keeps the prototypes at length 1 (`unit_prototypes`); DINOv2 and DINOv3 leave them free.
+    Args:
+        embed_dim: channels of a token, C.
+        hidden_dim: width of the two hidden layers.
+        bottleneck_dim: width of the narrow vector.
+        num_prototypes: number of scores, K.
+        unit_prototypes: keep the prototypes at length 1, as DINO v1; DINOv2 and DINOv3 leave them free.
 
     Source: DINO (arXiv 2104.14294), section 3.1; dinov3/layers/dino_head.py at 6876159.
     """
@@ -34,21 +48,22 @@ class ProjectionHead(nn.Module):
             nn.GELU(),
             Linear(hidden_dim, bottleneck_dim),
         )
-        # not by oneDNN, whose copies of so wide a product would be the peak of the memory
+        # not `Linear`: oneDNN's copies of so wide a product would set the peak of the memory
         self.prototypes = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
         self.unit_prototypes = unit_prototypes
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
+        """Draws the weights from a truncated normal distribution of std 0.02; biases are 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # [..., C]
-        """[..., K]."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores [..., K] of tokens [..., C]."""
         narrow = self.mlp(tokens)
         narrow = F.normalize(narrow, dim=-1, eps=1e-6 if narrow.dtype == torch.float16 else 1e-12)
         if not self.unit_prototypes:
@@ -56,16 +71,20 @@ class ProjectionHead(nn.Module):
         return F.linear(narrow, F.normalize(self.prototypes.weight, dim=-1))
 
 
-# of a variance: random weights give all pictures the same token, and their rounding errors are nothing to magnify
+# Smallest variance: random weights give all images the same token, and a smaller one would magnify rounding errors.
 LEAST = 1e-4
 
 
 class Standardise(nn.Module):
-    """Tokens -> tokens of mean 0 and variance 1 per channel, by the mean and variance of the last `window` steps or so,
-    or of all steps, where the model that makes the tokens does not change.
+    """Brings tokens to mean 0 and variance 1 per channel.
 
-    What released features have in common is much larger than what tells two pictures apart; new heads take hundreds of
-    steps to see past it.
+    Features of released backbones share a large common part, and differ little from image to image.  Without this
+    layer new heads need hundreds of steps to separate images.
+
+    Args:
+        embed_dim: channels of a token, C.
+        window: steps over which mean and variance are averaged, about; None for all steps, which suits a model that
+            does not change.
     """
 
     mean: Tensor
@@ -79,7 +98,7 @@ class Standardise(nn.Module):
 
     @torch.no_grad()
     def learn(self, tokens: Tensor, step: int) -> None:
-        """Folds the tokens [..., C] of all processes at step 0, 1, ... into mean and variance."""
+        """Updates mean and variance with the tokens [..., C] of all processes at a step, counted from 0."""
         tokens = tokens.flatten(0, -2).to(self.mean.dtype)
         mean = mean_over(tokens)
         spread = mean_over((tokens - mean) ** 2)
@@ -87,12 +106,13 @@ class Standardise(nn.Module):
         self.variance.lerp_(spread, share).add_((mean - self.mean) ** 2, alpha=share * (1.0 - share))
         self.mean.lerp_(mean, share)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # [..., C]
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Standardised tokens [..., C]."""
         return (tokens - self.mean) / self.variance.clamp(min=LEAST).sqrt()
 
 
 def linear_projection(embed_dim: int, target_dim: int) -> nn.Linear:
-    """From a student's width to its teacher's."""
+    """A linear layer from the student's width to the teacher's: [..., embed_dim] to [..., target_dim]."""
     projection = Linear(embed_dim, target_dim)
     nn.init.trunc_normal_(projection.weight, std=embed_dim**-0.5)
     nn.init.zeros_(projection.bias)

@@ -1,4 +1,4 @@
-"""A run from its first step to its last, or from where it was left."""
+"""The training loop: one run from its first step, or from a checkpoint, to its last."""
 
 import dataclasses
 import json
@@ -13,23 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbone import Backbone, ViTBackbone
-from ..errors import DiskError, InputError, UnsupportedError
+from ..backbone import Backbone
+from ..errors import DiskError, InputError
 from ..locks import locked
 from ..model.chips import lacks_bfloat16
 from ..system import told_to_stop
-from ..zoo import OWN
 from . import run_state
 from .adapters import plain_copy
 from .batches import Batches, batches
-from .blocks import wrap_blocks
+from .build import build_method
 from .config import TrainConfig
+from .datasets import Data, Spec, open_data
 from .distributed import Engine, device_of, is_main, joined, mean_of, rank, world_size
-from .draws import generator
 from .health import Health, TrainingStopped
-from .method import Method, split_batch
+from .method import split_batch
 from .optim import clip_gradients, make_optimizer, set_rates
-from .pictures import Data, Spec, open_data
 from .plots import draw_batch, draw_curves
 from .progress import Progress
 from .resume import check_same_run, cut_metrics, write_settings
@@ -39,7 +37,7 @@ __all__ = ["Run", "device_of", "train"]
 
 log = logging.getLogger("dinov3_infer")
 
-_PATIENCE = 3  # steps in a row without a finite loss, or looks in a row at a collapsed model
+_PATIENCE = 3  # consecutive steps without a finite loss, or consecutive health checks that find a collapse
 
 
 def train(
@@ -50,54 +48,40 @@ def train(
     resume: bool = False,
     progress: bool | None = None,
 ) -> Backbone:
-    """Trains, and returns the moving average of the backbone on the CPU, which also lies in `out`/backbone.
+    """Trains a backbone on images without labels.
 
-    Under `torchrun` every process calls this.
-    `data`: what `open_data` takes, such as a torch Dataset; None for `config.data`.
-    `backbone`: a model to start from, which is trained in place; None for `config.model`.
-    `resume`: go on with the run in `out`; an interrupted run gives the same numbers as one that was not.
-    `progress`: a bar; None for one on a terminal, and lines of the log elsewhere.
-    Raises: InputError for what cannot be meant; TrainingStopped for a run that diverged or collapsed, whose last good
-    weights are in the folder.
+    Under `torchrun` every process calls this function.
+
+    Args:
+        config: settings of the run.
+        data: images to train on, in any form that `open_data` takes, such as a torch Dataset; None for `config.data`.
+        backbone: model to start from, trained in place; None to load `config.model`.
+        resume: continue the run in `config.out`; the result equals that of a run without interruption.
+        progress: show a progress bar; None shows one on a terminal and writes log lines elsewhere.
+
+    Returns:
+        The moving average of the backbone, on the CPU.  The folder `config.out`/backbone holds it as a checkpoint.
+
+    Raises:
+        InputError: the settings or the data are wrong, or the folder holds another run.
+        MissingFileError: a path of the data does not exist.
+        UnsupportedError: the model is no vision transformer of RGB images.
+        CheckpointError: the checkpoint to resume is damaged, or belongs to another model.
+        TrainingStopped: the run diverged or collapsed; the folder holds the last good weights.
+        DiskError: the result could not be written; the last checkpoint is complete.
+
+    Example:
+        >>> from dinov3_infer.train import TrainConfig, train
+        >>> bb = train(TrainConfig(data=("photos/",), model="vits16", out="run"))
+        >>> bb.extract_features("photo.jpg").embedding.shape
+        torch.Size([1, 384])
     """
     with joined(device_of(config)) as device, ExitStack() as inside:
         return Run(config, device, data=data, backbone=backbone, resume=resume, inside=inside).train(progress)
 
 
-def _build(config: TrainConfig, device: torch.device, backbone: Backbone | None) -> Method:
-    """Student, teachers and heads, on the device; the same random numbers on every process."""
-    teacher = Backbone.from_pretrained(config.teacher, device=device) if config.distils else None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(config.seed, 0, "weights").initial_seed() % 2**63)
-        if backbone is None and config.from_scratch:
-            backbone = Backbone.from_config(config.model)
-            if backbone.info is not None and teacher is None:  # whose licence may have a say
-                backbone.info = dataclasses.replace(backbone.info, licence=OWN)
-        elif backbone is None:
-            backbone = Backbone.from_pretrained(config.model, device="cpu")
-        elif backbone.main_weight.dtype not in (torch.float32, torch.float64):
-            raise InputError(
-                f"the weights are {backbone.main_weight.dtype}, in which small steps are lost; load them "
-                "with dtype='auto', the arithmetic is bfloat16 all the same"
-            )
-        if backbone.info is not None and backbone.info.licence != OWN:
-            backbone.info = dataclasses.replace(backbone.info, derived=True)
-        if not isinstance(backbone, ViTBackbone) or backbone.preprocess.channels != 3:
-            raise UnsupportedError(f"train takes vision transformers of RGB images, and this is a {backbone.summary()}")
-        method = Method(config, backbone.to(device), teacher)
-    wrap_blocks(method.backbone, config.compile, config.recompute)
-    wrap_blocks(method.average, config.compile, "none")
-    for other in (method.teacher, method.gram_teacher):
-        if other is not None:
-            wrap_blocks(other, False, "none")
-    if device.type == "cpu" and config.compile and config.precision == "bfloat16":  # torch's fused one is slower there
-        for compiled in (method.backbone, method.average):
-            compiled.set_attention("eager")
-    return method.to(device, torch.float64 if config.precision == "float64" else torch.float32)
-
-
 class Run:
-    """What one process holds of a run."""
+    """A run, as one process sees it."""
 
     def __init__(
         self,
@@ -107,8 +91,8 @@ class Run:
         data: Spec = None,
         backbone: Backbone | None = None,
         resume: bool = False,
-        dry: bool = False,  # writes nothing
-        inside: ExitStack | None = None,  # keeps the folder locked
+        dry: bool = False,  # write nothing
+        inside: ExitStack | None = None,  # holds the lock of the folder
     ) -> None:
         self.config, self.device = config, device
         self.folder = Path(config.out).expanduser()
@@ -118,9 +102,10 @@ class Run:
         self.data: Data = given if isinstance(given, Data) else open_data(given, config.levels or None)
         if len(self.data) < config.batch_size:
             raise InputError(
-                f"there are {len(self.data)} pictures and batch_size is {config.batch_size}; give more or a smaller one"
+                f"there are {len(self.data)} images, fewer than batch_size={config.batch_size}; give more images or a "
+                "smaller batch_size"
             )
-        self.method = _build(config, device, backbone)
+        self.method = build_method(config, device, backbone)
         info, other = self.method.backbone.preprocess, self.method.teacher or self.method.gram_teacher
         patch = self.method.backbone.patch_size
         self.views = config.view_configs(patch, other.patch_size if other else patch, info.mean, info.std)
@@ -137,7 +122,7 @@ class Run:
             if inside is not None:
                 inside.enter_context(locked(self.folder, self.folder))
                 if run_state.latest(self.checkpoints) != found:
-                    raise InputError(f"another run has written to '{self.folder}' meanwhile; give another folder")
+                    raise InputError(f"another run wrote to '{self.folder}' in the meantime; give another folder")
             self.digest = self.data.digest()
         if found is not None:
             if is_main():
@@ -148,31 +133,32 @@ class Run:
             cut_metrics(self.folder / "metrics.jsonl", self.step)
 
     def _check(self, resume: bool, dry: bool) -> Path | None:
-        """The checkpoint to go on from, if that was asked for."""
+        """Checks settings and folder; returns the checkpoint to resume from, or None."""
         config, parts = self.config, world_size() * self.config.accumulate
         if not config.out:
-            raise InputError("no folder for the run is given; set out (--out RUN)")
+            raise InputError("out is empty; set it to the folder of the run (--out RUN)")
         if config.batch_size % parts:
             raise InputError(
-                f"batch_size {config.batch_size} does not split over {world_size()} processes times accumulate="
+                f"batch_size={config.batch_size} does not divide among {world_size()} processes with accumulate="
                 f"{config.accumulate}; give a multiple of {parts}"
             )
         size = config.batch_size // parts
         if (config.koleo_weight or config.sigreg_weight) and (size < 2 or size % min(size, config.spread_group)):
             raise InputError(
-                f"each process computes {size} pictures at a time, which KoLeo cannot split into groups of "
-                f"{config.spread_group}; give another batch_size, accumulate or spread_group"
+                f"each process computes parts of {size} images, which do not divide into groups of spread_group="
+                f"{config.spread_group}; change batch_size, accumulate or spread_group"
             )
         found = run_state.latest(self.checkpoints)
         if resume and found is None:
-            raise InputError(f"'{self.checkpoints}' holds no checkpoint to resume from; give the folder of a run")
+            raise InputError(f"'{self.checkpoints}' holds no checkpoint to resume; give the folder of a run")
         if found is not None and not resume and not dry:
-            raise InputError(f"'{self.folder}' holds a run already; resume it (--resume), or give another folder")
+            raise InputError(f"'{self.folder}' already holds a run; resume it (--resume), or give another folder")
         return found
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
     def train(self, progress: bool | None = None) -> Backbone:
+        """Takes all remaining steps and returns the moving average of the backbone, as the function `train` does."""
         config = self.config
         stream = self.stream()
         if self.step == 0:
@@ -180,12 +166,13 @@ class Run:
         left_out = run_state.LeftOut(self.folder / "left_out.jsonl")
         since, count = time.perf_counter(), 0
         shown = Progress(config.steps, self.step, progress if is_main() else False)
-        with told_to_stop(later=world_size() == 1) as told, shown:  # several processes would not meet
+        # A process that stopped at a later step than the others would wait for them without end.
+        with told_to_stop(later=world_size() == 1) as told, shown:
             while self.step < config.steps:
                 try:
                     batch = next(stream)
                 except Exception:
-                    self.leave(told)  # workers may have heard it too
+                    self.leave(told)  # the signal may have ended the workers too
                     raise
                 left_out.tell(stream.broken)
                 if self.step == 0 and is_main():
@@ -212,21 +199,22 @@ class Run:
 
     @property
     def sick(self) -> bool:
-        """Whether these weights are none to go on from."""
+        """Whether the present weights are unfit for a checkpoint."""
         return bool(self.failures or (self.unwell and self.config.stop_on_collapse))
 
     def leave(self, told: list[BaseException]) -> None:
-        """Where the run was told to stop: ends it with a checkpoint of this step."""
+        """After a signal to stop, writes a checkpoint of this step.  Raises: the exception of the signal."""
         if told and self.step < self.config.steps:
             if not self.sick and self.step and not self._due(self.config.checkpoint_steps):
                 self.save()
-            log.warning("stopped at step %d of %d; --resume goes on from there", self.step, self.config.steps)
+            log.warning("stopped at step %d of %d; --resume continues from there", self.step, self.config.steps)
             raise told[0]
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
 
     def stream(self) -> Batches:
+        """The batches of the remaining steps."""
         config = self.config
         return batches(
             self.data,
@@ -242,13 +230,13 @@ class Run:
         )
 
     def autocast(self) -> AbstractContextManager[None]:
-        """bfloat16 arithmetic over float32 weights, where that is wanted or "auto" and a GPU can do it."""
+        """bfloat16 arithmetic with float32 weights, for precision="bfloat16", or "auto" on a GPU that supports it."""
         able = self.device.type == "cuda" and not lacks_bfloat16(self.device)
         wanted = self.config.precision == "bfloat16" or (self.config.precision == "auto" and able)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 
     def take_step(self, batch: Batch) -> dict[str, float]:
-        """One step of the optimiser; every metric as a number."""
+        """One optimiser step; returns every metric as a number.  Raises: TrainingStopped, see `fail`."""
         config, method, step = self.config, self.method, self.step
         method.train()
         parts = self.parts(batch)
@@ -277,31 +265,31 @@ class Run:
         return metrics
 
     def parts(self, batch: Batch) -> list[Batch]:
-        """A batch as it is computed; float64 runs take float64 pictures."""
+        """The parts of a batch that are computed one after another, in float64 for a run of that precision."""
         if self.config.precision == "float64":
             crops = {name: getattr(batch, name) for name in ("global_crops", "local_crops", "gram_crops")}
             batch = batch._replace(**{name: c.double() for name, c in crops.items() if c is not None})
         return split_batch(batch, self.config.accumulate)
 
     def fail(self, metrics: dict[str, float]) -> None:
-        """A loss or gradient that is not finite changes no weight; a few in a row end the run."""
+        """Skips a step whose loss or gradient is not finite.  Raises: TrainingStopped after a few in a row."""
         self.failures += 1
         names = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
-        log.warning("step %d left out: %s not finite", self.step, names)
+        log.warning("skipped step %d: %s not finite", self.step, names)
         if self.failures >= _PATIENCE:
-            self.stop(f"diverged: {names} not finite in {_PATIENCE} steps in a row; lower lr_at_1024")
+            self.stop(f"diverged: {names} not finite in {_PATIENCE} consecutive steps; lower lr_at_1024")
 
     def look(self, teacher_entropy: float) -> dict[str, Any]:
-        """Health now."""
+        """The health check of this step: its numbers, a verdict, and a sentence that explains it."""
         found = self.health.look(self.method.average)
         verdict, reason = self.health.judge(found | {"teacher_entropy": teacher_entropy}, self.step)
         self.unwell = self.unwell + 1 if verdict == "collapsing" else 0
         return found | {"verdict": verdict, "reason": reason}
 
     def stop(self, reason: str) -> None:
-        """Ends the run with the weights of the last checkpoint, which was taken in health."""
+        """Ends the run with the weights of the last checkpoint as its result.  Raises: TrainingStopped, always."""
         found = run_state.latest(self.checkpoints)
-        kept = "no checkpoint had been written yet"
+        kept = "no checkpoint was written yet"
         if found is not None:
             step = run_state.load(found, self.method, self.optimizer)
             self.result()
@@ -311,7 +299,7 @@ class Run:
     # --- records -------------------------------------------------------------------------------------------------
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, null for what is not finite; lines wait while the disk is full."""
+        """Appends a line to metrics.jsonl, with null for values that are not finite; retries if the disk is full."""
         if is_main():
             known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
             self.unwritten += json.dumps({"step": self.step} | known) + "\n"
@@ -320,22 +308,23 @@ class Run:
                 self.unwritten = ""
 
     def save(self) -> None:
+        """Writes a checkpoint; a full disk is a warning, except at the last step, where it raises DiskError."""
         state = {"step": self.step, "config": dataclasses.asdict(self.config), "data": self.digest}
         with self.full_disk():
             run_state.save(self.checkpoints, self.method, self.optimizer, state, self.config.keep_checkpoints)
 
     @contextmanager
     def full_disk(self) -> Iterator[None]:
-        """A run outlives a disk that is full for a while, but does not end on one."""
+        """A context that turns a DiskError into a warning, except at the last step."""
         try:
             yield
         except DiskError as error:
             if self.step == self.config.steps:
                 raise
-            log.warning("step %d goes on: %s", self.step, error)
+            log.warning("continuing after step %d: %s", self.step, error)
 
     def result(self) -> Backbone:
-        """The moving average, written as a model, and the curves."""
+        """Writes the moving average as a checkpoint, and the curves; returns it.  Raises: DiskError."""
         backbone = plain_copy(self.method.average)
         if is_main():
             try:
@@ -344,7 +333,7 @@ class Run:
                 draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
             except OSError as error:
                 raise DiskError(
-                    f"the result could not be written to '{self.folder}' ({error.strerror or error}); make room and "
-                    "resume, the checkpoint of the last step is whole"
+                    f"the result could not be written to '{self.folder}' ({error.strerror or error}); free some "
+                    "space and resume, the checkpoint of the last step is complete"
                 ) from None
         return backbone

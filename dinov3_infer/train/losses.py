@@ -1,8 +1,8 @@
 """The objectives of DINO, DINOv2 and DINOv3 as pure functions of tensors.
 
-No function lowers the precision of its input: half inputs are computed in float32, float64 stays float64, and autocast
-is off inside.  Targets carry no gradient.  Letters beyond the package's: S student crops, T teacher crops, M masked
-patches, K prototypes, n samples.
+Half-precision inputs are computed in float32 and float64 inputs in float64; autocast is off inside each function.
+Targets carry no gradient.  Shapes: B images, S student crops, T teacher crops, P patches, M masked patches, K
+prototypes, C channels, n samples.  A loss is a scalar tensor, [].
 
 Source: DINO (arXiv 2104.14294), DINOv2 (2304.07193), DINOv3 (2508.10104); dinov3/loss at 6876159.
 """
@@ -45,7 +45,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Autocast would take the matrix products back to half precision."""
+    """Turns autocast off, which would compute matrix products in half precision."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -60,7 +60,7 @@ def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _log_mass(scores: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """log of the sum of exp over the samples of all processes, [1, K] for scores [n, K]; n may be 0 here."""
+    """Log of the sum of exp of scores [n, K] over the samples of all processes: [1, K].  Here n may be 0."""
     if group is None:
         return scores.logsumexp(0, keepdim=True)
     peak = scores.amax(0, keepdim=True) if len(scores) else scores.new_full((1, scores.shape[1]), -math.inf)
@@ -73,17 +73,26 @@ def _log_mass(scores: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 @torch.no_grad()
 @_without_autocast
 def sinkhorn_knopp(
-    logits: Tensor,  # [n, K] of the teacher, all samples of this process
+    logits: Tensor,
     temperature: float,
     iterations: int = 3,
-    group: dist.ProcessGroup | None = None,  # processes that hold the other samples; None: there are none
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Assignments that share the prototypes about equally, [n, K], each row exactly a distribution.
+    """Assigns samples to prototypes so that all prototypes are used about equally.
 
-    Each iteration gives every prototype the same mass over all samples, then every sample mass 1.  In the log domain,
-    where no temperature overflows.
+    Each iteration gives every prototype the same mass over all samples, then every sample mass 1.  The computation is
+    in the log domain, where no temperature overflows.
 
-    Source: SwAV (arXiv 2006.09882); dinov3/loss/dino_clstoken_loss.py at 6876159, whose form is exp and division.
+    Args:
+        logits: [n, K], the teacher's scores for the samples of this process.
+        temperature: softmax temperature of the teacher.
+        iterations: pairs of normalisations; 0 is a softmax.
+        group: processes that hold further samples; None for a single process.
+
+    Returns:
+        [n, K]; each row is a distribution.
+
+    Source: SwAV (arXiv 2006.09882); dinov3/loss/dino_clstoken_loss.py at 6876159, which uses exp and division.
     """
     scores = _wide(logits) / temperature
     for _ in range(iterations):
@@ -95,18 +104,21 @@ def sinkhorn_knopp(
 @torch.no_grad()
 @_without_autocast
 def centred_softmax(
-    logits: Tensor,  # [n, K] of the teacher
-    centre: Tensor,  # [K] running mean of its logits
+    logits: Tensor,  # [n, K], the teacher's scores
+    centre: Tensor,  # [K], the running mean of its scores
     temperature: float,
 ) -> Tensor:
-    """Softmax of logits less their running mean, [n, K].  Source: DINO (arXiv 2104.14294), section 3.1."""
+    """Softmax of the logits minus their running mean: [n, K].  Source: DINO (arXiv 2104.14294), section 3.1."""
     return ((_wide(logits) - centre) / temperature).softmax(-1)
 
 
 @torch.no_grad()
 @_without_autocast
-def share_of_entropy(distributions: Tensor) -> Tensor:  # [..., K]
-    """Mean entropy over that of the uniform distribution: at 1 the targets tell no picture from another."""
+def share_of_entropy(distributions: Tensor) -> Tensor:
+    """Mean entropy of distributions [..., K], divided by the entropy of the uniform distribution: [].
+
+    At 1 all images have the same target.
+    """
     entropy: Tensor = torch.special.entr(_wide(distributions)).sum(-1).mean()
     return entropy / math.log(max(distributions.shape[-1], 2))
 
@@ -116,14 +128,20 @@ def share_of_entropy(distributions: Tensor) -> Tensor:  # [..., K]
 
 @_without_autocast
 def dino_loss(
-    student: Tensor,  # [S, B, K] logits
-    teacher: Tensor,  # [T, B, K] distributions
-    temperature: float = 0.1,  # of the student
-    ignore_diagonal: bool = False,  # crop s is not compared with crop t = s
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 0.1,
+    ignore_diagonal: bool = False,
 ) -> Tensor:
-    """Cross-entropy of each student crop against each teacher crop of the same picture, mean over the pairs.
+    """Cross-entropy of each student crop against each teacher crop of the same image, averaged over the pairs.
 
-    Source: dinov3/loss/dino_clstoken_loss.py at 6876159.
+    Args:
+        student: [S, B, K], logits.
+        teacher: [T, B, K], distributions.
+        temperature: softmax temperature of the student.
+        ignore_diagonal: leave out the pairs of student crop s and teacher crop t = s, which show the same crop.
+
+    Source: DINO (arXiv 2104.14294), equation 3; dinov3/loss/dino_clstoken_loss.py at 6876159.
     """
     scores = (_wide(student) / temperature).log_softmax(-1)
     crops, others, batch = len(student), len(teacher), student.shape[1]
@@ -136,19 +154,25 @@ def dino_loss(
 
 @_without_autocast
 def ibot_loss(
-    student: Tensor,  # [M, K] logits of the masked patches, in the order of `masks`
-    teacher: Tensor,  # [M, K] distributions for them
-    masks: Tensor,  # [B, P] bool
-    temperature: float = 0.1,  # of the student
+    student: Tensor,
+    teacher: Tensor,
+    masks: Tensor,
+    temperature: float = 0.1,
 ) -> Tensor:
-    """Cross-entropy on masked patches: mean over the masked patches of a picture, then over all pictures.
+    """Cross-entropy on masked patches, averaged over the masked patches of each image, then over all images.
 
-    Pictures without a mask count as 0, so with half of them masked this is half the loss of a masked picture.
+    Images without a mask count as 0: if half of the images are masked, the loss is half that of the masked ones.
 
-    Source: dinov3/loss/ibot_patch_loss.py at 6876159.
+    Args:
+        student: [M, K], logits of the masked patches, in the order of `masks`.
+        teacher: [M, K], distributions of the same patches.
+        masks: [B, P] bool, True for a masked patch.
+        temperature: softmax temperature of the student.
+
+    Source: iBOT (arXiv 2111.07832), section 3.1; dinov3/loss/ibot_patch_loss.py at 6876159.
     """
     entropy = -(_wide(teacher) * (_wide(student) / temperature).log_softmax(-1)).sum(-1)
-    counts = masks.sum(1, keepdim=True).expand_as(masks)[masks]  # [M]: masked patches of the same picture
+    counts = masks.sum(1, keepdim=True).expand_as(masks)[masks]  # [M]: masked patches of the same image
     return (entropy / counts).sum() / len(masks)
 
 
@@ -160,21 +184,29 @@ def _grouped(x: Tensor, group_size: int | None) -> Tensor:
     size = group_size or len(x)
     if size < 2 or len(x) % size:
         raise InputError(
-            f"a group of {size} of {len(x)} samples has no spread or does not divide them; "
-            "give a group size of at least 2 that divides the batch"
+            f"a batch of {len(x)} samples does not divide into groups of {size}; give a group size of at least 2 that "
+            "divides the batch"
         )
     return x.unflatten(0, (-1, size))  # type: ignore[no-any-return]
 
 
 @_without_autocast
 def koleo(
-    x: Tensor,  # [n, C]
-    group_size: int | None = None,  # neighbours are looked for among so many consecutive samples; None: among all
+    x: Tensor,
+    group_size: int | None = None,
     neighbours: int = 1,
 ) -> Tensor:
-    """Minus the mean log distance to the nearest neighbours on the sphere (Kozachenko-Leonenko).
+    """Minus the mean log distance of each sample to its nearest neighbours on the unit sphere (Kozachenko-Leonenko).
 
-    Source: arXiv 1806.03198; dinov3/loss/koleo_loss.py at 6876159 with its epsilons.
+    Args:
+        x: [n, C].
+        group_size: consecutive samples among which neighbours are searched; None searches all.
+        neighbours: nearest neighbours of each sample that count.
+
+    Raises:
+        InputError: the groups do not divide the batch, or are too small for so many neighbours.
+
+    Source: arXiv 1806.03198; dinov3/loss/koleo_loss.py at 6876159, with the same epsilons.
     """
     eps = 1e-8
     unit = F.normalize(_grouped(_wide(x), group_size), dim=-1, eps=eps)
@@ -193,16 +225,26 @@ def koleo(
 
 @_without_autocast
 def sigreg(
-    x: Tensor,  # [n, C]
-    slices: Tensor,  # [C, directions], any length above 0
-    group_size: int | None = None,  # one statistic for so many consecutive samples, then their mean
+    x: Tensor,
+    slices: Tensor,
+    group_size: int | None = None,
     knots: int = 17,
     limit: float = 3.0,
 ) -> Tensor:
-    """Distance of a batch from the standard normal distribution: Epps-Pulley along random directions, their mean.
+    """Distance of a batch from the standard normal distribution: the mean Epps-Pulley statistic over directions.
 
-    For one direction n * integral over t of |mean exp(i t x) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), which is even in t, so
-    twice the trapezoid rule on [0, limit].
+    The statistic of one direction is n * integral over t of |mean exp(i t x) - exp(-t^2 / 2)|^2 exp(-t^2 / 2).  The
+    integrand is even in t, so this is twice its integral over [0, limit] by the trapezoid rule.
+
+    Args:
+        x: [n, C].
+        slices: [C, directions], vectors of any length above 0.
+        group_size: consecutive samples that share a statistic; the result is the mean over groups; None takes all.
+        knots: points of the trapezoid rule.
+        limit: upper end of the integral.
+
+    Raises:
+        InputError: the groups do not divide the batch.
 
     Source: LeJEPA (arXiv 2511.08544), section 4 (Sketched Isotropic Gaussian Regularisation).
     """
@@ -213,7 +255,7 @@ def sigreg(
     step = torch.full_like(t, 2.0 * limit / (knots - 1))
     step[[0, -1]] *= 0.5
     statistic = torch.zeros_like(projected[:, 0])
-    for k in range(knots):  # one at a time, or memory grows by the number of knots
+    for k in range(knots):  # one at a time, since all at once would need `knots` times the memory
         angles = projected * t[k]
         error = (angles.cos().mean(1) - normal[k]) ** 2 + angles.sin().mean(1) ** 2
         statistic = statistic + error * (normal[k] * step[k])
@@ -225,17 +267,25 @@ def sigreg(
 
 @_without_autocast
 def gram_loss(
-    student: Tensor,  # [B, P, C]
-    teacher: Tensor,  # [B, P, C'], which may be wider or narrower where `of` is "patches"
+    student: Tensor,
+    teacher: Tensor,
     *,
     of: GramOf = "patches",
-    normalise: bool = True,  # dot products become cosines
-    per_image: bool = True,  # False: patches of all images are compared with each other
-    negatives: GramNegatives = "keep",  # "remove": negative entries count as 0; "remove_teacher": only the teacher's
+    normalise: bool = True,
+    per_image: bool = True,
+    negatives: GramNegatives = "keep",
 ) -> Tensor:
-    """Mean squared difference of all similarities between patches (or between channels).
+    """Mean squared difference between the Gram matrices of student and teacher.
 
-    Source: DINOv3 paper (arXiv 2508.10104), section 4; dinov3/loss/gram_loss.py at 6876159, which is "patches".
+    Args:
+        student: [B, P, C].
+        teacher: [B, P, C']; with `of="channels"` C' must equal C.
+        of: compare similarities between patches (as DINOv3 does) or between channels.
+        normalise: compare cosines instead of dot products.
+        per_image: compare the patches of one image; False compares the patches of all images with each other.
+        negatives: "remove" sets negative similarities to 0, "remove_teacher" only those of the teacher.
+
+    Source: DINOv3 paper (arXiv 2508.10104), section 4; dinov3/loss/gram_loss.py at 6876159.
     """
 
     def gram(tokens: Tensor) -> Tensor:
@@ -259,11 +309,11 @@ def gram_loss(
 def feature_loss(
     student: Tensor,  # [..., C]
     teacher: Tensor,  # [..., C]
-    cosine: float = 0.9,  # share of the direction; the rest is smooth L1
+    cosine: float = 0.9,  # weight of the cosine distance; the rest is smooth L1
 ) -> Tensor:
-    """How far features are from a teacher's: cosine * (1 - cos) + (1 - cosine) * smooth L1, mean over all vectors.
+    """Distance to the teacher's features, cosine * (1 - cos) + (1 - cosine) * smooth L1, averaged over all vectors.
 
-    Source: AM-RADIO (arXiv 2312.06709), section 3.2, with its shares.
+    Source: AM-RADIO (arXiv 2312.06709), section 3.2, with the same weights.
     """
     ours, target = _wide(student), _wide(teacher.detach())
     direction = 1.0 - F.cosine_similarity(ours, target, dim=-1)

@@ -1,4 +1,7 @@
-"""What is trained, and its loss: student, moving average, heads, and the teachers of Gram and distillation."""
+"""The model of a run and its loss: student, moving average, heads, and the teachers of Gram and distillation.
+
+Shapes: B images, 2B global crops, L local crops per image, P patches, M masked patches, K prototypes, C channels.
+"""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -17,33 +20,33 @@ from .adapters import add_adapters
 from .config import TrainConfig
 from .distributed import group, local, mean_over
 from .draws import generator
-from .heads import ProjectionHead, Standardise, linear_projection
+from .heads import ProjectionHead, Standardise, head_sizes, linear_projection
 from .optim import ema_momentum, gram_weight, local_weight, renews_gram, teacher_temperature
 from .views import Batch
 
 __all__ = ["Method", "Targets", "split_batch"]
 
 CENTRE_MOMENTUM = 0.9  # DINO v1 and DINOv2
-SLICES = 1024  # directions of SIGReg; FINO
+SLICES = 1024  # directions of SIGReg, as FINO
 M = TypeVar("M", bound=nn.Module)
-Add = Callable[[str, float, Tensor], None]  # takes a term: name, weight, value
+Add = Callable[[str, float, Tensor], None]  # adds a term to the loss: name, weight, value []
 
 
 class Targets(NamedTuple):
-    """What the teachers say about a batch of B pictures (2B global crops); None where nobody asks."""
+    """The targets of a batch of B images (2B global crops); None for a target that no loss needs."""
 
     dino: Tensor | None = None  # [2, B, K] distributions
-    ibot: Tensor | None = None  # [M, K] distributions of the masked patches
-    gram: Tensor | None = None  # [2B, P, C] patch tokens on the student's grid
-    cls: Tensor | None = None  # [2B, C'] of the teacher of a distillation
-    patches: Tensor | None = None  # [2B, P, C']
+    ibot: Tensor | None = None  # [M, K] distributions, of the masked patches
+    gram: Tensor | None = None  # [2B, P, C] patch tokens, on the student's grid
+    cls: Tensor | None = None  # [2B, C'] class tokens of the distillation teacher
+    patches: Tensor | None = None  # [2B, P, C'] its patch tokens
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Consecutive pictures, in `parts` equal parts."""
+    """Splits a batch of B images (shapes: see `Batch`) into `parts` batches of B / parts consecutive images."""
 
-    def cut(crops: Tensor, per_picture: int) -> list[Tensor]:
-        return [c.flatten(0, 1) for c in crops.unflatten(0, (per_picture, -1)).chunk(parts, dim=1)]
+    def cut(crops: Tensor, per_image: int) -> list[Tensor]:
+        return [c.flatten(0, 1) for c in crops.unflatten(0, (per_image, -1)).chunk(parts, dim=1)]
 
     if parts == 1:
         return [batch]
@@ -56,11 +59,18 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
 
 
 class Method(nn.Module):
-    """`targets` on all parts of a step's batch, then `forward` and a backward pass for each part, then `update_ema`.
+    """The model of a run.
 
-    `student` and `ema` hold the same parts: backbone, dino_head, ibot_head, cls_projection, patch_projection, as far as
-    the objectives need them.  `scales` brings the moving average's tokens, the student's and those of a distillation's
-    teacher to mean 0 and variance 1.
+    A step calls `targets` on all parts of its batch, then `forward` and a backward pass for each part, then the
+    optimiser, then `update_ema`.
+
+    Attributes:
+        student: backbone, and as far as the losses need them dino_head, ibot_head, cls_projection, patch_projection.
+        ema: the moving average of the student, with the same parts.
+        teacher: the distillation teacher, or None.
+        gram_teacher: the teacher of Gram anchoring, or None.
+        scales: layers that bring the tokens before a head, and those of the distillation teacher, to mean 0 and
+            variance 1.
     """
 
     student: nn.ModuleDict
@@ -98,16 +108,16 @@ class Method(nn.Module):
 
     @property
     def backbone(self) -> ViTBackbone:
-        """The student's."""
+        """The backbone of the student."""
         return cast(ViTBackbone, self.student["backbone"])
 
     @property
     def average(self) -> Backbone:
-        """The moving average of the student's backbone: what a run is for."""
+        """The moving average of the student's backbone, which is the result of a run."""
         return cast(Backbone, self.ema["backbone"])
 
     def choose_trained(self, backbone: Backbone) -> None:
-        """Which parameters of the backbone learn."""
+        """Freezes what is not trained, and adds adapters for tune="lora".  Raises: InputError without a mask token."""
         config = self.config
         if config.tune == "lora":
             add_adapters(backbone, config.lora_rank)
@@ -125,7 +135,7 @@ class Method(nn.Module):
             backbone.local_cls_norm.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Method":
-        """Teachers stay in eval mode."""
+        """Sets the student to training mode; moving average and teachers stay in eval mode."""
         super().train(mode)
         for module in (self.ema, self.teacher, self.gram_teacher):
             if module is not None:
@@ -136,7 +146,12 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def targets(self, batches: Sequence[Batch], step: int) -> list[Targets]:
-        """For all parts of this process' share of the batch, because Sinkhorn-Knopp looks at the whole of it."""
+        """The targets of all parts of a batch; computed together, because Sinkhorn-Knopp needs the whole batch.
+
+        Args:
+            batches: the parts of this process' share of the batch (shapes: see `Batch`).
+            step: number of the step, from 0.
+        """
         config = self.config
         dino, ibot, gram, cls, patches = [], [], [], [], []
         for batch in batches:
@@ -170,7 +185,7 @@ class Method(nn.Module):
         return [Targets(*row) for row in zip(*columns, strict=True)]
 
     def assign(self, tokens: list[Tensor], head: str, step: int) -> list[Tensor]:
-        """Tokens of all parts -> distributions of all parts."""
+        """Tokens of all parts, each [n, C], to distributions of all parts, each [n, K]."""
         config = self.config
         self.learn(head, tokens, step)
         scores = [self.scores(self.ema, head, part) for part in tokens]
@@ -185,15 +200,16 @@ class Method(nn.Module):
         return list(found.split([len(part) for part in scores]))
 
     def learn(self, scale: str, parts: list[Tensor], step: int) -> None:
+        """Updates the mean and variance of a scale, if there is one, from tokens [..., C]."""
         if scale in self.scales:
             cast(Standardise, self.scales[scale]).learn(torch.cat(parts), step)
 
     def head_of(self, objective: str) -> str:
-        """The part that scores an objective's tokens, where both may have the same one."""
+        """The part that scores the tokens of "dino_head" or "ibot_head"; both may share the DINO head."""
         return "dino_head" if self.config.shares_head else objective
 
     def scores(self, model: nn.ModuleDict, head: str, tokens: Tensor) -> Tensor:
-        """[..., K] of a head of student or moving average."""
+        """Scores [..., K] of tokens [..., C] by a head of the student or the moving average."""
         if head in self.scales:
             tokens = self.scales[head](tokens)
         return model[self.head_of(head)](tokens)  # type: ignore[no-any-return]
@@ -201,9 +217,19 @@ class Method(nn.Module):
     # --- the student ---------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, targets: Targets, step: int) -> dict[str, Tensor]:
-        """Every term, "loss", their weighted sum, and what else is to be recorded.
+        """The loss of one part of a batch.
 
-        The mean over the parts of a batch is that of the whole batch.
+        Args:
+            batch: the images (shapes: see `Batch`).
+            targets: of this part, from `targets`.
+            step: number of the step, from 0.
+
+        Returns:
+            Scalars [] by name: each term, the weighted sum "loss", and values for the record.  The mean over the parts
+            of a batch equals the value for the whole batch.
+
+        Raises:
+            InputError: student and distillation teacher have a different number of patches.
         """
         config = self.config
         crops, masks = [batch.global_crops], [batch.masks if config.masks else None]
@@ -228,7 +254,7 @@ class Method(nn.Module):
             scores = self.scores(self.student, "ibot_head", seen.patch_tokens[batch.masks])
             ibot = losses.ibot_loss(scores, targets.ibot, batch.masks, config.student_temperature)
             add("ibot", config.ibot_weight, ibot)
-        # groups divide the pictures, so none holds two crops of one picture, which would be nearest neighbours
+        # the groups divide the images, so no group holds two crops of one image, which would be nearest neighbours
         size = min(config.spread_group, len(batch.indices))
         if config.koleo_weight:
             add("koleo", 2 * config.koleo_weight, losses.koleo(seen.cls_token, size))  # summed over the two crops
@@ -245,7 +271,10 @@ class Method(nn.Module):
         return terms
 
     def add_dino(self, outputs: Sequence[BackboneOutput], targets: Tensor, step: int, add: Add) -> None:
-        """Global crops against the other one, local crops against both, each pair counting alike."""
+        """Adds the DINO loss: each global crop against the other one, local crops against both, with equal weight.
+
+        `outputs`: of the 2B global and the L*B local crops, if there are any.  `targets`: [2, B, K] distributions.
+        """
         config, batch = self.config, targets.shape[1]
         tokens = torch.cat([out.cls_token for out in outputs])
         scores = self.scores(self.student, "dino_head", tokens).unflatten(0, (-1, batch))
@@ -258,12 +287,16 @@ class Method(nn.Module):
                 losses.dino_loss(scores[2:], targets, config.student_temperature))  # fmt: skip
 
     def add_distillation(self, seen: BackboneOutput, cls: Tensor, patches: Tensor, add: Add) -> None:
-        """A linear map of the student's tokens against the teacher's standardised ones; similarities directly."""
+        """Adds the distillation losses: projected student tokens against standardised teacher tokens, and similarities.
+
+        `seen`: the student's output for the 2B global crops.  `cls` [2B, C'] and `patches` [2B, P, C']: teacher tokens.
+        Raises: InputError if student and teacher have a different number of patches.
+        """
         config, student = self.config, self.student
         if patches.shape[1] != seen.patch_tokens.shape[1]:
             raise InputError(
-                f"the teacher has {patches.shape[1]} patches and the student {seen.patch_tokens.shape[1]}; choose "
-                "gram_px so that both have the same grid"
+                f"the teacher has {patches.shape[1]} patches and the student {seen.patch_tokens.shape[1]}; set gram_px "
+                "so that both have the same grid"
             )
         if config.feature_weight:
             ours = student["cls_projection"](seen.cls_token), student["patch_projection"](seen.patch_tokens)
@@ -280,7 +313,7 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def update_ema(self, step: int) -> None:
-        """After the optimiser's step: the moving average follows, and the Gram teacher where it is due."""
+        """Updates the moving average after an optimiser step, and the Gram teacher at the steps of a renewal."""
         ours: list[Tensor] = [local(p) for p in self.student.parameters() if p.requires_grad]
         pairs = zip(self.ema.parameters(), self.student.parameters(), strict=True)
         averages: list[Tensor] = [local(average) for average, p in pairs if p.requires_grad]
@@ -291,27 +324,22 @@ class Method(nn.Module):
                 local(copied).copy_(local(average))
 
 
-def head_sizes(config: TrainConfig) -> dict[str, tuple[int, int, int]]:
-    """Hidden width, bottleneck and prototypes of what scores the tokens of each objective that has a weight."""
-    dino = (config.head_hidden, config.head_bottleneck, config.dino_prototypes)
-    ibot = (config.ibot_hidden or dino[0], config.ibot_bottleneck or dino[1], config.ibot_prototypes)
-    sizes = {"dino_head": dino} if config.dino_weight else {}
-    return sizes | ({"ibot_head": dino if config.shares_head else ibot} if config.ibot_weight else {})
-
-
 def add_local_norm(backbone: ViTBackbone) -> None:
-    """A final norm of the local crops' class tokens that gives what the present one gives, until it learns."""
+    """Adds a separate final norm for the class tokens of local crops, as a copy of the present one."""
     backbone.local_cls_norm = copy.deepcopy(backbone.cls_norm or backbone.norm)
     backbone.config = replace(backbone.config, local_cls_norm=True)
 
 
 def frozen(module: M) -> M:
-    """In eval mode, without gradients."""
+    """Sets a module to eval mode, without gradients, and returns it."""
     return module.eval().requires_grad_(False)
 
 
 def resize_tokens(output: BackboneOutput, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
-    """Patch tokens on another grid, [B, P, C], bicubic without antialias.  Source: DINOv3 paper, section 4.2."""
+    """Resizes patch tokens [B, P, C] from one grid (rows, columns) to another, bicubic without antialias.
+
+    Source: DINOv3 paper (arXiv 2508.10104), section 4.2.
+    """
     if grid == wanted:
         return output.patch_tokens
     tokens = as_map(output.patch_tokens, grid)

@@ -1,6 +1,4 @@
-"""Values that change in the course of a run, which are functions of its settings and the step; and which parameter
-learns how fast.
-"""
+"""Schedules, as functions of settings and step, and the optimiser with its parameter groups."""
 
 import math
 from collections.abc import Iterable
@@ -35,12 +33,18 @@ def warmup_cosine(
     start: float,
     peak: float,
     end: float,
-    warmup: int,  # steps
-    total: int,  # steps
+    warmup: int,
+    total: int,
 ) -> float:
-    """From `start` straight to `peak` in `warmup` steps, by a cosine to `end` at the last of `total`, then constant.
+    """A linear warm-up, then half a cosine.
 
-    With `end` equal to `peak` this is a warm-up and a constant.
+    Args:
+        step: number of the step, from 0.
+        start: value at step 0.
+        peak: value after `warmup` steps.
+        end: value at step `total` - 1 and after it.
+        warmup: steps of the linear part.
+        total: steps of the whole schedule.
 
     Source: dinov3/train/cosine_lr_scheduler.py at 6876159 (linear_warmup_cosine_decay).
     """
@@ -54,17 +58,17 @@ def warmup_cosine(
 
 def ramp(
     step: int,
-    begin: int,  # 0 before this step
-    length: int,  # steps until 1
+    begin: int,  # the value is 0 before this step
+    length: int,  # steps from 0 to 1
 ) -> float:
-    """0, then straight to 1."""
+    """A linear ramp from 0 to 1."""
     if step < begin:
         return 0.0
     return min(1.0, (step - begin + 1) / (length + 1))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of what learns at full rate."""
+    """The learning rate of parameters whose factor is 1 (see `parameter_groups`)."""
     warmup = config.share(config.warmup_share)
     if config.warmup == "cosine" and step < warmup:
         return warmup_cosine(step, start=0.0, peak=0.0, end=config.lr, warmup=0, total=warmup)
@@ -73,40 +77,46 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def weight_decay(config: TrainConfig, step: int) -> float:
+    """Weight decay at a step: half a cosine between its two settings."""
     return warmup_cosine(step, start=0.0, peak=config.weight_decay, end=config.weight_decay_end,
                          warmup=0, total=config.steps)  # fmt: skip
 
 
 def ema_momentum(config: TrainConfig, step: int) -> float:
+    """Momentum of the moving average at a step: half a cosine between its two settings."""
     return warmup_cosine(step, start=0.0, peak=config.ema_momentum, end=config.ema_momentum_end,
                          warmup=0, total=config.steps)  # fmt: skip
 
 
 def teacher_temperature(config: TrainConfig, step: int) -> float:
+    """Softmax temperature of the teacher at a step: a linear warm-up, then constant."""
     peak = config.teacher_temperature
     return warmup_cosine(step, start=config.teacher_temperature_start, peak=peak, end=peak,
                          warmup=config.share(config.teacher_temperature_share), total=config.steps)  # fmt: skip
 
 
 def _gram_ramp(config: TrainConfig, step: int) -> float:
-    """0 before Gram anchoring begins, then half a cosine to 1."""
+    """0 until Gram anchoring begins, then half a cosine to 1."""
     begin = config.share(config.gram_begin_share)
     return warmup_cosine(step, start=0.0, peak=0.0, end=1.0,
                          warmup=begin, total=begin + config.share(config.gram_ramp_share))  # fmt: skip
 
 
 def gram_weight(config: TrainConfig, step: int) -> float:
+    """Weight of the Gram loss at a step."""
     return 0.0 if config.gram == "off" else config.gram_weight * _gram_ramp(config, step)
 
 
 def local_weight(config: TrainConfig, step: int) -> float:
+    """Factor of the local crops' part of the DINO loss at a step."""
     ramp = 0.0 if config.gram == "off" else _gram_ramp(config, step)
     return config.local_weight * (1.0 + (config.gram_local_weight - 1.0) * ramp)
 
 
 def renews_gram(config: TrainConfig, step: int) -> bool:
-    """Whether the Gram teacher is copied from the moving average after this step: where anchoring begins, which counts
-    as no renewal, and then at each of the renewals that there are.
+    """Whether the Gram teacher is copied from the moving average after this step.
+
+    It is copied when anchoring begins, which does not count as a renewal, and then at each renewal.
 
     Source: dinov3/train/train.py at 6876159.
     """
@@ -115,11 +125,15 @@ def renews_gram(config: TrainConfig, step: int) -> bool:
 
 
 def parameter_groups(student: nn.ModuleDict, config: TrainConfig) -> list[dict[str, Any]]:
-    """Parameters that learn alike, together.
+    """Groups the trained parameters by learning rate and weight decay.
 
-    The last block learns at `layer_decay` of the full rate, each one before it at that share of the next; what comes
-    before the blocks follows on, the patch embedding at `patch_lr` of that.  Heads learn at `head_lr` times the full
-    rate.  Biases, norms and gammas do not decay.
+    The learning rate of a group is a factor times that of the step.  With d = `layer_decay` and N blocks, the factor is
+    1 for the final norm, d for the last block, d^2 for the one before it, d^N for the first block and d^(N + 1) for
+    class, register and mask tokens.  It is `patch_lr` * d^(N + 1) for the patch embedding and `head_lr` for heads.
+    Biases, norms and gammas have no weight decay.
+
+    Returns:
+        Groups for `torch.optim`, each with its factor as "rate", and "decays", "backbone" and "prototypes" as flags.
 
     Source: dinov3/train/param_groups.py at 6876159.
     """
@@ -149,11 +163,12 @@ def _rate(name: str, depth: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(student: nn.ModuleDict, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the parameter groups of the student."""
     return torch.optim.AdamW(parameter_groups(student, config), lr=config.lr, betas=config.betas, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
-    """Learning rate and weight decay of every group at this step; returns the full rate."""
+    """Sets learning rate and weight decay of every group for a step; returns the learning rate of factor 1."""
     rate, decay = learning_rate(config, step), weight_decay(config, step)
     thaw = ramp(step, config.share(config.freeze_share), config.share(config.ramp_share))
     for group in optimizer.param_groups:
@@ -164,7 +179,7 @@ def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) 
 
 
 def clip_gradients(student: nn.ModuleDict, limit: float) -> dict[str, Tensor]:
-    """Scales the gradients of each part down to a norm of at most `limit`; the norms before, by part."""
+    """Clips the gradient norm of each part of the student to `limit`; returns the norms before, [] each, by part."""
     norms = {}
     for part, module in student.items():
         found: Iterable[Tensor] = [p for p in module.parameters() if p.grad is not None]

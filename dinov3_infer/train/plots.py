@@ -1,4 +1,4 @@
-"""Pictures of a run: the curves of its metrics, and the first batch as the model sees it."""
+"""Plots of a run: the curves of its metrics, and the first batch as the model sees it."""
 
 import json
 import math
@@ -12,13 +12,13 @@ from .views import Batch, ViewConfig
 
 __all__ = ["draw_batch", "draw_curves"]
 
-_WIDTH, _HEIGHT, _MARGIN = 360, 200, 28  # pixels of a panel, and around its curve
+_WIDTH, _HEIGHT, _MARGIN = 360, 200, 28  # pixels: width and height of a panel, margin around its curve
 _COLUMNS = 3
 _INK, _LINE, _FRAME = (40, 40, 40), (31, 99, 180), (225, 225, 225)
 
 
 def draw_curves(metrics: Path, target: Path) -> None:
-    """One panel per metric of a `metrics.jsonl`, all over the same steps, written as PNG."""
+    """Draws a `metrics.jsonl` to an image file, one panel per metric, all over the same steps."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -43,13 +43,21 @@ def draw_curves(metrics: Path, target: Path) -> None:
         ]
         draw.line(curve, fill=_LINE, width=2)
         x, y = curve[-1]
-        draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=_LINE)  # all there is of a metric that was recorded once
+        draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=_LINE)  # the only mark of a metric that was recorded once
     sheet.save(target)
 
 
-def draw_batch(batch: Batch, views: ViewConfig, target: Path, pictures: int = 8) -> None:
-    """A row per picture: global crops with the masked patches in grey, those of another teacher, local crops."""
-    count = min(pictures, len(batch.indices))
+def draw_batch(batch: Batch, views: ViewConfig, target: Path, images: int = 8) -> None:
+    """Draws the first images of a batch: a row per image with its global crops (masked patches in grey), the crops of
+    the Gram or distillation teacher, and its local crops.
+
+    Args:
+        batch: see `Batch` for the shapes.
+        views: the settings of the crops.
+        target: image file to write.
+        images: number of rows, at most.
+    """
+    count = min(images, len(batch.indices))
     kinds = [_masked(batch.global_crops, batch.masks, views.patch_size), batch.gram_crops, batch.local_crops]
     side = min(views.global_px, 160)
     cells: list[list[Image.Image]] = [[] for _ in range(count)]
@@ -58,7 +66,7 @@ def draw_batch(batch: Batch, views: ViewConfig, target: Path, pictures: int = 8)
             continue
         for crop in crops.unflatten(0, (-1, len(batch.indices))):
             for row, pixels in zip(cells, crop, strict=False):
-                row.append(_picture(pixels, views).resize((side, side)))
+                row.append(_to_image(pixels, views).resize((side, side)))
     sheet = Image.new("RGB", (len(cells[0]) * (side + 4), count * (side + 4)), "white")
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
@@ -67,13 +75,13 @@ def draw_batch(batch: Batch, views: ViewConfig, target: Path, pictures: int = 8)
 
 
 def _masked(crops: Tensor, masks: Tensor, patch_size: int) -> Tensor:
-    """Masked patches at the mean colour, [2B, 3, S, S]."""
+    """Crops [2B, 3, S, S] with the masked patches, [2B, P] bool, at the mean colour."""
     rows = crops.shape[-1] // patch_size
     hidden = masks.unflatten(1, (rows, rows)).repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
     return crops.masked_fill(hidden[:, None], 0.0)
 
 
-def _picture(pixels: Tensor, views: ViewConfig) -> Image.Image:
+def _to_image(pixels: Tensor, views: ViewConfig) -> Image.Image:
     mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu").view(3, 1, 1) for v in (views.mean, views.std))
     shown = ((pixels.detach().cpu().float() * std + mean) * 255.0).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(shown.permute(1, 2, 0).numpy())

@@ -1,4 +1,4 @@
-"""What a training run says while it goes on: a bar on a terminal, elsewhere lines in the log; verdicts in both."""
+"""Progress of a run: a bar on a terminal, log lines elsewhere, and the verdicts of the health checks in both."""
 
 import logging
 from typing import Any, Self
@@ -11,7 +11,13 @@ log = logging.getLogger("dinov3_infer")
 
 
 class Progress:
-    """`shown`: None for a bar on a terminal and lines elsewhere, True for a bar, False for neither."""
+    """Reports the progress of a run.
+
+    Args:
+        total: steps of the run.
+        first: steps already done.
+        shown: True for a bar, False for neither bar nor lines, None for a bar on a terminal and log lines elsewhere.
+    """
 
     def __init__(self, total: int, first: int, shown: bool | None) -> None:
         self.total = total
@@ -25,10 +31,11 @@ class Progress:
         self.bar.close()
 
     def advance(self) -> None:
+        """Moves the bar by one step."""
         self.bar.update()
 
     def tell(self, step: int, metrics: dict[str, Any]) -> None:
-        """The numbers of a step, and a verdict on the model where there is one."""
+        """Reports the metrics of a step, and the verdict of its health check if there was one."""
         self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
         if self.lines:
             log.info(

@@ -1,6 +1,6 @@
-"""A run on disk: weights, moving average and optimiser in one safetensors file, and a small file of state beside it.
+"""A run on disk: weights, moving average and optimiser in one safetensors file, with a small JSON file beside it.
 
-The tensors are whole and named by parameter, so that a run goes on with any number of processes.
+The tensors are unsharded and named by parameter, so that any number of processes can resume the run.
 """
 
 import json
@@ -34,7 +34,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def append(path: Path, text: str) -> None:
-    """Adds whole lines to a file, or leaves it as it was.  Raises: DiskError."""
+    """Appends complete lines to a file, or leaves it unchanged.  Raises: DiskError."""
     size = path.stat().st_size if path.is_file() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -42,35 +42,35 @@ def append(path: Path, text: str) -> None:
     except OSError as error:
         if path.is_file():
             os.truncate(path, size)
-        raise DiskError(f"'{path}' could not be written ({error.strerror}); make room") from None
+        raise DiskError(f"'{path}' could not be written ({error.strerror}); free some space") from None
 
 
 class LeftOut:
-    """Images that could not be read, and why: a line for each in a file, and the first ones in the log."""
+    """Reports images that could not be read: each as a line in a file, the first three also in the log."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._told = path, set[int]()
-        if path.is_file():  # of a run that goes on
+        if path.is_file():  # of a resumed run
             lines = path.read_text(encoding="utf-8").splitlines()
             self._told = {json.loads(line)["picture"] for line in lines if line.endswith("}")}
 
     def tell(self, broken: Mapping[int, str]) -> None:
-        """`broken`: all that are known so far, by number, with the reason."""
+        """Reports the broken images that it has not reported yet.  `broken`: number -> reason, for all of them."""
         new = {number: reason for number, reason in broken.items() if number not in self._told}
         if not new:
             return
         for reason in list(new.values())[: max(0, 3 - len(self._told))]:
-            log.warning("an image is left out, and another one takes its place: %s", reason)
+            log.warning("skipped an image and used another one instead: %s", reason)
         lines = (json.dumps({"picture": number, "error": reason}) + "\n" for number, reason in sorted(new.items()))
         try:
             append(self._path, "".join(lines))
         except DiskError:
-            return  # they are told again; the metrics say what the disk lacks
+            return  # these are reported again; the writer of the metrics warns about the disk
         self._told |= set(new)
 
 
 def _kept(method: Method) -> dict[str, Tensor]:
-    """Everything that training changes, by name."""
+    """All tensors that training changes, by name."""
     fixed = ("teacher.",) if method.config.gram == "renew" else ("teacher.", "gram_teacher.")
     return {name: tensor for name, tensor in method.state_dict().items() if not name.startswith(fixed)}
 
@@ -85,15 +85,23 @@ def _moments(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 
 
 def save(
-    folder: Path,  # of all checkpoints
+    folder: Path,
     method: Method,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     keep: int,
 ) -> None:
-    """Writes `folder/<finished steps>` whole or not at all, and removes all but the last `keep`; all processes call it.
+    """Writes the checkpoint `folder`/<finished steps> completely or not at all; all processes must call it.
 
-    Raises: DiskError; what was there before stays.
+    Args:
+        folder: of all checkpoints.
+        method: the model.
+        optimizer: its optimiser.
+        state: what `read` will return; "step" is the number of finished steps.
+        keep: newest checkpoints to keep; older ones are removed.
+
+    Raises:
+        DiskError: the checkpoint could not be written; earlier checkpoints are kept.
     """
     tensors = {}
     for name, tensor in (_kept(method) | _moments(method, optimizer)).items():
@@ -124,11 +132,11 @@ def save(
         dist.broadcast_object_list(box)
         problem = box[0]
     if problem:
-        raise DiskError(f"{problem}; make room, earlier checkpoints are whole and --resume goes on from them")
+        raise DiskError(f"{problem}; free some space and --resume, which continues from the last complete checkpoint")
 
 
 def write_model(backbone: Backbone, folder: Path) -> None:
-    """As transformers loads it; under Meta's names what no model of transformers can hold."""
+    """Writes a model in the layout of transformers, or of Meta if transformers has no model that fits."""
     try:
         backbone.save_pretrained(folder)
     except UnsupportedError:
@@ -140,64 +148,68 @@ def _all(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint; one without a state is named and left out."""
+    """The newest checkpoint, or None; a warning names one that has no state file and is ignored."""
     found = _all(folder)
     for path in folder.glob("[0-9]*"):
         if not (path / _STATE).is_file() and (not found or path.name > found[-1].name):
-            log.warning("the checkpoint '%s' has no %s and is left out", path, _STATE)
+            log.warning("ignoring the checkpoint '%s', which has no %s", path, _STATE)
     return found[-1] if found else None
 
 
 def read(path: Path) -> dict[str, Any]:
     """The state of a checkpoint: step, settings, digest of the images and SHA-256 of the tensors.
 
-    Raises: CheckpointError for one that is damaged, or not that of its folder.
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its state names another step than its folder.
     """
-    way = "remove that folder, and --resume goes on from the one before it, or begin anew without one"
+    way = "remove that folder and --resume, which continues from the checkpoint before it, if there is one"
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         step, config = state["step"], state["config"]
         if type(step) is not int or not isinstance(config, dict):
-            raise ValueError("no step or no settings in it")
+            raise ValueError("it has no step or no settings")
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         reason = error if isinstance(error, OSError) else "it is damaged"
-        raise CheckpointError(f"the state '{path / _STATE}' cannot be read ({reason}); {way}") from None
+        raise CheckpointError(f"the state file '{path / _STATE}' cannot be read ({reason}); {way}") from None
     if step != int(path.name):
-        raise CheckpointError(f"the state '{path / _STATE}' says step {step}, unlike its folder; {way}")
+        raise CheckpointError(f"the state file '{path / _STATE}' is of step {step}, unlike its folder; {way}")
     digest = state.get("sha256")
     if digest is None:
-        log.warning("the checkpoint '%s' is of a version without checksums, its tensors are taken unchecked", path)
+        log.warning("the checkpoint '%s' is of a version without checksums, so its tensors are not checked", path)
     elif not (path / _TENSORS).is_file() or sha256(path / _TENSORS) != digest:
-        raise CheckpointError(f"the tensors of '{path}' cannot be read: they are not those that were written; {way}")
+        raise CheckpointError(f"the tensors of '{path}' are damaged or missing: their checksum differs; {way}")
     return state  # type: ignore[no-any-return]
 
 
 def load(path: Path, method: Method, optimizer: torch.optim.Optimizer) -> int:
-    """Fills method and optimiser; returns the step.
+    """Loads a checkpoint into model and optimiser; returns its step.
 
-    Raises: CheckpointError for a file that is damaged or of another model.
+    Raises:
+        CheckpointError: the file is damaged, or belongs to another model or other losses.
     """
     step: int = read(path)["step"]
     try:
         with safe_open(path / _TENSORS, "pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}; remove that folder") from None
+        raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}; remove it and resume") from None
     if lacking := [name for name in stored if name.endswith(".step") and not _whole_moments(name, stored)]:
-        raise CheckpointError(f"the checkpoint '{path}' lacks moments of the optimiser, of {lacking[0]}; remove it")
+        raise CheckpointError(
+            f"the checkpoint '{path}' lacks AdamW's moments of {lacking[0]}; remove that folder and resume"
+        )
     kept = _kept(method)
     moments = {name for name in stored if name.startswith("optimizer.")}
     if different := sorted((set(stored) - moments) ^ set(kept)):
         raise CheckpointError(
-            f"the checkpoint '{path}' is of another model or objective: {different[0]} and {len(different) - 1} others "
-            "are only on one side; resume with the configuration it was made with"
+            f"the checkpoint '{path}' belongs to another model or other losses: {different[0]} and "
+            f"{len(different) - 1} other tensors are missing on one side; resume with the settings that wrote it"
         )
     with torch.no_grad():
         for name, tensor in kept.items():
             if tensor.shape != stored[name].shape:
                 raise CheckpointError(
-                    f"the checkpoint '{path}' holds {name} as {list(stored[name].shape)} and the model has it as "
-                    f"{list(tensor.shape)}; resume with the configuration it was made with"
+                    f"the checkpoint '{path}' has {name} of shape {list(stored[name].shape)}, the model has "
+                    f"{list(tensor.shape)}; resume with the settings that wrote it"
                 )
             tensor.copy_(_like(tensor, stored[name]))
         for name, parameter in method.named_parameters():
@@ -216,6 +228,6 @@ def _whole_moments(step: str, stored: dict[str, Tensor]) -> bool:
 
 
 def _like(tensor: Tensor, stored: Tensor) -> Tensor:
-    """On the device of a tensor, and spread as it is."""
+    """A stored tensor on the device of another tensor, and sharded like it."""
     moved = stored.to(tensor.device)
     return distribute_tensor(moved, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else moved

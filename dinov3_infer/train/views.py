@@ -1,7 +1,7 @@
-"""Views of a picture for self-supervised training: random crops, their distortions, and masks of patches.
+"""Views of an image for self-supervised training: random crops, their augmentations, and masks of patches.
 
-The augmentations are those of DINOv2 and DINOv3, at the probabilities that their released models were trained with.
-Everything is drawn from the generator that is handed in.
+The augmentations are those of DINOv2 and DINOv3, with the probabilities that trained the released models.  All random
+draws come from the generator that the caller gives.
 """
 
 import math
@@ -22,11 +22,11 @@ Region: TypeAlias = tuple[int, int, int, int]  # top, left, height, width in pix
 Range: TypeAlias = tuple[float, float]
 
 ASPECT = (3 / 4, 4 / 3)  # width / height of a crop
-SIGMA = (0.1, 2.0)  # pixels, of the blur
+SIGMA = (0.1, 2.0)  # standard deviation of the blur, in pixels
 SOLARIZE_FROM = 128
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-TAPS = 4  # of the blur on each side: a kernel of 9
-NEGLIGIBLE = 1e-4  # weight of a tap that moves no pixel by a tenth of a grey level
+TAPS = 4  # of the blur on each side, so a kernel of 9
+NEGLIGIBLE = 1e-4  # smallest weight of a tap; below it no pixel changes by a tenth of a grey level
 
 # Of hue h in 0..6, the share of the chroma that each channel gets is clamp(sign * |h - centre| + offset, 0, 1).
 _CENTRE, _SIGN, _OFFSET = (
@@ -37,27 +37,30 @@ _CENTRE, _SIGN, _OFFSET = (
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """What becomes of one picture.  Defaults: DINOv2's and DINOv3's recipe for a ViT-L on ImageNet.
+    """Settings of the views of an image.  Defaults: DINOv2's and DINOv3's recipe for a ViT-L on ImageNet.
 
-    The blur probabilities are those in effect: the published code inverts what its arguments say, and the released
-    models were trained so.
+    The published code inverts its blur probabilities, and the released models were trained so; these are the
+    probabilities in effect.
+
+    Raises:
+        InputError: a side is no multiple of the patch size, or a range or probability is wrong.
     """
 
     global_px: int = 224  # side of the two global crops
     local_px: int = 96
-    gram_px: int | None = None  # the regions of the global crops once more, for a teacher that looks at another size
+    gram_px: int | None = None  # second size of the global crops, for a teacher with another input size
     num_local: int = 8
-    global_scale: Range = (0.32, 1.0)  # share of the picture's area
-    local_scale: Range = (0.05, 0.32)
-    flip: float = 0.5  # probability, as all below that have no range
+    global_scale: Range = (0.32, 1.0)  # share of the image's area in a global crop
+    local_scale: Range = (0.05, 0.32)  # in a local crop
+    flip: float = 0.5  # probability, like each number below without another comment
     jitter_probability: float = 0.8
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
     grey: float = 0.2
     global_blur: tuple[float, float] = (0.0, 0.9)  # crop 1, crop 2
     local_blur: float = 0.5
     solarize: float = 0.2  # crop 2
-    gram_distortions: bool = False  # colours of the gram crops: as in the global crops, or as in the picture
-    patch_size: int = 16  # px, of the student
+    gram_distortions: bool = False  # augment the colours of the Gram crops as those of the global crops
+    patch_size: int = 16  # of the student, in pixels
     mask_probability: float = 0.5  # share of the global crops of a step that are masked
     mask_ratio: Range = (0.1, 0.5)  # share of the patches of a masked crop
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -80,7 +83,7 @@ class ViewConfig:
         }
         for name, value in chances.items():
             if not 0 <= value <= 1:
-                raise InputError(f"{name}={value} is a probability; give a number from 0 to 1")
+                raise InputError(f"{name}={value} is no probability; give a number from 0 to 1")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -89,20 +92,20 @@ class ViewConfig:
         return side, side
 
     @property
-    def picture_px(self) -> int:
-        """Short side from which on a picture is large enough for its smallest crops not to be blown up."""
+    def image_px(self) -> int:
+        """Shortest side, in pixels, of an image whose smallest crops are not enlarged."""
         largest = max(self.global_px, self.gram_px or 0) / math.sqrt(self.global_scale[0])
         local = self.local_px / math.sqrt(self.local_scale[0]) if self.num_local else 0.0
         return math.ceil(max(largest, local))
 
     @property
-    def picture_bytes(self) -> int:
-        """Of all views of one picture."""
+    def image_bytes(self) -> int:
+        """Bytes of all views of one image."""
         return 3 * (2 * self.global_px**2 + self.num_local * self.local_px**2 + 2 * (self.gram_px or 0) ** 2)
 
 
 class Views(NamedTuple):
-    """Of one picture: uint8, not normalised, so that a quarter of the bytes goes from the workers to the model."""
+    """The views of one image, uint8 and not normalised: a quarter of the bytes of float32 on the way from a worker."""
 
     global_crops: Tensor  # [2, 3, S, S]
     local_crops: Tensor  # [L, 3, s, s]
@@ -110,21 +113,27 @@ class Views(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Of B pictures, crop-major: crop 1 of all pictures, then crop 2 of all, and so on."""
+    """The views of B images, crop-major: crop 1 of all images, then crop 2 of all images, and so on."""
 
     global_crops: Tensor  # [2*B, 3, S, S] float32, normalised
-    local_crops: Tensor  # [L*B, 3, s, s] likewise
-    gram_crops: Tensor | None  # [2*B, 3, g, g] likewise
-    masks: Tensor  # [2*B, P] bool, True where the student is not shown the patch
-    indices: Tensor  # [B] int64, which pictures
+    local_crops: Tensor  # [L*B, 3, s, s] float32, normalised
+    gram_crops: Tensor | None  # [2*B, 3, g, g] float32, normalised
+    masks: Tensor  # [2*B, P] bool, True for patches hidden from the student
+    indices: Tensor  # [B] int64, numbers of the images
 
 
 def collate(
     views: Sequence[Views], masks: Tensor, indices: Tensor, config: ViewConfig, device: torch.device | str = "cpu"
 ) -> Batch:
-    """Views of several pictures each, [n, 2, 3, S, S] and so on, with masks [B, 2, P] -> one batch on the device.
+    """Joins the views of B images into a batch on the device, and normalises the pixels there.
 
-    Pixels are normalised there.
+    Args:
+        views: each holds several images: global_crops [n, 2, 3, S, S], local_crops [n, L, 3, s, s], gram_crops
+            [n, 2, 3, g, g] or None; the n add up to B.
+        masks: [B, 2, P] bool.
+        indices: [B], numbers of the images.
+        config: settings with the mean and std of the normalisation.
+        device: where the batch is put.
     """
     mean, std = (
         255.0 * torch.tensor(v, dtype=torch.float32, device=device).view(1, 3, 1, 1) for v in (config.mean, config.std)
@@ -145,7 +154,7 @@ def collate(
 
 
 def make_views(image: Tensor, config: ViewConfig, generator: torch.Generator) -> Views:
-    """The crops of a picture, uint8 [3, H_px, W_px]."""
+    """Draws the crops of an image, uint8 [3, H_px, W_px]."""
     keep_freed_memory()
     draw = _uniform(generator)
     image = torch.stack(image.unbind(0), -1).permute(2, 0, 1) if image.stride(0) != 1 else image
@@ -170,7 +179,7 @@ def make_views(image: Tensor, config: ViewConfig, generator: torch.Generator) ->
 
 
 def _uniform(generator: torch.Generator) -> Iterator[float]:
-    """Numbers in [0, 1): one call of torch for many of them."""
+    """Random numbers in [0, 1); one call of torch draws many of them."""
     while True:
         yield from torch.rand(256, generator=generator, dtype=torch.float32, device="cpu").tolist()
 
@@ -180,7 +189,7 @@ def _between(low: float, high: float, draw: Iterator[float]) -> float:
 
 
 def _region(image: Tensor, scale: Range, draw: Iterator[float]) -> Region:
-    """A random share of the picture's area, with a random aspect; the largest that fits in the middle, if none does."""
+    """A random region of random area and aspect; if ten draws do not fit, the largest one in the middle."""
     height, width = image.shape[1:]
     for _ in range(10):
         area = height * width * _between(*scale, draw)
@@ -199,7 +208,7 @@ def _cut(image: Tensor, region: Region, flip: bool, size: int) -> Tensor:
 
 
 def _resize(image: Tensor, size: int) -> Tensor:
-    """uint8 -> uint8 [3, size, size]."""
+    """Resizes uint8 [3, H, W] to uint8 [3, size, size]."""
     if image.shape[1:] == (size, size):
         return image
     packed = image[None].contiguous(memory_format=torch.channels_last)
@@ -207,7 +216,7 @@ def _resize(image: Tensor, size: int) -> Tensor:
 
 
 def _distort(crop: Tensor, config: ViewConfig, draw: Iterator[float], blurred: float, solarized: float) -> Tensor:
-    """Colour jitter in random order, greyscale, blur, solarisation; uint8 -> uint8.  The probabilities are given."""
+    """Colour jitter in random order, greyscale, blur (probability `blurred`), solarisation; uint8 to uint8."""
     pixels = crop.float()
     if next(draw) < config.jitter_probability:
         amounts = [_between(-strength, strength, draw) for strength in config.jitter]
@@ -219,39 +228,39 @@ def _distort(crop: Tensor, config: ViewConfig, draw: Iterator[float], blurred: f
         pixels = blur(pixels, _between(*SIGMA, draw))
     if next(draw) < solarized:
         solarize(pixels, SOLARIZE_FROM)
-    return pixels.add_(0.5).to(torch.int16).to(torch.uint8)  # via int16, since the direct way is three times as slow
+    return pixels.add_(0.5).to(torch.int16).to(torch.uint8)  # three times as fast as without int16
 
 
-# --- distortions of one crop, in place on float32 RGB [3, H, W] in 0..255, written for one core and small crops ---
+# --- augmentations of one crop, float32 RGB [3, H, W] in 0..255, changed in place; fast on one core for small crops --
 
 
 def brightness(pixels: Tensor, amount: float) -> None:
-    """1 + amount times as bright."""
+    """Multiplies the brightness of a crop [3, H, W] by 1 + amount."""
     pixels.mul_(1 + amount).clamp_(0, 255)
 
 
 def contrast(pixels: Tensor, amount: float) -> None:
-    """1 + amount times as far from the mean grey of the crop."""
+    """Multiplies the distance of a crop [3, H, W] from its mean grey by 1 + amount."""
     mean = float(_luma(pixels).mean())
     pixels.mul_(1 + amount).sub_(amount * mean).clamp_(0, 255)
 
 
 def saturation(pixels: Tensor, amount: float) -> None:
-    """1 + amount times as far from each pixel's grey."""
+    """Multiplies the distance of each pixel of a crop [3, H, W] from its grey by 1 + amount."""
     grey = _luma(pixels)
     pixels.mul_(1 + amount).sub_(grey, alpha=amount).clamp_(0, 255)
 
 
 def hue(pixels: Tensor, amount: float) -> None:
-    """Turned by a share of the full circle, at the same HSV value and saturation."""
+    """Rotates the hue of a crop [3, H, W] by a share of the full circle; HSV value and saturation stay."""
     red, green, blue = pixels
     high = torch.maximum(red, green)
     torch.maximum(high, blue, out=high)
     low = torch.minimum(red, green)
     torch.minimum(low, blue, out=low)
     chroma = high.sub_(low)
-    # The hue from -3 to 3, red at 0 and green at 2: its size is (chroma - red + green + blue - low) / chroma, whichever
-    # channel is the largest, and its sign says whether there is more green than blue.
+    # The hue from -3 to 3, with red at 0 and green at 2.  Its absolute value is (chroma - red + green + blue - low) /
+    # chroma, for each largest channel; it is negative if there is more blue than green.
     turned = torch.add(chroma, green).sub_(red).add_(blue).sub_(low).div_(chroma.clamp_min(1e-6))
     turned = turned.copysign_(green - blue).add_(6 * amount)
     turned.sub_(torch.floor(turned / 6), alpha=6)
@@ -261,19 +270,19 @@ def hue(pixels: Tensor, amount: float) -> None:
 
 
 def greyscale(pixels: Tensor) -> None:
-    """All three channels become the luma."""
+    """Sets all channels of a crop [3, H, W] to its luma."""
     pixels.copy_(_luma(pixels).expand_as(pixels))
 
 
 def solarize(pixels: Tensor, threshold: float) -> None:
-    """What is as bright as the threshold, or brighter, is inverted."""
+    """Inverts the values of a crop [3, H, W] from the threshold upwards."""
     torch.where(pixels >= threshold, 255 - pixels, pixels, out=pixels)
 
 
 def blur(pixels: Tensor, sigma: float) -> Tensor:
-    """Gaussian of that many pixels with a kernel of 9, the border mirrored; gives a new tensor.
+    """A crop [3, H, W] blurred by a Gaussian of `sigma` pixels, with a kernel of 9 and mirrored borders; a new tensor.
 
-    Shifted additions: on one core faster than a convolution and than Pillow's filter.
+    Uses shifted additions, which on one core are faster than a convolution or Pillow's filter.
     """
     weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(TAPS + 1)]
     total = weights[0] + 2 * sum(weights[1:])
@@ -294,7 +303,7 @@ def _luma(pixels: Tensor) -> Tensor:  # [H, W]
     return torch.mul(pixels[0], LUMA[0]).add_(pixels[1], alpha=LUMA[1]).add_(pixels[2], alpha=LUMA[2])
 
 
-JITTERS = (brightness, contrast, saturation, hue)  # the order of ViewConfig.jitter
+JITTERS = (brightness, contrast, saturation, hue)  # in the order of ViewConfig.jitter
 
 # --- masks -------------------------------------------------------------------------------------------------------
 
@@ -302,7 +311,10 @@ JITTERS = (brightness, contrast, saturation, hue)  # the order of ViewConfig.jit
 def masked_counts(
     crops: int, patches: int, generator: torch.Generator, probability: float = 0.5, ratio: Range = (0.1, 0.5)
 ) -> list[int]:
-    """Masked patches of each crop of a step: a share of the crops gets a ladder of ratios, in random order."""
+    """Number of masked patches of each crop of a step, in random order.
+
+    A share `probability` of the crops gets evenly spaced shares of its patches, from low to high; the others get 0.
+    """
     masked = int(crops * probability)
     low, high = ratio
     ladder = [int(patches * (high - (high - low) * i / masked)) for i in range(masked)] + [0] * (crops - masked)
@@ -310,9 +322,9 @@ def masked_counts(
 
 
 def block_mask(grid: tuple[int, int], count: int, generator: torch.Generator) -> Tensor:
-    """Exactly `count` of the patches, in rectangles as far as they go and single ones for the rest: [P] bool.
+    """A mask [P] bool with exactly `count` patches: random rectangles, then single patches for the rest.
 
-    BEiT, section 2.3, with the bounds that DINOv2 and DINOv3 use.
+    Source: BEiT (arXiv 2106.08254), section 2.3, with the bounds of DINOv2 and DINOv3.
     """
     rows, columns = grid
     draw = _uniform(generator)

@@ -1,6 +1,6 @@
-"""The contest of `dinov3-infer bench` on a GPU: with CUDA graphs, and with what the GPU says of itself.
+"""The contest of `dinov3-infer bench` on a GPU: with CUDA graphs, the profiler, and the clocks of the GPU.
 
-Short operations are replayed from a CUDA graph, so that it is the kernels that are compared and not Python.
+Short operations are replayed from a CUDA graph, so that kernels are compared without Python's overhead.
 """
 
 import importlib
@@ -22,7 +22,7 @@ L2_BYTES = 60 << 20  # of an H200; inputs rotate through three times as much
 
 @dataclass
 class Cell(method.Cell):
-    """One row of a table, and what is recorded of it beside the times."""
+    """One row of a table, and what is recorded beside its times."""
 
     flops: float = 0.0  # of one call
     replay: bool = True  # from a CUDA graph
@@ -32,9 +32,9 @@ class Cell(method.Cell):
 def contest(
     cell: Cell, settings: Settings, keep: Callable[[dict[str, Any]], None] = lambda record: None
 ) -> dict[str, Any]:
-    """The record of a cell, with what the profiler says of each contestant, and clocks before judging and at the end.
+    """The record of a cell, with each contestant's profile, and clocks before judging and at the end.
 
-    `keep` is given the record each time that a contestant or a round is done.
+    `keep` gets the record each time that a contestant or a round is done.
     """
     before = clocks(settings)
 
@@ -64,7 +64,7 @@ def copies(size: int) -> int:
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:
-    """||out - reference|| / ||reference|| in float64; infinite for another shape or what is not finite."""
+    """||out - reference|| / ||reference|| in float64; infinite for another shape or numbers that are not finite."""
     if out.shape != reference.shape or not bool(out.isfinite().all()):
         return float("inf")
     return float((out.double() - reference.double()).norm() / reference.double().norm())
@@ -84,9 +84,9 @@ def replayed(run: Run) -> Run:
 
 
 def profiled(run: Run, inputs: int, settings: Settings, count: int = 3) -> dict[str, Any]:
-    """Of one input: milliseconds alone, those that the host takes, those that the GPU is busy, and how many kernels.
+    """For one input: milliseconds alone, of the host, and of the busy GPU, and the number of kernels.
 
-    `kernels` are the names of the longest: which attention it is that a call comes down to.
+    `kernels` are the names of the longest, which show the attention that was called.
     """
     found: dict[str, Any] = {"alone_ms": elapsed(run, 1, settings) / inputs}
     begun = time.perf_counter()
@@ -102,7 +102,7 @@ def profiled(run: Run, inputs: int, settings: Settings, count: int = 3) -> dict[
             if settings.cuda:
                 torch.cuda.synchronize()
         events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, clock))
-    except RuntimeError as error:  # no profiler here is no reason not to measure
+    except RuntimeError as error:  # without a profiler times are still measured
         return found | {"kernels": [reason(error)]}
     busy = [event for event in events if getattr(event, clock) > 0]
     found["busy_ms"] = sum(getattr(event, clock) for event in busy) / 1e3 / inputs
@@ -111,7 +111,7 @@ def profiled(run: Run, inputs: int, settings: Settings, count: int = 3) -> dict[
 
 
 def clocks(settings: Settings) -> str | None:
-    """SM and memory clock, temperature and power as nvidia-smi has them."""
+    """SM and memory clock, temperature and power from nvidia-smi."""
     return smi("clocks.sm,clocks.mem,temperature.gpu,power.draw") if settings.cuda else None
 
 
@@ -125,7 +125,7 @@ def smi(query: str) -> str | None:
 
 
 def imported(module: str, name: str) -> Any:
-    """None for what is not installed, or is and cannot be imported: others go on without it."""
+    """None if it is not installed or cannot be imported, so that the others run without it."""
     try:
         return getattr(importlib.import_module(module), name)
     except Exception:

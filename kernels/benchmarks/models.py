@@ -25,13 +25,13 @@ from dinov3_infer.cli.bench.contestants import timm_model
 from dinov3_infer.zoo import ARCHITECTURES
 
 S, B, L, H, G = "dinov3_vits16", "dinov3_vitb16", "dinov3_vitl16", "dinov3_vith16plus", "dinov3_vit7b16"
-# model, pixels, pictures: the most wanted first; a batch of one is a matter of launches
+# model, pixels, images: the most important first; one image shows the cost of launches
 INFERENCE = (
     (L, 224, 128), (L, 224, 1), (L, 512, 32), (S, 224, 256), (S, 1024, 16), (S, 224, 1), (B, 224, 128), (B, 224, 1),
     (G, 224, 32), (H, 224, 64), (L, 1024, 8), (S, 512, 64), (B, 512, 32), (B, 1024, 8), (H, 512, 16), (G, 512, 8),
     (S, 2048, 2), (L, 2048, 2), (B, 2048, 2), (H, 1024, 4), (G, 1024, 2),
 )  # fmt: skip
-# model, sizes: pictures of each side in pixels
+# model, sizes: images of each side in pixels
 TRAINING = ((L, {256: 64}), (B, {256: 64}), (B, {256: 32, 112: 128}), (B, {512: 16}))
 REHEARSAL = ((S, 32, 2), (S, 32, 1))
 INFERENCE_LIMIT, TRAINING_LIMIT = 5e-2, 2e-1  # relative errors of all tokens and of a gradient, in bfloat16
@@ -54,14 +54,14 @@ OURS: dict[str, str | Callable[..., Tensor]] = {"ours": "auto", "ours, fused": a
 
 
 def twin(model: nn.Module, share: bool = True) -> Any:
-    """A copy of a model, of the same parameters where `share` says so."""
+    """A copy of a model, with the same parameters if `share`."""
     tensors = (*model.parameters(), *model.buffers()) if share else ()
     return copy.deepcopy(model, {id(t): t for t in tensors})
 
 
 @lru_cache(maxsize=1)
 def built(name: str, settings: Settings, dtype: torch.dtype, timm: bool = True) -> dict[str, nn.Module]:
-    """Ours, and those of the peers that can be imported, with the same weights."""
+    """Our model and those of the peers that can be imported, with the same weights."""
     found: dict[str, nn.Module] = {}
     config, stored = ARCHITECTURES[name], hf_config(ARCHITECTURES[name])
     if (transformer := imported("transformers", "DINOv3ViTModel")) is not None:
@@ -98,7 +98,7 @@ def all_tokens(output: Any) -> Tensor:
 
 
 def flops_of(name: str, tokens: int) -> float:
-    """Linears and attention of one picture."""
+    """Linears and attention of one image."""
     c = ARCHITECTURES[name]
     linears = 2 * tokens * (4 * c.embed_dim**2 + (3 if c.gated else 2) * c.embed_dim * c.ffn_dim)
     return float(c.depth * (linears + 4 * tokens**2 * c.embed_dim) + 2 * tokens * 3 * c.patch_size**2 * c.embed_dim)
@@ -116,7 +116,7 @@ def inference_part(settings: Settings) -> list[Plan]:
 
 
 def _graphed(model: nn.Module, settings: Settings) -> Callable[[Tensor], Any]:
-    """One CUDA graph with an input of its own, as a server would have it."""
+    """One CUDA graph, and a tensor that its input is copied to, as in a server."""
     if not settings.cuda:
         return model
     state: dict[str, Any] = {}
@@ -180,7 +180,7 @@ def _inference_cell(name: str, size: int, batch: int, settings: Settings) -> Cel
 def training_part(settings: Settings) -> list[Plan]:
     plans: list[Plan] = []
     for name, sizes in TRAINING if settings.cuda else (("nano", {32: 2}), ("nano", {32: 2, 16: 2})):
-        what = dict(model=name, pictures=" + ".join(f"{n} x {side} px" for side, n in sizes.items()))
+        what = dict(model=name, images=" + ".join(f"{n} x {side} px" for side, n in sizes.items()))
         plans.append((what, partial(_training_cell, what, sizes, settings)))
     return plans
 
@@ -188,10 +188,10 @@ def training_part(settings: Settings) -> list[Plan]:
 def _training_cell(what: dict[str, Any], sizes: dict[int, int], settings: Settings) -> Cell:
     """Forward, mean square distance to noise, backward, AdamW: bfloat16 arithmetic over float32 weights.
 
-    The learning rate is 0, so that all steps are the same one.  A contestant returns the gradient of its patch
-    embedding.  Memory counts from weights and the optimiser's state on.
+    The learning rate is 0, so that all steps are equal.  A contestant returns the gradient of its patch embedding.
+    Memory is counted beyond the weights and the state of the optimiser.
     """
-    built.cache_clear()  # of the model part: this one has the memory to itself
+    built.cache_clear()  # the models of the other part leave the memory
     models = built(what["model"], settings, torch.float32, timm=False)
     batches = [
         [torch.randn(count, 3, side, side, device=settings.device) for side, count in sizes.items()] for _ in range(2)
@@ -239,8 +239,8 @@ def _training_cell(what: dict[str, Any], sizes: dict[int, int], settings: Settin
             calls["transformers, compiled"] = stepper(other, each(compiled(other, settings)))
     state = 12 * sum(p.numel() for p in models["ours"].parameters()) / 2**20
     notes = {"weights_and_state_mib": round(state, 1)}
-    pictures = zip(sizes.values(), shapes, strict=True)
-    flops = 3.0 * sum(count * flops_of(what["model"], shape[0]) for count, shape in pictures)
+    images = zip(sizes.values(), shapes, strict=True)
+    flops = 3.0 * sum(count * flops_of(what["model"], shape[0]) for count, shape in images)
     judge = partial(relative_error, reference=exact)
     return Cell(what, batches, calls, judge, TRAINING_LIMIT, flops, replay=False, notes=notes)
 
@@ -249,7 +249,7 @@ def _training_cell(what: dict[str, Any], sizes: dict[int, int], settings: Settin
 
 
 @torch.no_grad()
-def agreement(weights: str, pictures: list[Path], settings: Settings) -> list[dict[str, Any]]:
+def agreement(weights: str, images: list[Path], settings: Settings) -> list[dict[str, Any]]:
     """Least cosine of class and patch tokens between float32 on the CPU and this device, for each way to run."""
     judge, found = Backbone.from_pretrained(weights, device="cpu"), []
     large = 32 * judge.patch_size if settings.cuda else 128
@@ -258,10 +258,10 @@ def agreement(weights: str, pictures: list[Path], settings: Settings) -> list[di
         for attention in OURS:
             model.set_attention(OURS[attention])
             for size in (224, large):
-                ours, theirs = model.extract_features(pictures, size=size), judge.extract_features(pictures, size=size)
+                ours, theirs = model.extract_features(images, size=size), judge.extract_features(images, size=size)
                 found.append(dict(dtype=dtype, attention=attention, pixels=size) | _cosines(ours, theirs))
-            together = list(model.iter_features(pictures, size=large, fit="native"))  # packed where sizes differ
-            alone = [judge.extract_features(picture, size=large, fit="native") for picture in pictures]
+            together = list(model.iter_features(images, size=large, fit="native"))  # packed where sizes differ
+            alone = [judge.extract_features(image, size=large, fit="native") for image in images]
             each = [_cosines(ours, theirs) for ours, theirs in zip(together, alone, strict=True)]
             worst = {key: min(row[key] for row in each) for key in each[0]}
             found.append(dict(dtype=dtype, attention=attention, pixels="packed") | worst)

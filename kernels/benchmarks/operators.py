@@ -1,6 +1,6 @@
-"""Parts at the level of the operator: forward, forward and backward, and pictures of many sizes.
+"""Parts at the level of the operator: forward, forward and backward, and images of many sizes.
 
-A part is a list of plans: what names a cell, and a function that builds it when its turn comes.
+A part is a list of plans: the name of a cell, and a function that builds it before it is measured.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ TOKENS = 16384  # of a batch, about: enough to fill a GPU
 HEADS = {64: 16, 128: 32}  # those of ViT-L and ViT-7B
 SIDES = (16, 32, 14, 64, 48, 128)  # patches; 261, 1029, 201, 4101, 2309, 16389 tokens, the most wanted first
 LIMIT = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-4}  # relative error; bfloat16 tables alone cost 3e-3
-MIX = {16: 24, 32: 12, 64: 4}  # sides of 256, 512 and 1024 pixels: 60, 30 and 10 percent of the pictures
+MIX = {16: 24, 32: 12, 64: 4}  # sides of 256, 512 and 1024 pixels: 60, 30 and 10 percent of the images
 
 
 def shapes(settings: Settings, sides: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def shapes(settings: Settings, sides: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def forward_part(settings: Settings, short: bool = False) -> list[Plan]:
-    """`short`: heads of 64 channels at four lengths, and nobody who has to be compiled first."""
+    """`short`: heads of 64 channels at four lengths, without contestants that have to be compiled."""
     if short:
         found = [s for s in shapes(settings, SIDES[:4]) if s["width"] == 64 and s["dtype"] == "bfloat16"]
         return [(shape, partial(_forward_cell, shape, settings, False)) for shape in found]
@@ -53,7 +53,7 @@ def backward_part(settings: Settings) -> list[Plan]:
 
 def mixed_part(settings: Settings) -> list[Plan]:
     mix = MIX if settings.cuda else {2: 3, 4: 1}
-    shape = dict(width=64, heads=16 if settings.cuda else 2, dtype="bfloat16", pictures=sum(mix.values()))
+    shape = dict(width=64, heads=16 if settings.cuda else 2, dtype="bfloat16", images=sum(mix.values()))
     shape |= dict(tokens=sum(count * (side * side + 5) for side, count in mix.items()))
     return [(shape, partial(_mixed_cell, shape, mix, settings))]
 
@@ -70,12 +70,12 @@ def random_inputs(shape: dict[str, Any], settings: Settings) -> list[Inputs]:
 
 
 def flops_of(shape: dict[str, Any]) -> float:
-    """4 N^2 H D for each picture."""
+    """4 N^2 H D for each image."""
     return 4.0 * shape["tokens"] ** 2 * shape["heads"] * shape["width"] * shape["batch"]
 
 
 def corners(x: Tensor) -> Tensor:
-    """First and last picture, first and last head of [B, N, ..., H, D]."""
+    """First and last image, first and last head of [B, N, ..., H, D]."""
     return x[[0, -1]][..., [0, -1], :]
 
 
@@ -128,7 +128,7 @@ def _backward_cell(shape: dict[str, Any], settings: Settings) -> Cell:
 
 
 class Mixed:
-    """The same pictures packed, size by size, and padded to the longest."""
+    """The same images packed, size by size, and padded to the longest."""
 
     def __init__(self, shape: dict[str, Any], mix: dict[int, int], settings: Settings) -> None:
         heads, width, device = shape["heads"], shape["width"], settings.device

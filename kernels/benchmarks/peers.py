@@ -1,7 +1,7 @@
-"""Rotation and attention as others write it, from the packed qkv projection: what the fused kernel is compared with.
+"""Rotation and attention as others write it, from the packed qkv projection: the contestants of the fused kernel.
 
-Where transformers or timm can be imported, their own rotation is called; the equivalents here are for machines without.
-What a model computes once for all its blocks (tables of sine and cosine) is part of the inputs.
+Their own rotation is called where transformers or timm can be imported; elsewhere the equivalents in this file.  Tables
+of sines and cosines, which a model computes once for all its blocks, are part of the inputs.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ Attention = Callable[[Inputs], Tensor]
 
 
 def table(grid: tuple[int, int], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of a picture of h x w patches."""
+    """cos and sin of an image of h x w patches."""
     return rope_table(grid, rope_periods(width).to(device), PREFIX)
 
 
@@ -94,21 +94,21 @@ def like_transformers(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def like_timm(qkv: Tensor, joined: Tensor) -> Tensor:
-    """Against a float32 table; rounded before the prefix is put back."""
+    """With a float32 table; rounded before the prefix is put back."""
     q, k, v = _heads_first(qkv)
     q, k = (torch.cat((t[:, :, :PREFIX], _TIMM(t[:, :, PREFIX:], joined, half=True)), dim=2).type_as(v) for t in (q, k))
     return _attend(q, k, v)
 
 
 def like_reference(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """q and k whole to float32, turned, and back.  (The reference also builds its tables anew in every block.)"""
+    """q and k in float32, rotated, and rounded.  (The reference also builds its tables in every block.)"""
     q, k, v = _heads_first(qkv)
     q, k = (_turn_patches(t.float(), cos, sin).to(v.dtype) for t in (q, k))
     return _attend(q, k, v)
 
 
 def flex(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """To be compiled: the rotation is then one kernel, and FlexAttention the other."""
+    """For a compiler, which makes one kernel of the rotation and another of FlexAttention."""
     from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v = _heads_first(qkv)
@@ -128,7 +128,7 @@ def on(function: Callable[..., Tensor], form: str, compile_for: torch.device | N
 
 
 def rotation_and_sdpa(x: Inputs, backend: SDPBackend | None = None) -> Tensor:
-    """With the backend that torch takes by itself, or the one given."""
+    """With the backend that torch chooses, or the given one."""
     q, k = OP.rope_rotate(x.qkv, x.cos, x.sin).transpose(1, 3).unbind(2)  # [B, H, N, D]
     v = x.qkv[:, :, 2].transpose(1, 2)
     if backend is None:
@@ -169,7 +169,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-FLASH = {  # what it is called in the tables: module, function
+FLASH = {  # name in the tables: module, function
     "FlashAttention-2": ("flash_attn", "flash_attn_func"),
     "FlashAttention-3": ("flash_attn_interface", "flash_attn_func"),
     "FlashAttention-4": ("flash_attn.cute", "flash_attn_func"),
@@ -184,7 +184,7 @@ def differentiable(device: torch.device) -> dict[str, Attention]:
 
 
 def contestants(device: torch.device) -> dict[str, Attention]:
-    """All of them; those that cannot run say so when they are called."""
+    """All of them; one that cannot run raises when it is called."""
     found = differentiable(device) | {"rotation + SDPA": rotation_and_sdpa}
     found |= {f"rotation + {name}": partial(rotation_and_sdpa, backend=backend) for name, backend in BACKENDS.items()}
     found["FlexAttention, compiled"] = on(flex, "reference", device)

@@ -1,4 +1,4 @@
-"""From the records to the tables of kernels/README.md: `python kernels/benchmarks/render.py` writes them.
+"""Writes the records into the tables of kernels/README.md: `python kernels/benchmarks/render.py`.
 
 A ratio is the median over the rounds of the time of a contestant divided by that of ours in the same round; the number
 after ± is half the distance between the quartiles of those ratios.
@@ -20,19 +20,19 @@ README = HERE.parent / "README.md"
 RECORDS = HERE / "records"
 TITLES = {
     "op": "Rotation and attention, forward",
-    "mixed": "Pictures of 256, 512 and 1024 pixels, 60, 30 and 10 percent, in one batch",
+    "mixed": "Images of 256, 512 and 1024 pixels, 60, 30 and 10 percent, in one batch",
     "backward": "Rotation and attention, forward and backward",
     "eager": "Models as users call them, from images on the host",
     "compiled": "The same beside compiled peers",
     "model": "Whole models, inference",
     "training": "A training step: forward, backward, AdamW",
 }
-# what all others are divided by: the last of these that a cell has
+# the baseline of a cell: the last of these that it has
 OURS = ("fused", "packed", "ours", "ours, packed", "extract_features")
 NOTHING = "**Nothing has been measured on a GPU yet.**\n"
 COMPILED = re.compile(
-    r"(?P<kernel>forward|short|key_value|query|delta|rotate|residual_norm|norm|swiglu|unfold)(?P<form>[ \w]*?) +"
-    r"(?P<chip>sm\d+|small) +D(?P<width>\d+) +"
+    r"(?P<kernel>forward|short|key_value|query|delta|rotate|(?:residual_)?norm(?:_backward)?|swiglu|unfold)"
+    r"(?P<form>[ \w]*?) +(?P<chip>sm\d+|small) +D(?P<width>\d+) +"
     r"(?P<dtype>\w+) +(?P<tile>\d+x\d+) +(?P<warps>\d) warps +(?P<stages>\d) stages: +(?P<registers>\d+) registers +"
     r"(?P<shared>\d+) KiB"
 )
@@ -44,7 +44,7 @@ def baseline(cell: dict[str, Any]) -> str:
 
 
 def lines(cell: dict[str, Any]) -> list[str]:
-    """A cell as text: what is printed while measuring."""
+    """A cell as text, printed while measuring."""
     ours = cell["contestants"].get(baseline(cell), {}).get("rounds_ms")
     found = [", ".join(f"{k} {v}" for k, v in cell["cell"].items())]
     for name, entry in cell["contestants"].items():
@@ -93,7 +93,7 @@ def comparison(record: dict[str, Any]) -> str:
 
 
 def memory(record: dict[str, Any]) -> str:
-    """MiB that a call takes beyond what it was given."""
+    """MiB that a call allocates beyond its inputs."""
     cells = record["cells"]
     names = [n for n in dict.fromkeys(n for c in cells for n in c["contestants"]) if _peaks(cells, n)]
     rows = [
@@ -108,7 +108,7 @@ def _peaks(cells: list[dict[str, Any]], name: str) -> list[float]:
 
 
 def remarks(record: dict[str, Any]) -> str:
-    """Largest errors, who was not timed and why, and which kernels the attention of torch came down to."""
+    """Largest errors, contestants that were not timed and why, and the kernels that torch's attention launched."""
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
     kernels: set[str] = set()
@@ -127,7 +127,7 @@ def remarks(record: dict[str, Any]) -> str:
 
 
 def measurements(folder: Path = RECORDS) -> str:
-    """All of it, in the order of the parts."""
+    """The tables of all parts, in their order."""
     found = []
     for part, title in TITLES.items():
         path = folder / f"{part}.json"
@@ -148,7 +148,7 @@ def measurements(folder: Path = RECORDS) -> str:
 
 
 def compiled(folder: Path = RECORDS) -> str:
-    """What ptxas says of each configuration, from what compile_kernels.py printed with each Triton."""
+    """The report of ptxas for each configuration, as compile_kernels.py printed it with each Triton."""
     logs = {path.stem.removeprefix("compile-"): path.read_text() for path in sorted(folder.glob("compile-*.txt"))}
     found: dict[tuple[str, ...], dict[str, list[re.Match[str]]]] = {}
     for version, log in logs.items():
@@ -168,21 +168,24 @@ def compiled(folder: Path = RECORDS) -> str:
 
 
 def executed(folder: Path = RECORDS) -> str:
-    """What ptx_counts.py counted of a head, and the rate that it bounds."""
+    """The counts of ptx_counts.py for a head with each Triton, and the bound of the rate."""
     names = ("issue", "tensor cores", "shared memory", "L2")
+    counted = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("executed-*.json"))]
     rows = [
-        [str(row["tokens"]), row["tile"], row["tables"]]
+        [str(row["tokens"]), row["tile"], row["tables"], record["triton"]]
         + [str(row[key] >> 10) for key in ("bytes", "bytes_of_tables")]
+        + [str(row["instructions"]["all"]), str(row["instructions"]["loop"])]
         + [str(row["clocks"][name]) for name in names]
         + [str(row["bound"])]
-        for row in json.loads((folder / "executed.json").read_text(encoding="utf-8"))["attention"]
+        for same in zip(*(record["attention"] for record in counted), strict=True)
+        for record, row in zip(counted, same, strict=True)
     ]
-    head = ["tokens", "tile", "tables", "KiB read", "of tables", "clocks: issue", *names[1:], "bound, useful TFLOP/s"]
-    return table(head, rows)
+    head = ["tokens", "tile", "tables", "Triton", "KiB read", "of tables", "instructions", "of the loop"]
+    return table([*head, "clocks: issue", *names[1:], "bound, useful TFLOP/s"], rows)
 
 
 def filled(text: str, folder: Path = RECORDS) -> str:
-    """The README with its tables made anew."""
+    """The README with the tables of the records."""
     tables = (("measurements", measurements(folder)), ("compiled", compiled(folder)), ("executed", executed(folder)))
     for name, content in tables:
         between = re.compile(rf"(?<=<!-- {name} -->\n).*(?=<!-- /{name} -->)", re.DOTALL)

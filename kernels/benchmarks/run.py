@@ -1,16 +1,16 @@
-"""Everything about the kernel that only a GPU can show, in one command.
+"""Everything about the kernels that only a GPU can show, in one command.
 
     python kernels/benchmarks/run.py                        # all parts, 25 minutes at most
-    python kernels/benchmarks/run.py --short                # what matters most, 560 seconds at most
+    python kernels/benchmarks/run.py --short                # the most important parts, 560 seconds at most
     python kernels/benchmarks/run.py op backward            # some of them
     python kernels/benchmarks/run.py --dry-run --out /tmp/x # a rehearsal on a CPU: tiny sizes
 
 Parts in order: the tests marked gpu, agreement of real weights (--weights), tuning, then the comparisons.  The short
-run begins with what needs no compiler: a few tests, models as users call them, the operator.
+run begins with parts that need no compiler: a few tests, models as users call them, the operator.
 
-Each part runs in a process of its own, writes its record after every contestant and every round, and is ended when its
-share of the time is up; started again with the same --out it goes on where it stopped.  What tuning found is in force
-for what follows.  A model whose plan is not used ends the run with an error.
+Each part runs in its own process, writes its record after every contestant and every round, and is ended when its share
+of the time is up; started again with the same --out it continues where it stopped.  Later parts use the configurations
+that tuning found.  A model whose plan is not used ends the run with an error.
 """
 
 import argparse
@@ -30,15 +30,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 RECORDS = HERE / "records"
 KERNELS = HERE.parent / "dinov3_infer_kernels"
+PACKAGE = ROOT / "dinov3_infer"
 # what the numbers depend on
-MEASURED = (
-    KERNELS,
-    HERE,
-    *(
-        ROOT / "dinov3_infer" / f"{name}.py"
-        for name in ("model/attention", "model/layers", "model/packing", "model/rope", "model/vit", "cli/bench/contest")
-    ),
-)
+MEASURED = (KERNELS, HERE, *(PACKAGE / place for place in ("model", "features/extractor.py", "cli/bench/contest.py")))
 # part -> its share of the time; seconds if all of them have 25 minutes
 PARTS = dict(tests=280, weights=40, tune=240, op=280, mixed=50, backward=130, model=360, training=120)
 SHORT = dict(ceilings=25, smoke=50, eager=165, op=85, tune=70, compiled=150)
@@ -53,7 +47,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where the records go; kernels/benchmarks/records unless given")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, to see that everything runs")
     parser.add_argument("--deadline", type=float, help="seconds for all parts together; 1500, or 550 for a short run")
-    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
+    parser.add_argument("--commit", help="the commit that is measured, if git is not there")
     parser.add_argument("--weights", help="a directory or file of real weights, for the part of that name")
     parser.add_argument("--part", choices=ALL, help=argparse.SUPPRESS)  # the process of one part
     args = parser.parse_args()
@@ -68,12 +62,12 @@ def main() -> int:
 
 
 def run_all(args: argparse.Namespace) -> int:
-    """The parts one after the other, whatever becomes of each."""
+    """The parts one after the other; a part that fails does not stop the others."""
     end, results = time.monotonic() + args.deadline, {}
     shares = SHORT if args.short else PARTS | {part: SHORT[part] for part in SHORT if part in args.parts}
     wanted = [part for part in shares if not args.parts or part in args.parts]
     for i, part in enumerate(wanted):
-        share = shares[part] / sum(shares[other] for other in wanted[i:])  # of what is left: nobody wastes a second
+        share = shares[part] / sum(shares[other] for other in wanted[i:])  # of the time that is left
         left = (end - time.monotonic()) * share
         if left < 15:
             results[part] = "no time left"
@@ -90,7 +84,7 @@ def run_all(args: argparse.Namespace) -> int:
 
 
 def _ended(command: list[str], seconds: float, environment: dict[str, str]) -> str:
-    """What became of a command; when its time is up it goes, and with it the processes it started."""
+    """How a command ended; when its time is up, it and the processes that it started are killed."""
     process = subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0)
     try:
         code = process.wait(seconds)
@@ -111,7 +105,7 @@ def _again(args: argparse.Namespace) -> list[str]:
 
 
 def _tests(few: bool = False) -> list[str]:
-    """A test file that cannot be imported here keeps none of the others from running."""
+    """The command; test files that cannot be imported here do not stop the others."""
     options = "-m gpu -v --tb=short --durations=8 --continue-on-collection-errors -p no:cacheprovider"
     places = ["-k", SMOKE, "tests/kernels/test_gpu_plan.py", "tests/kernels/test_gpu.py"] if few else ["tests"]
     return [sys.executable, "-m", "pytest", *options.split(), *places]
@@ -155,7 +149,7 @@ def run_part(args: argparse.Namespace) -> int:
 
 
 def opened(path: Path, args: argparse.Namespace, settings: Any) -> dict[str, Any]:
-    """The record of this part, with what an earlier run of the same source left in it."""
+    """The record of this part, continued from an earlier run of the same source."""
     record = {"part": args.part, "dry_run": args.dry_run, "environment": environment(args, settings), "cells": []}
     if path.exists():
         earlier = json.loads(path.read_text())
@@ -172,9 +166,9 @@ def save(record: dict[str, Any], out: Path) -> None:
 
 
 def compare_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]) -> int:
-    """Cell after cell while the next one, judged by the longest so far, still fits.
+    """Cell after cell, as long as the time that the longest cell took so far is left.
 
-    A cell that was ended before it was whole is made anew.
+    A cell that was ended before it was whole is measured again.
     """
     import measure
     import render
@@ -188,7 +182,7 @@ def compare_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]
         if what in done:
             continue
         if time.monotonic() + longest > end:
-            print(f"left out for want of time: {what}")
+            print(f"left out, since its time is up: {what}")
             continue
         torch._dynamo.reset()  # or it gives up after a few shapes
         begun, told = time.monotonic(), set[str]()
@@ -196,7 +190,7 @@ def compare_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]
         def keep(cell: dict[str, Any], begun: float = begun, told: set[str] = told) -> None:
             seconds = round(time.monotonic() - begun, 1)
             save(record | {"cells": [*whole, cell | {"whole": False, "seconds": seconds}]}, args.out)
-            for name in cell["contestants"].keys() - told:  # of which the record is whole but for the rounds
+            for name in cell["contestants"].keys() - told:  # whose record is complete except for the rounds
                 told.add(name)
                 print(f"kept {args.part}: {json.dumps([cell['cell'], name])}", flush=True)
 
@@ -210,7 +204,7 @@ def compare_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]
 
 
 def _plans(args: argparse.Namespace, settings: Any) -> Any:
-    """What names a cell, and what builds it, of each cell of a part."""
+    """The cells of a part: what names each, and a function that builds it."""
     if args.part in ("op", "mixed", "backward"):
         import operators
 
@@ -250,8 +244,8 @@ def weights_part(args: argparse.Namespace, settings: Any, record: dict[str, Any]
         return
     import models
 
-    pictures = sorted((ROOT / "examples").glob("*.jpg"))
-    record["cells"] = models.agreement(args.weights, pictures, settings)
+    images = sorted((ROOT / "examples").glob("*.jpg"))
+    record["cells"] = models.agreement(args.weights, images, settings)
     save(record, args.out)
     for row in record["cells"]:
         print(row)

@@ -1,13 +1,13 @@
-"""A simulation of whole forwards on an H200 that is not there: no GPU has confirmed any number of it.
+"""A simulation of whole forward passes on an H200.  No GPU has confirmed any of its numbers.
 
     python kernels/benchmarks/simulate.py                      # the table, into records/simulated.json and the README
-    python kernels/benchmarks/simulate.py --where L 224 64     # where the time of one cell goes, for each contestant
+    python kernels/benchmarks/simulate.py --where L 224 64     # the slowest operators of one cell
 
-The operators are those of `trace`: what the code calls on fake tensors.  A timeline is made of them: the host issues
-one after the other, the GPU takes them in order, a synchronisation waits.  A kernel takes max(bytes / bandwidth,
-FLOPs / rate), at least a floor.  All begin on the host: ours with uint8 images in pinned memory and end with the check
-of the result; transformers and timm with float32 pixels in pageable memory, as their processors hand them over, at
-the better of bfloat16 weights and autocast, and check nothing.
+`tracing` records the operators that the code calls on fake tensors, and a timeline is made of them: the host issues one
+after the other, the GPU runs them in order, a synchronisation waits.  A kernel takes max(bytes / bandwidth, FLOPs /
+rate), at least a floor.  All times begin on the host.  Ours begin with uint8 images in pinned memory and end with the
+check of the result.  Those of transformers and timm begin with float32 pixels in pageable memory, as their processors
+return them, and end without a check; the better of bfloat16 weights and autocast counts.
 
 Constants and where they come from:
 
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import train_tracing
 from tracing import Op, ours, plain
 
 from dinov3_infer import Backbone
@@ -43,7 +44,6 @@ from dinov3_infer.zoo import ARCHITECTURES
 HERE = Path(__file__).resolve().parent
 RECORD = HERE / "records" / "simulated.json"
 README = HERE.parent / "README.md"
-MARKS = "<!-- simulated -->", "<!-- /simulated -->"
 
 # --- the chip: an H200 ---------------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ def on_host(op: Op) -> float:
 
 @cache
 def product_time(m: int, n: int, k: int) -> float:
-    """The best of some tiles and splits of K, in waves over the SMs; never below what its bytes take."""
+    """The best of some tiles and splits of K, in waves over the SMs; never less than the time of its bytes."""
     best = math.inf
     tiles = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.85), (128, 64, 0.68), (64, 128, 0.68), (64, 64, 0.5))
     for tm, tn, share in tiles:
@@ -110,7 +110,7 @@ def product_time(m: int, n: int, k: int) -> float:
 def attention_time(kind: str, shape: tuple[int, ...], tile: tuple[int, int, bool, int]) -> float:
     """Of torch's on Hopper ("sdpa", 128 x 128), and of ours with the tiles and tables that it is launched with.
 
-    What a program reads of keys, values and tables comes from L2 once for every tile of queries.
+    A program reads keys, values and tables from L2 once for every tile of queries.
     """
     b, h, n, d = shape
     rows, step, whole, table = (128, 128, False, 0) if kind == "sdpa" else tile
@@ -157,7 +157,7 @@ def timeline(ops: Sequence[Op]) -> dict[str, float]:
 
 NAMES = dict(S="vits16", B="vitb16", L="vitl16") | {"H+": "vith16plus", "7B": "vit7b16"}
 TIMM = dict(S="small", B="base", L="large") | {"H+": "huge_plus", "7B": "7b"}
-# cell -> what the plan is to reach, times the best of transformers
+# cell -> the least ratio of the time of transformers to that of the plan
 WANTED = {
     ("S", 224, 64): 1.25, ("B", 224, 64): 1.25, ("L", 224, 64): 1.25, ("H+", 224, 64): 1.1, ("7B", 224, 8): 1.1,
     ("L", 1024, 8): 1.1, ("S", 224, 1): 4.0, ("B", 224, 1): 4.0, ("L", 224, 1): 4.0,
@@ -200,8 +200,21 @@ def cell(model: str, size: int, batch: int, timm: bool = True) -> dict[str, dict
 
 
 def ratio(found: dict[str, dict[str, float]], peer: str) -> float:
-    """How many times as long the better form of a peer takes."""
+    """The time of the better form of a peer divided by that of the plan."""
     return min(found[peer]["wall"], found[f"{peer} autocast"]["wall"]) / found["plan"]["wall"]
+
+
+# model, pixels, images of the blocks of a training step, each with and without activations computed twice
+TRAINED = (("S", 256, 64), ("B", 256, 64), ("L", 256, 64))
+
+
+def training(model: str, size: int, batch: int) -> dict[str, dict[str, float]]:
+    """Forward and backward of all blocks, with torch's norms ("separate") and with those of one kernel ("fused")."""
+    config = ARCHITECTURES[f"dinov3_{NAMES[model]}"]
+    return {
+        f"{how} {recompute}": timeline(train_tracing.step(config, batch, size, how == "fused", recompute))
+        for recompute in ("none", "cheap") for how in ("separate", "fused")
+    }  # fmt: skip
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -228,11 +241,27 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def training_table(record: dict[str, Any]) -> str:
+    heads = [f"{how}: kernels | GB | ms" for how in ("torch's norms", "one kernel each")]
+    lines = ["| " + " | ".join(["model, pixels, images", "`recompute`", *heads, "separate / fused"]) + " |"]
+    lines.append("| --- " * 9 + "|")
+    for name, found in record["training"].items():
+        for recompute in ("none", "cheap"):
+            both = [found[f"{how} {recompute}"] for how in ("separate", "fused")]
+            row = [name.replace(" ", ", "), recompute]
+            for f in both:
+                row += [f"{f['kernels']:.0f}", f"{f['bytes'] / 1e9:.2f}", f"{f['wall'] * 1e3:.2f}"]
+            lines.append("| " + " | ".join([*row, f"{both[0]['wall'] / both[1]['wall']:.2f}"]) + " |")
+    return "\n".join(lines)
+
+
 def filled(text: str, record: dict[str, Any]) -> str:
-    """The README with the table between its marks."""
-    before, _, rest = text.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    return f"{before}{MARKS[0]}\n{table(record)}\n{MARKS[1]}{after}"
+    """The README with the tables between their marks."""
+    for name, content in (("simulated", table(record)), ("trained", training_table(record))):
+        before, _, rest = text.partition(f"<!-- {name} -->")
+        _, _, after = rest.partition(f"<!-- /{name} -->")
+        text = f"{before}<!-- {name} -->\n{content}\n<!-- /{name} -->{after}"
+    return text
 
 
 def where(model: str, size: int, batch: int) -> None:
@@ -262,13 +291,16 @@ def main() -> int:
     if args.where:
         where(args.where[0], int(args.where[1]), int(args.where[2]))
         return 0
-    record: dict[str, Any] = {"simulation": True, "chip": "H200", "cells": {}}
+    record: dict[str, Any] = {"simulation": True, "chip": "H200", "cells": {}, "training": {}}
     for name in (*WANTED, *MORE):
         found = record["cells"][" ".join(map(str, name))] = cell(*name)
         print(*name, *(f"{who} {f['wall'] * 1e3:.2f} ms" for who, f in found.items()), sep=", ", flush=True)
+    for name in TRAINED:
+        found = record["training"][" ".join(map(str, name))] = training(*name)
+        print("training", *name, *(f"{who} {f['wall'] * 1e3:.2f} ms" for who, f in found.items()), sep=", ", flush=True)
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     README.write_text(filled(README.read_text(encoding="utf-8"), record), encoding="utf-8")
-    print(table(record))
+    print(table(record), training_table(record), sep="\n\n")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""The operators that a forward pass calls on a GPU that is not there: names, kernels, bytes and FLOPs.
+"""The operators that a forward pass calls on a GPU, traced without one: names, kernels, bytes and FLOPs.
 
-Models live on fake tensors of device "cuda" (FakeTensorMode; no GPU and no CUDA build of torch), so what is counted is
-what the code calls, autocast's casts included.  Torch's scaled dot product attention and each of our operators are one
-node.  Nothing here is measured.
+Models run on fake tensors of device "cuda" (FakeTensorMode; no GPU and no CUDA build of torch), so that the counts are
+those of the real code, autocast's casts included.  Torch's scaled dot product attention and each of our operators are
+one node.  Nothing here is measured.
 """
 
 import math
@@ -40,7 +40,7 @@ _SMS = 132  # of an H200, for which crossover and tiles are looked up
 
 @dataclass
 class Op:
-    """One call, and the kernels that it comes down to."""
+    """One call, and the kernels that it launches."""
 
     name: str
     kind: str  # elementwise, cast, cat, norm, product, conv, sdpa, ours, fused, view, copy, pinned, sync, ...
@@ -53,17 +53,18 @@ class Op:
 
 
 def touched(t: Tensor) -> int:
-    """Bytes of the elements that a tensor looks at; those repeated by expand count once."""
+    """Bytes of the elements of a tensor; those repeated by expand count once."""
     sides = zip(t.shape, t.stride(), strict=True)
     return math.prod(size for size, stride in sides if stride != 0) * t.element_size()
 
 
 class Trace(TorchDispatchMode):
-    """Writes down the operators below autocast and autograd."""
+    """Records the operators below autocast and autograd."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cuda") -> None:
         super().__init__()
         self.ops: list[Op] = []
+        self.device = device  # whose operators count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,7 +79,7 @@ class Trace(TorchDispatchMode):
         found = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         moved = sum(map(touched, given)) + sum(map(touched, found))
         devices = {t.device.type for t in (*given, *found)}
-        if "cuda" not in devices:
+        if self.device not in devices:
             return out  # the host's own
         if stem in _VIEWS or any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
             self.ops.append(Op(stem, "view"))
@@ -93,10 +94,12 @@ class Trace(TorchDispatchMode):
             weight = given[1]
             m, k = found[0].numel() // weight.shape[0], weight.numel() // weight.shape[0]
             shape = (m, weight.shape[0], k)
-            # bias is a kernel of its own; 16-bit kernels want channels last: input, weight and output are turned
+            # the bias is another kernel; 16-bit kernels take channels last: input, weight and output are transposed
             self.ops.append(Op("conv", "conv", 5, moved * 2, 2.0 * math.prod(shape), shape))
         elif stem == "native_layer_norm":
             self.ops.append(Op("layer_norm", "norm", 1, moved))
+        elif stem == "native_layer_norm_backward":  # of the stream; of weight and bias, reading all once more
+            self.ops.append(Op(stem, "norm", 2, moved + touched(given[0]) + touched(given[1])))
         elif stem == "_to_copy" and len(devices) > 1:
             pinned = bool(kwargs.get("non_blocking")) or any(a is True for a in args)
             self.ops.append(Op("to the GPU", "pinned" if pinned else "copy", 1, moved / 2))
@@ -115,7 +118,7 @@ class Trace(TorchDispatchMode):
 
 def _ours(stem: str, given: list[Tensor], moved: float) -> Op:
     if stem != "rope_attention":
-        return Op(stem, "fused", 1, moved)
+        return Op(stem, "fused", 2 if stem == "norm_backward" else 1, moved)  # the second adds the sums of programs
     *lead, _, heads, width = given[0].shape
     batch, length = lead if len(lead) == 2 else (1, lead[0])  # packed: as one image, which is too much
     whole = configs.whole_heads(given[0], length, batch * heads) if len(lead) == 2 else None
@@ -187,25 +190,27 @@ def _taken(t: Tensor, index: Any) -> Tensor:
     return t
 
 
-def faked(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Parameters and buffers of a model on "meta" become fake tensors on "cuda", inside of a FakeTensorMode."""
+def faked(
+    module: nn.Module, dtype: torch.dtype | None = None, device: str = "cuda", trained: bool = False
+) -> nn.Module:
+    """Parameters and buffers of a model on "meta" become fake tensors of a device, inside of a FakeTensorMode."""
     for sub in module.modules():
         for store in (sub._parameters, sub._buffers):
             for name, t in store.items():
                 if t is None:
                     continue
                 kept = name in ("rope_periods", "inv_freq", "periods") or dtype is None or not t.is_floating_point()
-                new: Any = torch.empty(t.shape, dtype=t.dtype if kept else dtype, device="cuda")
-                store[name] = nn.Parameter(new, requires_grad=False) if isinstance(t, nn.Parameter) else new
+                new: Any = torch.empty(t.shape, dtype=t.dtype if kept else dtype, device=device)
+                store[name] = nn.Parameter(new, requires_grad=trained) if isinstance(t, nn.Parameter) else new
     return module
 
 
-# --- what is traced ------------------------------------------------------------------------------------------------
+# --- traces --------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _chip() -> Iterator[None]:
-    """Answers of a Hopper GPU to what the package asks of the machine; fake tensors have no memory to compare."""
+    """Makes the package see a Hopper GPU; fake tensors have no memory that a snapshot could compare."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of torch, that there is no CUDA
@@ -220,7 +225,7 @@ def _chip() -> Iterator[None]:
 
 
 class _Recorder:
-    """Stands in for CUDA graphs: replaying writes the same operators down once more, free for the host."""
+    """Replaces CUDA graphs: a replay records the same operators again, free for the host."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
@@ -237,7 +242,7 @@ class _Recorder:
 
 
 def images_of(batch: int, size: tuple[int, int], dtype: torch.dtype = torch.uint8) -> PixelBatch:
-    """What a transform gives for images of 8 bits that go to a GPU."""
+    """The output of a transform for images of 8 bits that go to a GPU."""
     pixels = torch.zeros((batch, 3, *size), dtype=dtype)
     return PixelBatch(pixels, (Placement(size, size, (0, 0, *size)),) * batch, None)
 
@@ -249,7 +254,7 @@ def ours(
     mode: Any = "exact",
     dtype: torch.dtype | None = None,
 ) -> list[Op]:
-    """`extract_features` with a plan, from uint8 on the host to the check of the result, when all is warm.
+    """`extract_features` with a plan, from uint8 on the host to the check of the result, after the first calls.
 
     `dtype`: of the weights; None for "auto", which keeps float32.
     """
@@ -257,7 +262,7 @@ def ours(
 
 
 def launched(config: ViTConfig, batch: int, size: tuple[int, int], class_only: bool) -> list[Op]:
-    """What `embed` launches for a batch, without the way of its result to the host."""
+    """The operators that `embed` launches for a batch, without the copy of its result to the host."""
     return _warm(config, batch, [size], "exact", None, lambda e, batches: e.launched(batches, class_only=class_only))
 
 
@@ -280,7 +285,7 @@ def _warm(config: ViTConfig, batch: int, sizes: Any, mode: Any, dtype: Any, call
 
 
 def plain(model: nn.Module, batch: int, size: tuple[int, int], autocast: bool, dtype: torch.dtype | None) -> list[Op]:
-    """A model of anyone as it is written, from normalised pixels on the host, built on "meta"."""
+    """Any model, built on "meta", as its code is written, from normalised pixels on the host."""
     trace, calls = Trace(), 0
 
     def count(module: nn.Module, args: Any) -> None:
@@ -307,7 +312,7 @@ def plain(model: nn.Module, batch: int, size: tuple[int, int], autocast: bool, d
 
 
 def _mixed(ops: list[Op], calls: int) -> list[Op]:
-    """With the calls of modules spread between the operators, where they lie."""
+    """The operators, with the calls of modules spread evenly between them."""
     every, found = max(1, len(ops) // max(1, calls)), []
     for i, op in enumerate(ops):
         if i % every == 0 and calls:

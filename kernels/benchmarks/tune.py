@@ -1,8 +1,8 @@
-"""Which configuration is fastest for each pass, width and length, and from which length on torch's attention is.
+"""The fastest configuration for each pass, width and length, and the length from which torch's attention is faster.
 
 Candidates are the rows of the shipped table for all chips and a wider grid.  They are compiled by many processes at
-once, judged, and timed in interleaved rounds.  What comes out is Python for `configs.TABLE`, and can be applied to this
-process, so that what is measured next runs with it.
+once, compared with the definition, and timed in interleaved rounds.  The results are printed as Python for
+`configs.TABLE`, and can be applied to this process, so that later measurements use them.
 """
 
 import os
@@ -28,7 +28,7 @@ from dinov3_infer_kernels.gpu.backward import key_value_kernel, query_kernel
 from dinov3_infer_kernels.gpu.configs import ANY, TABLE, Config, chip_of
 from dinov3_infer_kernels.gpu.forward import forward_kernel
 
-# longest picture of a row of the table in tokens: the side in patches at which it is tuned
+# most tokens of a row of the table -> the side in patches at which it is tuned
 BUCKETS = {640: 16, 2048: 32, ANY: 64}
 CROSSINGS = (24, 32, 40, 48, 64, 96, 128)  # sides in patches: 581 to 16389 tokens
 SMALL = ((64, 32), (32, 64), (64, 64), (64, 128), (128, 32), (128, 64))  # tiles of four warps
@@ -67,7 +67,7 @@ def launcher(kind: str, x: Inputs, config: Config) -> Callable[[], torch.Tensor]
 
 
 def inputs(key: tuple[str, int, int], side: int, settings: Settings, tokens: int = 16384) -> list[Inputs]:
-    """Of a batch.  Sixteen-bit rows are tuned in bfloat16; the interpreter, which cannot, takes float16."""
+    """Of a batch.  Rows of 16 bits are tuned in bfloat16; the interpreter has no bfloat16 and takes float16."""
     _, width, size = key
     dtype = DTYPES[size] if settings.cuda else {2: "float16", 4: "float32"}[size]
     count, heads = side * side + 5, HEADS[width] if settings.cuda else 1
@@ -77,12 +77,12 @@ def inputs(key: tuple[str, int, int], side: int, settings: Settings, tokens: int
 
 
 def compile_one(key: tuple[str, int, int], config: Config, settings: Settings) -> str | None:
-    """In a process of its own, for its entry in Triton's cache; why it cannot serve, or None."""
+    """Compiles into Triton's cache, in another process; why the configuration cannot be used, or None."""
     return trial(key[0], inputs(key, 16 if settings.cuda else 2, settings, tokens=1)[0], config)
 
 
 def trial(kind: str, x: Inputs, config: Config) -> str | None:
-    """Runs it once; a configuration whose registers spill is refused like one that does not run."""
+    """Runs it once; a configuration that spills registers is refused like one that does not run."""
     try:
         launcher(kind, x, config)()
         if x.qkv.is_cuda:
@@ -96,7 +96,7 @@ def trial(kind: str, x: Inputs, config: Config) -> str | None:
 
 @cache
 def packed_trial(key: tuple[str, int, int], config: Config, settings: Settings) -> str | None:
-    """The same with the first picture as one packed sequence."""
+    """The same with the first image as one packed sequence."""
     x = inputs(key, 16 if settings.cuda else 2, settings, tokens=1)[0]
     ends = torch.tensor([0, x.qkv.shape[1]], dtype=torch.int32, device=x.qkv.device)
     return trial(key[0], Inputs(x.qkv[0], x.cos, x.sin, ends, x.qkv.shape[1]), config)
@@ -140,7 +140,7 @@ def tune_row(
         if (name := row.pop("name", None)) is not None:
             row["ms"] = median(times[name]) / len(sets)
     rows.sort(key=lambda row: row.get("ms", float("inf")))
-    for row in rows:  # the first has to serve packed pictures too
+    for row in rows:  # the first has to serve packed images too
         if "ms" not in row or not (refusal := packed_trial(key, Config(**row["config"]), settings)):
             break
         del row["ms"]
@@ -149,7 +149,7 @@ def tune_row(
 
 
 def crossing(width: int, settings: Settings) -> dict[str, Any]:
-    """Where the fused kernel and one rotation before torch's own attention take the same time."""
+    """The length at which the fused kernel takes as long as one rotation and torch's own attention."""
     ratios = {}
     for side in CROSSINGS if settings.cuda else (4, 5):
         sets = inputs(("forward", width, 2), side, settings)
@@ -187,7 +187,7 @@ def tune_part(
             for key, found in futures.items()
         }
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # nobody else uses the GPU while it is timed
+        pool.shutdown(wait=False, cancel_futures=True)  # timing has the GPU to itself
     for key, plan in plans.items():
         configs = dict(zip(plan, refusals[key], strict=True))
         entry: dict[str, Any] = {"key": list(key), "chip": chip_of(settings.device), "rows": {}}
@@ -208,7 +208,7 @@ def chosen(entry: dict[str, Any]) -> tuple[tuple[int, Config], ...]:
 
 
 def apply_entry(entry: dict[str, Any]) -> None:
-    """The tables of this process become those that were found."""
+    """Makes this process use the configurations that were found."""
     if "crossover" in entry:
         limits = _crossovers()
         limits[entry["crossover"]["width"]] = entry["crossover"]["tokens"]
@@ -222,7 +222,7 @@ _found: dict[int, int] = {}
 
 
 def _crossovers() -> dict[int, int]:
-    """What was found, in the place of what the launchers say."""
+    """The crossovers that were found, which replace those of the launchers."""
     if not _found:
         said = launchers.crossover
         launchers.crossover = lambda device, dtype, width: _found.get(width, said(device, dtype, width))

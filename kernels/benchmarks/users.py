@@ -1,7 +1,7 @@
-"""Parts of the short run: models as users call them, from images on the host, and what the chip reaches at most.
+"""Parts of the short run: models as users call them, from images on the host, and the ceilings of the chip.
 
 Every contestant begins with images on the host and ends with tokens on the device.  Ours is `extract_features`, which
-is given uint8 images and checks its result; peers are given the float32 pixels that their processors hand over.
+takes uint8 images and checks its result; peers take the float32 pixels that their processors return.
 """
 
 import json
@@ -20,12 +20,12 @@ from torch import Tensor
 from dinov3_infer.cli.bench.contest import Run, Settings, elapsed
 from dinov3_infer.model.network import normalised
 
-# model, pixels, images: the most wanted first
+# model, pixels, images: the most important first
 EAGER = ((L, 224, 64), (L, 224, 1), (S, 224, 64), (S, 224, 1), (B, 224, 64), (B, 224, 1), (L, 512, 8))
 COMPILED = ((L, 224, 64), (L, 224, 1))
 REHEARSAL = ((S, 32, 2), (S, 32, 1))
 SIMULATED = Path(__file__).resolve().parent / "records" / "simulated.json"
-# contestant -> what the simulation calls it
+# contestant -> its name in the simulation
 PREDICTED = {
     "extract_features": "plan",
     "as written, autocast": "ours autocast",
@@ -38,20 +38,20 @@ PREDICTED = {
 
 @dataclass(frozen=True)
 class Images:
-    """A batch on the host, as either side is given it."""
+    """A batch on the host, in the form that each side takes."""
 
     whole: Tensor  # [B, 3, H, W] uint8
     pixels: Tensor  # [B, 3, H, W] float32, normalised, pageable
 
 
 def eager_part(settings: Settings) -> list[Plan]:
-    """Without a compiler, so that a minute brings all of them."""
+    """Without a compiler, so that all of them fit in a minute."""
     cells = EAGER if settings.cuda else REHEARSAL
     return [(_what(*cell), partial(_cell, *cell, settings, False)) for cell in cells]
 
 
 def compiled_part(settings: Settings) -> list[Plan]:
-    """Peers as torch.compile makes them, beside ours."""
+    """Peers through torch.compile, beside ours."""
     cells = COMPILED if settings.cuda else REHEARSAL[:1]
     return [(_what(*cell), partial(_cell, *cell, settings, True)) for cell in cells]
 
@@ -103,7 +103,7 @@ def _cell(name: str, size: int, batch: int, settings: Settings, compiling: bool)
 
 
 def predictions(name: str, size: int, batch: int) -> dict[str, float]:
-    """Milliseconds by the simulation, to lay beside what is measured."""
+    """Simulated milliseconds, to compare with the measured ones."""
     short = {S: "S", B: "B", L: "L"}[name]
     found = _simulated().get(f"{short} {size} {batch}", {})
     return {label: found[who]["wall"] * 1e3 for label, who in PREDICTED.items() if who in found}

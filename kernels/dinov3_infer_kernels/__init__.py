@@ -1,4 +1,4 @@
-"""All hand-written kernels: `cpu` for a C compiler, `gpu` for Triton.  They know tensors, and nothing of models.
+"""All hand-written kernels: `cpu` for a C compiler, `gpu` for Triton.  They take tensors and know no models.
 
-Importing this package imports neither.
+Importing this package imports neither of them.
 """

@@ -1,6 +1,6 @@
-/* What the plan of frozen.py computes between two products, each in one pass: attention with RoPE, and layer norm with
-   the residual before it.  Scores never leave the first cache (FlashAttention, arXiv 2205.14135).  A row of a result
-   depends on its own row of the input alone, bit for bit.  fused.py compiles this for the CPU at hand. */
+/* What the plan for CPUs computes between two products, each in one pass: attention with RoPE, and layer norm with the
+   residual before it.  Scores stay in the first cache (FlashAttention, arXiv 2205.14135).  The bits of a row of the
+   result depend on its own row of the input alone.  cpu.py compiles this file for the CPU that it runs on. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -124,7 +124,7 @@ struct attention {
     const float *turns; /* [N, 2, D/2], cosines and sines of each token; or nothing */
     void *out;          /* [B, N, H, D] */
     char *space;        /* `room` bytes for each thread */
-    int64_t room, pictures, tokens, heads, width, half, kind, chunk; /* queries at a time */
+    int64_t room, images, tokens, heads, width, half, kind, chunk; /* queries at a time */
 };
 
 /* The channels of one head, turned and times a number, as words */
@@ -162,11 +162,11 @@ INLINE void weighed(int half, int more, float *w, long wide, vec none, float *to
 INLINE void attend(const struct attention *job, int half, char *space, long unit) {
     const long D = job->width, N = job->tokens, H = job->heads, words = half ? D / 2 : D;
     const long size = half ? 2 : 4, row = 3 * H * D * size, pairs = half ? 2 : 1;
-    const long chunks = (N + job->chunk - 1) / job->chunk, head = unit / chunks % H, picture = unit / chunks / H;
+    const long chunks = (N + job->chunk - 1) / job->chunk, head = unit / chunks % H, image = unit / chunks / H;
     const long first = unit % chunks * job->chunk, last = first + job->chunk < N ? first + job->chunk : N;
     const long blocks = (N + KEYS - 1) / KEYS, each = (N + blocks * W - 1) / (blocks * W) * W; /* keys at a time */
     const long length = (N + pairs - 1) / pairs * W; /* of a panel of values */
-    const char *const q = job->qkv + picture * N * row + head * D * size, *const k = q + row / 3, *v = k + row / 3;
+    const char *const q = job->qkv + image * N * row + head * D * size, *const k = q + row / 3, *v = k + row / 3;
     word *const keys = (word *)space, *const values = keys + (N + W - 1) / W * W * words;
     for (long n = 0; n < N; n += W) {
         word one[W][WIDEST], *const to = keys + n * words;
@@ -206,7 +206,7 @@ INLINE void attend(const struct attention *job, int half, char *space, long unit
                         length, out[i], WIDEST);
         }
         for (long i = 0; i < rows; i++) {
-            const long to = ((picture * N + begin + i) * H + head) * D;
+            const long to = ((image * N + begin + i) * H + head) * D;
             const float share = 1 / sum_of(total[i]);
             for (long d = 0; d < D; d += W) write(AT(out[i] + d) * share, job->out, to + d, job->kind);
         }
@@ -253,7 +253,7 @@ static void take(void *given) {
     const struct attention *const a = work->job; /* one of them */
     char *const space = work->norm ? 0 : a->space + __atomic_fetch_add(&work->workers, 1, __ATOMIC_RELAXED) * a->room;
     const long count = work->norm ? (n->rows + LINES - 1) / LINES
-                                  : a->pictures * a->heads * ((a->tokens + a->chunk - 1) / a->chunk);
+                                  : a->images * a->heads * ((a->tokens + a->chunk - 1) / a->chunk);
     for (long i; (i = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < count;)
         if (!work->norm) a->half ? attend(a, HALF, space, i) : attend(a, FLOAT, space, i);
         else for (long line = i * LINES; line < n->rows && line < (i + 1) * LINES; line++)

@@ -1,11 +1,11 @@
-"""Attention and layer norm, each in one pass: `cpu.c`, compiled once for the CPU at hand and kept.
+"""Attention and layer norm, each in one pass: `cpu.c`, compiled once for the CPU that it runs on.
 
-It takes a C compiler (`cc`, or what CC names).  The library is compared with the plain form before it is used.
+This needs a C compiler (`cc`, or the one that CC names).  The library is compared with torch before it is used.
 DINOV3_INFER_COMPILE=0 starts no compiler.
 
-What is kept is code, in ~/.cache/dinov3_infer or below XDG_CACHE_HOME.  Its name records its hash; it is loaded if
-that is the hash of what is in it, it belongs to the user of the process, and nobody else can write to it or its folder.
-A library of which that is not true is removed and made anew.
+The compiled library is kept in ~/.cache/dinov3_infer or below XDG_CACHE_HOME.  Its file name has the hash of its
+content.  It is loaded if the hash is right, the file belongs to the user of the process, and nobody else can write to
+it or its folder; otherwise it is removed and compiled again.
 """
 
 import ctypes
@@ -32,16 +32,16 @@ __all__ = ["attended", "normed", "start_compiler", "why_not_fused"]
 
 _SOURCE = Path(__file__).with_name("cpu.c")
 _TARGET = {"arm64": "-mcpu=native", "aarch64": "-mcpu=native"}
-_SECONDS = 60  # that a compiler may take; one does
+_SECONDS = 60  # that a compiler may take; it takes about one
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _QUERIES, _KEYS, _WIDEST = 12, 16, 128  # as in the source; at most as many keys in a vector
-_ONE = Lock()  # of several threads waits for the compiler
+_ONE = Lock()  # one thread waits for the compiler, the others for that thread
 
 
 class _Attention(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("qkv", "turns", "out", "space")),
-        *((name, c_int64) for name in ("room", "pictures", "tokens", "heads", "width", "half", "kind", "chunk")),
+        *((name, c_int64) for name in ("room", "images", "tokens", "heads", "width", "half", "kind", "chunk")),
     ]
 
 
@@ -63,7 +63,7 @@ class _Work(ctypes.Structure):
 def attended(
     qkv: Tensor,  # [B*N, 3*H*D] float32 or bfloat16, the softmax scale in q
     turns: Tensor | None,  # [N, D] float32: cosines and sines of each token
-    count: int,  # B pictures
+    count: int,  # B images
     heads: int,
     dtype: torch.dtype,  # of the result; uint8: whole numbers about 128
 ) -> Tensor:
@@ -90,7 +90,7 @@ def normed(
     eps: float,
     dtype: torch.dtype,  # of the result, as above
 ) -> Tensor:
-    """The layer norm of x and what is added, [T, C]."""
+    """The layer norm of x after the addition, [T, C]."""
     out = torch.empty(x.shape, dtype=dtype, device="cpu")
     job = _Norm(
         x.data_ptr(), None if more is None else more.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(),
@@ -105,11 +105,11 @@ def _run(job: ctypes.Structure, norm: int, threads: int) -> None:
     library.fused(ctypes.byref(_Work(parallel, ctypes.addressof(job), norm, threads, 0, 0)))
 
 
-# --- what runs here ------------------------------------------------------------------------------------------------
+# --- whether it runs here -------------------------------------------------------------------------------------------
 
 
 def why_not_fused(dtype: torch.dtype = torch.float32, head_dim: int = 64) -> str | None:
-    """Why it cannot be used here, or None if it can."""
+    """Why the library cannot be used here, or None if it can."""
     tiles: Any = getattr(torch.cpu, "_is_amx_tile_supported", bool)
     if dtype == torch.bfloat16 and tiles():
         return "this CPU multiplies whole tiles of bfloat16, which torch knows how to use"
@@ -132,7 +132,7 @@ def _why_not() -> str | None:
 
 
 def _pairs() -> list[tuple[Tensor, Tensor, float]]:
-    """What it gives, what it should, and how far these may be apart."""
+    """Results of the library, those of torch, and how far they may be apart."""
     draw, found = torch.Generator("cpu").manual_seed(0), list[tuple[Tensor, Tensor, float]]()
     count, tokens, heads, width = 2, 71, 2, 32
     kind: Any = dict(generator=draw, dtype=torch.float32, device="cpu")
@@ -156,7 +156,7 @@ def _pairs() -> list[tuple[Tensor, Tensor, float]]:
 
 @cache
 def _loaded() -> tuple[Any, int | None]:
-    """The library, and what runs a function in the threads that torch computes with."""
+    """The library, and the function of OpenMP that runs another one in the threads of torch."""
     library = ctypes.CDLL(_made().address)
     library.fused.restype = None
     parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
@@ -171,27 +171,27 @@ def _multiplies_bfloat16() -> bool:
 
 
 class _Library(NamedTuple):
-    """One that may be loaded: what was read and found right is what the descriptor shows, whatever its path becomes."""
+    """A library that may be loaded.  The descriptor shows the file that was checked, even if its path is replaced."""
 
     descriptor: int
     path: Path
 
     @property
     def address(self) -> str:
-        """For the loader, which knows no descriptors, and remembers names: ours has the process in it."""
+        """A path for the loader, which takes no descriptors.  It remembers names, so this one has the process in it."""
         shown = f"/proc/{os.getpid()}/fd/{self.descriptor}"
         return shown if os.path.exists(shown) else str(self.path)
 
 
 class _Compiler(NamedTuple):
     process: subprocess.Popen[str]
-    folder: Any  # what it writes to, gone after it
-    place: Path  # where that belongs, up to the hash in its name
+    folder: Any  # the temporary folder of its output
+    place: Path  # where the output belongs, up to the hash in its name
     alive: Any  # open as long as this process lives
 
 
-# Runs a command, and ends it with all that it has started when the pipe at stdin is closed, as it is when the process
-# that holds the other end goes, in whatever way.
+# Runs a command, and kills it and what it started when the pipe at stdin is closed, which happens when the process that
+# holds the other end ends, for whatever reason.
 _WATCHED = """exec 3<&0 </dev/null
 "$@" & command=$!
 { read -r _ <&3; kill -9 0; } 2>/dev/null & watch=$!
@@ -201,11 +201,11 @@ exit $status"""
 
 
 def start_compiler() -> None:
-    """Has the library made while something else is done, where it is not there yet; nobody has to call this."""
+    """Starts to compile the library, if it is not there yet, while the caller does something else.  Optional."""
     try:
         _started()
     except OSError:
-        return  # which `why_not_fused` tells
+        return  # `why_not_fused` has the reason
 
 
 def _made() -> _Library:
@@ -269,7 +269,7 @@ _OUTPUT = "fused.so"
 
 
 def _kept(place: Path) -> _Library | None:
-    """The library that lies there and can be trusted; what cannot goes."""
+    """The library in that place that can be trusted; others are removed."""
     for path in sorted(place.parent.glob(f"{place.name}_*.so")):
         descriptor = _trusted(path)
         if descriptor is not None:
@@ -280,7 +280,7 @@ def _kept(place: Path) -> _Library | None:
 
 
 def _trusted(path: Path) -> int | None:
-    """An open descriptor, if the user of this process alone has written what its name says."""
+    """An open descriptor, if only the user of this process can have written it and its name has the right hash."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -296,7 +296,7 @@ def _trusted(path: Path) -> int | None:
 
 
 def _keep(content: bytes, place: Path) -> _Library:
-    """Writes a library where `_kept` finds it: whole, and on the disk before its name is."""
+    """Writes a library where `_kept` finds it, to the disk before it gets its name."""
     descriptor, beside = tempfile.mkstemp(dir=place.parent)  # which nobody else may read or write
     try:
         with open(descriptor, "wb") as file:
@@ -308,16 +308,16 @@ def _keep(content: bytes, place: Path) -> _Library:
         with suppress(FileNotFoundError):
             os.unlink(beside)
     if (there := _kept(place)) is None:
-        raise OSError(f"what was written to '{place.parent}' is not what is read there")
+        raise OSError(f"a library that was written to '{place.parent}' cannot be read back; check the disk")
     return there
 
 
 def _private_folder() -> Path:
-    """For the library, which is code: nobody else can write to it."""
+    """The folder of the library, which is code, so that nobody else may write to it."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dinov3_infer"
     except RuntimeError:
-        raise OSError("nobody's home directory is here to keep the library in: set XDG_CACHE_HOME") from None
+        raise OSError("there is no home directory to keep the library in; set XDG_CACHE_HOME") from None
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = folder.stat()
     if state.st_uid != os.geteuid() or state.st_mode & 0o022:

@@ -1,4 +1,4 @@
-"""Albums for the runs on many pictures: small ones and photographs, many kinds of files, some broken in twenty ways."""
+"""Albums for runs over many images: small images and photographs in many formats, some broken in twenty ways."""
 
 import io
 import random
@@ -24,9 +24,9 @@ def _header(width: int, height: int, depth: int = 8, colour: int = 2) -> tuple[b
     return b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
 
 
-def _saved(picture: Image.Image, kind: str, **options: object) -> bytes:
+def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, kind, **options)
+    image.save(stream, kind, **options)
     return stream.getvalue()
 
 
@@ -40,7 +40,7 @@ def _flipped(content: bytes, rng: random.Random) -> bytes:
 _NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
 PNG, JPEG = _saved(_NOISE, "PNG"), _saved(_NOISE, "JPEG")
 
-# What may stand where a picture should be; None is a link that leads nowhere, a string a folder of that name.
+# Replacements of an image: bytes; None for a dangling link; a string for a folder of that name.
 BREAKAGES: dict[str, Callable[[random.Random], bytes | None | str]] = {
     "empty": lambda rng: b"",
     "one byte": lambda rng: b"\xff",
@@ -68,13 +68,13 @@ BREAKAGES: dict[str, Callable[[random.Random], bytes | None | str]] = {
 def write_album(
     folder: Path,
     count: int,
-    small: np.ndarray | None = None,  # uint8 [N, H, W, 3]; None for made-up ones
+    small: np.ndarray | None = None,  # uint8 [N, H, W, 3]; None for noise
     photographs: list[Image.Image] | None = None,
     share_broken: float = 0.01,
     seed: int = 0,
 ) -> list[Path]:
-    """`count` files: PNG and JPEG of small pictures, every 40th a part of a photograph in one of many modes and sizes,
-    and as many as `share_broken` says broken, each way as often as the others.
+    """Writes `count` files: PNG and JPEG of small images; every 40th is a crop of a photograph in some mode and size;
+    a share `share_broken` is broken, in each way equally often.
     """
     rng, draws = random.Random(seed), np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,10 +93,10 @@ def write_album(
                 path.write_bytes(content)
             continue
         pixels = small[i % len(small)] if small is not None else draws.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        picture = Image.fromarray(pixels)
+        image = Image.fromarray(pixels)
         if photographs and i % 40 == 0:
             whole = photographs[rng.randrange(len(photographs))]
-            picture = whole.resize((rng.randrange(20, 700), rng.randrange(20, 700)))
-            picture = picture.convert(rng.choice(["RGB", "L", "CMYK"] if path.suffix == ".jpg" else ["RGBA", "P", "1"]))
-        picture.save(path)
+            image = whole.resize((rng.randrange(20, 700), rng.randrange(20, 700)))
+            image = image.convert(rng.choice(["RGB", "L", "CMYK"] if path.suffix == ".jpg" else ["RGBA", "P", "1"]))
+        image.save(path)
     return paths

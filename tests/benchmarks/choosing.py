@@ -1,12 +1,12 @@
-"""What to choose: layer, size and pooling, by what they are worth on labelled pictures.
+"""Compares layers, sizes and poolings on labelled images.
 
     python tests/benchmarks/choosing.py MODEL [--train 500 --test 400 --pairs 12]
     python tests/benchmarks/choosing.py --render
 
-Measures what the record lacks for this model and these numbers, a cell at a time, so that it can be stopped and started
-again, and writes the tables of examples/CHOOSING.md from the record.  CIFAR-10: 20 neighbours and a linear probe.
-One-shot segmentation: cut-outs pasted on photographs, each found in another view on another photograph, by
-`OneShotSegmenter`.  The pictures are those of tests/benchmarks/tasks/sets.py.
+Measures the cells that the record lacks for this model and these numbers, one at a time, so that it can be stopped and
+restarted, and writes the tables of examples/CHOOSING.md from the record.  CIFAR-10: 20-NN and a linear probe.  One-shot
+segmentation with `OneShotSegmenter`: cut-outs pasted on photographs, each searched in another view on another
+photograph.  The images are those of tests/benchmarks/tasks/sets.py.
 """
 
 import argparse
@@ -39,16 +39,16 @@ from dinov3_infer.tasks import KNN, LinearProbe, OneShotSegmenter, dense_feature
 RECORD = Path(__file__).parent / "records" / "choosing.json"
 PAGE = ROOT / "examples" / "CHOOSING.md"
 POOLINGS = ("cls", "mean", "cls_mean")
-GRIDS = (8, 16)  # patches a side that a picture of CIFAR-10 is shown with
-SEEN = 32  # patches a side of a picture to segment, where nothing else is said
+GRIDS = (8, 16)  # patches per side of a CIFAR-10 image
+SEEN = 32  # patches per side of an image to segment, by default
 
 
 def layers_of(bb: Backbone) -> list[int]:
-    """The upper half."""
+    """The upper half of the layers."""
     return list(range(bb.config.depth // 2, bb.config.depth))
 
 
-# --- pictures as a whole ---------------------------------------------------------------------------------------------
+# --- images as a whole ---------------------------------------------------------------------------------------------
 
 
 def classification(bb: Backbone, grid: int, train: int, test: int) -> dict[str, Any]:
@@ -82,22 +82,20 @@ def vectors(bb: Backbone, pictures: np.ndarray, grid: int) -> dict[tuple[int, st
 
 
 def plain(grid: int = SEEN, **options: Any) -> Callable[[Backbone, Any, list[int]], list[Features]]:
-    return lambda bb, picture, layers: [
-        dense_features(bb, picture, size=grid * bb.patch_size, layers=layers, **options)
-    ]
+    return lambda bb, image, layers: [dense_features(bb, image, size=grid * bb.patch_size, layers=layers, **options)]
 
 
-def shifted(bb: Backbone, picture: Any, layers: list[int]) -> list[Features]:
-    """As it is, and moved by half a patch down and across: scores of both are averaged at the pixels."""
+def shifted(bb: Backbone, image: Any, layers: list[int]) -> list[Features]:
+    """The features of an image, and of the image shifted by half a patch; their scores are averaged per pixel."""
     half, side = bb.patch_size // 2, SEEN * bb.patch_size
     pixels = torch.nn.functional.interpolate(
-        load_image(picture)[None].float(), size=(side, side), mode="bilinear", antialias=True
+        load_image(image)[None].float(), size=(side, side), mode="bilinear", antialias=True
     ).round()  # fmt: skip
     moved = torch.nn.functional.pad(pixels, (half, half, half, half), mode="replicate")[0].to(torch.uint8)
     found = dense_features(bb, moved, size=None, layers=layers)
-    original = tuple(load_image(picture).shape[1:])
+    original = tuple(load_image(image).shape[1:])
     place = Placement((original[0], original[1]), (side, side), (-half, -half, side + 2 * half, side + 2 * half))
-    return [*plain()(bb, picture, layers), replace(found, placements=(place,))]
+    return [*plain()(bb, image, layers), replace(found, placements=(place,))]
 
 
 PLAIN = f"{SEEN} patches a side"
@@ -114,7 +112,7 @@ WAYS: dict[str, Callable[[Backbone, Any, list[int]], list[Features]]] = {
 
 
 def segmentation(bb: Backbone, way: str, pairs: int) -> dict[str, Any]:
-    """By layer the IoU of each pair; "last 4" has the last four layers side by side."""
+    """The IoU of each pair by layer; "last 4" concatenates the last four layers."""
     import sets
 
     draw, each = random.Random(0), dict[str, list[float]]()
@@ -131,7 +129,7 @@ def segmentation(bb: Backbone, way: str, pairs: int) -> dict[str, Any]:
 
 
 def parts(bb: Backbone) -> Iterator[tuple[str, slice]]:
-    """Names of layers, and their channels among those of all."""
+    """Names of layers, and their slices of the concatenated channels."""
     count, width = len(layers_of(bb)), bb.embed_dim
     for i, layer in enumerate(layers_of(bb)):
         yield str(layer), slice(i * width, (i + 1) * width)
@@ -164,7 +162,7 @@ def measure(model: str, train: int, test: int, pairs: int) -> None:
             print(name, flush=True)
             record["cells"][name] = run()
             text = json.dumps(record, indent=1) + "\n"
-            RECORD.write_text(re.sub(r"(?<=[\[\d,])\s+(?=[\d\]])", " ", text))  # lists of numbers in one line
+            RECORD.write_text(re.sub(r"(?<=[\[\d,])\s+(?=[\d\]])", " ", text))  # one line per list of numbers
 
 
 def recorded() -> dict[str, Any]:
@@ -173,7 +171,7 @@ def recorded() -> dict[str, Any]:
 
 
 def filled(text: str, record: dict[str, Any]) -> str:
-    """The page with the tables of the record between its marks."""
+    """The page, with the tables of the record between its marks."""
     for mark, table in (("classification", classification_table), ("segmentation", segmentation_table)):
         begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
         before, _, rest = text.partition(begin)
@@ -189,7 +187,7 @@ def classification_table(record: dict[str, Any]) -> str:
             values = " | ".join(f"{row[p]['knn']:.3f} | {row[p]['linear']:.3f}" for p in POOLINGS)
             lines.append(f"| {name.split()[0]} | {layer} | {values} |")
     error = 0.5 / math.sqrt(record.get("test", 1))
-    return told(record, f"{{train:,}} + {{test:,}} pictures of CIFAR-10, accuracy ± {error:.3f} at most", lines)
+    return told(record, f"{{train:,}} + {{test:,}} images of CIFAR-10, accuracy ± {error:.3f} at most", lines)
 
 
 def segmentation_table(record: dict[str, Any]) -> str:
@@ -199,7 +197,7 @@ def segmentation_table(record: dict[str, Any]) -> str:
     lines += ["| --- " * (1 + len(names)) + "|"]
     for way, row in found.items():
         shown = [mean_and_error(values) for values in row.values()]
-        if plain := found.get(PLAIN) if way != PLAIN else None:  # the same pairs: differences say more
+        if plain := found.get(PLAIN) if way != PLAIN else None:  # the same pairs: smaller errors
             shown = [
                 f"{text} ({mean_and_error(np.subtract(v, plain[n]), '+')})"
                 for text, (n, v) in zip(shown, row.items(), strict=True)
@@ -217,7 +215,7 @@ def cells(record: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def told(record: dict[str, Any], what: str, lines: list[str]) -> str:
-    """The table under the model and the numbers that it is of."""
+    """A table with a heading that names the model and the numbers of images."""
     if len(lines) < 3:
         return "Not measured yet.\n"
     return f"`{record['model']}` ({record['fingerprint'][:12]}), {what.format(**record)}.\n\n" + "\n".join(lines) + "\n"
@@ -225,10 +223,14 @@ def told(record: dict[str, Any], what: str, lines: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("model", nargs="?", help="name, folder or file; without one the page is written anew")
+    parser.add_argument(
+        "model", nargs="?", help="model to measure: name, folder or file (default: only write the page)"
+    )
     for name, default in (("train", 500), ("test", 400), ("pairs", 12)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--render", action="store_true", help="write the page from the record, measure nothing")
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"number of {name} images (default: {default})"
+        )
+    parser.add_argument("--render", action="store_true", help="only write the page, from the record")
     args = parser.parse_args()
     if args.model and not args.render:
         measure(args.model, args.train, args.test, args.pairs)

@@ -1,4 +1,4 @@
-"""CIFAR-10 for the recorded training runs: its pictures, 20-NN and a linear probe with intervals."""
+"""CIFAR-10 for the recorded training runs: its images, 20-NN and a linear probe with intervals."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ __all__ = ["Pictures", "accuracies", "cifar10", "knn", "vectors"]
 
 
 class Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """uint8 pictures [N, 32, 32, 3] as a torch Dataset.  `targets` are looked at by the health report alone."""
+    """uint8 images [N, 32, 32, 3] as a torch Dataset.  Only the health checks use `targets`."""
 
     def __init__(self, pixels: np.ndarray, targets: Tensor) -> None:
         self.pixels, self.targets = pixels, targets
@@ -32,14 +32,14 @@ class Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def vectors(pixels: np.ndarray, model: Backbone | None, side: int) -> Tensor:
-    """One vector a picture, [N, C]: the class token at `side` pixels, or without a model the pixels."""
+    """One vector per image, [N, C]: the class token at `side` pixels, or without a model the pixels."""
     if model is None:
         return torch.from_numpy(pixels).flatten(1).float()
     return torch.from_numpy(model.embed(list(pixels), size=side))
 
 
 def linear(known: Tensor, classes: Tensor, asked: Tensor, truth: Tensor, decay: float = 1e-3) -> list[float]:
-    """Accuracy of logistic regression on standardised features, fitted by L-BFGS, with Wilson's interval of 95 %."""
+    """Accuracy of logistic regression on standardised features, fitted by L-BFGS, with Wilson's 95 % interval."""
     mean, std = known.mean(0), known.std(0).clamp(min=1e-6)
     known, asked = (known - mean) / std, (asked - mean) / std
     weight, bias = torch.zeros(known.shape[1], 10, requires_grad=True), torch.zeros(10, requires_grad=True)

@@ -1,19 +1,18 @@
-"""Cold start: from nothing to the first feature, whole process, against transformers and timm.
+"""Cold start: time of a whole process up to the first feature, against transformers and timm.
 
     pip install timm torchvision
     OMP_NUM_THREADS=1 python tests/benchmarks/cold_start.py
 
 ViT-S/16 and ViT-B/16 of DINOv3 with the same random weights, saved once by each library in its own format to a local
-directory.  Every measurement is a process of its own that imports its library, loads the directory and computes one
-class token at 256 x 256: of a JPEG file by the library's own preprocessing ("picture"), or of pixels that are there
-already ("pixels", which spares the others the import of torchvision).  Pictures go through the plan for CPUs, which is
-made in that time; "new machine" is the same where its C was never compiled before, against "picture" of the others.
-Classes are imported directly, which is faster than transformers' Auto classes.  Before measuring, the vectors of
-"pixels" are compared.
+directory.  Every measurement is a separate process that imports its library, loads the directory and computes one class
+token at 256 x 256 pixels: from a JPEG file with the preprocessing of the library ("picture"), or from pixels in memory
+("pixels", for which the other libraries need no torchvision).  Our time includes building the plan for CPUs; "new
+machine" also includes compiling its C code, and is compared with "picture" of the others.  Classes are imported
+directly, which is faster than transformers' Auto classes.  The vectors of "pixels" are compared first.
 
-Rounds alternate and rotate; a figure is the median over the rounds of our time divided by theirs, so below 1 we are
-faster.  CPU time (user and system, of the process) is recorded beside wall time, since it does not count what else the
-machine does.  "torch" is the import of torch alone.  The record is written to records/cold_start.json.
+Rounds alternate and rotate.  A ratio is the median over the rounds of our time divided by theirs, so below 1 we are
+faster.  CPU time (user and system) is recorded beside wall time, because other processes do not change it.  "torch" is
+the import of torch alone.  The record is written to records/cold_start.json.
 """
 
 import json
@@ -33,7 +32,7 @@ CAT = ROOT / "examples" / "cat.jpg"
 ROUNDS = 11
 MODELS = {"S": "dinov3_vits16", "B": "dinov3_vitb16"}
 
-# torchvision's CUDA wheel beside a CPU build of torch does not load its own library and misses two schemas.
+# A CUDA build of torchvision beside a CPU build of torch cannot load its binary and lacks two operator schemas.
 SCHEMAS = """
 import torch
 if not torch.cuda.is_available():
@@ -95,11 +94,11 @@ with torch.inference_mode():
 """,
 }
 PEERS = ("transformers", "timm")
-CASES = {"picture": "picture", "pixels": "pixels", "new machine": "picture"}  # of ours: of the others
+CASES = {"picture": "picture", "pixels": "pixels", "new machine": "picture"}  # our case -> the case of the others
 
 
 def save(folder: Path) -> None:
-    """The same weights in three formats, each written by its own library."""
+    """Writes the same weights in three formats, each with its library."""
     code = f"""
 import sys
 {SCHEMAS}
@@ -147,7 +146,7 @@ def measure(code: str, *arguments: str) -> tuple[float, float, list[float]]:
 
 
 def compare(folder: Path) -> None:
-    """All three compute the same."""
+    """Checks that all three compute the same vector."""
     for size in MODELS:
         vectors = [measure(SCRIPTS[name, "pixels"], str(folder / size / name), "")[2] for name in ("ours", *PEERS)]
         worst = max(abs(a - b) for other in vectors[1:] for a, b in zip(vectors[0], other, strict=True))
@@ -155,7 +154,7 @@ def compare(folder: Path) -> None:
 
 
 def contest(folder: Path) -> list[dict[str, dict[str, float]]]:
-    """Seconds of every contestant in every round."""
+    """Times of every contestant in every round, in seconds."""
     contestants = [("torch", "", "", "import torch")]
     contestants += [(name, size, case, code) for size in MODELS for (name, case), code in SCRIPTS.items()]
     rounds = []
@@ -165,7 +164,7 @@ def contest(folder: Path) -> list[dict[str, dict[str, float]]]:
             name, size, case, code = contestants[(i * 5 + j) % len(contestants)]
             wall, cpu, _ = measure(code, str(folder / size / name), str(CAT))
             found[f"{name} {size} {case}".strip()] = {"wall_s": round(wall, 4), "cpu_s": round(cpu, 4)}
-        if i:  # the first one warms the file cache
+        if i:  # the first process warms the file cache
             rounds.append(found)
         print(f"round {i} of {ROUNDS}, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
     return rounds

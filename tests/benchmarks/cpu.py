@@ -1,16 +1,16 @@
-"""From pixels to features on a CPU: ours in every mode against whatever else is installed.
+"""From pixels to features on a CPU: our modes against the other installed libraries.
 
     pip install transformers timm onnx onnxruntime openvino nncf
     python tests/benchmarks/cpu.py [--models S B] [--sizes 224 512] [--batches 1 8] [--rounds 9] [--compile]
                                    [--reference DIR] [--name NAME]
-    python tests/benchmarks/cpu.py --render      # the record into the README
+    python tests/benchmarks/figures.py           # write the record into the guide on CPUs
 
-Contestants and method are those of `dinov3-infer bench`.  Of the ways in which a library can be run, the fastest in one
-call goes on, and whoever is nearly as fast.  Their tokens are judged, then they are timed in interleaved rounds in one
-process on the same pixels, and a ratio is the median of those of the rounds.  The weights are random, those of ViT-S/16
-and ViT-B/16 of DINOv3 in shape.  A cell where a ratio falls short of its goal has a table of what the time of ours goes
-to.  The record is written to records/NAME.json; cells that it holds already, from the same machine, versions and number
-of rounds, stay, so that the table can be measured in pieces.
+Contestants and method are those of `dinov3-infer bench`.  Of the modes of a library, those that are fastest in a first
+call, or nearly so, take part.  Their tokens are checked, then they are timed in interleaved rounds in one process on
+the same pixels; a ratio is the median of the ratios of the rounds.  The weights are random, in the shapes of DINOv3's
+ViT-S/16 and ViT-B/16.  A cell whose ratio misses its goal also records our time per operator.  The record is written to
+records/NAME.json; cells that it holds from the same machine, versions and number of rounds are kept, so that the table
+can be measured in parts.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -38,10 +37,8 @@ from dinov3_infer.cli.bench.setup import Contestant, Setup
 from dinov3_infer.cli.doctor import cpu_name
 
 HERE = Path(__file__).parent
-README = HERE.parent.parent / "README.md"
-BETWEEN = re.compile(r"(?<=<!-- contest -->\n).*(?=<!-- /contest -->)", re.DOTALL)
 MODELS = {"S": "dinov3_vits16", "B": "dinov3_vitb16"}
-# (class, what the label of a contestant begins with): how many times as fast as the best of these ours should be
+# (precision, start of a contestant's label): goal for the time of the best of these divided by ours
 GOALS = {
     ("float32", "transformers"): 2.0,
     ("float32", "timm"): 2.0,
@@ -52,12 +49,12 @@ GOALS = {
     ("bfloat16", "openvino"): 1.0,
     ("int8", "openvino"): 1.0,
 }
-NEARLY = 1.25  # times the time of the fastest: who may be faster in the rounds
+NEARLY = 1.25  # largest time of a contestant in the rounds, as a multiple of the fastest first call
 LIBRARIES = ("torch", "transformers", "timm", "onnxruntime", "openvino", "nncf", "numpy")
 
 
 def results(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Ours against the fastest contestant of each library and class of a cell."""
+    """Ours against the fastest contestant of each library and precision of a cell."""
     times = {label: entry["rounds_ms"] for label, entry in record["contestants"].items() if "rounds_ms" in entry}
     found: dict[str, dict[str, Any]] = {}
     for (kind, library), goal in GOALS.items():
@@ -76,7 +73,7 @@ def results(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def operators(setup: Setup, mode: str, count: int = 14) -> list[dict[str, Any]]:
-    """What a call of ours spends its time in, by operator and shapes."""
+    """Our time by operator and shapes."""
     model = Backbone.from_pretrained(setup.written("hf"), device="cpu", mode=mode)  # type: ignore[arg-type]
     pixels = torch.rand(setup.batch, 3, *setup.size)
     run = lambda: model.extract_features(pixels, size=setup.size, fit="squash")  # noqa: E731
@@ -95,7 +92,7 @@ def operators(setup: Setup, mode: str, count: int = 14) -> list[dict[str, Any]]:
 
 
 def trial(cell: Cell, taking_part: list[Contestant], settings: Settings) -> tuple[list[str], dict[str, float | str]]:
-    """Who goes on, and the milliseconds of everybody's second call or why there was none."""
+    """The contestants that take part; and for each the milliseconds of its second call, or why it failed."""
     took: dict[str, float] = {}
     refused: dict[str, str] = {}
     for label, call in cell.contestants.items():
@@ -105,7 +102,7 @@ def trial(cell: Cell, taking_part: list[Contestant], settings: Settings) -> tupl
             begun = time.perf_counter()
             call(cell.inputs[0])
             took[label] = 1e3 * (time.perf_counter() - begun)
-        except Exception as error:  # one that cannot run is a result
+        except Exception as error:  # a contestant that cannot run is a result
             refused[label] = reason(error)
     running = [one for one in taking_part if one.label in took]
     best: dict[tuple[str, str], float] = {}
@@ -117,7 +114,7 @@ def trial(cell: Cell, taking_part: list[Contestant], settings: Settings) -> tupl
 
 
 def cell(setup: Setup, settings: Settings, what: dict[str, Any]) -> dict[str, Any]:
-    torch.compiler.reset()  # what was compiled for other cells
+    torch.compiler.reset()  # frees what was compiled for other cells
     taking_part = contestants(setup)
     whole = cell_of(setup, taking_part)
     goes_on, took = trial(whole, taking_part, settings)
@@ -136,7 +133,7 @@ def recorded(name: str = "cpu") -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Markdown: a row for each cell, a column for each rival that any cell has."""
+    """Markdown, with a row per cell and a column per rival."""
     if not record["cells"]:
         return "Not measured yet.\n"
     rivals = [key for key in (f"{kind}, {library}" for kind, library in GOALS)
@@ -152,11 +149,6 @@ def table(record: dict[str, Any]) -> str:
     for _, pixels, batch, letter, shown in sorted(rows):
         lines.append("| " + " | ".join([letter, str(pixels), str(batch), *shown]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def filled(text: str, record: dict[str, Any]) -> str:
-    """The README with the table of a record."""
-    return BETWEEN.sub(lambda _: table(record), text)
 
 
 def machine() -> dict[str, Any]:
@@ -178,19 +170,19 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 512])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes for each cell")
-    parser.add_argument("--reference", type=Path, help="a checkout of Meta's code")
-    parser.add_argument("--name", default="cpu", help="of the record")
-    parser.add_argument("--render", action="store_true", help="measure nothing")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="models to measure (default: all)"
+    )
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 512], help="sides in pixels (default: 224 512)")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="images per batch (default: 1 8)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds (default: 9)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads per library (default: torch's)"
+    )
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile; takes minutes per cell")
+    parser.add_argument("--reference", type=Path, help="also measure Meta's code in this checkout")
+    parser.add_argument("--name", default="cpu", help="name of the record (default: cpu)")
     args = parser.parse_args()
-    if args.render:
-        README.write_text(filled(README.read_text(encoding="utf-8"), recorded()), encoding="utf-8")
-        return
     torch.set_num_threads(args.threads)
     settings = Settings(torch.device("cpu"), rounds=args.rounds, tell=lambda what: print("  ", what, file=sys.stderr))
     record: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": args.rounds}
@@ -200,7 +192,7 @@ def main() -> None:
     for letter in args.models:
         model = Backbone.from_config(MODELS[letter], seed=0)
         with torch.no_grad():
-            for block in model.blocks:  # LayerScale of training's beginning would hide what the blocks do
+            for block in model.blocks:  # the initial LayerScale of training would hide the blocks
                 block.ls1.gamma.fill_(0.3), block.ls2.gamma.fill_(0.3)
         for size in args.sizes:
             for batch in args.batches:
@@ -213,7 +205,7 @@ def main() -> None:
                     found = cell(setup, settings, what)
                 record["cells"] = [other for other in record["cells"] if other["cell"] != what] + [found]
                 target.parent.mkdir(exist_ok=True)
-                target.write_text(json.dumps(record, indent=1) + "\n")  # after each, for it takes its time
+                target.write_text(json.dumps(record, indent=1) + "\n")  # after each cell, since all take long
                 for name, result in found["results"].items():
                     print(f"{letter} {size} x{batch}, {name}: {result['ratio']} (goal {result['goal']})")
 

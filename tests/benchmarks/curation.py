@@ -1,18 +1,16 @@
-"""What curation is worth: a balanced sample of a long tail, and near-duplicates that were planted.
+"""Measures curation: a balanced sample of a long-tailed set, and the removal of planted near-duplicates.
 
     pip install onnx
     python tests/benchmarks/curation.py
 
-CIFAR-10 with 100 times as many pictures of the first class as of the last, embedded by a real ViT-S/14.  Recorded are
-the entropies of the classes in balanced samples and in random ones, on one level and on two: of the class token as it
-is, centred and whitened, of the mean of the patches, and of both.  "labelled" is what no sampling of these vectors can
-be expected to exceed: equal numbers from each class that a linear classifier, trained with the labels of the others,
-takes a picture for.
+The set is CIFAR-10 with 100 times as many images of the first class as of the last, embedded by a real ViT-S/14.  The
+record holds the entropy of the classes in balanced and in random samples, with one level and with two, for the class
+token (plain, centred, whitened), the mean of the patches, and both.  "labelled" is an upper bound for any sampling of
+these vectors: equal numbers of each class as a linear classifier predicts it, trained with the labels of the others.
 
-Then copies of some pictures are planted, enlarged to 128 pixels and there saved as JPEG, cut at the borders, made
-lighter or darker, or scaled: dedup should find them and nothing else.  CIFAR-10 itself holds near-duplicates, mirrored
-and shifted ones too: a pair counts as right if its pixels correlate when one is laid over the other.  The record goes
-to records/curation.json.
+Then copies of some images are planted, enlarged to 128 pixels and saved as JPEG, cropped, lightened, darkened or
+scaled; dedup should find these copies only.  CIFAR-10 itself holds near-duplicates, also mirrored and shifted ones, so
+a pair counts as correct if its pixels correlate after alignment.  The record goes to records/curation.json.
 """
 
 import argparse
@@ -37,12 +35,12 @@ from dinov3_infer.tasks.clusters import default_clusters, hierarchy  # noqa: E40
 from dinov3_infer.tasks.neighbours import duplicates  # noqa: E402
 
 WAYS = ("JPEG", "crop", "light", "size")
-SIDE = 128  # pixels that a copy has before it is changed
-ALIKE = 0.8  # correlation of pixels
+SIDE = 128  # side of a copy before it is changed, in pixels
+ALIKE = 0.8  # smallest correlation of the pixels of a correct pair
 
 
 def long_tail(labels: np.ndarray, most: int, factor: float, rng: np.random.Generator) -> np.ndarray:
-    """Numbers of the pictures: `most` of class 0, down to most / factor of class 9."""
+    """Numbers of the chosen images: `most` of class 0, down to most / factor of class 9."""
     sizes = np.geomspace(most, most / factor, 10).round().astype(int)
     chosen = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in enumerate(sizes)]
     return rng.permutation(np.concatenate(chosen))
@@ -52,25 +50,25 @@ def long_tail(labels: np.ndarray, most: int, factor: float, rng: np.random.Gener
 
 
 def changed(pixels: np.ndarray, way: str, rng: np.random.Generator) -> Image.Image:
-    """Nearly the same picture: JPEG of quality 60 to 95, up to 3 % less at each border, a twentieth to a fifth lighter
-    or darker, or 64 to 192 pixels.
+    """A near-duplicate: JPEG of quality 60 to 95, up to 3 % cropped at each border, 5 to 20 % lighter or darker, or
+    resized to 64 to 192 pixels.
     """
-    picture = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    image = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     if way == "JPEG":
         stream = io.BytesIO()
-        picture.save(stream, "JPEG", quality=int(rng.integers(60, 96)))
+        image.save(stream, "JPEG", quality=int(rng.integers(60, 96)))
         return Image.open(stream).convert("RGB")
     if way == "crop":
         left, top, right, bottom = (int(v) for v in rng.integers(0, 5, 4))
-        return picture.crop((left, top, SIDE - right, SIDE - bottom))
+        return image.crop((left, top, SIDE - right, SIDE - bottom))
     if way == "light":
-        return ImageEnhance.Brightness(picture).enhance(1 + float(rng.choice([1, -1]) * rng.uniform(0.05, 0.2)))
+        return ImageEnhance.Brightness(image).enhance(1 + float(rng.choice([1, -1]) * rng.uniform(0.05, 0.2)))
     side = int(rng.integers(SIDE // 2, SIDE * 3 // 2 + 1))
-    return picture.resize((side, side), Image.Resampling.BICUBIC)
+    return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Of the colours of two pictures [32, 32, 3] without their means, the best over mirroring, scales and shifts."""
+    """Correlation of two images [32, 32, 3], the best over mirroring, scales and shifts."""
     best = -1.0
     for turned in (other, other[:, ::-1]):
         for side in (32, 36, 40, 45):
@@ -96,9 +94,10 @@ def dedup(
     whiten: bool = True,
     most: int | None = None,
 ) -> list[dict[str, Any]]:
-    """For each threshold the share of planted copies that are found, and of pictures that are dropped rightly: for a
-    copy of theirs, or a picture whose pixels say so.  A group has to be right in every picture that it drops.
-    `most`: looks at so many of those that are dropped, chosen at random.
+    """For each threshold, the share of planted copies that are removed, and the share of correct removals.
+
+    A removal is correct if the kept image is a copy, or its pixels correlate; every removal of a group must be.
+    `most`: largest number of removals to check, chosen at random.
     """
     found, known = [], dict[tuple[int, int], bool]()
     count = len(pixels)
@@ -134,14 +133,14 @@ def dedup(
 
 
 class Part:
-    """Some columns of a store's vectors, as they are, centred or whitened, as a store."""
+    """A store with some columns of another store's vectors: plain, centred or whitened."""
 
     def __init__(self, store: Store, columns: slice, change: str = "as they are", count: int | None = None) -> None:
         rows = np.concatenate([block for _, block in store.blocks()])[:count, columns]
         rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         if change != "as they are":
             rows = rows - rows.mean(0)
-        if change == "whitened":  # 64 directions, as more are noise
+        if change == "whitened":  # 64 directions, since more are noise
             values, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
             rows = rows @ (vectors[:, -64:] / np.sqrt(values[-64:] + 0.1 * values[-64:].mean()))
         self.rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
@@ -163,7 +162,7 @@ def entropy_of(labels: np.ndarray) -> float:
 
 
 def labelled(rows: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Entropy of equal shares of each predicted class, and mean recall; least squares in which classes weigh alike."""
+    """Entropy of a sample with equal shares of each predicted class, and mean recall; class-balanced least squares."""
     rows, fold = np.pad(rows, ((0, 0), (0, 1)), constant_values=1.0), np.arange(len(rows)) % 5
     predicted, weight = np.zeros(len(rows), int), 1 / np.bincount(labels)[labels, None]
     for part in range(5):
@@ -201,18 +200,26 @@ def balance(store: Store, labels: np.ndarray, counts: list[int], seeds: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--most", type=int, default=5000, help="pictures of the first class")
-    parser.add_argument("--planted", type=int, default=500)
-    parser.add_argument("--counts", type=int, nargs="+", default=[100, 500], help="of the samples")
-    parser.add_argument("--classes", type=int, nargs=10, default=range(10), help="from the most frequent one on")
-    parser.add_argument("--size", type=int, default=112, help="pixels")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--weights", type=Path, help="other weights than those that the tests fetch")
+    parser.add_argument("--most", type=int, default=5000, help="images of the most frequent class (default: 5000)")
+    parser.add_argument("--planted", type=int, default=500, help="near-duplicates to plant (default: 500)")
     parser.add_argument(
-        "--plain", metavar="NAME", help="only near-duplicates without whitening, under this name, beside what is there"
+        "--counts", type=int, nargs="+", default=[100, 500], help="images per sample (default: 100 500)"
     )
-    parser.add_argument("--folder", type=Path, help="keeps pictures and vectors there, and goes on with those")
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "curation.json")
+    parser.add_argument(
+        "--classes",
+        type=int,
+        nargs=10,
+        default=range(10),
+        help="order of the classes, most frequent first (default: 0 to 9)",
+    )
+    parser.add_argument("--size", type=int, default=112, help="input size in pixels (default: 112)")
+    parser.add_argument("--seeds", type=int, default=5, help="random seeds (default: 5)")
+    parser.add_argument("--weights", type=Path, help="weights (default: those that the tests download)")
+    parser.add_argument(
+        "--plain", metavar="NAME", help="measure only near-duplicates without whitening; add them to the record as NAME"
+    )
+    parser.add_argument("--folder", type=Path, help="folder that keeps images and vectors for the next run")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "curation.json", help="record to write")
     args = parser.parse_args()
     from evaluate import cifar10
 

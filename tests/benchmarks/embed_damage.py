@@ -1,10 +1,11 @@
-"""Nothing damaged is taken: finished files, and folders between two runs, damaged in 14 ways, in three formats.
+"""Damages finished outputs of embed in 14 ways, in three formats, and checks that no damage goes unnoticed.
 
     python tests/benchmarks/embed_damage.py
 
-nano embeds 60 images of noise.  Each file of an output (vectors, list, record) is then damaged in each way, at places
-that a seed decides, and the same call runs again: "mended" where all bytes are those of before afterwards, "told" where
-it ends in an error of this package that names the output, and "silent" else.  `Store(verify=True)` is asked as well.
+nano embeds 60 images of noise.  Each file of an output (vectors, list, record) is then damaged in each way, at random
+places, and the same call runs again.  The result is "mended" if all bytes equal those before the damage, "told" if the
+call ends with an error of this package that names the output, and "silent" otherwise.  `Store(verify=True)` is checked
+too.
 The record goes to records/embed_damage.json.
 """
 
@@ -48,7 +49,7 @@ def _swapped(content: bytes, rng: random.Random) -> bytes:
     )
 
 
-# content -> damaged content; None: the file goes
+# content -> damaged content; None removes the file
 BYTES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
     "cut by a byte": lambda c, _: c[:-1],
     "cut in the middle": lambda c, _: c[: len(c) // 2],
@@ -84,8 +85,8 @@ def outcome(call: Callable[[], object], out: Path, whole: dict[Path, bytes]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_damage.json")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random damage (default: 0)")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_damage.json", help="record to write")
     args = parser.parse_args()
     bb, rng, made = Backbone.from_pretrained("nano", device="cpu"), random.Random(args.seed), np.random.default_rng(0)
     counts: dict[str, Counter[str]] = {}

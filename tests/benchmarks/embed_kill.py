@@ -1,11 +1,12 @@
-"""Nothing is lost: embed, killed at random moments and started again, writes what an undisturbed run writes.
+"""Kills embed at random moments, restarts it, and compares the output with that of an undisturbed run.
 
     python tests/benchmarks/embed_kill.py WEIGHTS
 
-20,000 files, CIFAR-10 as PNG and JPEG and parts of photographs in many sizes and modes, 1 % of them broken in twenty
-ways, in shards of 200.  One run is left alone; the other gets SIGKILL 20 times, and SIGINT, SIGTERM or SIGHUP 20 times,
-at a random moment after it has written at least one new shard, and then runs to its end.  Both have to hold every file
-once, with the same bytes of its vector and the same error.  The record goes to records/embed_kill.json.
+The input is 20,000 files: CIFAR-10 as PNG and JPEG, and crops of photographs in many sizes and modes, 1 % of them
+broken in twenty ways; the output has shards of 200.  One run is undisturbed.  The other gets SIGKILL 20 times, and
+SIGINT, SIGTERM or SIGHUP 20 times, each at a random moment after at least one new shard, and then runs to its end.
+Both must hold every file once, with the same bytes of its vector and the same error.  The record goes to
+records/embed_kill.json.
 """
 
 import argparse
@@ -40,14 +41,14 @@ def command(weights: Path, album: Path, out: str, shard_size: int, *options: str
 
 
 def shards(out: str) -> list[Path]:
-    """Those that are whole."""
+    """The complete shards."""
     path = Path(out)
     folder = path if out.endswith("/") else path.with_name(f"{path.name}.parts")
     return sorted(folder.glob("[0-9]" * 6 + (path.suffix or ".npy")))
 
 
 def killed(call: list[str], out: str, rng: random.Random, at_most: float, number: int) -> int:
-    """Runs until there is a new shard and a random while longer, sends a signal, and says how many are new."""
+    """Runs until there is a new shard and a random time longer, sends a signal; returns the number of new shards."""
     before = len(shards(out))
     process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while len(shards(out)) <= before:
@@ -64,7 +65,7 @@ def killed(call: list[str], out: str, rng: random.Random, at_most: float, number
 
 
 def contents(out: str) -> dict[str, tuple[bytes, str]]:
-    """path -> (bytes of its vector, error).  Raises ValueError where one comes twice."""
+    """path -> (bytes of its vector, error).  Raises: ValueError if a path occurs twice."""
     path = Path(out)
     form = FORMATS[path.suffix or ".npy"]()
     found: dict[str, tuple[bytes, str]] = {}
@@ -80,7 +81,7 @@ def experiment(
     weights: Path, album: Path, paths: list[Path], folder: Path, form: str, kills: int, shard_size: int,
     seed: int, *options: str, at_most: float = 2.0, others: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Both runs, and what they have in common.  `form`: of the output, such as ".npy" or "/"."""
+    """Both runs and their comparison.  `form`: of the output, such as ".npy" or "/"."""
     alone, disturbed = f"{folder}/alone{form}", f"{folder}/disturbed{form}"
     begun = time.perf_counter()
     subprocess.run(command(weights, album, alone, shard_size, *options), check=False, stderr=subprocess.DEVNULL)
@@ -106,25 +107,25 @@ def experiment(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("--made-up", action="store_true", help="pictures of noise, for which nothing is fetched")
-    parser.add_argument("--count", type=int, default=20_000)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--others", type=int, default=20, help="signals that a run can hear")
-    parser.add_argument("--shard-size", type=int, default=200)
-    parser.add_argument("--form", default="/", help="of the output: /, .npy, .safetensors, .parquet, .parquet/")
-    parser.add_argument("--size", default="32")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_kill.json")
+    parser.add_argument("weights", type=Path, help="weights file or folder of the model")
+    parser.add_argument("--made-up", action="store_true", help="use images of noise, and download nothing")
+    parser.add_argument("--count", type=int, default=20_000, help="number of images (default: 20000)")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
+    parser.add_argument("--others", type=int, default=20, help="number of signals that a run can handle (default: 20)")
+    parser.add_argument("--shard-size", type=int, default=200, help="images per shard (default: 200)")
+    parser.add_argument("--form", default="/", help="output: /, .npy, .safetensors, .parquet, .parquet/ (default: /)")
+    parser.add_argument("--size", default="32", help="input size in pixels (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of images and kills (default: 0)")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_kill.json", help="record to write")
     args = parser.parse_args()
-    small, pictures = None, [Image.open(ROOT / "examples" / "cat.jpg").convert("RGB")]
+    small, images = None, [Image.open(ROOT / "examples" / "cat.jpg").convert("RGB")]
     if not args.made_up:
         from evaluate import cifar10
         from fetch import photographs
 
-        small, pictures = cifar10(args.count, 1)[0], list(photographs().values())
+        small, images = cifar10(args.count, 1)[0], list(photographs().values())
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_album(Path(folder) / "album", args.count, small, pictures, seed=args.seed)
+        paths = write_album(Path(folder) / "album", args.count, small, images, seed=args.seed)
         record = experiment(
             args.weights, Path(folder) / "album", paths, Path(folder), args.form, args.kills, args.shard_size,
             args.seed, "--size", args.size, "-j", "0", at_most=0.5, others=args.others,

@@ -1,9 +1,9 @@
-"""Memory does not grow with the number of pictures: embed of 2,000 and of 20,000, a process each.
+"""Checks that the memory of embed does not grow with the number of images: 2,000 and 20,000, each in a process.
 
     python tests/benchmarks/embed_memory.py WEIGHTS
 
-The peak of the larger run may be that of the smaller one and 50 MB and the names of the files.  The record goes to
-records/embed_memory.json.
+The peak of the larger run may exceed that of the smaller one by 50 MB plus the size of the file names.  The record goes
+to records/embed_memory.json.
 """
 
 import argparse
@@ -29,7 +29,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def peak(call: list[str]) -> int:
-    """Bytes that the process had in memory at most."""
+    """Peak memory of the process, in bytes."""
     done = subprocess.run([call[0], "-c", RUN, *call[3:]], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-500:])
@@ -38,9 +38,11 @@ def peak(call: list[str]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("--counts", type=int, nargs=2, default=(2_000, 20_000))
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_memory.json")
+    parser.add_argument("weights", type=Path, help="weights file or folder of the model")
+    parser.add_argument(
+        "--counts", type=int, nargs=2, default=(2_000, 20_000), help="numbers of images (default: 2000 20000)"
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_memory.json", help="record to write")
     args = parser.parse_args()
     peaks, names = [], 0
     for count in args.counts:

@@ -3,16 +3,16 @@
     pip install timm torchvision transformers
     OMP_NUM_THREADS=2 python tests/benchmarks/embed_throughput.py
 
-One ViT-S/16 of DINOv3 with random weights, saved for each library in its own format; 224 pixels squashed, float32, the
-same threads for all.  Two sets: 3,000 JPEGs of 500 pixels, and 300 of 12 megapixels, cut from photographs.  Every
-measurement is a process of its own that loads the model, and counts from then until the vectors are in a file.  Each
-contestant first tries 0, 1, 2 ... workers on a tenth of a set and keeps the best number.  Then all take turns.  A set
-that is not measured this time keeps its record.
+The model is a DINOv3 ViT-S/16 with random weights, saved for each library in its format; images are squashed to 224
+pixels, in float32, with the same number of threads for all.  There are two sets, cut from photographs: 3,000 JPEGs of
+500 pixels, and 300 of 12 megapixels.  Every measurement is a separate process that loads the model; its time runs from
+then until the vectors are in a file.  Each contestant first tries 0, 1, 2 ... workers on a tenth of a set and keeps the
+best number.  Then all take turns.  A set that is not measured keeps its record.
 
-"bound" is what the work costs at least: the passes of our model over batches that are there already, and the CPU time
-of decoding and resizing by one thread, divided by the cores.  Beside the wall time stands the CPU time of each process
-and its workers, which on one core is the same where nobody else uses it.  dinotool 0.4 takes the name of a repository
-on a hub and no folder of weights, so it is named as not run.  The record goes to records/embed_throughput.json.
+"bound" is the smallest possible time: the passes of our model over batches in memory, and the CPU time of decoding and
+resizing in one thread, divided by the cores.  The CPU time of each process and its workers is recorded beside the wall
+time; on one core both are equal if no other process uses it.  dinotool 0.4 loads only from a hub repository, not from a
+folder, so it is listed as not run.  The record goes to records/embed_throughput.json.
 """
 
 import argparse
@@ -129,14 +129,14 @@ print(json.dumps(dict(model=model, model_cpu=model_cpu, decoding=cpu() - used)))
 
 
 def write_set(folder: Path, count: int, size: tuple[int, int]) -> Path:
-    """Cut-outs of photographs at so many pixels."""
+    """Writes crops of photographs, resized to this side in pixels."""
     from fetch import photographs
     from PIL import Image
 
-    rng, pictures = random.Random(0), list(photographs().values())
+    rng, images = random.Random(0), list(photographs().values())
     folder.mkdir()
     for i in range(count):
-        whole = pictures[i % len(pictures)]
+        whole = images[i % len(images)]
         left, top = rng.randrange(whole.width // 3), rng.randrange(whole.height // 3)
         box = (left, top, left + whole.width // 2, top + whole.height // 2)
         whole.resize(size, Image.Resampling.BICUBIC, box).save(folder / f"{i:05d}.jpg", "JPEG", quality=92)
@@ -144,7 +144,7 @@ def write_set(folder: Path, count: int, size: tuple[int, int]) -> Path:
 
 
 def measured(script: str, weights: Path, album: Path, workers: int, first: int = 0) -> dict[str, Any]:
-    """One process; "refused" and why where it fails."""
+    """The measurement of one process; "refused" with the reason if it fails."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         call = [sys.executable, "-c", COMMON + script, weights, album, f"{folder}/x.npy", workers, first]
@@ -191,12 +191,21 @@ def contest(weights: Path, album: Path, rounds: int, most_workers: int, tenth: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--counts", type=int, nargs=2, default=(3000, 300), help="pictures of each set")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="at most")
-    parser.add_argument("--model", default="vits16")
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_throughput.json")
+    parser.add_argument(
+        "--sets", nargs="+", choices=SETS, default=list(SETS), help="image sets to measure (default: all)"
+    )
+    parser.add_argument(
+        "--counts", type=int, nargs=2, default=(3000, 300), help="images per set, small and large (default: 3000 300)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="rounds (default: 9)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="largest number of workers (default: one per core)",
+    )
+    parser.add_argument("--model", default="vits16", help="model (default: vits16)")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_throughput.json", help="record to write")
     args = parser.parse_args()
     import torch
 
@@ -208,7 +217,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights"
         bb = Backbone.from_config(args.model, seed=0)
-        bb.preprocess = bb.preprocess.with_options(SIZE)  # goes to preprocessor_config.json
+        bb.preprocess = bb.preprocess.with_options(SIZE)  # written to preprocessor_config.json
         bb.save_pretrained(weights / "hf")
         bb.save_pretrained(weights / "timm", layout="timm")
         cells = before.get("cells", {})

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/explore.py [--out records/explore.json] [--shots FOLDER]
 
-Ten square images of 768 pixels, the most patches that ten images of this size have, cut from the photographs of the
-tests; `nano` and a real DINOv2 ViT-S/14.  It wants `pip install playwright onnx` and a Chromium on the path.
+The page has ten square images of 768 pixels, cut from the photographs of the tests, with the features of `nano` or a
+real DINOv2 ViT-S/14.  Needs `pip install playwright onnx` and a Chromium on the path.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def images(folder: Path) -> list[str]:
 
 
 def hovers(page: Any) -> list[float]:
-    """Milliseconds of the script from a new patch to all images in colours."""
+    """Milliseconds of the script from a new patch until all images are coloured."""
     view, took = page.locator(".view").first.bounding_box(), []
     for i in range(HOVERS):
         page.mouse.move(view["x"] + view["width"] * (0.02 + 0.016 * i), view["y"] + view["height"] * (0.1 + 0.013 * i))
@@ -78,7 +78,9 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records" / "explore.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "records" / "explore.json", help="record to write"
+    )
     parser.add_argument("--shots", type=Path, help="folder for a screenshot of each page")
     args = parser.parse_args()
     binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

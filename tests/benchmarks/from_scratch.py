@@ -1,13 +1,13 @@
-"""From random weights on CIFAR-10: the trainer against lightly's DINO, same ViT, pictures, batch and steps.
+"""Trains from random weights on CIFAR-10: our trainer against lightly's DINO, with equal ViT, images and steps.
 
     pip install lightly torchvision
     python tests/benchmarks/from_scratch.py OUT [--steps 4500] [--only ours lightly]    # needs npm
 
-20-NN of the class tokens of the 50,000 training pictures for the 10,000 test pictures, beside those of the same ViT
-with random weights and of raw pixels; "centred" takes the mean of the training pictures off first.  A number is [value,
-lower end, upper end] with its interval of 95 %.  lightly's side follows its own DINO example: its transform, head and
-loss, with our optimiser and our schedules of learning rate and momentum, since its own momentum is meant for longer
-runs.  The record is written to records/from_scratch.json, our curves beside it.
+20-NN of the class tokens of the 50,000 training images for the 10,000 test images, beside those of the same ViT with
+random weights and of raw pixels; "centred" subtracts the mean of the training images first.  Each number is [value,
+lower end, upper end] of a 95 % interval.  lightly's side follows its DINO example: its transform, head and loss, with
+our optimiser and our schedules of learning rate and momentum, since its momentum is meant for longer runs.  The record
+is written to records/from_scratch.json, our curves beside it.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SETTINGS = dict(
 
 
 def start() -> Backbone:
-    """Random weights, with layer scales of 1: from 1e-5 a run spends its first hundreds of steps on leaving them."""
+    """Random weights with layer scales of 1; from 1e-5 a run needs hundreds of steps until they grow."""
     backbone = Backbone.from_config(VIT, seed=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -64,7 +64,7 @@ def ours(config: TrainConfig, data: Pictures) -> Backbone:
 
 
 class Crops(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """lightly's transform of the same pictures."""
+    """lightly's transform of the same images."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         from lightly.transforms import DINOTransform
@@ -95,7 +95,7 @@ def lightlys(config: TrainConfig, data: Pictures) -> Backbone:
             VIT.embed_dim, config.head_hidden, config.head_bottleneck, config.dino_prototypes, freeze_last_layer=1
         )
         backbone = start()
-        backbone.set_attention("eager")  # faster than torch's fused one with bfloat16 on a CPU
+        backbone.set_attention("eager")  # with bfloat16 on a CPU faster than torch's fused attention
         return nn.ModuleDict({"backbone": backbone, "head": head}).train()
 
     def scores(model: nn.ModuleDict, crops: list[Tensor]) -> list[Tensor]:
@@ -133,10 +133,12 @@ def lightlys(config: TrainConfig, data: Pictures) -> Backbone:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--only", nargs="+", choices=("ours", "lightly"), default=["ours", "lightly"])
-    parser.add_argument("--change", type=json.loads, default={}, help="settings of the trainer, as JSON")
+    parser.add_argument("out", type=Path, help="folder of the runs")
+    parser.add_argument("--steps", type=int, default=4500, help="optimiser steps (default: 4500)")
+    parser.add_argument(
+        "--only", nargs="+", choices=("ours", "lightly"), default=["ours", "lightly"], help="libraries (default: both)"
+    )
+    parser.add_argument("--change", type=json.loads, default={}, help="settings of the trainer to change, as JSON")
     args = parser.parse_args()
     config = TrainConfig(out=str(args.out / "ours"), steps=args.steps, **(SETTINGS | args.change))
     pixels, classes, asked, truth = cifar10(50_000, 10_000)
@@ -153,7 +155,7 @@ def main() -> None:
     target = RECORDS / "from_scratch.json"
 
     def keep(**found: Any) -> None:
-        """Beside what the other contender has left there."""
+        """Adds to the record, beside the numbers of the other library."""
         print(found, flush=True)
         if not args.change:
             record = json.loads(target.read_text()) if target.is_file() else {}

@@ -1,12 +1,11 @@
-"""Damaged and hostile inputs of every kind, as many as one likes: none may end in anything but a plain sentence.
+"""Feeds damaged and hostile inputs of every kind to the readers; each must load or raise one plain sentence.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/fuzz.py --images 100000 --checkpoints 100000 --addresses 3000 \\
         --tars 2500 --tables 1500 --probes 500 --seed 1
 
-See tests/support/fuzzing.  The record, with every error branch and how often it was met, is written to
-records/fuzz.json, where a kind of which no case is asked for keeps its entry; the exit status is 1 if there is a fault,
-or an error branch of the readers that no case met.
-`--only checkpoints:17` runs one drawn case by its number in the record and says how it ends.
+See tests/support/fuzzing.  The record, with the number of hits of every error branch, is written to records/fuzz.json;
+a kind without cases keeps its entry.  The exit status is 1 if there is a fault, or if no case met an error branch of
+the readers.  `--only checkpoints:17` runs one case again, by its number in the record, and prints its result.
 """
 
 import argparse
@@ -35,14 +34,14 @@ def main() -> int:
     from fuzzing.kinds import ADDRESS, CHECKPOINT, PICTURE, PROBE, TABLE, TAR
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--checkpoints", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=2000, help="damaged images (default: 2000)")
+    parser.add_argument("--checkpoints", type=int, default=2000, help="damaged checkpoints (default: 2000)")
     for name in ("addresses", "tars", "tables", "probes"):
-        parser.add_argument(f"--{name}", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--only", metavar="KIND:NUMBER")
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "fuzz.json")
+        parser.add_argument(f"--{name}", type=int, default=300, help=f"damaged {name} (default: 300)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the cases (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument("--only", metavar="KIND:NUMBER", help="run a single case again")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "fuzz.json", help="record to write")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -5,10 +5,10 @@
 
 Both make two global crops of 224 pixels and eight local ones of 96, float32 and normalised, of the same four
 photographs, with the augmentations of DINOv2 and DINOv3 at the probabilities in effect.  "pixels" starts from decoded
-pictures, in the form that each takes (a tensor, a PIL picture); "files" reads JPEG files, those of 12 megapixels being
-the same photographs enlarged: there ours decodes at a fraction of the size, as the trainer does.
+images, in the form that each library takes (a tensor, a PIL image).  "files" reads JPEG files; those of 12 megapixels
+are the same photographs enlarged, which ours decodes at reduced size, as the trainer does.
 
-Rounds alternate; a figure is the median over the rounds of lightly's CPU time divided by ours.  The record is written
+Rounds alternate; a ratio is the median over the rounds of lightly's CPU time divided by ours.  The record is written
 to records/multicrop.json.
 """
 
@@ -44,7 +44,7 @@ from dinov3_infer.train.views import ViewConfig, Views, collate, make_views  # n
 
 ROUNDS, REPEATS, PICTURES = 15, 5, 4
 CONFIG = ViewConfig()
-PEER = DINOTransform(  # jitter of 0.4, 0.4, 0.2, 0.1, flips, greyscale and solarisation are its defaults
+PEER = DINOTransform(  # its defaults for jitter (0.4, 0.4, 0.2, 0.1), flips, greyscale and solarisation are the same
     global_crop_scale=CONFIG.global_scale,
     local_crop_scale=CONFIG.local_scale,
     n_local_views=CONFIG.num_local,
@@ -102,7 +102,7 @@ def main() -> None:
                 pixels, opened = list(data), [Image.open(path).convert("RGB") for path in paths]
                 results["pixels"] = contest(partial(ours, pixels), lambda _, opened=opened: theirs(opened))
             results[kind] = contest(
-                lambda step, data=data: ours([data.read(i, CONFIG.picture_px) for i in range(len(data))], step),
+                lambda step, data=data: ours([data.read(i, CONFIG.image_px) for i in range(len(data))], step),
                 lambda _, paths=paths: theirs([Image.open(path).convert("RGB") for path in paths]),
             )
     record = {

@@ -1,11 +1,11 @@
-"""A training run that is killed, or whose folder is damaged, ends as if nothing had been, or says what is wrong.
+"""Kills training runs and damages their folders; a run must end with the same weights, or name the fault.
 
     python tests/benchmarks/train_kill.py
 
-A model with the architecture of nano trains 48 steps on 64 images of noise.  One run is left alone; the other is killed
-with SIGKILL 12 times, at a random moment after a new checkpoint, and resumed each time: both have to end with the same
-weights.  Then the folder of a run that is half done is damaged in 12 ways, and resumed: "told" where it ends with a
-sentence or a line that names the file, "mended" where the weights in the end are the same.  The record goes to
+A model with the architecture of nano trains 48 steps on 64 images of noise.  One run is undisturbed; the other is
+killed with SIGKILL 12 times, at a random moment after a new checkpoint, and resumed each time.  Both must end with the
+same weights.  Then the folder of a half-finished run is damaged in 12 ways, and the run is resumed.  The result is
+"told" if a message names the file, and "mended" if the final weights are the same.  The record goes to
 records/train_kill.json.
 """
 
@@ -153,9 +153,9 @@ def damaged(half: Path, alone: Path, folder: Path, rng: random.Random) -> list[d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "records" / "train_kill.json")
+    parser.add_argument("--kills", type=int, default=12, help="number of kills (default: 12)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills (default: 0)")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "train_kill.json", help="record to write")
     args = parser.parse_args()
     rng, made = random.Random(args.seed), np.random.default_rng(args.seed)
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"

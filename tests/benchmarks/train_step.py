@@ -1,15 +1,15 @@
-"""A training step against one made of the peers' pieces: transformers' DINOv3 ViT, lightly's heads and losses.
+"""Time of a training step, against one built from transformers' DINOv3 ViT and lightly's heads and losses.
 
     pip install lightly torchvision transformers
     python tests/benchmarks/train_step.py [--model dinov3_vits16] [--batch 8] [--dtype float32] [--threads 2]
 
 Both see the same crops, masks, weights and settings: two global crops of 224 pixels, eight local ones of 96, DINO,
-iBOT and KoLeo with centred softmax and prototypes of length 1, which is what lightly has, clipping per part, AdamW,
-moving average.  The losses have to agree before anything is timed.
+iBOT and KoLeo with centred softmax and prototypes of length 1 (as lightly has them), clipping per part, AdamW, moving
+average.  The losses must agree before the steps are timed.
 
 Rounds alternate; the ratio is the median over the rounds of the peers' time divided by ours.  Memory is the growth of
-the resident set (on a GPU: of what torch allocates) at its peak, each contender in a process of its own.  The record is
-written to records/train_step_DEVICE_DTYPE.json.
+the resident set (on a GPU: of what torch allocates) at its peak, with each contender in a separate process.  The record
+is written to records/train_step_DEVICE_DTYPE.json.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def settings(args: argparse.Namespace) -> TrainConfig:
 
 
 def start(args: argparse.Namespace) -> Backbone:
-    """Random weights under which pictures differ: else KoLeo's gradients are rounding errors."""
+    """Random weights with which images differ; otherwise KoLeo's gradients would be rounding errors."""
     backbone = Backbone.from_config(args.model, seed=0)
     backbone.init_weights(layerscale=0.5)
     with torch.no_grad():
@@ -91,7 +91,7 @@ class Ours:
 
 
 class Peers:
-    """The same from transformers and lightly, as a user of both would write it."""
+    """The same step from transformers and lightly, as a user of both would write it."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.config = settings(args)
@@ -154,7 +154,7 @@ class Peers:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """lightly's heads have old-style weight norm, of which deepcopy takes parameters alone."""
+    """A copy of a head of lightly, whose old-style weight norm deepcopy cannot copy."""
     for child in module.modules():
         if hasattr(child, "weight_v"):
             child.__dict__.pop("weight", None)
@@ -178,10 +178,10 @@ def wait(device: torch.device) -> float:
 
 
 def measure_memory(name: str, args: argparse.Namespace, device: torch.device, amp: torch.autocast) -> None:
-    """Prints MiB that weights, gradients, moments and activations take at the peak of three steps."""
+    """Prints the peak memory of three steps in MiB: weights, gradients, moments and activations."""
     contender = {"ours": Ours, "peers": Peers}[name](args, device)
     batch = batch_of(args, device)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS") - sum(p.nbytes for p in contender_parameters(contender)) / 2**20
     for _ in range(3):
         contender.step(batch, amp)
@@ -189,7 +189,7 @@ def measure_memory(name: str, args: argparse.Namespace, device: torch.device, am
 
 
 def resident(field: str) -> float:
-    """MiB."""
+    """Resident memory in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
@@ -201,13 +201,19 @@ def contender_parameters(contender: Ours | Peers) -> list[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="dinov3_vits16")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--memory", choices=["ours", "peers"])
+    parser.add_argument("--model", default="dinov3_vits16", help="model (default: dinov3_vits16)")
+    parser.add_argument("--batch", type=int, default=8, help="images per batch (default: 8)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="arithmetic (default: float32)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="rounds (default: 9)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device (default: cuda or cpu)"
+    )
+    parser.add_argument(
+        "--memory", choices=["ours", "peers"], help="measure the peak memory of one side instead of the time"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)

@@ -1,4 +1,4 @@
-"""Models of images that are no RGB: as many channels as the patches have, for arrays and tensors."""
+"""Models for other channels than RGB accept arrays and tensors with as many channels as their patches."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def image(channels: int, dtype: Any = np.uint8) -> np.ndarray:
 @pytest.mark.parametrize("channels", [1, 2, 4, 13])
 @pytest.mark.parametrize("layout", ["hf", "meta.safetensors"])
 def test_saved_and_loaded(channels: int, changes: dict[str, Any], layout: str, tmp_path: Path) -> None:
-    """With mean and std of that length, and the features of the module as it is written."""
+    """A saved model keeps its mean and std, and gives the features of the plain module."""
     bb = Backbone.from_config(own(channels, **changes), seed=0)
     assert bb.preprocess.channels == channels
     kind, _, suffix = layout.partition(".")
@@ -68,9 +68,9 @@ def test_one_channel_may_have_no_dimension() -> None:
 def test_what_has_other_channels_is_said(tmp_path: Path) -> None:
     bb = Backbone.from_config(own(13), seed=0)
     Image.fromarray(image(3)).save(tmp_path / "x.png")
-    with pytest.raises(ImageError, match=r"x\.png' is no array, and files are read as RGB, .* takes 13 channels"):
+    with pytest.raises(ImageError, match=r"x\.png' would be read as RGB, .* takes 13 channels"):
         bb.extract_features(tmp_path / "x.png")
-    with pytest.raises(ImageError, match="files are read as RGB"):
+    with pytest.raises(ImageError, match="would be read as RGB"):
         bb.extract_features(Image.open(tmp_path / "x.png"))
     with pytest.raises(ImageError, match=r"takes an array \[height, width, 13\]; .*\[41, 57, 3\]"):
         bb.extract_features(image(3))
@@ -102,7 +102,7 @@ def test_statistics_of_another_number_of_channels(tmp_path: Path, caplog: pytest
     assert Backbone.from_pretrained(path, device="cpu").preprocess.channels == 4
     assert "nothing states the mean and std" in caplog.text
     stated([0.1, 0.2])
-    with pytest.raises(CheckpointError, match="of 2 channels, and the patches have 4"):
+    with pytest.raises(CheckpointError, match="for 2 channels, but the patches have 4"):
         Backbone.from_pretrained(path, device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is said to be: its row of the zoo, its transform, its layout."""
+"""The description of a checkpoint: its model of the zoo, its transform, its layout."""
 
 import json
 from dataclasses import replace
@@ -32,7 +32,7 @@ def test_a_wrong_mean_is_said_with_its_file(file: str, tmp_path: Path) -> None:
 
 
 def test_nothing_is_read_to_describe(tmp_path: Path) -> None:
-    """Row, network and transform are known from names, shapes and the files beside the weights."""
+    """Names, shapes and the files beside the weights suffice for model, network and transform."""
     bb = Backbone.from_config("nano", seed=0)
     checkpoint = open_checkpoint(bb.save_pretrained(tmp_path))
     checkpoint.tensors.read = None  # type: ignore[method-assign, assignment]
@@ -42,7 +42,7 @@ def test_nothing_is_read_to_describe(tmp_path: Path) -> None:
 
 
 def test_a_transform_for_named_models_only() -> None:
-    """Of Meta, transformers and timm nobody says what they do with an image of an architecture of one's own."""
+    """Meta, transformers and timm state no transform for a custom architecture."""
     state = meta_named(hf_model(SMALL["dinov3"]).state_dict(), SMALL["dinov3"])
     with pytest.raises(InputError, match="preprocessing='hf' needs a known architecture"):
         describe(Checkpoint("a.file", TensorsInMemory(state)), preprocessing="hf")

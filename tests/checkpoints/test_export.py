@@ -1,4 +1,4 @@
-"""Files for other engines: whatever they compute is what the model computes, at every size that they take."""
+"""Exported files compute what the model computes, at every size that they accept."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def with_onnx(*others: str) -> None:
 
 
 def opened(path: Path) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The file in its engine, by the engine's own means."""
+    """The file, opened by its own engine."""
     if path.suffix == ".pt2":
         return torch.export.load(path).module()  # type: ignore[return-value]
     import onnxruntime
@@ -53,7 +53,7 @@ def axes_of(value: Any) -> list[str | int]:
 
 
 def assert_same(found: dict[str, Tensor], model: Backbone, pixels: Tensor, limit: float = CLOSE) -> None:
-    """Every output is there, float32, and the model's."""
+    """Every output exists, is float32, and equals the model's."""
     with torch.no_grad():
         expected: BackboneOutput = model(pixels)
     names = {"cls_token", "patch_tokens"} | ({"register_tokens"} if model.num_register_tokens else set())
@@ -63,12 +63,12 @@ def assert_same(found: dict[str, Tensor], model: Backbone, pixels: Tensor, limit
         assert worst_token(found[name], getattr(expected, name)) <= limit, name
 
 
-# --- what is written -----------------------------------------------------------------------------------------------
+# What is written
 
 
 @pytest.mark.parametrize("name", PT2)
 def test_a_program_for_one_size(name: str, tmp_path: Path) -> None:
-    """Any number of pictures; nothing but operators of torch, so that it runs without this package."""
+    """The batch size is free, and all operators are torch's, so that the file runs without this package."""
     bb = made(name)
     path = bb.export(tmp_path / "m.pt2", size=(3 * bb.patch_size, 4 * bb.patch_size))
     assert [file.name for file in tmp_path.iterdir()] == ["m.pt2"]
@@ -83,7 +83,7 @@ def test_a_program_for_one_size(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PT2)
 def test_a_program_for_every_size(name: str, tmp_path: Path) -> None:
-    """Sizes that it never saw, the one of the position table among them; others are refused."""
+    """Unseen sizes work, including the size of the position table; other sizes are refused."""
     bb = made(name)
     run_file = opened(bb.export(tmp_path / "m.pt2", dynamic=True, size=4 * bb.patch_size))
     for grid in ((5, 5), (2, 9), (16, 3), (37, 2)):
@@ -94,7 +94,7 @@ def test_a_program_for_every_size(name: str, tmp_path: Path) -> None:
 
 
 def test_facts_lie_in_the_file(tmp_path: Path) -> None:
-    """What to normalise with, and whose licence goes with the weights."""
+    """The file holds the mean, the std and the licence of the weights."""
     bb = Backbone.from_pretrained(small_model(), device="cpu")
     extra = {"dinov3_infer.json": ""}
     torch.export.load(bb.export(tmp_path / "m.pt2", size=32), extra_files=extra)
@@ -107,7 +107,7 @@ def test_facts_lie_in_the_file(tmp_path: Path) -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("name", [*ONE_BLOCK])
 def test_onnx_of_every_family(name: str, tmp_path: Path) -> None:
-    """For one size: tables are constants, no control flow, operators of ONNX alone, one input, named axes."""
+    """For one size the tables are constants; only ONNX operators, no control flow, one input, named axes."""
     with_onnx()
     import onnx
 
@@ -131,7 +131,7 @@ def test_onnx_of_every_family(name: str, tmp_path: Path) -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["dinov3", "dinov2_offset", "dinov2_reg"])
 def test_onnx_for_every_size(name: str, tmp_path: Path) -> None:
-    """Learned positions too; a size of no whole patches is an error of the engine and not cut off in silence."""
+    """Learned positions work too; a size of no whole patches is an error of the engine, and not cropped silently."""
     with_onnx()
     import onnx
 
@@ -181,7 +181,7 @@ def test_many_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     ids=["bfloat16-pt2", "float16-onnx"],
 )
 def test_half_precision(dtype: torch.dtype, suffix: str, tmp_path: Path) -> None:
-    """Weights are stored in it; the stream and what comes out are float32."""
+    """Weights are stored in half precision; the stream and the outputs are float32."""
     if suffix == "onnx":
         with_onnx()
     bb = made("dinov3")
@@ -196,25 +196,25 @@ def test_half_precision(dtype: torch.dtype, suffix: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("rule", ["offset", "size", "antialias"])
 @pytest.mark.parametrize("grid", [(1, 1), (5, 5), (5, 9), (3, 4), (2, 16), (11, 24)], ids=str)
 def test_positions_as_products(rule: Any, grid: tuple[int, int]) -> None:
-    """The same numbers as torch's resizing, smaller and larger, and the table itself on its own grid."""
+    """The products equal torch's resizing for smaller and larger grids, and the table itself on its own grid."""
     table = torch.randn(1, 25, 8)
     rows, columns = bicubic(5, grid, rule)
     found = torch.einsum("hi, wj, ijc -> hwc", rows, columns, table[0].unflatten(0, (5, 5))).flatten(0, 1)[None]
     assert worst_token(found, resize_positions(table, grid, rule)) <= 1e-5
 
 
-# --- the check -----------------------------------------------------------------------------------------------------
+# The check
 
 
 def test_a_token_of_nothing_hides_no_other() -> None:
-    """Its distance is not 0/0, which no limit would see."""
+    """A zero token does not give 0/0, which no limit would catch."""
     theirs = torch.randn(2, 3, 8).index_fill_(0, torch.tensor(0), 0.0)
     found = [module.worst_token(factor * theirs, theirs) for factor in (1, 2)]
     assert found == [0.0, pytest.approx(1.0)] and module.worst_token(theirs, theirs / 0) == float("inf")
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports turn by other angles than the model."""
+    """Make exports rotate by other angles than the model."""
     program = module.program
 
     def wrong(traced: Any, *rest: Any) -> Any:
@@ -226,7 +226,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("suffix", ["pt2", pytest.param("onnx", marks=pytest.mark.peers)])
 def test_a_file_that_fails_keeps_another_name(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what had the name before keeps it, with its weights."""
+    """An earlier file of that name stays, with its weights."""
     if suffix == "onnx":
         with_onnx()
         monkeypatch.setattr(module, "_ONE_FILE", 0)
@@ -234,7 +234,7 @@ def test_a_file_that_fails_keeps_another_name(suffix: str, tmp_path: Path, monke
     path = bb.export(tmp_path / f"m.{suffix}", size=32)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     spoil(monkeypatch)
-    with pytest.raises(PrecisionError, match=rf"off by .* is allowed; it is kept as '.*m\.{suffix}\.failed'"):
+    with pytest.raises(PrecisionError, match=rf"off by .* is allowed; the file is kept as '.*m\.{suffix}\.failed'"):
         bb.export(path, size=32)
     after = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert set(after) == set(before) | {name.replace(suffix, f"{suffix}.failed") for name in before}
@@ -294,7 +294,7 @@ def test_what_cannot_be_written(
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bb = made("dinov3")
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match=r"takes onnx, which is not installed; pip install '.*\[onnx\]'"):
+    with pytest.raises(UnsupportedError, match=r"needs onnx, which is not installed; pip install '.*\[onnx\]'"):
         bb.export(tmp_path / "m.onnx", size=32)
     monkeypatch.setattr(module, "find_spec", lambda name: True)
     with pytest.raises(UnsupportedError, match="bfloat16 cannot be checked as '.onnx'"):
@@ -307,7 +307,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     "name", ["dinov3_vits16", "dinov3_vits16plus", "dinov2_vitg14", "dinov2_vits14_reg", "dino_vits8", "lingbot_vitg16"]
 )
 def test_published_shapes(name: str, dynamic: Any, tmp_path: Path) -> None:
-    """Full width, two blocks; the export checks itself, and here once more at a size of its own choice."""
+    """Full width and two blocks; the export checks itself, and the test checks another size."""
     with_onnx()
     bb = made(replace(ARCHITECTURES[name], depth=2))
     engine = opened(bb.export(tmp_path / "m.onnx", dynamic=dynamic))
@@ -319,7 +319,7 @@ def test_published_shapes(name: str, dynamic: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_shape_of_7b(tmp_path: Path) -> None:
-    """One block of it is more than one file holds."""
+    """One block is larger than one file may be."""
     with_onnx()
     bb = made(replace(ARCHITECTURES["dinov3_vit7b16"], depth=2))
     path = bb.export(tmp_path / "m.onnx", size=64)
@@ -331,7 +331,7 @@ def test_the_shape_of_7b(tmp_path: Path) -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["dinov3", "dinov2_offset"])
 def test_openvino_reads_them(name: str, tmp_path: Path) -> None:
-    """Both kinds of file, as the README says; in float32, which is not its default where a chip has bfloat16."""
+    """Both kinds of file run in OpenVINO in float32, which is not its default on chips with bfloat16."""
     with_onnx("openvino")
     import openvino
 

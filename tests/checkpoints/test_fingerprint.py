@@ -1,4 +1,4 @@
-"""Fingerprints tell weights apart."""
+"""Fingerprints distinguish weights."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from dinov3_infer import Backbone
 
 @pytest.mark.parametrize("key", ["dinov3", "dinov3_gated", "dinov2_reg", "dino"])
 def test_any_other_value_is_another_fingerprint(key: str) -> None:
-    """One changed element in any tensor changes it, except where features do not depend on it."""
+    """One changed element in any tensor changes the fingerprint, except in tensors that features do not depend on."""
     model = Backbone.adopt(hf_model(SOURCES[key]))
     before = model.fingerprint()
     for name, tensor in model.state_dict().items():

@@ -1,24 +1,17 @@
-"""The guide on checkpoints says what is so."""
+"""The guide on checkpoints agrees with the code; test_snippets runs its blocks."""
 
-import re
-from pathlib import Path
-
-import pytest
 from repository import EXAMPLES
 
+from dinov3_infer import Backbone
 from dinov3_infer.checkpoints import refusals
 
 GUIDE = EXAMPLES / "guides" / "checkpoints.md"
 
 
-def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every block, one after the other."""
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
-    exec("\n".join(blocks), {})
-    printed = capsys.readouterr().out
-    assert "num_heads: 3, from config.json" in printed and "licence: Apache-2.0" in printed
+def test_it_quotes_the_origin_of_a_model() -> None:
+    origin = Backbone.from_pretrained("nano", device="cpu").origin
+    assert f"`num_heads: {origin['num_heads']}`" in GUIDE.read_text(encoding="utf-8")
+    assert origin["licence"].startswith("Apache-2.0")
 
 
 def test_it_names_all_that_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Name and licence come from what names the weights, never from their shape, and are saved with them."""
+"""Name and licence come from names, never from shapes, and are saved with the weights."""
 
 import json
 from dataclasses import replace
@@ -67,7 +67,7 @@ def test_what_names_weights(architecture: str, path: str, stated: Any, name: str
     ],
 )
 def test_a_shape_names_nothing(path: str, stated: Any, extra: tuple[str, ...]) -> None:
-    """Nor does a name of a model of another shape, or the tag that stayed with a classifier."""
+    """A name of a model of another shape, or the old tag of a classifier, names nothing either."""
     assert row_of(ARCHITECTURES["dinov2_vitb14_reg"], path, stated, *extra) is None
 
 
@@ -81,7 +81,7 @@ def test_weights_without_a_name_claim_no_licence(name: str, tmp_path: Path, capl
         assert again.origin["name"].startswith("none") and again.origin["licence"] == "not stated"
         card = model_card(again, "someone/mine", again.info, again.origin)
         assert "icen" not in card and "base_model" not in card
-    assert "and the mean and std; taken" in caplog.text  # of the .pth
+    assert "and the mean and std; used" in caplog.text  # of the .pth
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_weights_that_were_trained_on_are_derived(name: str, layout: Any, tmp_pa
         assert bb.info == replace(MODELS[name], derived=True) and f"derived from {name}" in bb.extra_repr()
         assert bb.origin["licence"].startswith(MODELS[name].licence)
     card = model_card(bb, "someone/mine", bb.info, bb.origin)
-    assert "derived from it" in card and f"`{name}`: {MODELS[name].licence}" in card
+    assert "derived from it" in card and f"`{name}` applies: {MODELS[name].licence}" in card
 
 
 def test_casting_and_moving_derive_nothing(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_casting_and_moving_derive_nothing(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_names_weights(tmp_path: Path) -> None:
-    """Those of nano, under whatever name of the file."""
+    """nano is recognised under any file name."""
     bb = Backbone.from_pretrained("nano", device="cpu")
     again = Backbone.from_pretrained(bb.save_pretrained(tmp_path / "x.pth", layout="meta"), device="cpu")
     assert again.info == MODELS["nano"] and "fingerprint" in again.origin["name"]

@@ -1,4 +1,4 @@
-"""Every checkpoint layout gives the same model, and nothing in a file is ignored or made up."""
+"""Every checkpoint layout gives the same model, and nothing in a file is ignored or invented."""
 
 import argparse
 import logging
@@ -50,7 +50,7 @@ def test_every_form_gives_the_source_features_and_one_fingerprint(key: str, tmp_
 
 
 def test_forms_have_the_names_of_the_hub(tmp_path: Path) -> None:
-    """transformers' writer does give old names and its memory new ones, so that both were tested above."""
+    """transformers writes old names to files and keeps new names in memory, so the test above covers both."""
     for key, old, new in (
         ("dinov3", "layer.0.norm1.weight", "model.layer.0.norm1.weight"),
         ("dinov2", "encoder.layer.0.attention.attention.query.weight", "encoder.layer.0.attention.q_proj.weight"),
@@ -64,7 +64,7 @@ def test_forms_have_the_names_of_the_hub(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["dinov3", "dinov3_gated"])
 def test_timm_without_biases(key: str, tmp_path: Path) -> None:
-    """timm's plain variant leaves out biases that are zero: same features and fingerprint as with the zeros."""
+    """timm's plain variant leaves out zero biases, and gives the same features and fingerprint."""
     source = hf_model(SOURCES[key])
     with torch.no_grad():
         for name, parameter in source.named_parameters():
@@ -80,7 +80,7 @@ def test_timm_without_biases(key: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth"])
 def test_bfloat16_files_become_float32(kind: str, tmp_path: Path) -> None:
-    """A file in bfloat16 gives float32 parameters with just its values."""
+    """A bfloat16 file gives float32 parameters with exactly its values."""
     source = hf_model(SOURCES["dinov3"]).bfloat16()
     model = load(put(tmp_path, source.state_dict(), source.config.to_dict(), f"model.{kind}"))
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
@@ -93,7 +93,7 @@ def test_bfloat16_files_become_float32(kind: str, tmp_path: Path) -> None:
      ("dino", "vit", 1e-12)],
 )  # fmt: skip
 def test_sparse_config_means_the_defaults_of_its_class(key: str, kind: str, eps: float) -> None:
-    """What config.json leaves out is what transformers' class has, DINO v1's epsilon of 1e-12 among it."""
+    """Fields that config.json leaves out have the defaults of transformers' class; DINO v1's epsilon is 1e-12."""
     config = SMALL[key]
     source = hf_model(config)
     model = in_memory(source.state_dict(), {"model_type": kind, "num_attention_heads": config.num_heads})
@@ -104,7 +104,7 @@ def test_sparse_config_means_the_defaults_of_its_class(key: str, kind: str, eps:
 
 @pytest.mark.parametrize("field", ["num_attention_heads", "layer_norm_eps", "rope_theta"])
 def test_config_decides_what_tensors_do_not_show(field: str) -> None:
-    """Heads, epsilon and RoPE base of config.json reach the features."""
+    """Heads, epsilon and RoPE base from config.json change the features."""
     source = hf_model(SOURCES["dinov3"])
     changed = {"num_attention_heads": 2, "layer_norm_eps": 1e-2, "rope_theta": 10.0}
     config = source.config.to_dict() | {field: changed[field]}
@@ -119,7 +119,7 @@ def test_config_decides_what_tensors_do_not_show(field: str) -> None:
     same_features(model, expected)
 
 
-# --- training files and wrappers -------------------------------------------------------------------------------------
+# Training files and wrappers
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_config_decides_what_tensors_do_not_show(field: str) -> None:
 )
 @pytest.mark.parametrize("form", ["meta", "timm", "hf"])
 def test_prefixes(form: str, prefix: str) -> None:
-    """DDP, compile and part-of-a-model prefixes change nothing."""
+    """Prefixes of DDP, compile and larger models change nothing."""
     source = hf_model(SOURCES["dinov3"])
     names = {"meta": meta_named, "timm": timm_named, "hf": lambda state, config: state}[form]
     state = names(source.state_dict(), SOURCES["dinov3"])
@@ -144,25 +144,25 @@ def test_prefixes(form: str, prefix: str) -> None:
     ids=["checkpointed", "a_block_a_chunk", "one_chunk", "compiled_part"],
 )  # fmt: skip
 def test_names_from_training(key: str, pattern: str, replacement: str) -> None:
-    """Activation checkpointing, chunks of blocks and compiled parts leave marks in the names."""
+    """Activation checkpointing, block chunks and compiled parts change the names."""
     source = hf_model(SOURCES[key])
     state = {re.sub(pattern, replacement, n): t for n, t in meta_named(source.state_dict(), SOURCES[key]).items()}
     same_features(in_memory(state), source)
 
 
 def test_teacher_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The training code's evaluation file: the heads are left aside, and that is said."""
+    """The heads in the evaluation file of Meta's training code are ignored with a log line."""
     source = hf_model(SOURCES["dinov3"])
     teacher = wrapped(meta_named(source.state_dict(), SOURCES["dinov3"]), "backbone.")
     teacher |= {"dino_head.mlp.0.weight": torch.ones(3, 64), "ibot_head.last_layer.weight": torch.ones(3, 8)}
     with caplog.at_level(logging.INFO, "dinov3_infer"):
         model = load(put(tmp_path, {"teacher": teacher, "iteration": 7}, None, "teacher_checkpoint.pth"))
     same_features(model, source)
-    assert "left 2 others aside" in caplog.text and "'teacher.backbone.'" in caplog.text
+    assert "ignored 2 others" in caplog.text and "'teacher.backbone.'" in caplog.text
 
 
 def test_main_dino_checkpoint_gives_the_teacher(tmp_path: Path) -> None:
-    """A whole file of DINO v1's training, with optimiser and arguments: the teacher, not the student."""
+    """A whole training file of DINO v1, with optimiser and arguments, gives the teacher and not the student."""
     teacher, student = hf_model(SOURCES["dino"]), hf_model(SOURCES["dino"], seed=1)
     teacher_state, student_state = (meta_named(m.state_dict(), SOURCES["dino"]) for m in (teacher, student))
     head = {"head.mlp.0.weight": torch.ones(3, 64), "head.last_layer.weight_g": torch.ones(3, 1)}
@@ -181,18 +181,18 @@ def test_main_dino_checkpoint_gives_the_teacher(tmp_path: Path) -> None:
 
 
 def test_two_backbones_without_a_teacher_are_refused() -> None:
-    """Which of two is meant cannot be guessed: both prefixes are named."""
+    """Neither of two backbones is guessed: the error names both prefixes."""
     state = meta_named(hf_model(SOURCES["dinov3"]).state_dict(), SOURCES["dinov3"])
     with pytest.raises(CheckpointError, match=r"2 backbones, under 'a\.', 'b\.'"):
         in_memory(wrapped(state, "a.") | wrapped(state, "b."))
 
 
-# --- Meta's DINOv3 ---------------------------------------------------------------------------------------------------
+# Meta's DINOv3
 
 
 @pytest.mark.parametrize("mask", ["101", "000"])
 def test_bias_times_mask(mask: str) -> None:
-    """The effective bias of Meta's qkv is bias x bias_mask; the masks of the released files are all zero."""
+    """Meta's effective qkv bias is bias x bias_mask; the masks of the released files are all zero."""
     config = SOURCES["dinov3"]
     source = hf_model(config)
     state = meta_named(source.state_dict(), config)
@@ -214,7 +214,7 @@ def test_uninitialised_mask_is_refused() -> None:
 
 
 def test_stored_periods(tmp_path: Path) -> None:
-    """bfloat16 periods keep their rounded values; the switch gives exact or rounded ones whatever the file holds."""
+    """bfloat16 periods keep their rounded values; `periods` gives exact or rounded ones for any file."""
     rounded = torch.tensor(PUBLISHED_PERIODS)
     config = ViTConfig(64, 2, 1, 128)
     source = hf_model(config)
@@ -256,7 +256,7 @@ def test_norms_of_training() -> None:
 
 
 def test_unmasked_key_bias_comes_with_its_epsilon() -> None:
-    """A qkv bias without a mask is that of the training code's default config, whose epsilon is 1e-6."""
+    """A qkv bias without a mask comes from the default config of the training code, whose epsilon is 1e-6."""
     config = replace(SOURCES["dinov3"], key_bias=True, norm_eps=1e-6)
     source = hf_model(config)
     model = in_memory(meta_named(source.state_dict(), config))
@@ -264,11 +264,11 @@ def test_unmasked_key_bias_comes_with_its_epsilon() -> None:
     same_features(model, source)
 
 
-# --- recognition -----------------------------------------------------------------------------------------------------
+# Recognition
 
 
 def test_heads_of_an_unknown_bare_file(caplog: pytest.LogCaptureFixture) -> None:
-    """Without config.json or zoo row: heads from Meta's periods; what was assumed is said once."""
+    """Without config.json or name, Meta's periods give the heads; one warning states the assumptions."""
     config = replace(SOURCES["dinov3"], ffn_dim=72)
     assert in_memory(meta_named(hf_model(config).state_dict(), config)).config.num_heads == 4
     assert [r.levelname for r in caplog.records] == ["WARNING"]
@@ -276,7 +276,7 @@ def test_heads_of_an_unknown_bare_file(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_shared_names_of_v1(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Meta and timm share DINO v1's names: config.json tells, else `layout`, else Meta with one line that says so."""
+    """Meta and timm share DINO v1's names: config.json decides, then `layout`, else Meta's with a warning."""
     state = timm_named(hf_model(SOURCES["dino"]).state_dict(), SOURCES["dino"])
     beside = put(tmp_path / "a", state, {"architecture": timm_name("dino")})
     bare = put(tmp_path / "b", state)
@@ -286,7 +286,7 @@ def test_shared_names_of_v1(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert "same names" not in caplog.text
     assert load(bare).config.position_resize == "offset"
     assert caplog.text.count("same names") == 1
-    assert "layout='timm'" in caplog.text and "taken as 'meta'" in caplog.text
+    assert "layout='timm'" in caplog.text and "read as 'meta'" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -295,14 +295,14 @@ def test_shared_names_of_v1(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
      ("dino", ("size", "offset", "antialias"))],
 )  # fmt: skip
 def test_layout_brings_its_resizing_rule(key: str, rules: tuple[str, ...], tmp_path: Path) -> None:
-    """Positions are resized as the implementation that a file comes from does it."""
+    """Positions are resized by the rule of the implementation that the file comes from."""
     source = hf_model(SOURCES[key])
     found = [load(FORMS[form](tmp_path / form, source, key)) for form in ("hf_hub", "meta_pth", "timm")]
     assert tuple(m.config.position_resize for m in found) == rules
 
 
 def test_content_decides_over_config(tmp_path: Path) -> None:
-    """Names that only one layout has are that layout, even beside a config.json of another."""
+    """Names that only one layout has decide, even beside a config.json of another layout."""
     source = hf_model(SOURCES["dinov3"])
     model = load(put(tmp_path, meta_named(source.state_dict(), SOURCES["dinov3"]), source.config.to_dict()))
     same_features(model, source)
@@ -316,7 +316,7 @@ def test_wrong_layout_is_refused(form: str, layout: Any, tmp_path: Path) -> None
 
 
 def test_weights_of_another_model(tmp_path: Path) -> None:
-    """A file of another size than the name: the error has both."""
+    """For a file of another size than the name the error has both."""
     path = FORMS["meta_pth"](tmp_path, hf_model(SOURCES["dinov3"]), "dinov3")
     with pytest.raises(CheckpointError, match=r"looks like small_dinov3; you asked for small_dinov3_gated"):
         Backbone.from_pretrained("small_dinov3_gated", weights=path, device="cpu")

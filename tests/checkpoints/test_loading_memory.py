@@ -1,4 +1,4 @@
-"""Loading takes little more memory than the parameters themselves, in every layout."""
+"""Loading takes little more memory than the parameters, in every layout."""
 
 import json
 import subprocess
@@ -53,7 +53,7 @@ HUGE_FEW_BLOCKS = ViTConfig(1280, 6, 20, 5120, gated=True)
 
 
 def write(folder: Path, config: ViTConfig, layout: str) -> Path:
-    """A checkpoint with random values in the layout's own names."""
+    """A checkpoint with random values in the layout's names."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in VisionTransformer(config).state_dict().items()}
     state = {name: torch.rand(shape) for name, shape in shapes.items()}
@@ -86,7 +86,7 @@ def write(folder: Path, config: ViTConfig, layout: str) -> Path:
     ids=["L-meta", "L-meta_pth", "L-timm", "L-hf", "gated-hf", "gated-meta"],
 )
 def test_peak_memory_of_loading(layout: str, config: ViTConfig, most: float, tmp_path: Path) -> None:
-    """Peak resident memory above that after `import torch`, as a multiple of the parameters' bytes."""
+    """Peak resident memory above that after `import torch`, relative to the bytes of the parameters."""
     path = write(tmp_path, config, layout)
     try:
         run = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""What a loaded model says of itself: what was taken, and from where."""
+"""A loaded model states the value and the source of each setting."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from dinov3_infer import Backbone
 def test_nothing_is_taken_by_default_in_silence(
     form: str, key: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every field of `origin` says from where; what nobody states is told in a warning, whatever lies in the file."""
+    """Every field of `origin` has a source, and a warning names every default."""
     config = SOURCES[key] if named else replace(SOURCES[key], depth=3)  # the shape of a known model, or of none
     monkeypatch.setitem(SOURCES, key, config)
     path = FORMS[form](tmp_path, hf_model(config), key)

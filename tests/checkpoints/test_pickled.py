@@ -1,4 +1,4 @@
-"""Files of torch.save: what torch.save writes is read, and nothing else is even asked for."""
+"""Files of torch.save are read; calls that torch.save does not write are refused before torch runs them."""
 
 import argparse
 import io
@@ -21,7 +21,7 @@ STATE = {"cls_token": torch.ones(1, 1, 4), "half": torch.ones(3, dtype=torch.flo
 
 
 class Odd(torch.Tensor):
-    """A class of tensors that torch does not know."""
+    """A tensor class that torch does not know."""
 
 
 def _optimizer() -> dict[str, Any]:
@@ -63,7 +63,7 @@ PLAIN: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "as it once was"])
 @pytest.mark.parametrize("kind", PLAIN)
 def test_what_torch_saves_is_read(kind: str, zipped: bool, tmp_path: Path) -> None:
-    """Everything that torch itself takes with weights_only=True."""
+    """Everything that torch loads with weights_only=True is accepted."""
     path = tmp_path / "x.pth"
     try:
         torch.save(PLAIN[kind](), path, _use_new_zipfile_serialization=zipped)
@@ -97,7 +97,7 @@ def test_objects_are_named(make: Callable[[], Any], name: str, zipped: bool, tmp
     assert name in text and "objects besides tensors" in text
 
 
-# --- written opcode by opcode ----------------------------------------------------------------------------------------
+# Written opcode by opcode
 
 
 def text(value: str) -> bytes:
@@ -212,7 +212,7 @@ def zipped(pickle: bytes) -> bytes:
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "as it once was"])
 @pytest.mark.parametrize("asked", ASKED)
 def test_nothing_is_asked_for_that_torch_save_does_not_write(asked: str, old: bool, tmp_path: Path) -> None:
-    """A kilobyte that asks for gigabytes, for hours, or for another class is refused before torch sees it."""
+    """A kilobyte that requests gigabytes, hours or another class is refused before torch sees it."""
     body = b"\x80\x02" + b"}" + text("cls_token") + ASKED[asked] + b"s."
     start = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}."  # a number, a version, the system
     path = tmp_path / "x.pth"
@@ -225,7 +225,7 @@ def test_nothing_is_asked_for_that_torch_save_does_not_write(asked: str, old: bo
 
 
 def test_the_pickle_that_torch_reads_is_the_one_that_is_checked(tmp_path: Path) -> None:
-    """One file may hold two archives, or two members of one name; each reader has its own idea which counts."""
+    """A file may hold two archives, or two members of one name; readers differ in which they use."""
     bad, good = zipped(b"\x80\x02" + ASKED["a bytearray"] + b"."), zipped(b"\x80\x02}.")
     stream = io.BytesIO()
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(stream, "w") as archive:

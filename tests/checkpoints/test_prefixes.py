@@ -1,4 +1,4 @@
-"""What surrounds a backbone of timm: positions of every token, classifiers, norms of pooled vectors."""
+"""Additions to a backbone in timm: positions of every token, classifiers, norms of pooled vectors."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def folder(place: Path, model: nn.Module, **arguments: Any) -> Path:
 @pytest.mark.parametrize("no_embed_class", [False, True])
 @pytest.mark.parametrize("registers", [0, 1, 4, 5, 8])
 def test_registers_may_have_positions(registers: int, no_embed_class: bool, live: bool, tmp_path: Path) -> None:
-    """On the grid and off it, where rows of the grid alone are resized."""
+    """Register positions load on the table's grid and on other grids, where only patch positions are resized."""
     theirs = vit(reg_tokens=registers, no_embed_class=no_embed_class)
     path = folder(tmp_path, theirs, no_embed_class=no_embed_class)
     ours = Backbone.adopt(theirs) if live else Backbone.from_pretrained(path, device="cpu")
@@ -54,7 +54,7 @@ def test_registers_may_have_positions(registers: int, no_embed_class: bool, live
 def test_a_table_of_no_square_is_refused(tmp_path: Path) -> None:
     state = timm_named(hf_model(SMALL["dinov2_reg"]).state_dict(), SMALL["dinov2_reg"])
     state["pos_embed"] = torch.zeros(1, 31, 64)
-    with pytest.raises(UnsupportedError, match="not a square grid with 0 or 5 tokens before it"):
+    with pytest.raises(UnsupportedError, match="no square grid after 0 or 5 tokens"):
         Backbone.from_pretrained(put(tmp_path, state), num_heads=4, device="cpu")
 
 
@@ -77,14 +77,14 @@ def test_a_classifier_is_left_aside(name: str, live: bool, tmp_path: Path) -> No
 
 @pytest.mark.peers
 def test_the_norm_of_what_is_pooled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Beside a norm of every token it is of the classifier; without one it is that norm, which is said."""
+    """Beside a norm of all tokens it belongs to the classifier; alone it is that norm, with a warning."""
     theirs = vit(global_pool="avg")
     ours = Backbone.from_pretrained(folder(tmp_path, theirs), device="cpu")
     pixels = torch.randn(2, 3, 70, 70)
     with torch.no_grad():
         expected = theirs.fc_norm(theirs.forward_features(pixels))
         assert worst_token(tokens(ours(pixels)), expected) < SAME
-    assert "its norm follows the mean" in caplog.text
+    assert "timm applies its norm after the mean" in caplog.text
     state = dict(theirs.state_dict())
     both = state | {name.replace("fc_", ""): tensor + 1 for name, tensor in state.items() if name.startswith("fc_norm")}
     config = {"architecture": "vit_own", "model_args": {"num_heads": 4}}

@@ -45,7 +45,7 @@ def hub(folder: Path) -> Path:
 
 
 def refused(path: Path, says: str, kind: type[Dinov3Error] = CheckpointError, named: str = "") -> str:
-    """Loads, and returns the message after the checks that hold for all of them."""
+    """Loads, and returns the error after the checks that hold for all errors."""
     with pytest.raises(kind) as caught:
         load(path)
     message = str(caught.value)
@@ -60,7 +60,7 @@ def whole(folder: Path, name: str) -> bytes:
     return put(folder, state(), None, name).read_bytes()
 
 
-# --- not a checkpoint ------------------------------------------------------------------------------------------------
+# Not a checkpoint
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "pytorch_model.bin"])
@@ -78,7 +78,7 @@ def whole(folder: Path, name: str) -> bytes:
     ids=["empty", "html", "xml", "lfs", "garbage", "json", "header_only"],
 )
 def test_other_content(content: bytes, says: str, name: str, tmp_path: Path) -> None:
-    """Told by the first bytes, whatever the file is called."""
+    """The first bytes decide, whatever the file is called."""
     path = tmp_path / name
     path.write_bytes(content)
     assert "download it again" in refused(path, says)
@@ -87,7 +87,7 @@ def test_other_content(content: bytes, says: str, name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "legacy.pth"])
 @pytest.mark.parametrize("share", [0.999, 0.5, 0.01])
 def test_cut_short(name: str, share: float, tmp_path: Path) -> None:
-    """An interrupted download, near its end, halfway and near its beginning."""
+    """An interrupted download, cut near its end, halfway and near its beginning."""
     content = whole(tmp_path / "whole", name)
     path = tmp_path / name
     path.write_bytes(content[: int(len(content) * share)])
@@ -106,7 +106,7 @@ def test_damaged_in_the_middle(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Unpickling it creates the file `path`."""
+    """Unpickling this class creates the file `path`."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -117,7 +117,7 @@ class Trap:
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "plain"])
 def test_code_in_a_pickle_does_not_run(how: str, tmp_path: Path) -> None:
-    """A pickle that would run code is refused before it does."""
+    """A pickle that would run code is refused before it runs."""
     path, proof = tmp_path / "x.pth", tmp_path / "proof"
     content = {"cls_token": torch.zeros(1), "trap": Trap(str(proof))}
     if how == "plain":
@@ -132,16 +132,16 @@ def test_code_in_a_pickle_does_not_run(how: str, tmp_path: Path) -> None:
 
 
 def test_a_pickled_module_is_refused(tmp_path: Path) -> None:
-    """torch.save(model): the message says what to save instead."""
+    """For torch.save(model) the error says what to save instead."""
     torch.save(nn.Linear(3, 3), tmp_path / "x.pth")
     refused(tmp_path / "x.pth", re.escape("torch.save(model.state_dict(), ...)"))
 
 
-# --- directories -----------------------------------------------------------------------------------------------------
+# Directories
 
 
 def test_directories(tmp_path: Path) -> None:
-    """None, several or a sharded training checkpoint in a folder: what lies there is named."""
+    """For a folder with no, several or sharded training weights the error names its files."""
     (tmp_path / "none").mkdir()
     refused(tmp_path / "none", "found none")
     for name in ("a.pth", "b.pth"):
@@ -159,12 +159,12 @@ def test_directories(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("target", "says"),
-    [("../elsewhere.safetensors", "lies outside its folder"), ("/etc/passwd", "lies outside its folder"),
+    [("../elsewhere.safetensors", "outside its folder"), ("/etc/passwd", "outside its folder"),
      ("model-missing.safetensors", r"'model-missing\.safetensors', which is not there"), (7, "no weight_map")],
     ids=["above", "absolute", "missing", "number"],
 )  # fmt: skip
 def test_index_of_shards(target: Any, says: str, tmp_path: Path) -> None:
-    """An index is not followed out of its folder, and every shard has to be there."""
+    """An index may not lead out of its folder, and every shard must exist."""
     save_file(state(), tmp_path / "elsewhere.safetensors")
     index = hub(tmp_path / "m") / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -174,7 +174,7 @@ def test_index_of_shards(target: Any, says: str, tmp_path: Path) -> None:
 
 
 def test_index_lists_what_no_shard_holds(tmp_path: Path) -> None:
-    """A tensor that the index lists and that is nowhere, also one that a model could do without."""
+    """A listed tensor that no shard holds is an error, even if the model does not need it."""
     index = hub(tmp_path) / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     shard = content["weight_map"]["embeddings.mask_token"]
@@ -197,17 +197,17 @@ def test_config_that_is_no_json(content: str, tmp_path: Path) -> None:
      ("num_hidden_layers", 3), ("hidden_size", 128), ("num_register_tokens", 7)],
 )  # fmt: skip
 def test_config_that_contradicts_the_tensors(field: str, value: Any, tmp_path: Path) -> None:
-    """What config.json states and the tensors show otherwise, or cannot be: part of the file is missing or mixed up."""
+    """If config.json and the tensors contradict each other, the file is incomplete or mixed up."""
     path = hub(tmp_path) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     refused(tmp_path, field.rpartition("_")[2])
 
 
-# --- other models ----------------------------------------------------------------------------------------------------
+# Other models
 
 
 def test_other_models(tmp_path: Path) -> None:
-    """A part of a ConvNeXt in two layouts, a head alone, no tensors: each said for what it is."""
+    """For a part of a ConvNeXt in two layouts, a head alone and no tensors, the error says what the file is."""
     convnext = {
         "downsample_layers.0.0.weight": torch.ones(4, 3, 4, 4),
         "stages.0.0.dwconv.weight": torch.ones(4, 1, 7, 7),
@@ -229,18 +229,18 @@ def test_other_models(tmp_path: Path) -> None:
 
 
 def test_unsupported_architectures(tmp_path: Path) -> None:
-    """Oblong patches, an oblong position table."""
+    """Patches and position tables must be square."""
     with pytest.raises(UnsupportedError, match="square patches"):
         in_memory(state() | {"patch_embed.proj.weight": torch.ones(64, 3, 16, 8)})
     config = SOURCES["dinov2"]
     changed = meta_named(hf_model(config).state_dict(), config) | {"pos_embed": torch.ones(1, 1 + 20, 64)}
-    with pytest.raises(UnsupportedError, match="not a square grid"):
+    with pytest.raises(UnsupportedError, match="no square grid"):
         in_memory(changed)
 
 
 @pytest.mark.parametrize("given", ["./nowhere", "nowhere.pth", "~/nowhere/at/all", Path("nowhere")], ids=str)
 def test_no_such_path(given: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The absolute path is said, and it is a FileNotFoundError."""
+    """The error is a FileNotFoundError with the absolute path."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="no weights at '/") as caught:
         Backbone.from_pretrained(given)
@@ -260,7 +260,7 @@ def test_error_classes_are_builtins_too() -> None:
     assert issubclass(UnsupportedError, NotImplementedError) and issubclass(ModelNotFoundError, ValueError)
 
 
-# --- strict both ways ------------------------------------------------------------------------------------------------
+# Strict both ways
 
 # Not every file has these: without one the model is another one, and its config says so.
 OPTIONAL = {
@@ -275,7 +275,7 @@ MARKS = (
 
 
 def small(key: str, layout: str, folder: Path) -> tuple[State, dict[str, Any]]:
-    """Tensors of one file and its config.json."""
+    """The tensors and the config.json of one file."""
     model = hf_model(SOURCES[key])
     if layout == "hf":
         model.save_pretrained(folder)
@@ -296,7 +296,7 @@ every_file = pytest.mark.parametrize(("key", "layout"), [(k, lay) for k in SOURC
 
 @every_file
 def test_each_missing_tensor_is_named(layout: str, key: str, tmp_path: Path) -> None:
-    """Without any one of its tensors a file is refused by name, or is a model without that part."""
+    """Without any one of its tensors a file is refused by that name, or is a model without that part."""
     tensors, config = small(key, layout, tmp_path)
     complete = in_memory(tensors, config).config
     faults = []
@@ -316,7 +316,7 @@ def test_each_missing_tensor_is_named(layout: str, key: str, tmp_path: Path) -> 
 
 @every_file
 def test_each_tensor_too_many_is_named(layout: str, key: str, tmp_path: Path) -> None:
-    """A tensor that the model has no place for is refused by name, beside the blocks and inside one."""
+    """An unknown tensor is refused by name, outside and inside the blocks."""
     tensors, config = small(key, layout, tmp_path)
     block = next(n for n in tensors if re.search(r"\.(norm1|layernorm_before)\.weight$", n))
     for name in ("something.weight", block.replace("weight", "running_mean")):
@@ -325,7 +325,7 @@ def test_each_tensor_too_many_is_named(layout: str, key: str, tmp_path: Path) ->
 
 @every_file
 def test_each_wrong_shape_is_refused(layout: str, key: str, tmp_path: Path) -> None:
-    """Any tensor of another shape is refused, also one that broadcasting would stretch."""
+    """Any tensor of another shape is refused, even one that broadcasting would accept."""
     tensors, config = small(key, layout, tmp_path)
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "longer": lambda t: torch.cat((t, t[:1])),
@@ -354,7 +354,7 @@ def test_each_wrong_shape_is_refused(layout: str, key: str, tmp_path: Path) -> N
 
 
 def test_wrapped_file_is_strict_too() -> None:
-    """Under a prefix nothing is overlooked either."""
+    """The checks hold under a prefix too."""
     tensors = wrapped(state(), "teacher.backbone.")
     with pytest.raises(CheckpointError, match=r"1 left over: blocks\.0\.extra"):
         in_memory(tensors | {"teacher.backbone.blocks.0.extra": torch.ones(3)})
@@ -362,7 +362,7 @@ def test_wrapped_file_is_strict_too() -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_a_header_whose_length_looks_like_a_pickle(protocol: int, tmp_path: Path) -> None:
-    """The first two bytes of a safetensors file with a header of 640 bytes are those of a pickle."""
+    """A safetensors file with a header of 640 bytes begins with the two bytes of a pickle."""
     length, state_dict = 0x80 + 256 * protocol, {"x": torch.ones(2)}
     for filling in range(length):
         save_file(state_dict, tmp_path / "a.safetensors", {"filling": " " * filling})

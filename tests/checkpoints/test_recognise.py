@@ -1,4 +1,4 @@
-"""What a file holds is said by name: a Backbone's state_dict, an adapter, a backbone inside something larger."""
+"""Errors name the content of a file: a Backbone's state_dict, an adapter, a backbone inside a larger model."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def state() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "model.", "_orig_mod."])
 @pytest.mark.parametrize("name", ["nano", "dinov3_vits16", "dinov3_vits16plus", "dinov2_vits14", "dino_vits16"])
 def test_a_state_dict_of_ones_own_with_a_name(name: str, prefix: str, tmp_path: Path) -> None:
-    """As Lightning, accelerate, DDP and torch.compile leave it."""
+    """State dicts as Lightning, accelerate, DDP and torch.compile write them."""
     bb = Backbone.from_config(name, seed=0)
     torch.save({prefix + k: v for k, v in bb.state_dict().items()}, tmp_path / "a.pth")
     assert Backbone.from_pretrained(name, weights=tmp_path / "a.pth", device="cpu").fingerprint() == bb.fingerprint()
@@ -35,7 +35,7 @@ def test_a_gated_state_dict_with_learned_positions(name: str) -> None:
         tensors = Backbone(ARCHITECTURES[name], None).state_dict()
     checkpoint = Checkpoint("a.pth", TensorsInMemory(tensors))
     assert describe(checkpoint, expected=MODELS[name]).config == ARCHITECTURES[name]
-    with pytest.raises(CheckpointError, match="state_dict of a Backbone, without its config; give the name"):
+    with pytest.raises(CheckpointError, match="state_dict of a Backbone without its config; give the model's name"):
         describe(checkpoint)
 
 
@@ -59,7 +59,7 @@ def test_an_adapter_is_told_from_a_model(prefix: str, form: str, tmp_path: Path)
 def test_what_is_lifted_out_of_a_larger_model_is_said(prefix: str, rest: str, caplog: pytest.LogCaptureFixture) -> None:
     in_memory({prefix + name: tensor for name, tensor in state().items()} | {rest: torch.zeros(2)})
     warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert any(f"under '{prefix}'" in line and "of a larger model" in line and rest in line for line in warned)
+    assert any(f"under '{prefix}'" in line and "to a larger model" in line and rest in line for line in warned)
 
 
 @pytest.mark.parametrize("wrap", [lambda c: c, lambda c: {"backbone_config": c}, lambda c: {"a": {"b": c}}])

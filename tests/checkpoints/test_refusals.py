@@ -1,4 +1,4 @@
-"""Models near DINO are refused by name with the reason, wherever the name stands, and DINO's own names never are."""
+"""Models near DINO are refused by name with the reason, wherever the name appears; DINO's own names never are."""
 
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ TYPES = {
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind, names in IDS.items() for name in names])
 def test_by_its_id(kind: str, name: str) -> None:
-    """Before anything is downloaded."""
-    with pytest.raises(UnsupportedError, match=rf"'{name}' is {kind}.*: it.* not here; load it with"):
+    """The refusal comes before any download."""
+    with pytest.raises(UnsupportedError, match=rf"'{name}' is {kind}.*: it.* not supported; load it with"):
         Backbone.from_pretrained(name, local_files_only=True)
 
 

@@ -31,7 +31,7 @@ LAYOUTS = ("hf", "meta.pth", "meta.safetensors", "timm")
 
 
 def model_of(config: ViTConfig, seed: int = 0) -> Backbone:
-    """Ours, with every parameter random; what the mask of the key bias hides is zero, as no file keeps it."""
+    """A model with random parameters; a masked key bias is zero, since no file keeps it."""
     model = Backbone.from_config(config)
     randomise(model, seed)
     if config.qkv_bias and not config.key_bias:
@@ -48,14 +48,14 @@ def save(model: Backbone, folder: Path, layout: str) -> Path:
 
 
 def assert_equal_states(got: Backbone, expected: Backbone, but: tuple[str, ...] = ()) -> None:
-    """Bit for bit the same tensors, except those named."""
+    """All tensors have the same bits, except the named ones."""
     a, b = got.state_dict(), expected.state_dict()
     assert set(a) - set(but) == set(b) - set(but)
     assert [n for n in a if n not in but and not torch.equal(a[n], b[n])] == []
 
 
 def lost_in(layout: str, config: ViTConfig) -> tuple[str, ...]:
-    """What a layout does not hold, or not as it was."""
+    """The tensors that a layout drops or changes."""
     if layout != "timm":
         return ()
     return ("mask_token", *(("cls_token", "pos_embed") if config.position_grid and config.num_registers else ()))
@@ -64,7 +64,7 @@ def lost_in(layout: str, config: ViTConfig) -> tuple[str, ...]:
 @pytest.mark.parametrize("key", SOURCES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_round_trip(layout: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Written and loaded again: the same bits, config and fingerprint; what is lost is said, each in one line."""
+    """A saved and loaded model has the same bits, config and fingerprint; one log line names each loss."""
     model = model_of(SOURCES[key])
     again = load(save(model, tmp_path, layout), layout=layout.partition(".")[0])
     lost = lost_in(layout, model.config)
@@ -87,7 +87,7 @@ def test_round_trip(layout: str, key: str, tmp_path: Path, caplog: pytest.LogCap
 
 @pytest.mark.parametrize("key", SOURCES)
 def test_chains(key: str, tmp_path: Path) -> None:
-    """hf -> meta -> hf and meta -> hf -> meta end at the bytes that they began with."""
+    """hf -> meta -> hf and meta -> hf -> meta give the original bytes."""
     model = model_of(SOURCES[key])
     for chain in (("hf", "meta.safetensors", "hf"), ("meta.safetensors", "hf", "meta.safetensors")):
         step, files = model, []
@@ -101,7 +101,7 @@ def test_chains(key: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", SOURCES)
 def test_meta_files_have_the_names_of_meta(key: str, tmp_path: Path) -> None:
-    """The tensors of our file are those of an independent translation of the same model, name by name."""
+    """The tensors of our file equal an independent translation of the same model, name by name."""
     source = hf_model(SOURCES[key])
     expected = meta_named(source.state_dict(), SOURCES[key])
     for name in [n for n in expected if n.endswith("bias_mask")]:
@@ -118,16 +118,16 @@ def test_meta_files_have_the_names_of_meta(key: str, tmp_path: Path) -> None:
         ("dinov3_vits16", "a mask token of zeros, biases of zero for queries, keys and values, with their mask"),
         ("dinov3_vitl16_sat493m", "zeros, biases of zero .* a norm for local crops, a copy of the other"),
         ("dinov3_vit7b16", "zeros, a norm for local crops"),
-        ("lingbot_vitg16", "a mask token of zeros$"),
-        ("dinov2_vits14", "a mask token of zeros$"),
-        ("dinov2_vitb14_reg", "a mask token of zeros$"),
+        ("lingbot_vitg16", "added a mask token of zeros, which"),
+        ("dinov2_vits14", "added a mask token of zeros, which"),
+        ("dinov2_vitb14_reg", "added a mask token of zeros, which"),
         ("dino_vits16", None),
     ],
 )
 def test_metas_strict_loaders_find_all_that_they_ask_for(
     name: str, made: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a model of timm's files: the names of Meta's own file, and one line of what was made up."""
+    """A model from timm's files gets all names of Meta's own file, and one log line says what was added."""
     row = MODELS[name]
     small = replace(row.config, embed_dim=64, depth=2, num_heads=1, ffn_dim=128)
     monkeypatch.setitem(zoo.ARCHITECTURES, row.architecture, small)
@@ -138,7 +138,7 @@ def test_metas_strict_loaders_find_all_that_they_ask_for(
     expected = torch.load(whole.save_pretrained(tmp_path / "whole.pth", "meta"), weights_only=True)
     written = torch.load(path, weights_only=True)
     assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in expected.items()}
-    said = [r.getMessage() for r in caplog.records if "made up" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "which Meta's strict loaders need" in r.getMessage()]
     assert len(said) == (made is not None) and (made is None or re.search(made, said[0])), said
     again = load(path, num_heads=1)
     assert again.fingerprint() == model.fingerprint()
@@ -146,7 +146,7 @@ def test_metas_strict_loaders_find_all_that_they_ask_for(
 
 @pytest.mark.parametrize("key", SMALL)
 def test_transformers_loads_ours(key: str, tmp_path: Path) -> None:
-    """transformers' own from_pretrained: no tensor missing or left over, and the same features."""
+    """transformers' from_pretrained misses no tensor, has none left over, and gives the same features."""
     import transformers
 
     model = model_of(SMALL[key])
@@ -169,7 +169,7 @@ TIMM_NAMES = {  # with biases; timm makes all of them from their name alone
 
 
 def timm_reads(folder: Path, architecture: str) -> Any:
-    """timm's model of the name in config.json, with our file in it, strictly."""
+    """timm's model of the name in config.json, loaded strictly from our file."""
     import timm
 
     assert json.loads((folder / "config.json").read_text())["architecture"] == architecture
@@ -181,7 +181,7 @@ def timm_reads(folder: Path, architecture: str) -> Any:
 @pytest.mark.peers
 @pytest.mark.parametrize("name", TIMM_NAMES)
 def test_timm_loads_ours(name: str, tmp_path: Path) -> None:
-    """timm's own class takes our file strictly, under the architecture that config.json names, and gives the same."""
+    """timm's class loads our file strictly under the architecture in config.json, and gives the same features."""
     model = randomise(Backbone.from_config(name))
     theirs = timm_reads(save(model, tmp_path, "timm"), TIMM_NAMES[name])
     side = model.config.patch_size * (model.config.position_grid or 4)
@@ -198,7 +198,7 @@ def test_timm_loads_ours(name: str, tmp_path: Path) -> None:
     [("dinov3_vits16", "vit_small_patch16_dinov3"), ("lingbot_vits16", "vit_small_patch16_lingbot")],
 )
 def test_timm_with_zero_biases(name: str, architecture: str, tmp_path: Path) -> None:
-    """Zero biases are left out where timm has a variant without them, which config.json names, else written."""
+    """Zero biases are left out if timm has a variant without them, which config.json then names."""
     model = randomise(Backbone.from_config(name))
     for block in model.blocks:
         block.attn.qkv.bias.data.zero_()
@@ -212,11 +212,11 @@ def test_timm_with_zero_biases(name: str, architecture: str, tmp_path: Path) -> 
     [(dict(prefix_norm=True), "hf", "no separate norm"), (dict(prefix_norm=True), "timm", "cls_norm"),
      (dict(key_bias=True), "timm", "no bias for the keys"),
      (dict(layerscale=False), "hf", "always has layer scale"),
-     (dict(ffn_dim=72), "timm", "known names only")],
+     (dict(ffn_dim=72), "timm", "only architectures that it has a name for")],
     ids=lambda v: "_".join(v) if isinstance(v, dict) else str(v).replace(" ", "_"),
 )  # fmt: skip
 def test_what_a_layout_cannot_hold_is_refused(changes: dict[str, Any], layout: str, says: str, tmp_path: Path) -> None:
-    """Leaving it out would change the features: refused before anything is written."""
+    """If leaving a tensor out would change the features, saving is refused before anything is written."""
     model = model_of(replace(SOURCES["dinov3"], **changes))
     with pytest.raises(UnsupportedError, match=says):
         save(model, tmp_path, layout)
@@ -231,7 +231,7 @@ def test_what_a_layout_cannot_hold_is_refused(changes: dict[str, Any], layout: s
     ids="_".join,
 )
 def test_meta_holds_everything(changes: dict[str, Any], tmp_path: Path) -> None:
-    """Training's other architectures go through Meta's layout whole."""
+    """Meta's layout stores other training architectures without loss."""
     model = model_of(replace(SOURCES["dinov3"], **changes))
     again = load(save(model, tmp_path, "meta.pth"))
     assert_equal_states(again, model)
@@ -239,7 +239,7 @@ def test_meta_holds_everything(changes: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_hf_holds_key_bias_and_no_registers(tmp_path: Path) -> None:
-    """transformers' switches for them are set."""
+    """The switches of transformers for them are set."""
     for i, changes in enumerate((dict(key_bias=True), dict(num_registers=0))):
         model = model_of(replace(SOURCES["dinov3"], **changes))  # type: ignore[arg-type]
         again = load(save(model, tmp_path / str(i), "hf"))
@@ -251,14 +251,14 @@ def test_hf_holds_key_bias_and_no_registers(tmp_path: Path) -> None:
 def test_norm_for_local_crops_is_left_out_with_a_word(
     layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`local_cls_norm` has no place outside Meta's layout: said once, not once per tensor."""
+    """Only Meta's layout has a place for `local_cls_norm`; one log line says so, not one per tensor."""
     model = model_of(replace(SOURCES["dinov3"], local_cls_norm=True))
     assert load(save(model, tmp_path, layout)).fingerprint() == model.fingerprint()
     assert caplog.text.count("local_cls_norm") == 1
 
 
 def test_rounded_periods_survive(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Periods that are not the exact ones: in our block of config.json, in bfloat16 in Meta's file; timm reads none."""
+    """Rounded periods are stored in our block of config.json and as bfloat16 in Meta's file; timm reads none."""
     model = model_of(SOURCES["dinov3"])
     exact = rope_periods(16)
     rounded = exact.bfloat16().float()
@@ -279,7 +279,7 @@ def test_rounded_periods_survive(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_saving_over_the_source(layout: str, tmp_path: Path) -> None:
-    """Over the file that the model was loaded from: the file is the new model, and the loaded one keeps its values."""
+    """A model saved over its source file replaces the file, and the loaded model keeps its values."""
     path = save(model_of(SOURCES["dinov3"]), tmp_path, layout)
     loaded, kept = load(path), load(path)
     before = kept.fingerprint()
@@ -294,7 +294,7 @@ def test_saving_over_the_source(layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_loaded_parameter_is_not_the_file(layout: str, tmp_path: Path) -> None:
-    """Training a model that was mapped from a file does not write into the file."""
+    """Training a memory-mapped model does not write to its file."""
     path = save(model_of(SOURCES["dinov3"]), tmp_path, layout)
     file = path / "model.safetensors" if path.is_dir() else path
     content, first = file.read_bytes(), load(path)
@@ -308,7 +308,7 @@ def test_a_loaded_parameter_is_not_the_file(layout: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_failed_write_leaves_the_old_file(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fills up half way: the old file stays whole, and no remains lie beside it."""
+    """If the disk fills up half way, the old file stays whole, and no temporary file remains."""
     path = save(model_of(SOURCES["dinov3"]), tmp_path, layout)
     before, names = load(path).fingerprint(), sorted(os.listdir(path if path.is_dir() else tmp_path))
 
@@ -326,7 +326,7 @@ def test_a_failed_write_leaves_the_old_file(layout: str, tmp_path: Path, monkeyp
 
 
 def test_bfloat16_model_round_trip(tmp_path: Path) -> None:
-    """A model cast to bfloat16 keeps its values through each layout; its periods stay exact."""
+    """A bfloat16 model keeps its values through each layout, and its periods stay exact."""
     model = model_of(SOURCES["dinov3"]).bfloat16()
     for layout in ("hf", "meta.safetensors"):
         again = load(save(model, tmp_path, layout))
@@ -335,7 +335,7 @@ def test_bfloat16_model_round_trip(tmp_path: Path) -> None:
 
 
 def test_wrong_targets(tmp_path: Path) -> None:
-    """A folder for Meta's file, a file for a directory, a layout that does not exist."""
+    """A folder for Meta's file, a file for a folder, and an unknown layout."""
     model = model_of(SOURCES["dinov3"])
     with pytest.raises(InputError, match=r"should end in \.pth or \.safetensors"):
         model.save_pretrained(tmp_path / "folder", layout="meta")
@@ -348,7 +348,7 @@ def test_wrong_targets(tmp_path: Path) -> None:
 
 
 def test_trained_biases_reach_timm_and_the_hidden_key_bias_nobody(tmp_path: Path) -> None:
-    """A key bias under the mask counts as zero, so that no layout needs a place for it."""
+    """A masked key bias counts as zero, so no layout needs a place for it."""
     model = model_of(SOURCES["dinov3"])
     for block in model.blocks:
         block.attn.qkv.bias.data.chunk(3)[1].fill_(3.0)
@@ -365,7 +365,7 @@ def test_trained_biases_reach_timm_and_the_hidden_key_bias_nobody(tmp_path: Path
 
 
 def test_from_transformers_to_every_layout(tmp_path: Path) -> None:
-    """The way that people go: a live transformers model, adopted, written as anything, read again."""
+    """A live transformers model is adopted, written in each layout and read again."""
     source = hf_model(SOURCES["dinov3_gated"])
     for layout in LAYOUTS:
         again = load(save(Backbone.adopt(source), tmp_path, layout))
@@ -376,7 +376,7 @@ def test_from_transformers_to_every_layout(tmp_path: Path) -> None:
 
 
 def test_saving_over_shards_replaces_them(tmp_path: Path) -> None:
-    """The index of what lay there before would lead back to the old weights."""
+    """An old index would lead back to the old weights."""
     source = hf_model(SOURCES["dinov3"])
     source.save_pretrained(tmp_path, max_shard_size="60KB")
     model = load(tmp_path)
@@ -388,18 +388,18 @@ def test_saving_over_shards_replaces_them(tmp_path: Path) -> None:
 
 
 def test_an_unmerged_adapter_is_said(tmp_path: Path) -> None:
-    """Its factors have no place in any layout."""
+    """No layout has a place for the factors of an adapter."""
     from peft import LoraConfig, inject_adapter_in_model
 
     model = model_of(SOURCES["dinov3"])
     inject_adapter_in_model(LoraConfig(target_modules=["qkv"], r=2), model)
     for layout, target in (("hf", tmp_path / "hf"), ("meta", tmp_path / "m.pth")):
-        with pytest.raises(UnsupportedError, match="adapter is injected and not merged.*merge it"):
+        with pytest.raises(UnsupportedError, match="an adapter that is not merged.*merge it"):
             model.save_pretrained(target, layout=layout)
 
 
 def test_mean_and_std_go_where_there_is_a_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """transformers' and timm's configs hold them; Meta's file does not, and that is said."""
+    """The configs of transformers and timm store mean and std; a log line says that Meta's file does not."""
     model = Backbone.from_config("lingbot_vits16", seed=0)
     model.preprocess = replace(model.preprocess, mean=(0.1, 0.2, 0.3))
     for layout in ("hf", "timm"):
@@ -412,7 +412,7 @@ def test_mean_and_std_go_where_there_is_a_place(tmp_path: Path, caplog: pytest.L
     again = load(model.save_pretrained(tmp_path / "m.safetensors", layout="meta"))
     assert again.preprocess == model.preprocess and again.info == model.info and not caplog.records
     model.save_pretrained(tmp_path / "m.pth", layout="meta")
-    assert "no mean and std" in caplog.text
+    assert "no name and no transform" in caplog.text
 
 
 def test_a_folder_in_the_way_of_a_file(tmp_path: Path) -> None:
@@ -424,7 +424,7 @@ def test_a_folder_in_the_way_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["dinov3_vits16", "dinov2_vits14_reg", "dino_vits16", "lingbot_vits16"])
 def test_timm_config_is_that_of_timm(name: str, tmp_path: Path) -> None:
-    """What timm reads for a picture is what timm's own table says."""
+    """timm reads the same transform from our file as from its own table."""
     import timm
 
     model = Backbone.from_config(name, seed=0)

@@ -1,4 +1,4 @@
-"""Heads, epsilon and activation are those that are stated, and are refused where nobody states them."""
+"""Heads, epsilon and activation are those that are stated, and a missing statement is an error."""
 
 import re
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def test_heads_that_nobody_states_are_asked_for(config: ViTConfig, beside: dict[
     config = replace(config, num_heads=2, norm_eps=1e-6)
     source = hf_model(config)
     path = put(tmp_path, timm_named(source.state_dict(), config), beside)
-    with pytest.raises(CheckpointError, match=r"nothing states how many heads .* pass num_heads="):
+    with pytest.raises(CheckpointError, match=r"nothing states the number of attention heads .* pass num_heads="):
         load(path)
     ours = load(path, num_heads=2)
     assert ours.origin["num_heads"] == "2, from num_heads="
@@ -100,7 +100,7 @@ def test_numbers_that_are_none_are_refused(wrap: Any, value: Any) -> None:
 @pytest.mark.peers
 @pytest.mark.slow
 def test_every_vit_of_the_installed_timm() -> None:
-    """Is this network, with the heads, epsilon, patch and activation that timm gives it, or is refused."""
+    """Every ViT of timm loads with timm's heads, epsilon, patch size and activation, or is refused."""
     import timm
 
     taken: list[str] = []

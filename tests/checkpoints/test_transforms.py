@@ -1,4 +1,4 @@
-"""The transform is what the files beside the weights state, whole, or a sentence says what of it is not here."""
+"""The transform is the one that the files beside the weights state, or an error names the unsupported part."""
 
 import json
 from dataclasses import replace
@@ -35,7 +35,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def beside(written: Path, folder: Path, processor: Any = None, timm: Any = None) -> Path:
-    """The same weights with another statement beside them."""
+    """The same weights beside another statement."""
     config = json.loads((written / "config.json").read_text())
     del config["dinov3_infer"]
     if timm is not None:
@@ -63,7 +63,7 @@ def beside(written: Path, folder: Path, processor: Any = None, timm: Any = None)
     ],
 )
 def test_the_processor_is_followed(written: Path, changes: dict[str, Any], tmp_path: Path) -> None:
-    """By default and when it is asked for; compared with transformers' own on one image."""
+    """By default and on request; compared with transformers on one image."""
     from transformers import BitImageProcessorPil
 
     stated = HF | changes
@@ -124,7 +124,7 @@ def test_the_config_of_timm_is_followed(
 
 @pytest.mark.parametrize("changes", [{"interpolation": "lanczos"}, {"crop_mode": "border"}, {"input_size": "x"}])
 def test_what_timm_states_and_is_not_here_is_said(changes: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="is not here; leave preprocessing out"):
+    with pytest.raises(UnsupportedError, match="is not supported; leave preprocessing out"):
         Backbone.from_pretrained(timm_folder(tmp_path, TIMM | changes), preprocessing="timm", device="cpu")
 
 
@@ -143,7 +143,7 @@ def test_a_model_of_ones_own_has_the_size_of_its_positions(written: Path, tmp_pa
 
 def test_no_statistics_are_taken_in_silence(written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bb = Backbone.from_pretrained(beside(written, tmp_path), device="cpu")
-    assert "default" in bb.origin["mean and std"] and "and the mean and std; taken" in caplog.text
+    assert "default" in bb.origin["mean and std"] and "and the mean and std; used" in caplog.text
 
 
 def test_a_published_processor_changes_nothing(tmp_path: Path) -> None:
@@ -179,8 +179,8 @@ def test_what_is_saved_is_what_is_loaded(changes: dict[str, Any], tmp_path: Path
 @pytest.mark.parametrize(
     "changes, layout, lost",
     [
-        (dict(fit="pad"), "hf", "no fit 'pad'"),
-        (dict(fit="native"), "timm", "no fit 'native'"),
+        (dict(fit="pad"), "hf", "cannot store fit 'pad'"),
+        (dict(fit="native"), "timm", "cannot store fit 'native'"),
         (dict(fit="crop", size=(112, 98)), "hf", "a crop to the size"),
         (dict(size=(112, 98)), "timm", "a squash to the size"),
         (dict(size=(112, 98)), "hf", ""),
@@ -191,11 +191,11 @@ def test_what_is_saved_is_what_is_loaded(changes: dict[str, Any], tmp_path: Path
 def test_what_the_layout_of_others_cannot_hold_is_said(
     changes: dict[str, Any], layout: Any, lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """This package reads its own block all the same; without the block the rest is what was written."""
+    """This package reads its own block; without the block the other files are used as written."""
     bb = Backbone.from_config("dinov2_vits14", seed=0)
     bb.preprocess = replace(bb.preprocess, **changes)
     path = bb.save_pretrained(tmp_path, layout)
-    assert lost in caplog.text and ("prepare images in the family's way" in caplog.text) is bool(lost)
+    assert lost in caplog.text and ("use the family's default transform" in caplog.text) is bool(lost)
     assert Backbone.from_pretrained(path, device="cpu").preprocess == bb.preprocess
     if lost:
         return
@@ -224,7 +224,7 @@ def test_a_damaged_block_is_an_error(wrong: dict[str, Any], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_a_config_that_is_known_to_be_wrong_is_corrected(name: str, tmp_path: Path) -> None:
-    """By default, with the source; `preprocessing="timm"` is what the repository states."""
+    """The correction is the default and names its source; `preprocessing="timm"` gives the repository's statement."""
     folder = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "ab12"
     folder.mkdir(parents=True)
     timm_folder(folder, TIMM)

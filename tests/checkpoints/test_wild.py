@@ -1,7 +1,7 @@
-"""Checkpoints that people hold, built as their owners publish them: our features of an image file are their library's.
+"""Checkpoints in use, built as their owners publish them, give the features of their own library for an image file.
 
-Each has its full width and two blocks, random weights, and the files of its repository.  What a repository does not
-state here differs from every default.
+Each has its full width and two blocks, random weights, and the files of its repository.  Settings that a repository
+does not state differ from every default here.
 """
 
 import json
@@ -30,7 +30,7 @@ IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 @dataclass
 class Wild:
-    """What a repository holds, and what its own library makes of pixels and of an image file."""
+    """The content of a repository, and the results of its own library for pixels and for an image file."""
 
     tokens: Callable[[Tensor], Tensor]
     pixels: Callable[[Image.Image], Tensor] | None  # None where the repository states no transform
@@ -115,14 +115,14 @@ def meta_file(
     wrap: Callable[[dict[str, Tensor]], Any] = lambda state: state,
     **options: Any,
 ) -> Wild:
-    """Meta's names; transformers is the oracle, on the grid of the positions, where all rules agree."""
+    """Meta's names; transformers is the oracle on the grid of the positions, where all rules agree."""
     model = hf_model(config)
     torch.save(wrap(meta_named(model.state_dict(), config)), place / file)
     return Wild(lambda pixels: hf_tokens(model, pixels), None, config.num_heads, config.norm_eps, options)
 
 
 def tipsv2(place: Path) -> Wild:
-    """The owner's names, a text tower beside it, and a second class token among the registers."""
+    """The owner's names, with a text tower, and with a second class token among the registers."""
     from transformers import Tipsv2Config, Tipsv2Model
 
     vision = dict(

@@ -1,4 +1,4 @@
-"""The contest of speed that users run: who takes part, who is right, what is said of it."""
+"""`bench`: the contestants, the check of their results, and the table."""
 
 import json
 import logging
@@ -63,7 +63,7 @@ def settings(record: dict[str, Any], library: str) -> dict[tuple[str, str], dict
 
 
 def test_ours_and_transformers(tmp_path: Path) -> None:
-    """Random weights where there are none; every way is right, and is timed in every round."""
+    """Without weights the model is random; every contestant is right and is timed in every round."""
     pytest.importorskip("transformers")
     threads = torch.get_num_threads()
     ran, record = measured(tmp_path, "dinov3_vits16", "--batch", "2")  # gated: no machine of tests has its weights
@@ -89,7 +89,7 @@ def test_ours_and_transformers(tmp_path: Path) -> None:
             speeds.append(float(found[2]))
         assert len(speeds) >= 3 and speeds == sorted(speeds, reverse=True)
         assert re.search("transformers at its best takes .* times as long as ours", ran.out)
-    assert "torch.compile took no part" in ran.err
+    assert "torch.compile was not measured" in ran.err
 
 
 def test_one_class_of_arithmetic(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_one_class_of_arithmetic(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
 def test_the_reference_comes_from_a_checkout(wrong: bool, tmp_path: Path) -> None:
-    """A contestant that computes something else is named with its error, and not timed."""
+    """A contestant with a wrong result is listed with its error, and not timed."""
     (tmp_path / "hubconf.py").write_text(HUBCONF.replace("LOAD", "pass" if wrong else LOAD))
     ran, record = measured(tmp_path, "nano", "--dtype", "float32", "--reference", tmp_path)
     (entry,) = settings(record, "reference").values()
@@ -109,29 +109,29 @@ def test_the_reference_comes_from_a_checkout(wrong: bool, tmp_path: Path) -> Non
 
 
 def test_a_mode_that_gives_way_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs instead has a row of its own."""
+    """The mode that replaces it has a separate row."""
 
     def warn(self: Any, *_: Any, **__: Any) -> None:
         if self.mode == "int8":
-            logging.getLogger("dinov3_infer").warning("mode='int8' gives way to 'fast': it is far off")
+            logging.getLogger("dinov3_infer").warning("mode='int8' is not available here: far off; using mode='fast'")
 
     extract = Backbone.extract_features
     monkeypatch.setattr(Backbone, "extract_features", lambda self, *a, **k: warn(self) or extract(self, *a, **k))
     _, record = measured(tmp_path, "nano")
     entry = settings(record, "ours")["extract_features int8", "int8"]
-    assert entry["refused"].startswith("UnsupportedError: mode='int8' gives way") and "rounds_ms" not in entry
+    assert entry["refused"].startswith("UnsupportedError: mode='int8' is not available") and "rounds_ms" not in entry
 
 
 def test_what_cannot_be_measured(tmp_path: Path) -> None:
     refused(1, "unknown model 'vitx'", "bench", "vitx")
     refused(1, "not a multiple of the patch size 16", "bench", "nano", "--size", "33")
-    refused(1, "a checkout with a hubconf.py", "bench", "nano", "--size", "32", "--reference", tmp_path)
+    refused(1, "a checkout of Meta's code with a hubconf.py", "bench", "nano", "--size", "32", "--reference", tmp_path)
     refused(1, r"should end in \.json", "bench", "nano", "--json", tmp_path / "x.txt")
     refused(2, "did you mean 'int8'", "bench", "nano", "--dtype", "int4")
 
 
 def test_ratios_are_of_each_round() -> None:
-    """Their median is not the ratio of medians."""
+    """The median of the ratios differs from the ratio of the medians."""
     assert ratios([3.0, 2.0, 8.0], [1.0, 2.0, 4.0]) == [3.0, 1.0, 2.0]
     assert spread([3.0, 1.0, 2.0]) == 0.5 and spread([3.0]) == 0.0
 
@@ -139,7 +139,7 @@ def test_ratios_are_of_each_round() -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("model", ["dinov3_vits16", "dinov2_vits14_reg", "dinov2_vits14", "dino_vits16"])
 def test_every_library_that_is_installed(model: str, tmp_path: Path) -> None:
-    """All of them take part in all families, and are right."""
+    """All of them take part for all families, and are right."""
     ran, record = measured(tmp_path, model, "--size", "112")
     libraries = {"transformers", "timm"}
     libraries |= {name for name in ("onnxruntime", "openvino") if record["environment"][name]}
@@ -150,7 +150,7 @@ def test_every_library_that_is_installed(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled(tmp_path: Path) -> None:
-    """Compiled ways take part when they are asked for, and are other calls than those that are not."""
+    """Compiled contestants take part on request, and differ from eager ones."""
     pytest.importorskip("transformers")
     _, record = measured(tmp_path, "nano", "--compile", "--dtype", "float32")
     for library, kind in (("ours", "module"), ("transformers", "sdpa")):
@@ -161,7 +161,7 @@ def test_compiled(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_no_compiled_contestant_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch would stop at the eighth of one class."""
+    """By default torch would stop compiling at the eighth variant of a class."""
     compiled, compile_ = [], torch.compile
 
     class Doubling(torch.nn.Module):
@@ -181,7 +181,7 @@ def test_no_compiled_contestant_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_torchvision_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it misses is defined, and others are left alone."""
+    """Its missing operators are defined; a working one is left unchanged."""
     made: list[str] = []
 
     class Library:
@@ -205,7 +205,7 @@ def test_a_torchvision_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_of_each_library_the_fastest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And who is nearly as fast; the others are told with their time, or with why they have none."""
+    """The fastest modes take part; the others are listed with their time or the reason of their failure."""
     from benchmarks import cpu
 
     takes = {"quick": 0.02, "nearly": 0.021, "slow": 0.06, "other": 0.1, "broken": 0.0}
@@ -245,6 +245,6 @@ os.kill(os.getpid(), signal.SIGUSR1)
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 @pytest.mark.parametrize("what, code, said", [("mend", 0, "handled\n"), ("leave", -11, "")])
 def test_a_signal_after_openvino(what: str, code: int, said: str) -> None:
-    """Handlers do not run on a stack that is gone, which ends a process."""
+    """Signal handlers do not run on a freed stack, which would kill the process."""
     done = subprocess.run([sys.executable, "-c", BROKEN, what], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, said)

@@ -1,4 +1,4 @@
-"""`embed` writes what the library gives."""
+"""`embed` writes the vectors of the library."""
 
 import inspect
 from pathlib import Path
@@ -44,12 +44,12 @@ def test_embed_normalizes(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(np.load(tmp_path / "x.npy"), axis=1), 1, rtol=1e-6)
 
 
-def test_embed_goes_on_after_a_bad_picture(tmp_path: Path) -> None:
+def test_embed_goes_on_after_a_bad_image(tmp_path: Path) -> None:
     write_pictures(tmp_path / "in", "a.png", "broken.png", "c.png")
     out = tmp_path / "x.npy"
     ran = run("embed", tmp_path / "in", "-o", out, *MODEL, *SMALL)
     assert (ran.status, ran.out) == (3, "")
-    assert f"3 vectors of 192 numbers; 1 could not be read, its row is NaN, see '{tmp_path / 'x.jsonl'}'" in ran.err
+    assert f"3 vectors of 192 numbers; 1 could not be read (its row is NaN), see '{tmp_path / 'x.jsonl'}'" in ran.err
     rows = listed(tmp_path / "x.jsonl")
     assert [bool(row["error"]) for row in rows] == [False, True, False]
     assert [Path(str(row["path"])).name for row in rows] == ["a.png", "broken.png", "c.png"]
@@ -65,14 +65,14 @@ def test_embed_goes_on_after_a_bad_picture(tmp_path: Path) -> None:
 
 
 def test_a_list_may_name_what_is_gone(tmp_path: Path) -> None:
-    """Lists come from programs: one path that leads nowhere costs its own row."""
+    """A missing path in a list affects only its row, since programs write such lists."""
     write_pictures(tmp_path, "a.png")
     (tmp_path / "list").write_text(f"{tmp_path / 'a.png'}\n{tmp_path / 'gone.png'}\n")
     assert run("embed", f"@{tmp_path / 'list'}", "-o", tmp_path / "x.npy", *MODEL, *SMALL).status == 3
-    assert "no picture at" in str(listed(tmp_path / "x.jsonl")[1]["error"])
+    assert "no image at" in str(listed(tmp_path / "x.jsonl")[1]["error"])
 
 
-# What Python has and the command has not, or has with another default, and why.
+# Options of Python that the command lacks or gives another default, with the reason.
 OTHERWISE = {
     "on_error": "a command goes on after an image that cannot be read, and its exit status says so",
     "progress": "a bar is shown on a terminal, and --quiet hides it",

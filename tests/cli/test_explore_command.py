@@ -1,4 +1,4 @@
-"""`explore`: one page from files, with their names; what does not fit is said before a model is loaded."""
+"""`explore`: one page for several files, with their names; wrong options fail before a model is loaded."""
 
 import json
 import re
@@ -36,8 +36,8 @@ def test_a_page_of_a_folder(tmp_path: Path) -> None:
     "flags, words",
     [
         (("-o", "x.png"), r"should end in \.html or \.htm"), (("-o", "none/x.html"), "no folder"),
-        (("-o", "x.html", "--fit", "pad"), "no place for padding"),
-        (("-o", "x.html", "--fit", "squash", "--size", "own"), "--size own goes with --fit native"),
+        (("-o", "x.html", "--fit", "pad"), "does not show padding"),
+        (("-o", "x.html", "--fit", "squash", "--size", "own"), "--size own needs --fit native"),
     ],
 )  # fmt: skip
 def test_what_does_not_go(flags: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

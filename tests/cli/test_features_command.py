@@ -1,4 +1,4 @@
-"""`features` writes what the library gives, one file per picture."""
+"""`features` writes the maps of the library, one file per image."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +18,11 @@ SMALL = ("--size", "64")
 
 
 def test_features_writes_what_the_library_gives(tmp_path: Path) -> None:
-    """One file per picture, in the folders that the pictures lie in, at sizes of their own."""
+    """One file per image, in the folders of the images, each with the size of its image."""
     write_pictures(tmp_path / "in", "a.png", "sub/a.png", "sub/b.jpg")
     ran = run("features", tmp_path / "in", "-o", tmp_path / "maps", *MODEL)
     assert (ran.status, ran.out) == (0, "")
-    assert ran.err == f"dinov3-infer: wrote maps of 3 pictures to '{tmp_path / 'maps'}'\n"
+    assert ran.err == f"dinov3-infer: wrote maps of 3 images to '{tmp_path / 'maps'}'\n"
     bb = Backbone.from_pretrained(small_model(), device="cpu")
     index = listed(tmp_path / "maps" / "index.jsonl")
     assert [row["file"] for row in index] == ["a.safetensors", "sub/a.safetensors", "sub/b.safetensors"]
@@ -59,12 +59,12 @@ def test_layers_halves_padding_and_arrays(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_features_goes_on_after_a_bad_picture(tmp_path: Path) -> None:
+def test_features_goes_on_after_a_bad_image(tmp_path: Path) -> None:
     write_pictures(tmp_path / "in", "a.png", "broken.png", "c.png")
     ran = run("features", tmp_path / "in", "-o", tmp_path / "maps", *MODEL, *SMALL)
     index = tmp_path / "maps" / "index.jsonl"
     assert (ran.status, ran.out) == (3, "")
-    assert f"wrote maps of 2 pictures to '{tmp_path / 'maps'}'; 1 could not be read, see '{index}'" in ran.err
+    assert f"wrote maps of 2 images to '{tmp_path / 'maps'}'; 1 could not be read, see '{index}'" in ran.err
     assert [row["file"] for row in listed(index)] == ["a.safetensors", None, "c.safetensors"]
     assert "cannot decode" in str(listed(index)[1]["error"])
     out = tmp_path / "strict"
@@ -87,9 +87,9 @@ def test_interrupted_features_keep_what_is_finished(tmp_path: Path, monkeypatch:
     assert [row["file"] for row in listed(tmp_path / "maps" / "index.jsonl")] == ["a.safetensors"]
 
 
-def test_two_pictures_of_one_name(tmp_path: Path) -> None:
+def test_two_images_of_one_name(tmp_path: Path) -> None:
     write_pictures(tmp_path, "in/a.png", "in/a.jpg", "other/a.png")
-    words = r"'.*a\.jpg' and '.*a\.png' would both go to 'a\.safetensors'; give them in runs of their own"
+    words = r"'.*a\.jpg' and '.*a\.png' would both be written to 'a\.safetensors'; use one command and one folder"
     refused(1, words, "features", tmp_path / "in", "-o", tmp_path / "maps", *MODEL)
     pair = (tmp_path / "in" / "a.png", tmp_path / "other" / "a.png")
     assert run("features", *pair, "-o", tmp_path / "maps", *MODEL, *SMALL).status == 0
@@ -98,7 +98,7 @@ def test_two_pictures_of_one_name(tmp_path: Path) -> None:
 
 
 def test_features_of_archives(tmp_path: Path) -> None:
-    """The same sources as embed; images that lie in one archive or table are named by what they are called there."""
+    """It takes the same sources as embed; images of an archive or table are named as in it."""
     write_tar(tmp_path / "a.tar", CONTENT[:2])
     assert run("features", tmp_path / "a.tar", "-o", tmp_path / "maps", *MODEL, *SMALL).status == 0
     index = listed(tmp_path / "maps" / "index.jsonl")

@@ -1,4 +1,4 @@
-"""The recorded vectors: right weights and arithmetic give them, mistakes do not."""
+"""The recorded vectors: correct weights and arithmetic reproduce them, mistakes do not."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from dinov3_infer.recorded import PICTURES, compute, difference, known
 
 
 def test_the_shipped_data() -> None:
-    """Pictures of 112 pixels, small, and a record of every model that make_golden.py knows."""
+    """The images are small, with sides of 112 pixels, and every model of make_golden.py has a record."""
     assert all(Image.open(path).size == (112, 112) for path in PICTURES)
     assert sum(path.stat().st_size for path in PICTURES[0].parent.iterdir()) < 60_000
     records = known()

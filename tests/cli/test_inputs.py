@@ -1,4 +1,4 @@
-"""Which images a command means, with which model and options, and where its results may go."""
+"""The images, model, options and outputs of a command."""
 
 import io
 import os
@@ -28,7 +28,7 @@ def names(*sources: object) -> list[tuple[str, str]]:
 
 
 def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders to the bottom, patterns, lists, addresses, in the order given; names keep the folders below a source."""
+    """Folders (recursive), patterns, lists and URLs, in the given order; names keep the folders below a source."""
     write_pictures(tmp_path, "in/b.png", "in/sub/a.jpg", "in/.hidden.png", "in/notes.txt", "[1].png", "c.png")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "list").write_text("c.png\n\nin/sub/a.jpg\nhttps://host/x/photo.jpg?Signature=s3cr3t\n")
@@ -50,15 +50,15 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("nowhere.jpg", r"no picture, folder or pattern at '.*nowhere\.jpg'; check the path"),
+        ("nowhere.jpg", r"no image, folder or pattern at '.*nowhere\.jpg'; check the path"),
         ("*.tif", "no folder and no file at"),
-        ("empty", r"no pictures under 'empty' \(looked for .*; 0 other files\)"),
+        ("empty", r"no images under 'empty' \(looked for .*; 0 other files\)"),
         ("@nowhere", r"the list 'nowhere' cannot be read \(No such file or directory\); check the path"),
         ("@void", "the list 'void' is empty; give one path per line"),
     ],
 )
 def test_sources_that_are_none(source: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found out before a model is loaded and before anything is written."""
+    """They fail before a model is loaded and before anything is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "void").write_text("\n\n")
@@ -73,9 +73,9 @@ def test_sources_that_are_none(source: str, words: str, tmp_path: Path, monkeypa
     [
         ("embed", "x.csv", r"should end in \.npy, \.safetensors, \.parquet, or be a folder"),
         ("embed", "missing/x.npy", r"no folder '.*missing' to write '.*x\.npy' to; make it first"),
-        ("embed", "there.npy", r"'.*there\.npy' exists already, and not from embed; give another name, or --overwrite"),
+        ("embed", "there.npy", r"'.*there\.npy' exists already and was not written by embed; .* or --overwrite"),
         ("embed", "beside.npy", r"'.*beside\.jsonl' exists already"),
-        ("embed", "in", r"the folder '.*in' holds other things; give an empty one or another name"),
+        ("embed", "in", r"the folder '.*in' holds other files; give an empty folder or another name"),
         ("features", "missing/maps", r"no folder '.*missing' to write"),
         ("features", "full", "the folder '.*full' is not empty; give another one, or --overwrite"),
         ("features", "there.npy", "is a file, and a folder is needed; give another name"),
@@ -87,7 +87,7 @@ def test_sources_that_are_none(source: str, words: str, tmp_path: Path, monkeypa
 def test_where_results_cannot_go(
     command: str, out: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found out before a model is loaded."""
+    """These outputs fail before a model is loaded."""
     monkeypatch.setattr(Backbone, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     source = write_pictures(tmp_path, "in/a.png") / "in"
     for existing in ("there.npy", "beside.jsonl", "full/x"):
@@ -108,7 +108,7 @@ def test_a_place_that_cannot_be_written(command: str, tmp_path: Path) -> None:
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_pictures(tmp_path, "in/a.png") / "in"
     monkeypatch.setattr(os, "access", lambda *_: False)
-    words = "'.*x.npy' cannot be written: no permission to write to '.*'; choose another place"
+    words = "'.*x.npy' cannot be written: no permission to write to '.*'; give another path"
     refused(1, words, "embed", source, "-o", tmp_path / "x.npy", *MODEL)
 
 
@@ -117,10 +117,10 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("-m", "vits-16"), "unknown model 'vits-16': did you mean 'vits16'"),
         (("-m", "nowhere.safetensors"), r"no weights at '.*nowhere\.safetensors'"),
-        ((*MODEL, "--device", "abacus"), "device is 'auto', 'cpu'"),
+        ((*MODEL, "--device", "abacus"), "device is 'auto' or a torch device"),
         ((*MODEL, "--dtype", "int8"), "dtype"),
         ((*MODEL, "--size", "250", "--fit", "squash"), "size 250 is not a multiple of the patch size 16"),
-        ((*MODEL, "--size", "own", "--fit", "crop"), "--size own goes with --fit native"),
+        ((*MODEL, "--size", "own", "--fit", "crop"), "--size own needs --fit native"),
     ],
     ids=lambda value: " ".join(str(v) for v in value[-2:]) if isinstance(value, tuple) else "",
 )
@@ -131,7 +131,7 @@ def test_options_that_do_not_fit(flags: tuple[str, ...], words: str, tmp_path: P
 
 
 def test_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default is the model that comes with the package; where none does, a sentence says what to give."""
+    """The default is nano; in a release without it, the error says what to give."""
     source = write_pictures(tmp_path, "in/a.png") / "in"
     asked: list[str] = []
 
@@ -141,14 +141,14 @@ def test_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     dinov3_error: Dinov3Error = __import__("dinov3_infer").ModelNotFoundError("no weights of 'nano'")
     monkeypatch.setattr(Backbone, "from_pretrained", load)
-    words = "no model was named, and this release holds no weights of its own; give -m with a name"
+    words = "no model is given and this release contains no weights; add -m with a name"
     refused(1, words, "embed", source, "-o", tmp_path / "x.npy")
     assert asked == ["nano"]
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names that these systems do not have")
 def test_names_of_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Line breaks, bytes that are not UTF-8, a minus in front: read, and told in one line where they cannot be."""
+    """Names with line breaks, invalid UTF-8 or a leading minus are read, and printed on one line in errors."""
     odd = ["-x.png", "two\nlines.png", os.fsdecode(b"caf\xe9.png"), "bro\x1b[31mken broken.png", "日本.png"]
     write_pictures(tmp_path, *odd)
     monkeypatch.chdir(tmp_path)

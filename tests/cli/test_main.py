@@ -1,4 +1,4 @@
-"""The command line as such: help, usage, errors, exit statuses, streams, interruption."""
+"""The command line: help, usage, errors, exit statuses, streams, interruption."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def python(*arguments: str, **options: object) -> subprocess.CompletedProcess[st
 
 
 def test_every_help_comes_at_once_and_without_torch() -> None:
-    """CPU time of the whole process, so that a busy machine does not count."""
+    """Measured as CPU time of the whole process, so that a busy machine has no effect."""
     script = f"""
 import sys, time
 from dinov3_infer.cli import main
@@ -88,14 +88,14 @@ def test_as_a_module_and_its_version() -> None:
         (["embed", "a.jpg"], "required: -o"),
         (["embed", "-o", "x.npy"], "required: SRC"),
         (["embed", "a.jpg", "-o", "x.npy", "--size", "12.5"], "SIDE or HEIGHTxWIDTH in pixels, or own; got '12.5'"),
-        (["embed", "a.jpg", "-o", "x.npy", "--batch-size", "0"], "whole number from 1 on; got '0'"),
+        (["embed", "a.jpg", "-o", "x.npy", "--batch-size", "0"], "whole number of at least 1; got '0'"),
         (["embed", "a.jpg", "-o", "x.npy", "--fit", "stretch"], "invalid choice: 'stretch'"),
         (["embed", "a.jpg", "-o", "x.npy", "--pool", "mean"], "no option .--pool.; did you mean .--pooling"),
         (["features", "a.jpg", "-o", "x", "--layers", "1;2"], "numbers with commas between them, as in -1,-4"),
         (["show", "similarity", "a.jpg", "-o", "x.png"], "required: --point"),
         (["show", "attention", "a.jpg", "-o", "x.png", "--point", "5"], "X,Y in pixels from the upper left corner"),
         (["convert", "a", "b"], "required: --to"),
-        (["embed", "a.jpg", "-o", "x.npy", "-j", "-3"], "whole number from 0 on; got '-3'"),
+        (["embed", "a.jpg", "-o", "x.npy", "-j", "-3"], "whole number of at least 0; got '-3'"),
         (["embed", "-weird.jpg", "-o", "x.npy"], "required: SRC"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -111,7 +111,7 @@ def test_values_that_begin_with_a_minus(tmp_path: Path) -> None:
         out = tmp_path / f"out{len(values)}"
         ran = run("features", source, "-o", out, "-m", small_model(), option, *values, "--size", "32")
         assert ran.status == 0 and (out / "a.safetensors").is_file(), ran
-    refused(1, "outside the picture", "show", "attention", source, "-o", tmp_path / "a.jpg", "-m", small_model(),
+    refused(1, "outside the image", "show", "attention", source, "-o", tmp_path / "a.jpg", "-m", small_model(),
             "--point", "-1,-4")  # fmt: skip
 
 
@@ -132,8 +132,8 @@ def test_values_that_begin_with_a_minus(tmp_path: Path) -> None:
             OSError(28, "No space left on device", "x\ny.npy"),
             r"error: 'x\\ny.npy' could not be written .No space left on device.: the disk is full",
         ),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "memory of the device is too small"),
-        (KeyError("secret"), "KeyError where none should be: .*--debug.*doctor"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "the device ran out of memory"),
+        (KeyError("secret"), "unexpected KeyError, a bug in dinov3-infer.*--debug.*doctor"),
     ],
     ids=["ours", "options", "models", "a path", "system", "memory", "fault"],
 )
@@ -176,7 +176,7 @@ sys.exit(main(["models"]))
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of Unix")
 @pytest.mark.parametrize("what", ["interrupted", "closed pipe"])
 def test_a_real_interruption_and_a_closed_pipe(what: str) -> None:
-    """What a shell does: the status is 130, and `dinov3-infer models | head` ends without a complaint."""
+    """As from a shell: the status is 130, and `dinov3-infer models | head` ends without a message."""
     process = subprocess.Popen(
         [sys.executable, "-c", PROCESS, "wait" if what == "interrupted" else ""],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -1,4 +1,4 @@
-"""`show`: the photographs are whole on the sheet, the maps lie where they belong, several pictures share one scale."""
+"""`show`: the sheet holds the whole photographs, the maps lie at the right place, all images share one scale."""
 
 from pathlib import Path
 
@@ -24,13 +24,13 @@ def bb() -> Backbone:
     return Backbone.from_pretrained(small_model(), device="cpu")
 
 
-def pixels(picture: Image.Image | Path) -> np.ndarray:
-    opened = Image.open(picture) if isinstance(picture, Path) else picture
+def pixels(image: Image.Image | Path) -> np.ndarray:
+    opened = Image.open(image) if isinstance(image, Path) else image
     return np.asarray(opened.convert("RGB"))
 
 
 @pytest.mark.parametrize("kind", ["pca", "attention", "similarity"])
-def test_one_picture_is_itself_beside_its_map(kind: str, tmp_path: Path) -> None:
+def test_one_image_is_itself_beside_its_map(kind: str, tmp_path: Path) -> None:
     flags = ("--point", "180,120") if kind == "similarity" else ()
     ran = run("show", kind, CAT, "-o", tmp_path / "x.png", *MODEL, *flags)
     assert (ran.status, ran.out, ran.err) == (0, "", f"dinov3-infer: wrote '{tmp_path / 'x.png'}'\n")
@@ -42,7 +42,7 @@ def test_one_picture_is_itself_beside_its_map(kind: str, tmp_path: Path) -> None
     assert beside.std() > 10 and np.abs(beside.astype(int) - photograph).mean() > 10
 
 
-def test_pca_is_that_of_all_pictures_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bb: Backbone) -> None:
+def test_pca_is_that_of_all_images_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bb: Backbone) -> None:
     other = write_pictures(tmp_path, "a.png") / "a.png"
     rows: list[Image.Image] = []
     monkeypatch.setattr(show_command, "_together", lambda given: rows.extend(given) or given[0])
@@ -70,10 +70,10 @@ def test_attention_of_a_point_and_of_heads(tmp_path: Path, bb: Backbone) -> None
         np.testing.assert_array_equal(shown, pixels(expected), err_msg=name)
     assert run("show", "attention", CAT, "-o", tmp_path / "heads.png", *MODEL, "--heads").status == 0
     one, heads = (Image.open(tmp_path / f"{name}.png") for name in ("cls", "heads"))
-    assert heads.width * heads.height > 2 * one.width * one.height  # the picture, the mean and three heads
+    assert heads.width * heads.height > 2 * one.width * one.height  # the image, the mean and three heads
 
 
-def test_similarity_has_one_scale_over_all_pictures(
+def test_similarity_has_one_scale_over_all_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bb: Backbone
 ) -> None:
     dark = tmp_path / "dark.png"
@@ -106,7 +106,7 @@ def test_similarity_has_one_scale_over_all_pictures(
 def test_rows_have_one_width_and_no_holes(
     heights: list[int], places: list[tuple[int, int]], size: tuple[int, int]
 ) -> None:
-    """Each row goes to the column that is shortest."""
+    """Each row goes to the shortest column."""
     rows = [Image.new("RGB", (300 * (1 + i), h * (1 + i)), (i, 0, 0)) for i, h in enumerate(heights)]
     made = show_command._together(rows)
     assert made.size == size
@@ -120,13 +120,13 @@ def test_what_cannot_be_shown(tmp_path: Path) -> None:
     out = ("-o", tmp_path / "x.png", *MODEL)
     refused(1, "65 images do not fit on one sheet; give 64 at most", "show", "pca", tmp_path / "many", *out)
     refused(1, "cannot decode", "show", "pca", tmp_path / "a.png", tmp_path / "broken.png", *out)
-    refused(1, r"point \(x=900, y=9\) lies outside", "show", "similarity", CAT, *out, "--point", "900,9")
+    refused(1, r"point \(x=900, y=9\) is outside", "show", "similarity", CAT, *out, "--point", "900,9")
     refused(1, "layer 9 does not exist", "show", "attention", CAT, *out, "--layer", "9")
     assert not (tmp_path / "x.png").exists()
 
 
 def test_frames_of_an_animation(tmp_path: Path) -> None:
-    """A GIF becomes a GIF of the same frames with joint colours, or a sheet of them; one frame is an image."""
+    """A GIF gives a GIF of the same frames with shared colours, or a sheet; a single frame is an image."""
     frames = [Image.open(CAT).convert("RGB").crop((10 * i, 0, 10 * i + 96, 64)) for i in range(3)]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "one.gif")
@@ -137,6 +137,10 @@ def test_frames_of_an_animation(tmp_path: Path) -> None:
     with Image.open(tmp_path / "y.png") as sheet_of_three:
         assert sheet_of_three.height > 3 * 300
     refused(1, "should end in .png or", "show", "pca", tmp_path / "one.gif", "-o", tmp_path / "z.gif", *MODEL)
+    for name, content in (("text.gif", b"no image"), ("half.gif", (tmp_path / "x.gif").read_bytes()[:200])):
+        (tmp_path / name).write_bytes(content)
+        ran = refused(1, name, "show", "pca", tmp_path / name, "-o", tmp_path / "z.png", *MODEL)
+        assert "this is a fault of" not in ran.err
 
 
 def test_frames_of_a_video(tmp_path: Path) -> None:

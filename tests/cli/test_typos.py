@@ -1,4 +1,4 @@
-"""What was meant, where it is near what was typed."""
+"""Suggestions for mistyped commands, options and choices."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ TYPOS = {
 def test_a_typo_gets_a_suggestion(
     typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a command, an option or a choice, before anything that is missing because of it; nothing is written."""
+    """The suggestion comes before an error about a missing option, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     assert main(typed.split()) == 2
     said = capsys.readouterr().err
@@ -66,7 +66,7 @@ def test_did_you_mean() -> None:
 
 @pytest.mark.parametrize("device", ["mps", "cuda:99", "xpu", "hpu", "vulkan", "xla", "hip", "gpu", "cuda:-2", ""])
 def test_a_device_that_is_not_here_is_said(device: str) -> None:
-    """Whatever torch raises for it."""
+    """The error is the same for each exception of torch."""
     try:
         Backbone.from_pretrained("nano", device=device)
     except InputError:

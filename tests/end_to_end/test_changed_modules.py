@@ -1,4 +1,4 @@
-"""An ordinary module: wrapped by DDP, quantised, shortened, lengthened, traced, forked."""
+"""Wrapped and changed models: DDP, quantised layers, other numbers of blocks, torch.fx, forks."""
 
 import copy
 import os
@@ -40,7 +40,7 @@ def small(name: str = "dinov3") -> Backbone:
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("name", SMALL)
 def test_every_parameter_gets_a_gradient_with_and_without_masks(name: str, masked: bool, training: bool) -> None:
-    """And that of the mask token is zero where nothing is masked."""
+    """Without masks the gradient of the mask token is zero."""
     model = small(name).train(training)
     pixels = torch.rand(2, 3, 4 * model.patch_size, 4 * model.patch_size)
     masks = torch.zeros(2, 16, dtype=torch.bool)
@@ -56,7 +56,7 @@ def test_every_parameter_gets_a_gradient_with_and_without_masks(name: str, maske
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """A group of one process."""
+    """A process group of one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -95,7 +95,7 @@ def test_the_mask_token_changes_no_number_without_masks() -> None:
 
 
 class Int8(nn.Module):
-    """Weights of 8 bits, input and output as they come."""
+    """A linear layer with 8-bit weights; input and output keep their dtype."""
 
     def __init__(self, linear: Any) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Int8(nn.Module):
 
 
 class Packed(Int8):
-    """Two weights in a byte, or whatever: the weight is bytes."""
+    """A linear layer whose weight is bytes, such as two weights per byte."""
 
     def __init__(self, linear: Any) -> None:
         super().__init__(linear)
@@ -188,7 +188,7 @@ def by_hand(model: Backbone, pixels: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["dinov3", "dinov2"])
 def test_depth_is_that_of_the_blocks(name: str, change: Any, tmp_path: Path) -> None:
     model = small(name)
-    model.extract_features(PICTURE)  # its plan is that of the whole model
+    model.extract_features(PICTURE)  # makes a plan for the whole model
     depth = len(model.blocks)
     model = change(model)
     found = len(model.blocks)
@@ -205,7 +205,7 @@ def test_depth_is_that_of_the_blocks(name: str, change: Any, tmp_path: Path) -> 
     model.attention_maps(PICTURE, size=64, layer=found - 1)
     for layout in ("hf", "meta"):
         target = tmp_path / ("a.pth" if layout == "meta" else "a")
-        heads = model.num_heads if layout == "meta" else None  # a .pth does not say
+        heads = model.num_heads if layout == "meta" else None  # a .pth does not state the heads
         again = Backbone.from_pretrained(model.save_pretrained(target, layout), device="cpu", num_heads=heads)
         assert again.fingerprint() == model.fingerprint() and again.config.depth == found
 
@@ -256,7 +256,7 @@ def test_a_forked_child_computes(nano: Backbone, way: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", SMALL)
 def test_a_graph_of_torch_fx_is_the_module(name: str, training: bool) -> None:
-    """At other sizes too, with masks, with its checks; of its own device and dtype."""
+    """The graph works for other sizes, with masks and with its checks, and keeps its device and dtype."""
     model = small(name).train(training)
     graph = torch.fx.symbolic_trace(model)
     side = model.patch_size

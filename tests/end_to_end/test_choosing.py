@@ -1,4 +1,4 @@
-"""The page on what to choose shows its record, and its half-patch shift is one."""
+"""examples/CHOOSING.md shows its record, and its half-patch shift is right."""
 
 import sys
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def test_tables_of_a_record(script: Any) -> None:
         },
     }  # fmt: skip
     text = script.filled(script.PAGE.read_text(encoding="utf-8"), record)
-    assert "(ffffffffffff), 3,000 + 1,000 pictures" in text and "| 8 | 11 | 0.500 | 0.600 |" in text
+    assert "(ffffffffffff), 3,000 + 1,000 images" in text and "| 8 | 11 | 0.500 | 0.600 |" in text
     assert "accuracy ± 0.016 at most" in text
     assert "| input | layer 11 | last 4 |" in text and "| 32 patches a side | 0.500 ± 0.100 | 0.600 ± 0.100 |" in text
     assert "| 32, and mirrored | 0.550 ± 0.100 (+0.050 ± 0.000) | 0.550 ± 0.150 (-0.050 ± 0.050) |" in text
@@ -47,7 +47,7 @@ def test_tables_of_a_record(script: Any) -> None:
 
 
 def test_a_shift_by_half_a_patch_leads_back(script: Any) -> None:
-    """Patches of both passes hold the pixels that their placement says: brightness comes back where it was."""
+    """Patches of both passes hold the pixels that their placement states: brightness returns to its position."""
     bb = randomise(Backbone.from_config(SMALL["dinov2"]))
     picture = photo(100, 100)
     straight, moved = script.shifted(bb, picture, [1])

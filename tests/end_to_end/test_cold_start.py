@@ -1,4 +1,4 @@
-"""What the first feature of a process costs beside torch: no compiler, no Triton, no client of the hub, no peer."""
+"""The first features of a process import torch, but no compiler, no Triton, no hub client and no other library."""
 
 import json
 import os
@@ -23,7 +23,7 @@ EXPENSIVE = {"torch._dynamo", "torch._inductor", "sympy", "triton", "huggingface
 
 
 def test_loading_from_a_directory_imports_little() -> None:
-    """CPU time, so that a busy machine does not count."""
+    """CPU time is compared, so that a busy machine does not matter."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, small_model(), ROOT / "examples" / "cat.jpg"],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=120,

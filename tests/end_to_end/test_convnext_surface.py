@@ -1,4 +1,4 @@
-"""A ConvNeXt through everything that takes a backbone: what works, and what is refused in one sentence."""
+"""A ConvNeXt in every function that takes a backbone: what works, and what raises one sentence."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def saved(bb: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_features_have_the_names_that_all_have(bb: Backbone) -> None:
-    """Each stage with its own grid and width; no registers."""
+    """Each stage has its own grid and width; there are no registers."""
     f = bb.extract_features(PHOTOS[2], size=128, fit="native", layers=4)
     assert f.input_size == (128, 96) and f.grid == (4, 3) and f.feature_map.shape == (1, 64, 4, 3)
     assert f.register_tokens.shape == (1, 0, 64) and f.embedding.equal(f.cls_token)
@@ -46,7 +46,7 @@ def test_features_have_the_names_that_all_have(bb: Backbone) -> None:
 
 
 def test_an_image_has_the_same_bits_in_any_company(bb: Backbone) -> None:
-    """Alone, in batches of any size and in another order."""
+    """The vector is equal bit for bit alone, in batches of any size and in another order."""
     alone = [bb.extract_features(image, fit="native", size=160) for image in PHOTOS]
     for batch_size in (1, 3, 7):
         found = list(bb.iter_features(PHOTOS, fit="native", size=160, batch_size=batch_size))
@@ -57,7 +57,7 @@ def test_an_image_has_the_same_bits_in_any_company(bb: Backbone) -> None:
 
 
 def test_embed_in_memory_and_on_disk(bb: Backbone, tmp_path: Path) -> None:
-    """Rows, maps and patches; a rerun finds what is there."""
+    """Covers embeddings, maps and patches; a rerun finds the existing rows."""
     rows = bb.embed(PHOTOS, size=64, pooling="cls_mean")
     assert rows.shape == (7, 128) and bb.embed(PHOTOS, size=64, kind="map").shape == (7, 64, 2, 2)
     for i, image in enumerate(PHOTOS):
@@ -91,14 +91,14 @@ def test_dense_features_lie_on_the_grid_of_their_stage(bb: Backbone) -> None:
     one = bb.extract_features(PHOTOS[2], size=192, fit="native", layers=[1]).layers[0]
     torch.testing.assert_close(whole.feature_map, one.feature_map, rtol=0, atol=1e-4)
     assert dense_features(bb, PHOTOS[2], size=192, layers=[1], tile=64).grid == (24, 16)
-    with pytest.raises(InputError, match="maps of 2 sizes, which cannot lie side by side; give one"):
+    with pytest.raises(InputError, match="maps of 2 sizes, which cannot be concatenated; give one layer"):
         dense_features(bb, PHOTOS[2], layers=2)
 
 
 @pytest.mark.parametrize("dynamic", ["batch", True, False], ids=str)
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_an_export_checks_itself(bb: Backbone, tmp_path: Path, suffix: str, dynamic: Any) -> None:
-    """Class token and patches at several sizes, as of every export; no registers among its outputs."""
+    """The file has class token and patches at several sizes, and no registers among its outputs."""
     if suffix == ".onnx":
         pytest.importorskip("onnxscript")
         onnxruntime = pytest.importorskip("onnxruntime")
@@ -109,7 +109,7 @@ def test_an_export_checks_itself(bb: Backbone, tmp_path: Path, suffix: str, dyna
 
 
 def test_torch_hub_gives_what_metas_entry_gives(bb: Backbone, tmp_path: Path, no_grad: None) -> None:
-    """The class token, the dictionary in training, and maps on a grid that the constructor was given."""
+    """Covers the class token, the dictionary in training, and maps on the grid given to the constructor."""
     model = HubBackbone.from_pretrained(bb.save_pretrained(tmp_path / "a.pth", "meta"), device="cpu")
     pixels = torch.randn(2, 3, 64, 96)
     expected = bb.forward_features(pixels)  # type: ignore[operator]
@@ -124,7 +124,7 @@ def test_torch_hub_gives_what_metas_entry_gives(bb: Backbone, tmp_path: Path, no
 
 
 def test_other_precisions(bb: Backbone, saved: Path) -> None:
-    """bfloat16 weights, float32 norms and results; the modes of vision transformers give way with one line."""
+    """Weights are bfloat16, norms and results float32; modes for vision transformers log one line."""
     half = Backbone.from_pretrained(saved, dtype="bfloat16", device="cpu")
     assert half.norm.weight.dtype == torch.float32 and half.main_weight.dtype == torch.bfloat16
     found, exact = (m.extract_features(PHOTOS[0], size=64).cls_token for m in (half, bb))
@@ -134,14 +134,14 @@ def test_other_precisions(bb: Backbone, saved: Path) -> None:
 @pytest.mark.planned
 @pytest.mark.parametrize("mode", ["exact", "fast", "int8"])
 def test_modes_on_a_cpu(bb: Backbone, saved: Path, mode: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Packed products agree with the plain model; 8 bits give way to the next mode that this machine has."""
+    """Packed products agree with the plain model; "int8" gives way to the next mode of this machine."""
     model = Backbone.from_pretrained(saved, mode=mode, device="cpu")
     with caplog.at_level(logging.WARNING, "dinov3_infer"):
         found = model.extract_features(PHOTOS[2], size=96, layers=4)
     plan = plan_of_(model)
     lacking = why_not_packed() or (mode != "exact" and why_not_packed(torch.bfloat16))
     assert (plan is None) == (why_not_packed() is not None)
-    assert ("mode='int8' gives way to" in caplog.text) == (mode == "int8")
+    assert ("mode='int8' is not available here" in caplog.text) == (mode == "int8")
     assert plan is None or plan.mode == ("exact" if mode == "exact" or lacking else "fast")
     plain = bb.extract_features(PHOTOS[2], size=96, layers=4)
     limit = 2e-2 if plan is not None and plan.mode == "fast" else 2e-6
@@ -161,7 +161,7 @@ def plan_of_(model: Backbone) -> Any:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("side", [(32, 32), (64, 96), (224, 224)], ids=str)
 def test_packed_products_do_not_look_at_the_batch(side: tuple[int, int], threads: int) -> None:
-    """Bit for bit, at the width of the smallest released one."""
+    """Equal bit for bit, at the width of the smallest released model."""
     model = filled(Backbone(ConvNeXtConfig((1, 1, 1, 1), (96, 192, 384, 768))), 1)
     images = list(torch.rand(5, 3, *side))
     before = torch.get_num_threads()
@@ -186,7 +186,7 @@ def test_gradients_reach_every_parameter(bb: Backbone) -> None:
 
 
 def test_adapters_of_peft(saved: Path) -> None:
-    """On the two linears of its blocks, which are called as modules."""
+    """Adapters attach to the two linear layers of a block, which are called as modules."""
     peft = pytest.importorskip("peft")
     model = Backbone.from_pretrained(saved, device="cpu")
     before = model.extract_features(PHOTOS[0], size=64).cls_token
@@ -197,7 +197,7 @@ def test_adapters_of_peft(saved: Path) -> None:
             if "lora_B" in name:
                 parameter.fill_(0.1)
     assert not adapted.extract_features(PHOTOS[0], size=64).cls_token.equal(before)
-    with pytest.raises(UnsupportedError, match="an adapter is injected and not merged"):
+    with pytest.raises(UnsupportedError, match="has an adapter that is not merged"):
         adapted.save_pretrained(saved.parent / "adapted")
 
 
@@ -205,18 +205,18 @@ def test_the_trainer_refuses_it(saved: Path, tmp_path: Path) -> None:
     from dinov3_infer.train import TrainConfig, train
 
     config = TrainConfig.preset("adapt", data=("x",), model=str(saved), out=str(tmp_path / "run"), device="cpu")
-    with pytest.raises(UnsupportedError, match="train takes vision transformers"):
+    with pytest.raises(UnsupportedError, match="training supports vision transformers"):
         train(config, data=torch.zeros(128, 3, 64, 64, dtype=torch.uint8))  # type: ignore[arg-type]
 
 
 def test_commands(saved: Path, tmp_path: Path) -> None:
-    """`verify`, `features` and `show`; what is about attention is refused."""
+    """`verify`, `features` and `show` work; commands that need attention are refused."""
     picture = Path(__file__).parents[2] / "dinov3_infer/data/samples/cat.png"
     ran = run("verify", saved)
-    assert "ConvNeXt with stages of 2 1 3 1 blocks" in ran.out and "nothing speaks against" in ran.out
+    assert "ConvNeXt with stages of 2 1 3 1 blocks" in ran.out and "no fault found" in ran.out
     assert run("features", picture, "-m", saved, "--out", tmp_path / "a", "--layers", "0,1", "--size", "64").status == 0
     assert json.loads((tmp_path / "a/index.jsonl").read_text())["error"] == ""
-    words = "maps of several sizes, and an .npy file holds one array"
+    words = "maps of several sizes, which do not fit into one .npy array"
     refused(1, words, "features", picture, "-m", saved, "--out", tmp_path / "b", "--layers", "0,1", "--format", "npy")
     assert run("show", "pca", picture, "-m", saved, "--out", tmp_path / "a.png", "--size", "96").status == 0
     refused(1, "needs attention", "show", "attention", picture, "-m", saved, "--out", tmp_path / "b.png")

@@ -1,4 +1,4 @@
-"""Examples run as a newcomer would run them, on a small model with random weights."""
+"""Runs the examples as a newcomer would, on a small model with random weights."""
 
 import ast
 import importlib
@@ -44,7 +44,7 @@ def call(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callabl
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Iterator[Path]:
-    """A folder with four parts of the cat, each with its depth and its segments, and annotations.json beside it."""
+    """A folder with four crops of the cat, each with depth and segments, and annotations.json."""
     cat, folder = Image.open(CAT), tmp_path / "pictures"
     for name in ("pictures", "depths", "segments"):
         (tmp_path / name).mkdir()
@@ -64,7 +64,7 @@ def pictures(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_stand_on_the_public_surface(path: Path) -> None:
-    """A reader copies them: the package, its tasks and its trainer, and nothing from inside."""
+    """Readers copy the examples, so they import only the package, its tasks and its trainer."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     found = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -121,7 +121,7 @@ def test_scripts_are_short_and_named_in_the_readme(path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(str(v) for v in value if "cat" not in str(v)),
 )
-def test_it_runs_and_writes_a_picture(
+def test_it_runs_and_writes_an_image(
     script: str, arguments: list[object], call: Any, pictures: Path, model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And says what it does: the model, the features of many images, the steps of a training."""
@@ -162,24 +162,24 @@ def test_video_tells_classes_apart(call: Any, pictures: Path, capsys: pytest.Cap
     "script, arguments, message",
     [
         ("matching", [CAT, "nowhere.jpg"], "nowhere.jpg"),
-        ("matching", [CAT, CAT, "--point", "9999,5"], "points lie in a picture 451 wide and 300 high"),
+        ("matching", [CAT, CAT, "--point", "9999,5"], "points lie inside an image of 451 x 300 pixels"),
         ("matching", [CAT, CAT, "--point", "9999"], "--point is X,Y"),
-        ("matching", [CAT, CAT, "--out", "out.txt"], "--out ends in one of"),
-        ("retrieval", [CAT, "empty"], "no pictures under"),
-        ("anomaly", ["one", CAT], "at least 2 good pictures, got 1"),
-        ("tracking", ["empty", "--box", "1,1,9,9"], "no pictures under"),
+        ("matching", [CAT, CAT, "--out", "out.txt"], "--out should end in one of"),
+        ("retrieval", [CAT, "empty"], "no images under"),
+        ("anomaly", ["one", CAT], "at least 2 good images, got 1"),
+        ("tracking", ["empty", "--box", "1,1,9,9"], "no images under"),
         ("tracking", ["broken.mp4", "--box", "1,1,9,9"], "broken.mp4"),
         ("tracking", ["pictures"], "give either a mask or --box"),
         ("tracking", ["pictures", "--box", "1,1"], "--box is L,T,R,B"),
         ("tracking", ["pictures", "black.png"], "the mask is empty"),
-        ("tracking", ["pictures", CAT], "a mask is grey"),
-        ("depth", ["pictures", "empty", CAT], "give one for each picture"),
-        ("depth", ["pictures", "unknown", CAT], "no pixel of the depths is known"),
-        ("tracking", ["sizes", "--box", "1,1,9,9"], "not all of one size"),
+        ("tracking", ["pictures", CAT], "give a grey image"),
+        ("depth", ["pictures", "empty", CAT], "give one for each image"),
+        ("depth", ["pictures", "unknown", CAT], "no depth is above 0"),
+        ("tracking", ["sizes", "--box", "1,1,9,9"], "the frames differ in size"),
         ("normals", ["pictures", "depths", CAT, "--focal", 0], "the focal length"),
-        ("detection", ["pictures", "black.png", CAT], "is not as COCO's annotations are"),
+        ("detection", ["pictures", "black.png", CAT], "is not in COCO's format"),
         ("detection", ["pictures", "none.json", CAT], "has 0 images and 0 categories"),
-        ("masks", ["pictures", "pictures", CAT], "segments are a 16-bit grey PNG"),
+        ("masks", ["pictures", "pictures", CAT], "give a 16-bit grey PNG"),
         ("masks", ["pictures", "empty", CAT], "no such file"),
         ("video", ["one", CAT], "at least 2 classes"),
     ],

@@ -1,4 +1,4 @@
-"""The parts of the examples, each against a direct formula or a case whose answer is known."""
+"""The parts of the examples, each against a formula or a case with a known answer."""
 
 import itertools
 import sys
@@ -31,18 +31,18 @@ import video  # noqa: E402
 
 
 def features(tokens: torch.Tensor, grid: tuple[int, int], patch: int = 10) -> Features:
-    """Of one picture that the model saw as it is: tokens [P, C]."""
+    """Features of one image without resizing, from tokens [P, C]."""
     size = (grid[0] * patch, grid[1] * patch)
     none = tokens[None, :0]
     return Features(tokens[None, 0], tokens[None, 0], none, tokens[None], grid, (Placement(size, size, (0, 0, *size)),))
 
 
 def unlike(count: int, seed: int = 0) -> torch.Tensor:
-    """Vectors of length 1 at right angles, [count, count]."""
+    """Orthogonal vectors of length 1, [count, count]."""
     return torch.linalg.qr(torch.randn(count, count, generator=torch.Generator().manual_seed(seed)))[0]
 
 
-# --- one query for each thing --------------------------------------------------------------------------------------
+# --- one query for each object ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows, columns", [(0, 3), (1, 1), (2, 5), (4, 4), (5, 7)])
@@ -86,7 +86,7 @@ def test_losses_are_least_for_what_is_right() -> None:
     assert right < 1e-6 < 1 < wrong
 
 
-def test_detector_and_mask_queries_learn_three_pictures_by_heart() -> None:
+def test_detector_and_mask_queries_learn_three_images_by_heart() -> None:
     torch.manual_seed(0)
     maps, size = torch.randn(3, 16, 4, 4), (32, 32)
     things = [(torch.tensor([[0.1 * i, 0.1, 0.1 * i + 0.5, 0.7]]), torch.tensor([i % 2])) for i in range(3)]
@@ -108,7 +108,7 @@ def test_detector_and_mask_queries_learn_three_pictures_by_heart() -> None:
 
 
 def test_a_mask_is_largest_on_its_own_patch() -> None:
-    """Where looks tell nothing, whichever side is longer."""
+    """All patches look alike, and either side of the image is the longer one."""
     head = heads.MaskQueries(8, 2)
     torch.nn.init.zeros_(head.vector[2].weight), torch.nn.init.zeros_(head.vector[2].bias)
     masks = head(torch.randn(1, 8, 3, 5))[1][0]
@@ -121,7 +121,7 @@ def test_panoptic_drops_what_another_covers() -> None:
     chance[0, :, :2], chance[1, :, 2:], chance[2, :, 1:3] = 0.9, 0.9, 0.8
     labels, names = masks.panoptic(torch.tensor([0.9, 0.8, 0.5]), chance, torch.tensor([3, 1, 3]))
     assert names.tolist() == [3, 1] and labels[0].tolist() == [1, 1, 2, 2]
-    chance[1, :, 3], chance[2, :, 3] = 0, 0.8  # now a third of the last one is its own
+    chance[1, :, 3], chance[2, :, 3] = 0, 0.8  # now the last segment owns a third of its pixels
     assert masks.panoptic(torch.tensor([0.9, 0.8, 0.5]), chance, torch.tensor([3, 1, 3]))[1].tolist() == [3, 1]
     labels, names = masks.panoptic(torch.tensor([0.05, 0.05, 0.05]), chance, torch.tensor([3, 1, 3]))
     assert len(names) == 0 and not labels.any()
@@ -132,12 +132,12 @@ def test_panoptic_drops_what_another_covers() -> None:
 
 @pytest.mark.parametrize("normal", [(0.0, 0.0, 1.0), (0.6, 0.0, 0.8), (0.0, -0.6, 0.8), (0.48, 0.64, 0.6)])
 def test_normals_of_a_plane(normal: tuple[float, float, float]) -> None:
-    """Seen by a pinhole: points X with n X = d, n towards the camera, x right, y down, z away from it."""
+    """Seen by a pinhole camera: points X with n X = d, n towards the camera, x right, y down, z away from it."""
     size, focal = 64, 1.5
     ray = (torch.arange(size) - (size - 1) / 2) / (focal * size)
     right, up, here = normal
-    distance = 2 / (here - right * ray[None] + up * ray[:, None])  # z along the rays
-    seen = (torch.arange(size)[:, None] * 3 + torch.arange(size)) % 7 > 1  # stripes across are unknown
+    distance = 2 / (here - right * ray[None] + up * ray[:, None])  # distance along z for each ray
+    seen = (torch.arange(size)[:, None] * 3 + torch.arange(size)) % 7 > 1  # diagonal stripes are unknown
     found, known = normals.normals_of(torch.where(seen, distance, 0)[None], focal)
     assert torch.equal(known[0, 8:-8, 8:-8], seen[8:-8, 8:-8])
     right = found[0].permute(1, 2, 0)[known[0]]
@@ -163,7 +163,7 @@ def test_depth_lies_between_the_ends_of_the_training(head: str) -> None:
 # --- without training ------------------------------------------------------------------------------------------------
 
 
-def test_matches_of_a_shifted_picture() -> None:
+def test_matches_of_a_shifted_image() -> None:
     tokens = unlike(48).view(6, 8, 48)
     a, b = features(tokens.flatten(0, 1), (6, 8)), features(tokens.roll((1, 2), (0, 1)).flatten(0, 1), (6, 8))
     here, there = matching.sparse(a, b, 30)
@@ -171,16 +171,16 @@ def test_matches_of_a_shifted_picture() -> None:
     assert ((moved - torch.tensor([20.0, 10.0])) % torch.tensor([80.0, 60.0]) == 0).all() and len(here) > 5
     points = torch.tensor([[15.0, 25.0], [42.0, 31.0]])
     arrived = matching.transfer(a, b, points)
-    assert (arrived - points - torch.tensor([20.0, 10.0])).abs().max() < 5  # pixels; a patch has 10
+    assert (arrived - points - torch.tensor([20.0, 10.0])).abs().max() < 5  # pixels; a patch is 10 pixels
     edges = torch.tensor([[20.0, 15.0], [45.0, 40.0]])  # between two patches
     assert (matching.transfer(a, a, edges) - edges).abs().max() < 0.1
     more = torch.cat((tokens.flatten(0, 1), tokens[0, :1] + 0.1 * tokens[1, :1]))
     more[5] += 0.3 * more[30]
     twice = features(more, (7, 7))
     _, best, mutual = matching.dense(twice, a)
-    assert mutual[:48].all() and not mutual[48] and best[48] > best[5]  # sure, but another one is more like it
+    assert mutual[:48].all() and not mutual[48] and best[48] > best[5]  # high cosine, but not mutual
     assert common.centres(twice)[48].tolist() not in matching.sparse(twice, a, 1000)[0].tolist()
-    with pytest.raises(InputError, match="80 wide and 60 high"):
+    with pytest.raises(InputError, match="80 x 60 pixels"):
         matching.transfer(a, b, torch.tensor([[80.0, 5.0]]))
 
 
@@ -199,7 +199,7 @@ def test_a_normalised_cut_finds_the_block_that_is_alike() -> None:
 
 
 def test_what_reaches_the_corners_is_no_thing() -> None:
-    """A ring of few patches around a thing of many."""
+    """A ring of few patches surrounds an object of many."""
     numbers = torch.zeros(8, 10, dtype=torch.long)
     numbers[1:7, 1:9] = 1
     tokens = unlike(64)[numbers.flatten()] + 0.02 * torch.randn(80, 64)
@@ -210,7 +210,7 @@ def test_connected_regions() -> None:
     part = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 1]]).bool()
     seed = torch.zeros_like(part)
     seed[0, 0] = True
-    assert discovery.connected(seed, part).sum() == 2  # by its corner
+    assert discovery.connected(seed, part).sum() == 2  # connected by a corner
 
 
 def test_a_memory_bank_points_at_what_is_new() -> None:
@@ -224,7 +224,7 @@ def test_a_memory_bank_points_at_what_is_new() -> None:
     assert anomaly.score(distances) == pytest.approx(1, abs=1e-5) and distances.flatten()[:4].max() < 1e-5
     assert bank.limit() < 1e-5
     others = [features(known[start : start + 6], (2, 3)) for start in (0, 6, 12)]
-    assert anomaly.MemoryBank(others).limit() == pytest.approx(1, abs=1e-5)  # of each against the others
+    assert anomaly.MemoryBank(others).limit() == pytest.approx(1, abs=1e-5)  # each image against the others
     with pytest.raises(InputError, match="got 1"):
         anomaly.MemoryBank(good[:1])
 
@@ -238,7 +238,7 @@ def test_labels_follow_what_moves() -> None:
     for step, labels in enumerate(tracking.track(frames, mask)):
         expected = np.roll(mask, 10 * step, axis=1)
         assert ((labels == 2) & (expected == 2)).sum() / ((labels == 2) | (expected == 2)).sum() > 0.9
-    with pytest.raises(InputError, match="give it at the size of the picture"):
+    with pytest.raises(InputError, match="give a mask of the size of the image"):
         next(tracking.track(frames, mask[:50]))
 
 
@@ -246,7 +246,7 @@ def test_a_probe_can_tell_the_order_of_frames() -> None:
     code = video.time_code(5, 64)
     assert torch.cdist(code, code).add(torch.eye(5) * 99).min() > 0.5 * video.STRENGTH
     frames = 8 * unlike(64)[torch.stack([torch.randperm(16) for _ in range(40)])]  # 40 videos of 4 frames of 4 patches
-    frames[:20, 1], frames[20:, 14] = 8 * unlike(64)[20], 8 * unlike(64)[20]  # something in the first, or in the last
+    frames[:20, 1], frames[20:, 14] = 8 * unlike(64)[20], 8 * unlike(64)[20]  # an object in the first or last
     videos = (frames.unflatten(1, (4, 4)) + video.time_code(4, 64)[:, None]).flatten(1, 2)
     classes = (torch.arange(40) >= 20).long()
     assert video.train(videos[::2], classes[::2]).score(videos[1::2], classes[1::2]) > 0.9

@@ -1,4 +1,4 @@
-"""The Fréchet distance: its formula, stored vectors, and what does not compare."""
+"""The Fréchet distance: its formula, stored vectors, and sets that cannot be compared."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ def drawn(count: int, width: int, seed: int, rank: int | None = None) -> Tensor:
 
 @pytest.mark.parametrize("rank", [None, 5], ids=["full rank", "flat"])
 def test_the_formula_of_torchmetrics(rank: int | None, fd: Any) -> None:
-    """|m1 - m2|^2 + tr S1 + tr S2 - 2 sum of sqrt(eigenvalues of S1 S2), as torchmetrics computes it in float64."""
+    """|m1 - m2|^2 + tr S1 + tr S2 - 2 sum of sqrt(eigenvalues of S1 S2), the formula of torchmetrics, in float64."""
     for seed in (1, 2):
         a, b = drawn(300, 24, seed, rank), drawn(200, 24, seed + 1, rank)
         s1, s2 = torch.cov(a.T), torch.cov(b.T)
@@ -69,7 +69,7 @@ def test_folders_and_what_embed_wrote(fd: Any, tmp_path: Path, monkeypatch: Any,
         value, rest = capsys.readouterr().out.split("  ")
         assert float(value) == pytest.approx(expected, abs=1e-3) and rest == "6 and 5 images, 192 numbers each\n"
     monkeypatch.setattr(sys, "argv", ["fd.py", str(tmp_path / "0.npy"), str(sets[1]), "--model", "nano"])
-    assert "two results of embed" in complaint(InputError, fd.main)
+    assert "two files that embed wrote" in complaint(InputError, fd.main)
     bb.embed(sets[1], tmp_path / "other.npy", size=96)
     monkeypatch.setattr(sys, "argv", ["fd.py", str(tmp_path / "0.npy"), str(tmp_path / "other.npy")])
     assert "cannot be compared" in complaint(InputError, fd.main)
@@ -77,4 +77,4 @@ def test_folders_and_what_embed_wrote(fd: Any, tmp_path: Path, monkeypatch: Any,
 
 def test_what_has_no_distance(fd: Any) -> None:
     assert "at least 2 images, got 1" in complaint(InputError, lambda: fd.frechet(drawn(1, 4, 0), drawn(5, 4, 1)))
-    assert "4 and 5 numbers" in complaint(InputError, lambda: fd.frechet(drawn(9, 4, 0), drawn(9, 5, 1)))
+    assert "length 4 and 5" in complaint(InputError, lambda: fd.frechet(drawn(9, 4, 0), drawn(9, 5, 1)))

@@ -1,4 +1,4 @@
-"""Thousands of damaged and hostile inputs of each kind: plain sentences, nothing else.  See tests/support/fuzzing."""
+"""Thousands of damaged and hostile inputs of each kind raise plain errors only.  See tests/support/fuzzing."""
 
 import json
 import os
@@ -22,11 +22,11 @@ LONG = {"pictures": 100_000, "checkpoints": 100_000, "addresses": 3000, "tars": 
 
 
 def fuzzed(kind: str, count: int, out: Path) -> dict[str, Any]:
-    """The record of so many cases of one kind."""
+    """Runs this many cases of one kind and returns the record."""
     command = [sys.executable, SCRIPT, "--seed", 6, "--out", out]
     for name, option in OPTIONS.items():
         command += [f"--{option}", count if name == kind else 0]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a process of its own: its workers are forked
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # in a separate process, because its workers are forked
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=550, env=environment)
     assert out.exists(), done.stderr[-2000:]
     return json.loads(out.read_text())[kind]  # type: ignore[no-any-return]
@@ -34,7 +34,7 @@ def fuzzed(kind: str, count: int, out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["pictures", "checkpoints"])
 def test_two_thousand(kind: str, tmp_path: Path) -> None:
-    """No fault, no branch of the readers' errors that is not met, and at least half pass for what they are not."""
+    """There is no fault, every error branch is met, and at least half of the inputs look valid at first."""
     found = fuzzed(kind, 2000, tmp_path / "record.json")
     assert found["faults"] == [] and found["all ended"], found["faults"][:5]
     assert found["branches not hit"] == []
@@ -43,7 +43,7 @@ def test_two_thousand(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind, count", [("addresses", 1000), ("tars", 1000), ("tables", 500), ("probes", 200)])
 def test_hundreds(kind: str, count: int, tmp_path: Path) -> None:
-    """Around images and checkpoints: what is asked for, what they lie in, what is made of them."""
+    """Covers what surrounds images and checkpoints: requests, containers and results."""
     if kind == "tables":
         pytest.importorskip("pyarrow")
     found = fuzzed(kind, count, tmp_path / "record.json")
@@ -52,7 +52,7 @@ def test_hundreds(kind: str, count: int, tmp_path: Path) -> None:
 
 
 def test_the_record_is_of_a_long_run() -> None:
-    """No fault in any of them."""
+    """The record has many cases of each kind and no fault."""
     if not RECORD.exists():
         pytest.skip("no long run was recorded yet")
     record = json.loads(RECORD.read_text())
@@ -70,7 +70,7 @@ def test_the_record_is_of_a_long_run() -> None:
     ids=["other_class", "crash", "writes", "memory", "hang", "address"],
 )  # fmt: skip
 def test_faults_are_noticed(fault: str, tmp_path: Path) -> None:
-    """The runner tells each kind of fault by its case, and goes on after it."""
+    """The runner reports each kind of fault with its case, and continues."""
     script = f"""
 import os, sys, json
 sys.path[:0] = {[str(ROOT), str(ROOT / "tests" / "support")]!r}

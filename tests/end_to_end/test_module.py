@@ -1,4 +1,4 @@
-"""A Backbone is an ordinary module: precisions, compile, export, copies, workers, threads, adapters, training."""
+"""A Backbone as an nn.Module: precisions, compile, export, copies, workers, threads, adapters, training."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ FAMILIES = pytest.mark.parametrize("name", ["dinov3_gated", "dinov2_reg", "dino"
 
 
 def setup(name: str = "dinov3", seed: int = 0) -> tuple[Backbone, Tensor]:
-    """A small model and two pictures of 2x3 patches, normalised."""
+    """A small model and two normalised images of 2 x 3 patches."""
     model = randomise(Backbone(SMALL[name]), seed)
     return model, torch.randn(2, 3, 2 * model.patch_size, 3 * model.patch_size)  # type: ignore[return-value]
 
@@ -43,7 +43,7 @@ def pictures(count: int = 8, side: int = 40) -> np.ndarray:
 @FAMILIES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_weights(name: str, dtype: torch.dtype) -> None:
-    """Weights in 16 bits: RoPE periods stay float32 to the bit, the stream and the result are float32 and close."""
+    """With 16-bit weights, RoPE periods stay float32 bit for bit, and stream and result are float32 and close."""
     model, pixels = setup(name)
     expected = tokens(model(pixels))
     model.half() if dtype == torch.float16 else model.to(dtype)
@@ -59,7 +59,7 @@ def test_low_precision_weights(name: str, dtype: torch.dtype) -> None:
 
 
 def test_periods_survive_every_cast() -> None:
-    """Values that are not the exact ones, as Meta's files hold, are kept too, also within a larger module."""
+    """Rounded periods, as in Meta's files, are kept too, also inside a larger module."""
     model, _ = setup()
     stored = rope_periods(model.config.head_dim).bfloat16().float()
     model.rope_periods.copy_(stored)
@@ -73,7 +73,7 @@ def test_periods_survive_every_cast() -> None:
 
 
 def test_double() -> None:
-    """In float64 everything but the angles is float64."""
+    """In float64 everything but the RoPE angles is float64."""
     model, pixels = setup("dinov2_reg")
     expected = tokens(model(pixels))
     found = tokens(model.double()(pixels.double()))
@@ -83,7 +83,7 @@ def test_double() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_stream_beyond_the_range_of_float16(dtype: torch.dtype) -> None:
-    """Each block adds 120,000 to some channels: more than float16 can hold, and the features are still right."""
+    """Each block adds 120,000 to some channels, more than float16 can hold; the features stay right."""
     model, pixels = setup()
     with torch.no_grad():
         for block in model.blocks:
@@ -98,7 +98,7 @@ def test_stream_beyond_the_range_of_float16(dtype: torch.dtype) -> None:
 
 @FAMILIES
 def test_autocast_on_the_cpu(name: str) -> None:
-    """bfloat16 matrix work under autocast: a float32 stream, close to float32, and gradients in float32."""
+    """Autocast runs matrix products in bfloat16; the stream is float32, and gradients are float32."""
     model, pixels = setup(name)
     expected = tokens(model(pixels))
     with torch.autocast("cpu", torch.bfloat16):
@@ -117,7 +117,7 @@ def test_autocast_on_the_cpu(name: str) -> None:
 
 @FAMILIES
 def test_compile_in_one_graph(name: str) -> None:
-    """torch.compile sees no break, and gives the same tokens and gradients."""
+    """torch.compile finds no graph break, and gives the same tokens and gradients."""
     torch._dynamo.reset()  # else a second size is a dynamic one, and torch 2.13 cannot trace its antialiased backward
     model, pixels = setup(name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -143,7 +143,7 @@ def test_compile_with_inductor() -> None:
 @FAMILIES
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic_batch"])
 def test_export(name: str, dynamic: bool) -> None:
-    """torch.export gives a program that runs as the model does, for any number of pictures if asked."""
+    """torch.export gives a program with the same results, for any number of images if asked."""
     model, pixels = setup(name)
     shapes = ({0: torch.export.Dim("batch", min=1, max=64)},) if dynamic else None
     program = torch.export.export(model, (pixels,), dynamic_shapes=shapes)
@@ -157,7 +157,7 @@ def test_export(name: str, dynamic: bool) -> None:
 @FAMILIES
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict"])
 def test_copies(name: str, way: str) -> None:
-    """A copy gives the same bits and shares nothing with the original."""
+    """A copy gives the same bits and shares no memory with the original."""
     model, pixels = setup(name)
     expected = tokens(model(pixels))
     if way == "deepcopy":
@@ -180,7 +180,7 @@ def test_copies(name: str, way: str) -> None:
 
 
 class Pictures(Dataset[Tensor]):
-    """Importable by name, as a worker that is spawned needs it."""
+    """Defined at module level, so that a spawned worker can import it."""
 
     def __init__(self, transform: Preprocess) -> None:
         self.transform, self.arrays = transform, pictures()
@@ -194,7 +194,7 @@ class Pictures(Dataset[Tensor]):
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_preprocess_in_workers(start: str) -> None:
-    """In a process of its own: other tests leave threads of other libraries behind, beside which nobody should fork."""
+    """Runs in a separate process, because other tests leave threads behind, and forking beside threads is unsafe."""
     paths = os.pathsep.join(str(ROOT / at) for at in ("", "kernels", "tests/support", "tests/end_to_end"))
     script = f"import test_module; test_module.check_workers({start!r})"
     subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, check=True)
@@ -213,14 +213,14 @@ def check_workers(start: str) -> None:
 
 
 def test_threads() -> None:
-    """Eight threads at once get what each picture gives alone."""
+    """Eight threads at once get the result that each image gives alone."""
     model, _ = setup()
     arrays = pictures(32)
     expected = [model.extract_features(array, size=48, layers=1) for array in arrays]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda array: model.extract_features(array, size=48, layers=1), arrays))
     for a, b in zip(found, expected, strict=True):
-        # a thread may split sums otherwise: float32 rounding, where a picture mistaken for another is 100 times off
+        # a thread may split sums otherwise: float32 rounding, where an image mistaken for another is 100 times off
         assert relative(a.last_hidden_state, b.last_hidden_state) < 2e-6
         assert relative(a.layers[0].patch_tokens, b.layers[0].patch_tokens) < 2e-6
     assert relative(expected[0].cls_token, expected[1].cls_token) > 1e-3
@@ -232,7 +232,7 @@ def test_threads() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["dinov3", "dinov3_no_bias", "dinov2_reg"])
 def test_lora(name: str, dtype: torch.dtype) -> None:
-    """peft's adapters are injected, change nothing at first, take gradients alone, and then change the output."""
+    """peft's adapters change nothing at first; only they get gradients; then they change the output."""
     peft = pytest.importorskip("peft")
     model, pixels = setup(name)
     model.to(dtype)
@@ -258,7 +258,7 @@ def test_lora(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_training_step_reaches_every_parameter(name: str) -> None:
-    """All parameters get a gradient; the mask token needs masks, the norm of local crops needs local crops."""
+    """All parameters get a gradient; the mask token needs masks, and the norm for local crops needs local crops."""
     config = replace(SMALL[name], local_cls_norm=True, prefix_norm=name == "dinov3")
     model = randomise(Backbone(config)).train()
     pixels = torch.randn(2, 3, 2 * model.patch_size, 3 * model.patch_size)
@@ -282,7 +282,7 @@ def test_a_training_step_reaches_every_parameter(name: str) -> None:
 
 
 def test_import_is_cheap_and_lazy() -> None:
-    """After torch, the package takes at most 0.15 s to import, and brings none of the large libraries along."""
+    """After torch, importing the package takes at most 0.15 s and loads no large library."""
     heavy = ("triton", "transformers", "PIL", "huggingface_hub", "timm", "torchvision", "safetensors")
     script = (
         "import sys, time, torch\n"
@@ -299,7 +299,7 @@ def test_import_is_cheap_and_lazy() -> None:
 
 
 def test_public_names() -> None:
-    """Every name of __all__ is there, by attribute, by star import and in dir(); others are an AttributeError."""
+    """Every name of __all__ exists as attribute, in star imports and in dir(); others raise AttributeError."""
     space: dict[str, object] = {}
     exec("from dinov3_infer import *", space)
     for name in dinov3_infer.__all__:
@@ -315,7 +315,7 @@ def test_public_names() -> None:
 
 @pytest.mark.parametrize(("name", "positions"), [("dinov3", "RoPE"), ("dinov2_reg", "learned 5x5")])
 def test_repr(name: str, positions: str) -> None:
-    """The first lines of repr() say what it is."""
+    """The first line of repr() names the model."""
     model, _ = setup(name)
     head = repr(model)[:200]
     for fact in ("Backbone", "2 blocks of width 64", f"patch {model.patch_size}", "4 registers", positions):

@@ -1,4 +1,4 @@
-"""nano, the model in the wheel: small, whole, offline, what its card and its record say, and good for something."""
+"""nano, the model in the wheel: small, complete, offline, as its card and record state, and useful."""
 
 import importlib
 import io
@@ -140,7 +140,7 @@ def test_the_card_names_every_source(card: str, example: Callable[[str], Any]) -
 
 @embedded
 def test_twenty_neighbours_are_ten_points_better_than_pixels(record: dict) -> None:
-    """The lower end of one interval against the value of the other, on the same pictures."""
+    """The lower end of one interval is compared with the value of the other, on the same images."""
     found = record["cifar10"]
     assert found["nano"]["cosine"][0] >= found["pixels"]["cosine"][0] + 0.10
     assert found["nano"]["cosine"][1] > found["pixels"]["cosine"][2]
@@ -149,7 +149,7 @@ def test_twenty_neighbours_are_ten_points_better_than_pixels(record: dict) -> No
 
 
 def crops(path: Path) -> list[Image.Image]:
-    """The four corners of a picture, which overlap in its middle."""
+    """The four corners of an image, which overlap in its middle."""
     image = Image.open(path).convert("RGB")
     side = round(min(image.size) * 0.6)
     right, low = image.width - side, image.height - side
@@ -157,7 +157,7 @@ def crops(path: Path) -> list[Image.Image]:
 
 
 def margin(model: Backbone) -> float:
-    """By how much the corners of a photograph are more alike than those of two."""
+    """How much more similar corners of one photograph are than corners of two."""
     f = model.extract_features([crop for path in PHOTOGRAPHS for crop in crops(path)], size=128)
     number = torch.arange(len(PHOTOGRAPHS)).repeat_interleave(4)
     same, cosines = number[:, None] == number, f.similarity(f)
@@ -172,7 +172,7 @@ def test_parts_of_one_photograph_are_alike(nano: Backbone) -> None:
 
 
 @embedded
-def test_a_picture_is_known_again_mirrored_cut_and_darker(nano: Backbone) -> None:
+def test_an_image_is_known_again_mirrored_cut_and_darker(nano: Backbone) -> None:
     def other_view(picture: Image.Image) -> Image.Image:
         width, height = picture.size
         middle = picture.crop((width // 5, height // 5, width * 4 // 5, height * 4 // 5))
@@ -186,7 +186,7 @@ def test_a_picture_is_known_again_mirrored_cut_and_darker(nano: Backbone) -> Non
 
 
 def test_how_neighbours_vote(example: Callable[[str], Any]) -> None:
-    """Two classes apart by their angle; a fifth of the questions asks for the wrong one."""
+    """Two classes differ by their angle; a fifth of the queries have the wrong class."""
     draw = torch.Generator().manual_seed(0)
     ways = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat_interleave(50, 0)
     known, asked = (ways + 0.05 * torch.randn(100, 2, generator=draw) for _ in range(2))
@@ -198,7 +198,7 @@ def test_how_neighbours_vote(example: Callable[[str], Any]) -> None:
 
 
 def test_how_a_thing_is_pasted_and_found(example: Callable[[str], Any]) -> None:
-    """A red ring on plain blue, found by its colour, with the hole left out."""
+    """A red ring on plain blue is found by its colour, without its hole."""
     one_shot, ring = example("one_shot"), Image.new("RGBA", (150, 100))
     ImageDraw.Draw(ring).ellipse((5, 5, 145, 95), outline=(200, 30, 30, 255), width=30)
     file = io.BytesIO()

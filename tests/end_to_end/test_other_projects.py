@@ -26,7 +26,7 @@ close = 1e-5  # relative: float32, and transformers' q, k and v as three product
 
 
 class Pair:
-    """A random model of transformers, ours of the same weights, and a batch for both."""
+    """A random transformers model, our model with the same weights, and a batch for both."""
 
     def __init__(self, family: str) -> None:
         self.theirs: Any = hf_model(SMALL[family])
@@ -40,12 +40,12 @@ class Pair:
         return hf_layers(self.theirs, self.pixels)[1]
 
     def tokens(self, block: int = -1) -> Tensor:
-        """Those of one block after the final norm, [B, N, C]."""
+        """The tokens of one block after the final norm, [B, N, C]."""
         normed: Tensor = hf_norm(self.theirs)(self.layers()[block + 1 if block >= 0 else block])
         return normed
 
     def patches(self, block: int = -1) -> Tensor:
-        """[B, C, h, w]"""
+        """The patch tokens as a map, [B, C, h, w]."""
         return self.tokens(block)[:, self.prefix :].unflatten(1, self.grid).permute(0, 3, 1, 2)
 
 
@@ -214,7 +214,7 @@ def test_linear_probe(pair: Pair) -> None:
 
 
 class FlatIndex:
-    """The three calls of faiss.IndexFlatIP that everyone makes, with its demand on arrays."""
+    """The three common methods of faiss.IndexFlatIP, with the same requirements on arrays."""
 
     def __init__(self, width: int) -> None:
         self.rows = np.zeros((0, width), np.float32)
@@ -260,7 +260,7 @@ def test_transformers(pair: Pair) -> None:
 
 
 def test_the_count_is_right() -> None:
-    """What the README says is what is above."""
+    """The README states the number of patterns in this file."""
     assert len(served) == SERVED
 
 

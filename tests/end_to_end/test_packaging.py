@@ -1,4 +1,4 @@
-"""What is built and installed is the source tree, no more and no less."""
+"""The built and installed packages hold exactly the source tree."""
 
 import os
 import re
@@ -18,10 +18,11 @@ from packaging.utils import canonicalize_name
 from repository import ROOT
 
 import dinov3_infer
+import setup
 
 
 def lacking(name: str, least: int = 0) -> bool:
-    """By metadata: looking for the spec of pip would switch off setuptools' distutils, which inductor needs."""
+    """Uses metadata, because looking up pip's spec would switch off setuptools' distutils, which inductor needs."""
     try:
         return int(version(name).split(".")[0]) < least
     except PackageNotFoundError:
@@ -32,7 +33,10 @@ def lacking(name: str, least: int = 0) -> bool:
 DATA = {
     "dinov3_infer_kernels/cpu.c",
     "dinov3_infer/data/explore/page.html",
+    "dinov3_infer/data/labels/ade20k.txt",
     "dinov3_infer/data/labels/imagenet1k.txt",
+    "dinov3_infer/data/labels/voc2012.txt",
+    *(f"dinov3_infer/data/text/{name}" for name in ("LICENSE", "merges.txt.gz", "templates.txt")),
     *(f"{package}/py.typed" for package in ("dinov3_infer", "dinov3_infer_kernels")),
     *(f"dinov3_infer/data/samples/{name}" for name in ("cat.png", "coffee.png", "golden.safetensors", "rocket.png")),
 }
@@ -48,6 +52,7 @@ ROOT_FILES = {
     "hubconf.py",
     "pyproject.toml",
     "setup.cfg",
+    "setup.py",
 }
 NEEDED = [name for name, least in (("build", 1), ("pip", 23), ("setuptools", 77)) if lacking(name, least)]
 
@@ -55,7 +60,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(NEEDED), reason=f"missin
 
 
 def run(*command: str | Path, cwd: str | Path) -> str:
-    """Output of a command; its errors are shown where it fails."""
+    """Output of a command; if it fails, its errors are shown."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(
         [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
@@ -75,7 +80,7 @@ def source_tree() -> set[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The sdist, and the wheel that is built from it; from a copy, so that the checkout stays clean."""
+    """The sdist and the wheel built from it, made from a copy, so that the checkout stays clean."""
     copied, out = tmp_path_factory.mktemp("source") / "checkout", tmp_path_factory.mktemp("dist")
     leave = shutil.ignore_patterns(".*", "build", "dist", "out", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, copied, ignore=leave)
@@ -86,7 +91,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_wheel_holds_the_package_and_nothing_else(built: dict[str, Path]) -> None:
-    """The source tree with py.typed, the licence, two top-level names."""
+    """The wheel holds the source tree with py.typed, the licence, and two top-level names."""
     with zipfile.ZipFile(built["wheel"]) as wheel:
         names = {name for name in wheel.namelist() if not name.endswith("/")}
         info = f"dinov3_infer-{dinov3_infer.__version__}.dist-info"
@@ -99,14 +104,31 @@ def test_wheel_holds_the_package_and_nothing_else(built: dict[str, Path]) -> Non
         metadata = wheel.read(f"{info}/METADATA").decode()
     assert built["wheel"].name == f"dinov3_infer-{dinov3_infer.__version__}-py3-none-any.whl"
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
-    assert (ROOT / "README.md").read_text(encoding="utf-8").strip() in metadata
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert setup.long_description(readme, setup.address()).strip() in metadata
     assert not any(
         name in line for line in metadata.splitlines() if "Requires-Dist" in line for name in ("timm", "torchvision")
     )
 
 
+@pytest.mark.parametrize(
+    "given, without, beside",
+    [
+        ("![A cat](examples/cat.jpg)", "", "![A cat](https://example.org/me/it/raw/HEAD/examples/cat.jpg)"),
+        ("see [a guide](examples/guides/gpu.md).", "see a guide.",
+         "see [a guide](https://example.org/me/it/blob/HEAD/examples/guides/gpu.md)."),
+        ("[its page](https://example.org/x) and [below](#tests)",) * 3,
+    ],
+    ids=["an image", "a relative link", "whole addresses"],
+)  # fmt: skip
+def test_links_of_the_long_description(given: str, without: str, beside: str) -> None:
+    """Relative links become addresses below the project's, or go where it has none."""
+    assert setup.long_description(given, None) == without
+    assert setup.long_description(given, "https://example.org/me/it/") == beside
+
+
 def test_sdist_holds_what_a_build_needs(built: dict[str, Path]) -> None:
-    """The packages, the examples and what tools want at the root; no tests, since half of a suite cannot run."""
+    """The sdist holds the packages, the examples and the files that tools need at the root, and no tests."""
     with tarfile.open(built["sdist"]) as sdist:
         names = {name.partition("/")[2] for name in (m.name for m in sdist.getmembers() if m.isfile())}
     packages = {name.removeprefix("kernels/") for name in names if name.startswith(("dinov3_infer/", "kernels/"))}
@@ -117,7 +139,7 @@ def test_sdist_holds_what_a_build_needs(built: dict[str, Path]) -> None:
 
 
 class Environment:
-    """A virtual environment far from the checkout; torch and the rest are borrowed, its own packages come first."""
+    """A virtual environment outside the checkout that borrows torch; its own packages come first."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -137,7 +159,7 @@ class Environment:
         return run(self.python, "-c", script, cwd="/").strip()
 
     def command(self, *arguments: str | Path) -> str:
-        """The installed command."""
+        """Path of the installed command."""
         return run(next(self.scripts.glob("dinov3-infer*")), *arguments, cwd="/")
 
     def pip(self, *arguments: str | Path, offline: bool = True) -> None:
@@ -152,7 +174,7 @@ def environment(tmp_path: Path) -> Environment:
 
 
 def test_installed_wheel(built: dict[str, Path], environment: Environment, tmp_path: Path) -> None:
-    """Imports, version, a model that runs, and the command with what it reads from the package."""
+    """Covers imports, version, a model that runs, and commands that read data of the package."""
     environment.pip("install", built["wheel"])
     script = (
         "import dinov3_infer, importlib.metadata, torch\n"
@@ -174,7 +196,7 @@ def test_installed_wheel(built: dict[str, Path], environment: Environment, tmp_p
 
 
 def test_editable_install(built: dict[str, Path], environment: Environment, tmp_path: Path) -> None:
-    """Both packages come from the checkout, which itself stays off the path: `import kernels` finds nothing there."""
+    """Both packages come from the checkout, which is not on the path itself: `import kernels` finds nothing there."""
     with tarfile.open(built["sdist"]) as packed:
         packed.extractall(tmp_path, filter="data")
     checkout = next(tmp_path.glob("dinov3_infer-*"))
@@ -211,7 +233,7 @@ print(*model.extract_features(torch.zeros(3, 32, 32), size=32).embedding.shape)
 def test_beside_the_kernels_of_hugging_face(
     real: bool, built: dict[str, Path], environment: Environment, tmp_path: Path
 ) -> None:
-    """Whichever is installed first, both import; and when ours goes, theirs stays whole."""
+    """In either order of installation both import, and removing ours leaves theirs complete."""
     if real:
         environment.pip("install", "kernels", offline=False)
     else:

@@ -1,4 +1,4 @@
-"""Same numbers as transformers, for every family and loaded from what transformers itself wrote."""
+"""The same numbers as transformers, for every family, loaded from files that transformers wrote."""
 
 import copy
 import functools
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def as_hf(config: ViTConfig) -> ViTConfig:
-    """The same architecture as transformers has it: its epsilon for DINO, its rule for positions."""
+    """The same architecture in transformers, with its epsilon for DINO and its rule for positions."""
     if not config.layerscale:
         config = replace(config, norm_eps=1e-12)
     return replace(config, position_resize="antialias" if config.num_registers or not config.position_grid else "size")
@@ -89,7 +89,7 @@ GRID_CASES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("saved", "grid"), GRID_CASES, indirect=["saved"])
 def test_all_tokens_of_all_layers(saved: Saved, grid: tuple[int, int], dtype: torch.dtype) -> None:
-    """Class token, registers and patches are transformers', after the last block and after each one."""
+    """Class token, registers and patches equal transformers', after the last block and after each block."""
     ours, theirs = saved.pair(dtype)
     assert ours.config == saved.config
     pixels = pixels_of(saved.config, grid, batch=2 if grid == (10, 6) else 1).to(dtype)
@@ -118,7 +118,7 @@ def test_bfloat16_is_no_further_from_float64(saved: Saved, grid: tuple[int, int]
     "name", [n for n, c in ARCHITECTURES.items() if isinstance(c, ViTConfig) and not n.startswith("lingbot")]
 )
 def test_shapes_at_full_size(name: str) -> None:
-    """Every tensor of transformers' model has its place in ours, up to 7B: on the meta device."""
+    """Every tensor of transformers' model has its place in ours, up to 7B, on the meta device."""
     config = as_hf(ARCHITECTURES[name])
     with torch.device("meta"):
         expected = VisionTransformer(config).state_dict()
@@ -133,7 +133,7 @@ tiny = pytest.mark.parametrize("saved", TINY, indirect=True)
 @tiny
 @pytest.mark.parametrize("grid", [(5, 5), (3, 7), (11, 2)], ids="{0[0]}x{0[1]}".format)
 def test_stream_before_the_final_norm(saved: Saved, grid: tuple[int, int]) -> None:
-    """transformers' hidden_states are our stream: after the embedding, and after every block."""
+    """transformers' hidden_states equal our residual stream, after the embedding and after every block."""
     ours, theirs = saved.exact
     pixels = pixels_of(saved.config, grid, batch=2).double()
     _, raw = hf_layers(theirs, pixels)
@@ -149,7 +149,7 @@ def test_stream_before_the_final_norm(saved: Saved, grid: tuple[int, int]) -> No
 @pytest.mark.parametrize("norm", [False, True], ids=["raw", "normed"])
 @pytest.mark.parametrize(("n", "blocks"), [(1, [1]), (2, [0, 1]), ([0], [0]), ([1, 0], [0, 1]), ([-1], [1])], ids=str)
 def test_get_intermediate_layers(saved: Saved, n: int | list[int], blocks: list[int], norm: bool) -> None:
-    """Meta's method gives transformers' hidden states, shallow to deep, and with `norm` those after the final norm."""
+    """Meta's method returns transformers' hidden states, shallow to deep; with `norm` those after the final norm."""
     ours, theirs = saved.exact
     pixels = pixels_of(saved.config, (3, 7), batch=2).double()
     _, raw = hf_layers(theirs, pixels)
@@ -161,7 +161,7 @@ def test_get_intermediate_layers(saved: Saved, n: int | list[int], blocks: list[
 
 
 def pieces(model: Backbone) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model; where one holds several things, each of them, as a view."""
+    """Every tensor of the model; tensors that hold several weights are split into views."""
     for name, tensor in model.state_dict().items():  # buffers too
         if ".qkv." in name:
             parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
@@ -177,7 +177,7 @@ def pieces(model: Backbone) -> Iterator[tuple[str, Tensor]]:
 
 
 def differs(found: BackboneOutput, expected: Tensor) -> bool:
-    """Whether the comparison that every test here makes fails."""
+    """Whether the comparison that all tests here use fails."""
     try:
         assert_same_tokens(found, expected)
     except AssertionError:
@@ -186,7 +186,7 @@ def differs(found: BackboneOutput, expected: Tensor) -> bool:
 
 
 def unnoticed(model: Backbone, pixels: Tensor, expected: Tensor, masks: Tensor | None = None) -> set[str]:
-    """The pieces that can change by 1 % (by 1 where they are zero) without the comparison failing."""
+    """Pieces that can change by 1 % (by 1 if they are zero) without failing the comparison."""
     assert_same_tokens(model(pixels, masks=masks), expected)
     found = set()
     for name, piece in pieces(model):
@@ -200,7 +200,7 @@ def unnoticed(model: Backbone, pixels: Tensor, expected: Tensor, masks: Tensor |
 
 
 def inert(config: ViTConfig) -> dict[str, str]:
-    """What cannot matter as long as no patch is masked, and why."""
+    """Pieces that have no effect without masked patches, with the reason."""
     reasons = {}
     if config.mask_token:
         reasons["mask_token"] = "takes the place of masked patches only"
@@ -213,7 +213,7 @@ def inert(config: ViTConfig) -> dict[str, str]:
 
 @tiny
 def test_every_tensor_matters(saved: Saved) -> None:
-    """A change of 1 % in any tensor fails the comparison with transformers, but in those that cannot matter."""
+    """A change of 1 % in any tensor fails the comparison with transformers, except in tensors without effect."""
     ours, theirs = saved.exact
     pixels = pixels_of(saved.config, (3, 7), batch=2).double()
     expected, _ = hf_layers(theirs, pixels)
@@ -222,7 +222,7 @@ def test_every_tensor_matters(saved: Saved) -> None:
 
 @pytest.mark.parametrize("saved", [name for name, c in TINY.items() if c.mask_token], indirect=True)
 def test_masks(saved: Saved) -> None:
-    """Masked patches become the mask token as in transformers, and then the mask token matters too."""
+    """Masked patches become the mask token as in transformers, and then the mask token has an effect."""
     ours, theirs = saved.exact
     pixels = pixels_of(saved.config, (3, 7), batch=2).double()
     masks = torch.rand(2, 21, generator=torch.Generator().manual_seed(2)) < 0.4
@@ -232,6 +232,6 @@ def test_masks(saved: Saved) -> None:
 
 @pytest.mark.parametrize("saved", ["dino"], indirect=True)
 def test_no_mask_token(saved: Saved) -> None:
-    """DINO has no mask token, and masks are refused instead of ignored."""
+    """DINO has no mask token, so masks raise an error."""
     with pytest.raises(InputError, match="no mask token"):
         saved.exact[0](pixels_of(saved.config, (2, 3)).double(), masks=torch.ones(1, 6, dtype=torch.bool))

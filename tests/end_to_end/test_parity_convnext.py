@@ -1,4 +1,4 @@
-"""ConvNeXt at full width beside transformers and timm, each loaded from what is written here, and read back."""
+"""ConvNeXt at full width compared with transformers and timm, loaded from files in every layout."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ GRIDS = [(64, 96), (70, 100), (224, 224)]  # pixels
 def written(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Backbone, Path]]:
-    """A model of the zoo with no tensor at its initial value, and a folder with its files in every layout."""
+    """A model of the table with all tensors changed from their initial values, and its files in every layout."""
     folder = tmp_path_factory.mktemp(request.param)
     bb = Backbone.from_config(request.param)
     filled(bb, 5)
@@ -66,7 +66,7 @@ PEERS = [of_transformers, pytest.param(of_timm, marks=pytest.mark.peers)]
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_tokens_are_those_of(written: tuple[Backbone, Path], peer: Callable[[Path], nn.Module]) -> None:
-    """Class token, which is also what the peer pools, and patches, in both precisions, at odd sizes too."""
+    """Class token (the pooled output of the other library) and patches agree, in both precisions, at odd sizes too."""
     bb, folder = written
     for dtype, limit in LIMITS.items():
         ours, theirs = Backbone.from_pretrained(folder / "meta.pth", dtype=dtype, device="cpu"), peer(folder).to(dtype)
@@ -79,7 +79,7 @@ def test_tokens_are_those_of(written: tuple[Backbone, Path], peer: Callable[[Pat
 
 
 def test_stages_are_those_of_transformers(written: tuple[Backbone, Path]) -> None:
-    """Its hidden states after the image: the raw maps."""
+    """The raw maps of the stages equal transformers' hidden states."""
     bb, folder = written
     pixels = torch.randn(1, 3, 70, 100, dtype=torch.float64)
     states = of_transformers(folder).double()(pixels, output_hidden_states=True).hidden_states
@@ -92,7 +92,7 @@ def test_stages_are_those_of_transformers(written: tuple[Backbone, Path]) -> Non
 
 @pytest.mark.parametrize("layout", ["hf", "timm", "meta.pth"])
 def test_every_layout_comes_back_bit_for_bit(written: tuple[Backbone, Path], layout: str) -> None:
-    """With the same fingerprint, whatever file it was."""
+    """The fingerprint is the same for every file."""
     bb, folder = written
     back = Backbone.from_pretrained(folder / layout, device="cpu")
     assert back.config == bb.config and back.preprocess == bb.preprocess
@@ -116,7 +116,7 @@ def live_transformers() -> nn.Module:
 
 
 def test_a_file_and_a_module_of_transformers(tmp_path: Path) -> None:
-    """What transformers writes, and the names that it has in memory, with and without a config."""
+    """Covers transformers' files and its names in memory, with and without a config."""
     model, pixels = live_transformers(), torch.randn(2, 3, 64, 96)
     model.save_pretrained(tmp_path / "hub")
     torch.save(model.state_dict(), tmp_path / "live.pth")
@@ -143,7 +143,7 @@ def test_a_module_of_timm() -> None:
 
 @pytest.mark.parametrize("layout", ["meta.pth", "meta.safetensors"])
 def test_metas_file_has_the_final_norm_twice(tmp_path: Path, layout: str) -> None:
-    """As Meta's strict load needs; files of EUPE have more, which is left out."""
+    """Meta's strict load needs both; extra keys of EUPE files are left out."""
     bb = Backbone(SMALL)
     path = bb.save_pretrained(tmp_path / layout, "meta")
     state = load_file(path) if layout.endswith("safetensors") else torch.load(path, weights_only=True)
@@ -161,14 +161,14 @@ DAMAGES = [
     (lambda s, n: s.pop(n), "1 missing: "),
     (lambda s, n: s.update({n: s[n][..., :-1]}), "of another shape|has shape|is of shape|does not fit"),
     (lambda s, n: s.update({f"{n}2": s[n]}), "1 left over: "),
-    (lambda s, n: s.update({"stages.0.0.grn.gamma": s[n]}), "second version"),
+    (lambda s, n: s.update({"stages.0.0.grn.gamma": s[n]}), "ConvNeXt V2"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES, ids=range(len(DAMAGES)))
 @pytest.mark.parametrize("name", ["stages.2.1.pwconv1.weight", "norm.weight", "downsample_layers.1.0.bias"])
 def test_a_damaged_file_is_refused(tmp_path: Path, name: str, damage: Any, words: str) -> None:
-    """Strict both ways."""
+    """Missing and extra keys both raise an error."""
     state = dict(Backbone(SMALL).state_dict())
     damage(state, name)
     torch.save(state, tmp_path / "a.pth")
@@ -185,7 +185,7 @@ def test_a_file_of_another_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_rows_of_the_zoo() -> None:
-    """Parameters as counted in all three libraries, and every id leads to its row."""
+    """All three libraries count the same parameters, and every id leads to its row."""
     counts = {"tiny": 27_820_128, "small": 49_454_688, "base": 87_566_464, "large": 196_230_336}
     for size, count in counts.items():
         with torch.device("meta"):

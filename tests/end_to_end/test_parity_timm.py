@@ -1,4 +1,4 @@
-"""Same numbers as timm, for every family and loaded from what timm itself wrote."""
+"""The same numbers as timm, for every family, loaded from files that timm wrote."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("no_grad")]
 
 @dataclass(frozen=True)
 class Case:
-    """A model of timm, the row of ours that has its architecture, and what timm's files leave out of it."""
+    """A timm model, our row with its architecture, and the tensors that timm's files leave out."""
 
     timm: str
     row: str
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def options(self) -> dict[str, int]:
-        """Of `timm.create_model`."""
+        """Arguments of `timm.create_model`."""
         return {"depth": self.depth} | ({"embed_dim": self.width} if self.width else {})
 
 
@@ -112,7 +112,7 @@ GRID_CASES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("saved", "grid"), GRID_CASES, indirect=["saved"])
 def test_all_tokens_of_all_layers(saved: Saved, grid: tuple[int, int], dtype: torch.dtype) -> None:
-    """Class token, registers and patches are timm's, after the last block and after each one."""
+    """Class token, registers and patches equal timm's, after the last block and after each block."""
     config = saved.config
     ours, theirs = saved.pair(dtype)
     assert ours.config == config
@@ -135,7 +135,7 @@ def test_bfloat16_is_no_further_from_float64(saved: Saved) -> None:
 
 
 def assert_same_tree(ours: Any, theirs: Any) -> None:
-    """The same nest of lists and tuples, with the same tensors in it."""
+    """Checks that two nests of lists and tuples hold the same tensors."""
     if isinstance(theirs, Tensor):
         channels = 1 if theirs.ndim == 4 else -1  # NCHW, or tokens
         assert ours.shape == theirs.shape
@@ -149,7 +149,7 @@ def assert_same_tree(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("saved", TINY, indirect=True)
 @pytest.mark.parametrize("indices", [None, 1, 3, [3, 1], [-1, 0], (-3,), range(4)], ids=str)
 def test_forward_intermediates(saved: Saved, indices: Any) -> None:
-    """timm's method gives timm's output for every combination of its arguments."""
+    """The method returns timm's output for every combination of its arguments."""
     ours, theirs = saved.pair(torch.float64)
     pixels = pixels_of(saved.config, (3, 5), batch=2).double()
     for prefix, norm, early, form, only in itertools.product(*[[False, True]] * 3, ("NCHW", "NLC"), [False, True]):
@@ -165,7 +165,7 @@ def test_forward_intermediates(saved: Saved, indices: Any) -> None:
     "row", [name for name, row in MODELS.items() if row.timm_id and isinstance(row.config, ViTConfig)]
 )
 def test_shapes_at_full_size(row: str) -> None:
-    """Every tensor of timm's model has its place in ours, up to 7B: on the meta device."""
+    """Every tensor of timm's model has its place in ours, up to 7B, on the meta device."""
     import timm
 
     case = _case(row, MODELS[row].config.depth, "" if "7b" in row else "_qkvb")

@@ -22,7 +22,7 @@ def bb() -> Backbone:
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Twelve pictures of unequal sizes: dark ones, bright ones, in turns."""
+    """Twelve images of different sizes, dark and bright in turn."""
     folder = tmp_path_factory.mktemp("album")
     for i in range(12):
         shades = photo(40 + i, 60 - i, seed=i) // 4 + (160 if i % 2 else 0)
@@ -31,7 +31,7 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 class Album(Dataset[torch.Tensor]):
-    """As one writes it."""
+    """A Dataset as users write it."""
 
     def __init__(self, paths: list[str], transform: Preprocess) -> None:
         self.paths, self.transform = paths, transform
@@ -45,7 +45,7 @@ class Album(Dataset[torch.Tensor]):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_dataset_in_a_loader(num_workers: int, bb: Backbone, album: list[str]) -> None:
-    """What workers hand over is what `extract_features` sees."""
+    """Workers return the pixels that `extract_features` computes itself."""
     transform = bb.preprocess.with_options(size=64)
     batches = list(DataLoader(Album(album, transform), batch_size=5, num_workers=num_workers))
     assert [len(batch) for batch in batches] == [5, 5, 2]
@@ -67,7 +67,7 @@ def rows(album: list[str]) -> Any:
 @pytest.mark.peers
 @pytest.mark.parametrize("workers", [None, 2])
 def test_datasets_map(workers: int | None, bb: Backbone, album: list[str], rows: Any) -> None:
-    """A column of pixels, also by several processes, and one of vectors."""
+    """Covers a column of pixels, with several processes, and a column of vectors."""
     transform = bb.preprocess.with_options(size=32)
     mapped = rows.map(lambda row: {"pixels": transform(row["image"])}, num_proc=workers).with_format("torch")
     assert torch.equal(mapped["pixels"][:], transform.batch(album).pixels)
@@ -77,7 +77,7 @@ def test_datasets_map(workers: int | None, bb: Backbone, album: list[str], rows:
 
 @pytest.mark.peers
 def test_datasets_with_transform_and_columns(bb: Backbone, album: list[str], rows: Any) -> None:
-    """On the fly, and a column handed over whole."""
+    """Covers a transform on access, and a whole column as input."""
     transform = bb.preprocess.with_options(size=32)
     live = rows.with_transform(lambda batch: {"pixels": [transform(image) for image in batch["image"]]})
     assert torch.equal(live[3]["pixels"], transform(album[3]))
@@ -87,7 +87,7 @@ def test_datasets_with_transform_and_columns(bb: Backbone, album: list[str], row
 
 @pytest.mark.peers
 def test_a_pipeline_of_scikit_learn(bb: Backbone, album: list[str], tmp_path: Path) -> None:
-    """Paths in, classes out, through `FunctionTransformer`; cross-validated, which clones the pipeline."""
+    """Paths go in and classes come out, through `FunctionTransformer`; cross-validation clones the pipeline."""
     pytest.importorskip("sklearn", reason="needs pip install scikit-learn")
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_score

@@ -1,4 +1,4 @@
-"""More than one process: torchrun, and a real Ray cluster on this machine, against one process alone."""
+"""Several processes, by torchrun and by a real Ray cluster on this machine, compared with one process."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = dict(size=32, on_error="skip", shard_size=3)
 
 @pytest.fixture
 def album(tmp_path: Path) -> Path:
-    """Ten pictures of many sizes, one of them broken."""
+    """Ten images of many sizes, one of them broken."""
     return write_pictures(tmp_path / "album", *(f"{i}.png" for i in range(9)), "broken.png")
 
 
@@ -39,15 +39,15 @@ def contents(path: Path) -> dict[str, tuple[bytes, bool]]:
 @pytest.mark.parametrize(
     "actors, num_cpus, num_gpus, total, said",
     [
-        (2, 1, 0, {"CPU": 2.0}, "2 actors of 1 CPUs take 2 of the cluster's 2"), (1, 1, 0, {"CPU": 1.0}, "num_cpus=0"),
-        (2, 0.25, 1, {"CPU": 8.0, "GPU": 1.0}, "2 actors of 1 GPUs need 2, and the cluster has 1"),
+        (2, 1, 0, {"CPU": 2.0}, "each take 2 of the cluster's 2 CPUs"), (1, 1, 0, {"CPU": 1.0}, "num_cpus=0"),
+        (2, 0.25, 1, {"CPU": 8.0, "GPU": 1.0}, "2 actors with 1 GPUs each need 2 GPUs, and the cluster has 1"),
         (2, 0.5, 0, {"CPU": 2.0}, None), (8, 0.5, 1, {"CPU": 5.0, "GPU": 8.0}, None),
     ],
 )  # fmt: skip
 def test_actors_leave_room_for_reading_and_writing(
     actors: int, num_cpus: float, num_gpus: float, total: dict[str, float], said: str | None
 ) -> None:
-    """Said before it starts: Ray itself would wait for ever without a word."""
+    """The error comes before the start; Ray itself would wait without a message."""
     if said is None:
         check_cluster(actors, num_cpus, num_gpus, total)
     else:
@@ -55,7 +55,7 @@ def test_actors_leave_room_for_reading_and_writing(
 
 
 def test_an_embedder_takes_what_ray_gives(album: Path) -> None:
-    """Bytes, arrays or paths; the picture goes, other columns stay, and what is broken is a row with an error."""
+    """Takes bytes, arrays or paths; removes the images, keeps other columns, and gives an error for a broken image."""
     pytest.importorskip("pyarrow")
     embedder = Embedder(small_model(), device="cpu", size=32)
     paths = sorted(str(path) for path in album.iterdir())
@@ -67,11 +67,11 @@ def test_an_embedder_takes_what_ray_gives(album: Path) -> None:
         found = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(10, -1)
         np.testing.assert_array_equal(found, expected)
         assert [bool(e) for e in table.column("error").to_pylist()] == [False] * 9 + [True]
-    assert "this one has label" in complaint(InputError, lambda: embedder({"label": np.arange(3)}))
+    assert "got label" in complaint(InputError, lambda: embedder({"label": np.arange(3)}))
 
 
 def test_an_actor_hashes_weights_and_names_once(album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many shards it writes; they are those of one process, which can go on with the folder."""
+    """One hash serves many shards; the shards equal those of one process, which can continue the folder."""
     hashed: list[str] = []
     for name in ("fingerprint", "digest"):
         whole = getattr(recipe, name)
@@ -89,7 +89,7 @@ def test_an_actor_hashes_weights_and_names_once(album: Path, tmp_path: Path, mon
 
 @pytest.mark.slow
 def test_torchrun(album: Path, tmp_path: Path) -> None:
-    """Two processes, one killed before: what is missing is added, and the bytes are those of one process."""
+    """One of two processes was killed; a rerun adds the missing shards, and the bytes are those of one process."""
     command = ["embed", album, "-o", f"{tmp_path}/x/", "-m", small_model(), "--device", "cpu", "--size", "32"]
     command += ["--shard-size", "3"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
@@ -125,7 +125,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.slow
 def test_ray(cluster: Any, album: Path, tmp_path: Path) -> None:
-    """Two actors: the folder is that of one process; a rerun adds what is missing and refuses what does not match."""
+    """Two actors write the folder of one process; a rerun adds missing shards and refuses other settings."""
     Backbone.from_pretrained(small_model(), device="cpu").embed(album, f"{tmp_path}/alone/", **OPTIONS)
     given: dict[str, Any] = dict(actors=2, shard_size=3, size=32, device="cpu")
     assert embed_dataset(album, tmp_path / "x", small_model(), **given) == 4
@@ -138,7 +138,7 @@ def test_ray(cluster: Any, album: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="was made with pooling"):
         embed_dataset(album, tmp_path / "x", small_model(), **given | {"pooling": "mean"})
     text = complaint(InputError, lambda: embed_dataset(album, tmp_path / "y", small_model(), actors=3, num_cpus=1))
-    assert "need one of their own" in text
+    assert "must stay free" in text
     rows = cluster.data.read_binary_files(str(album), include_paths=True, file_extensions=["png"]).map_batches(
         Embedder, fn_constructor_kwargs=dict(model=str(small_model()), device="cpu", size=32), batch_size=4,
         num_cpus=0.5, compute=cluster.data.ActorPoolStrategy(size=1),

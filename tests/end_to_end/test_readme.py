@@ -1,49 +1,92 @@
-"""The tables of the README are those of the zoo and of the records.
+"""The figures of README and guides are those of the records, and their links lead somewhere.
 
-python tests/end_to_end/test_readme.py     # writes the table of models anew
+python tests/benchmarks/figures.py     # writes the figures
 """
 
 import re
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
-import torch
-from repository import ROOT
-from test_other_projects import PATTERNS, SERVED
+import pytest
+from repository import BENCHMARKS, ROOT
 
 from benchmarks import cpu
-from dinov3_infer import Backbone, ConvNeXtConfig
-from dinov3_infer.zoo import MODELS
 
-README = ROOT / "README.md"
-BETWEEN = re.compile(r"(?<=<!-- models -->\n).*(?=<!-- /models -->)", re.DOTALL)
-
-
-def model_table() -> str:
-    lines = [
-        "| name | width | blocks | patch | registers | parameters | weights | licence |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for info in MODELS.values():
-        c = info.config
-        with torch.device("meta"):
-            model = Backbone(c)
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        blocks = "+".join(map(str, c.depths)) if isinstance(c, ConvNeXtConfig) else str(c.depth)
-        home = f"`{info.hub_id or info.timm_id}`" if info.hub_id or info.timm_id else "in this package"
-        lines.append(
-            f"| `{info.name}` | {model.embed_dim} | {blocks} | {model.patch_size} | {model.num_register_tokens} "
-            f"| {millions:,.1f} M | {home} | {info.licence} |"
-        )
-    return "\n".join(lines) + "\n"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").rglob("*.md")), *sorted((ROOT / ".github").glob("*.md"))]
+GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
+FENCE = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
+# A number that was measured: with a unit of time or memory, a multiple, a share, or an interval.
+MEASURED = re.compile(
+    r"\d[\d.,]* (?:times as|times the|ms\b|s\b|seconds|minutes|hours|[MG]i?B\b|%|± \d)"
+    r"|\b\d\.\d+ (?:to|of|±) |\b0\.\d{3}\b"
+)
+# What looks like one and is a setting, a size or a limit of the code.
+SETTINGS = ("95 %", "1 GiB")
+PUBLISHED = {"heads.md", "convnext.md", "text.md"}  # their figures are those of the owners, and they say so
 
 
-def test_the_table_of_models_is_that_of_the_zoo() -> None:
-    found = BETWEEN.search(README.read_text(encoding="utf-8"))
-    assert found is not None and found[0] == model_table(), "run python tests/end_to_end/test_readme.py"
+@pytest.fixture(scope="module")
+def figures() -> Iterator[Any]:
+    before = list(sys.path)
+    sys.path.insert(0, str(BENCHMARKS))
+    yield import_module("figures")
+    sys.path[:] = before
 
 
-def test_the_table_of_the_contest_is_that_of_its_record() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert cpu.filled(text, cpu.recorded()) == text, "run python tests/benchmarks/cpu.py --render"
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_figures_of_a_page_are_those_of_the_records(figures: Any, page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert figures.filled(text) == text, "run python tests/benchmarks/figures.py"
+    marks = re.findall(r"<!-- ([\w-]+) -->", text)
+    assert marks == [found["name"] for found in figures.MARK.finditer(text)], "a mark without its end"
+    assert not re.search(r"^<!--.*-->.", text, re.MULTILINE), "a line that begins with a mark is no Markdown"
+
+
+def test_every_figure_is_on_a_page(figures: Any) -> None:
+    shown = {found["name"] for page in figures.PAGES for found in figures.MARK.finditer(page.read_text("utf-8"))}
+    assert shown == set(figures.FIGURES)
+
+
+def test_a_changed_record_is_noticed(figures: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "examples" / "guides" / "embedding.md").read_text(encoding="utf-8")
+    read = figures.record
+    monkeypatch.setattr(figures, "record", lambda name: read(name) | ({"kills": 21} if name == "embed_kill" else {}))
+    assert "killed 21 times<!-- /embed-kill -->" in figures.filled(text) != text
+    with pytest.raises(KeyError, match="nonsense"):
+        figures.filled("<!-- nonsense -->1<!-- /nonsense -->")
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *(p for p in GUIDES if p.name not in PUBLISHED)], ids=name)
+def test_no_measured_figure_is_typed_by_hand(figures: Any, page: Path) -> None:
+    """Outside of code, marks and tables of marks."""
+    text = FENCE.sub("", figures.MARK.sub("", page.read_text(encoding="utf-8")))
+    for setting in SETTINGS:
+        text = text.replace(setting, "")
+    assert MEASURED.findall(text) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Files that exist, and headings that exist in them, as GitHub makes anchors of them."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists() and target.is_relative_to(ROOT), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", FENCE.sub("", target.read_text(encoding="utf-8")), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, link
+
+
+def test_the_table_of_the_contest() -> None:
     cells = [
         {"cell": {"model": cpu.MODELS[letter], "pixels": pixels, "batch": 1},
          "results": {"int8, openvino": {"ratio": ratio, "spread": 0.025}}}
@@ -56,18 +99,3 @@ def test_the_table_of_the_contest_is_that_of_its_record() -> None:
         "| S | 512 | 1 | 1.25 ± 0.03 |",
         "| B | 224 | 1 | 1.00 ± 0.03 |",
     ]
-
-
-def test_the_count_of_patterns_is_that_of_the_tests() -> None:
-    assert f"<!-- dropin -->{SERVED} of {PATTERNS}<!-- /dropin -->" in README.read_text(encoding="utf-8")
-
-
-def test_the_python_blocks_of_the_readme_are_valid_python() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        compile(block, "README.md", "exec")
-
-
-if __name__ == "__main__":
-    README.write_text(BETWEEN.sub(lambda _: model_table(), README.read_text(encoding="utf-8")), encoding="utf-8")

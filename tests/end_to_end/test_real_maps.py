@@ -29,14 +29,14 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def ellipse(size: tuple[int, int], left: int, top: int, right: int, bottom: int) -> np.ndarray:
-    """[H, W] bool, drawn by hand around a thing of a photograph of this (width, height)."""
+    """[H, W] bool, an ellipse drawn by hand around an object in a photograph of this (width, height)."""
     y, x = np.mgrid[: size[1], : size[0]]
     inside = ((x - (left + right) / 2) / (right - left)) ** 2 + ((y - (top + bottom) / 2) / (bottom - top)) ** 2
     return inside <= 0.25
 
 
 def test_one_eye_of_the_cat_finds_the_other(bb, photographs) -> None:
-    """The pixel most like the left eye, away from it, lies on the right one."""
+    """Away from the left eye, the pixel most similar to it lies on the right eye."""
     cat = photographs["chelsea"]
     features = bb.extract_features(cat, size=768, fit="native")
     found = at_pixels(similarity_map(features, region_vector(features, point=(178, 115))), None, (300, 451))[0].numpy()
@@ -48,7 +48,7 @@ def test_one_eye_of_the_cat_finds_the_other(bb, photographs) -> None:
 
 @pytest.mark.parametrize("name, box", [("coffee", (80, 20, 490, 395)), ("astronaut", (150, 15, 315, 205))])
 def test_the_class_token_looks_at_the_thing(name, box, bb, photographs) -> None:
-    """Its attention per area is at least 1.5 times as dense on cup and saucer, on face and hair, as around them."""
+    """Attention per area is at least 1.5 times as high on cup and saucer, and on face and hair, as around."""
     picture = photographs[name]
     maps = at_pixels(bb.attention_maps(picture)[0].mean(dim=0)[None], None, picture.size[::-1])[0].numpy()
     thing = ellipse(picture.size, *box)
@@ -58,7 +58,7 @@ def test_the_class_token_looks_at_the_thing(name, box, bb, photographs) -> None:
 
 
 def test_the_first_component_is_the_thing(bb, photographs) -> None:
-    """Cup and saucer against the table: an intersection over union above 0.7 with an ellipse drawn by hand."""
+    """Cup and saucer are found with an intersection over union above 0.7 with a hand-drawn ellipse."""
     picture = photographs["coffee"]
     (mask,) = foreground(bb.extract_features(picture, size=768, fit="native"))
     found = at_pixels(torch.from_numpy(mask)[None].float(), None, picture.size[::-1])[0].numpy() > 0.5

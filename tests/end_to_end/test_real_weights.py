@@ -1,4 +1,4 @@
-"""Real DINOv2 weights and real photographs, against transformers and against an independent resize of the positions."""
+"""Real DINOv2 weights and real photographs, compared with transformers and with a separate resize of the positions."""
 
 import math
 from collections.abc import Iterator
@@ -49,14 +49,14 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def pixels_of(picture: Image.Image, side: int) -> Tensor:
-    """[1, 3, side, side], normalised by hand."""
+    """The photograph, [1, 3, side, side], normalised without the package."""
     array = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float64) / 255
     return torch.from_numpy(((array - MEAN) / STD).transpose(2, 0, 1)[None]).float()
 
 
 @torch.no_grad()
 def compare(ours: nn.Module, theirs: nn.Module, pixels: Tensor, record: pytest.FixtureRequest) -> tuple[float, float]:
-    """Relative L2 of all tokens and of the worst one; these and the largest absolute difference are printed."""
+    """Relative L2 distance of all tokens and of the worst token; prints both and the largest difference."""
     a, b = tokens(ours(pixels)), hf_tokens(theirs, pixels)
     assert a.shape == b.shape
     whole, worst, largest = relative(a, b), worst_token(a, b), float((a - b).abs().max())
@@ -70,25 +70,25 @@ SAME = 1e-5
 
 @pytest.mark.parametrize("side", [224, 518])
 def test_a_hub_directory_gives_what_transformers_gives(side, hub, theirs, photographs, request) -> None:
-    """Every token of a real photograph, on the native grid and with resized positions."""
+    """Compares every token of a real photograph, on the native grid and with resized positions."""
     whole, worst = compare(hub, theirs, pixels_of(photographs["chelsea"], side), request)
     assert whole < SAME and worst < SAME
 
 
 def test_a_meta_file_gives_the_same_at_the_native_size(meta, theirs, photographs, request) -> None:
-    """At 518 pixels no position is resized, so the layouts may not differ."""
+    """At 518 pixels no position is resized, so the layouts must agree."""
     whole, worst = compare(meta, theirs, pixels_of(photographs["chelsea"], 518), request)
     assert whole < SAME and worst < SAME
 
 
 def test_a_meta_file_follows_metas_rule_elsewhere(meta, theirs, photographs, request) -> None:
-    """At 224 pixels Meta's positions differ from transformers' by about one per cent: not the same, not nonsense."""
+    """At 224 pixels Meta's positions differ from transformers' by about one per cent."""
     whole, _ = compare(meta, theirs, pixels_of(photographs["chelsea"], 224), request)
     assert 1e-3 < whole < 5e-2
 
 
 def cubic_weights(side: int, count: int, factor: float) -> np.ndarray:
-    """[count, side]: weight of each of `side` samples in each output; cubic convolution, a = -0.75, edges repeated."""
+    """[count, side]: weight of each of `side` samples in each output; cubic convolution, a = -0.75, repeated edges."""
     a = -0.75
     weights = np.zeros((count, side))
     for i in range(count):
@@ -104,7 +104,7 @@ def cubic_weights(side: int, count: int, factor: float) -> np.ndarray:
 @pytest.mark.parametrize("grid", [(16, 16), (32, 48), (7, 50)], ids=lambda g: f"{g[0]}x{g[1]}")
 @pytest.mark.parametrize(("rule", "offset"), [("offset", 0.1), ("size", 0.0)])
 def test_positions_are_resized_as_the_formula_says(rule, offset, grid, meta) -> None:
-    """Bicubic sampling of the real position table written out in float64, for Meta's rule and for transformers'."""
+    """Compares with bicubic sampling of the position table in float64, by Meta's rule and by transformers'."""
     table = meta.pos_embed.detach()[:, 1:]
     rows, columns = (cubic_weights(37, n, (n + offset) / 37) for n in grid)
     expected = np.einsum("ir,jc,rcd->ijd", rows, columns, table[0].double().numpy().reshape(37, 37, -1))
@@ -114,7 +114,7 @@ def test_positions_are_resized_as_the_formula_says(rule, offset, grid, meta) -> 
 
 
 def test_a_meta_file_has_metas_position_rule(meta, hub) -> None:
-    """Which rule a model follows comes with the layout of its file."""
+    """The layout of the file decides which rule a model follows."""
     assert (meta.config.position_resize, hub.config.position_resize) == ("offset", "size")
 
 
@@ -139,7 +139,7 @@ def jpeg(photographs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def test_from_file_to_features_as_transformers(hub, theirs, jpeg) -> None:
-    """A JPEG through facebook/dinov2-small's published processor and model, and through ours: the same in one call."""
+    """One call on a JPEG equals facebook/dinov2-small's published processor and model."""
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
     processor = BitImageProcessorPil(
@@ -156,7 +156,7 @@ def test_from_file_to_features_as_transformers(hub, theirs, jpeg) -> None:
 @pytest.mark.parametrize("fit", ["crop", "squash"])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_crops_of_one_photograph_are_nearer_than_photographs(pooling, fit, hub, photographs) -> None:
-    """Two crops of the same photograph are always more alike than any two of different photographs."""
+    """Two crops of one photograph are always more similar than any two of different photographs."""
     crops = []
     for picture in photographs.values():
         (width, height), (x, y) = picture.size, (picture.width // 10, picture.height // 10)
@@ -170,7 +170,7 @@ def test_crops_of_one_photograph_are_nearer_than_photographs(pooling, fit, hub, 
 
 
 def test_a_point_is_found_again_in_a_crop(hub, photographs) -> None:
-    """The patch of a point is nearest to that of the same point in a crop: features lie where `to_patch` says."""
+    """The patch of a point is nearest to the patch of the same point in a crop: `to_patch` is right."""
     distances = []
     for picture in photographs.values():
         x0, y0 = picture.width // 6, picture.height // 8
@@ -184,14 +184,14 @@ def test_a_point_is_found_again_in_a_crop(hub, photographs) -> None:
                 distances.append(math.dist(divmod(nearest, part.grid[1]), part.to_patch(x - x0, y - y0)))
     median = float(np.median(distances))
     print(f"median distance {median:.2f} patches over {len(distances)} points")
-    assert median < 3  # a patch chosen blindly is some 14 away; wide areas of one texture keep it from being 0
+    assert median < 3  # a random patch is about 14 away; large areas of one texture keep it above 0
 
 
 @pytest.mark.parametrize("mode", ["fast", "int8"])
 def test_fewer_bits_keep_their_promise(
     files: tuple[Path, Path], photographs: dict[str, Image.Image], mode: str
 ) -> None:
-    """On photographs that no range was found with, each alone, from the default size to twice that."""
+    """Tests photographs that calibration does not use, each alone, from the default size to twice that."""
     quick = Backbone.from_pretrained(files[0], device="cpu", mode=mode)  # type: ignore[arg-type]
     quick.extract_features(photographs["chelsea"], size=224)
     if f"mode {mode}" not in quick.extractor.arithmetic:

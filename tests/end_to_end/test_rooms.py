@@ -1,4 +1,4 @@
-"""Imports run one way, between rooms and inside each.  Read from the source alone: nothing is imported here."""
+"""Imports run one way, between rooms and inside each room.  The tests read the source and import nothing."""
 
 import ast
 import re
@@ -47,12 +47,12 @@ def named(path: Path) -> str:
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
-    """(dots, dotted name) of every import statement, those inside functions too."""
+    """(dots, dotted name) of every import statement, including those inside functions."""
     return [found for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for found in imported(node)]
 
 
 def imported(node: ast.AST) -> list[tuple[int, str]]:
-    """(dots, dotted name) of what a statement imports; of others nothing."""
+    """(dots, dotted name) of an import statement; nothing for other statements."""
     if isinstance(node, ast.Import):
         return [(0, alias.name) for alias in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -61,14 +61,14 @@ def imported(node: ast.AST) -> list[tuple[int, str]]:
 
 
 def modules(path: Path) -> set[str]:
-    """Dotted names, from the package on, of our own modules that a file imports."""
+    """Dotted names of the modules of this package that a file imports."""
     own = path.relative_to(PACKAGE).parts[:-1]
     return {".".join((*own[: len(own) + 1 - dots], name)) for dots, name in imports(path) if dots}
 
 
 @pytest.mark.parametrize("path", sources(), ids=named)
 def test_rooms_import_from_above_only(path: Path) -> None:
-    """Every room has its place in the table, and imports only what stands before it."""
+    """Every room is in the table and imports only rooms before it."""
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if room == "__init__":
         return
@@ -79,12 +79,12 @@ def test_rooms_import_from_above_only(path: Path) -> None:
 
 
 def test_the_table_has_no_dead_names() -> None:
-    """A name in the table is a room."""
+    """Every name in the table is a room."""
     assert set(LEVEL) <= {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in sources()}
 
 
 def test_there_is_no_circle() -> None:
-    """Inside a room too, those imports that wait until a function is called among them."""
+    """Covers imports inside a room, including those inside functions."""
     paths = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sources()}
     needs = {
         name: {other for other in modules(path) if other in paths}
@@ -98,7 +98,7 @@ def test_there_is_no_circle() -> None:
 
 
 def test_a_name_stands_in_one_room_only() -> None:
-    """Except for that of a command, whose module in `cli` calls another one of the same name."""
+    """A command is the exception: its module in `cli` has the name of the module that it calls."""
     found: dict[str, str] = {}
     for path in sources():
         if path.stem.startswith("__") or path.relative_to(PACKAGE).parts[0] == "cli":
@@ -111,14 +111,14 @@ def test_a_name_stands_in_one_room_only() -> None:
 
 @pytest.mark.parametrize("path", sources(), ids=named)
 def test_files_fit_on_a_few_screens(path: Path) -> None:
-    """350 lines, but for a file that says in its first lines why it has more."""
+    """A file has at most 350 lines, unless its first lines say why it has more."""
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 350 or any("350 lines" in line for line in lines[:20]), len(lines)
 
 
 @pytest.mark.parametrize("path", sources(), ids=named)
 def test_foreign_and_absolute_imports(path: Path) -> None:
-    """No module needs another implementation, and inside the package imports are relative and stay inside."""
+    """No module needs another implementation; imports inside the package are relative."""
     depth = len(path.relative_to(PACKAGE).parts)
     refused = FOREIGN - GUESTS.get(path.relative_to(PACKAGE).as_posix(), set()) | {"dinov3_infer"}
     for dots, name in imports(path):
@@ -129,7 +129,7 @@ def test_foreign_and_absolute_imports(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [PACKAGE / name for name in GUESTS], ids=list(GUESTS))
 def test_guests_are_imported_when_they_are_asked_for(path: Path) -> None:
-    """Not when the module is: each is optional, and costs seconds."""
+    """Optional packages are imported inside functions, because each takes seconds."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     inside = {node for function in functions for node in ast.walk(function)}
@@ -142,7 +142,7 @@ def test_guests_are_imported_when_they_are_asked_for(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources(), ids=named)
 def test_pickles_are_never_trusted(path: Path) -> None:
-    """Every torch.load says weights_only=True, and nothing unpickles by other means."""
+    """Every torch.load has weights_only=True, and nothing else unpickles."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue
@@ -155,7 +155,7 @@ def test_pickles_are_never_trusted(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: path.name)
 def test_kernels_know_torch_and_triton_only(path: Path) -> None:
-    """The kernel package could be shipped by itself."""
+    """The kernel package could be shipped separately."""
     allowed = {*sys.stdlib_module_names, "torch", "triton"}
     assert {name.split(".")[0] for dots, name in imports(path) if not dots} <= allowed
 
@@ -167,7 +167,7 @@ def test_the_folder_of_kernels_is_no_package() -> None:
 
 
 def test_the_tree_of_the_readme_names_every_module_once() -> None:
-    """The tree is the folder: each module under its room, and each room that is a folder with a sentence."""
+    """The tree equals the folder: each module is under its room, and each folder has a sentence."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = text.split("## Reading the code")[1].split("```text")[1].split("```")[0]
     known = {path.relative_to(ROOT).with_suffix("").as_posix() for path in (*sources(), *KERNELS.rglob("*.py"))}

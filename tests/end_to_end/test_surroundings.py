@@ -1,4 +1,4 @@
-"""What a process is set to does not change what comes out: torch's default dtype and device, and who else computes."""
+"""Settings of the process do not change results: torch's default dtype and device, and other threads."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +24,7 @@ def bb() -> Backbone:
 
 @pytest.fixture(params=["float64", "bfloat16", "meta"])
 def defaults(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
-    """A call that changes torch's defaults; afterwards they are what they were."""
+    """Makes a call with other defaults of torch and restores them."""
 
     def change() -> None:
         if request.param == "meta":
@@ -38,7 +38,7 @@ def defaults(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
 
 
 def tensors(found: Any) -> list[Tensor]:
-    """All numbers in what a call gives."""
+    """All tensors in a result."""
     if isinstance(found, Tensor):
         return [found]
     if isinstance(found, np.ndarray):
@@ -96,7 +96,7 @@ CALLS: dict[str, Callable[[Backbone], Any]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_defaults_of_torch_change_nothing(bb: Backbone, defaults: Callable[[], None], name: str) -> None:
-    """Bit for bit, in the same dtype, on the same device."""
+    """Results are equal bit for bit, in the same dtype, on the same device."""
     before = tensors(CALLS[name](bb))
     defaults()
     after = tensors(CALLS[name](bb))

@@ -1,4 +1,4 @@
-"""Metrics by hand, and as scikit-learn and pycocotools have them."""
+"""Metrics compared with hand calculation, scikit-learn and pycocotools."""
 
 import sys
 from typing import Any
@@ -22,7 +22,7 @@ def test_mean_iou_by_hand() -> None:
     found = torch.tensor([[0, 1, 1, 1], [2, 0, 1, 9]])
     assert mean_iou([found], [truth], 5) == pytest.approx((1 / 3 + 2 / 3 + 1 / 2) / 3)  # 3 and 4 occur nowhere
     assert mean_iou([found, truth], [truth, truth], 5) == pytest.approx((3 / 5 + 4 / 5 + 3 / 4) / 3)
-    assert "labels of picture 0 reach from 0 to 2; with 2 classes" in complaint(
+    assert "labels of image 0 reach from 0 to 2; with 2 classes" in complaint(
         InputError, lambda: mean_iou([found], [truth], 2)
     )
     assert "give one size" in complaint(InputError, lambda: mean_iou([found[:1]], [truth], 5))
@@ -50,7 +50,7 @@ def test_intersection_over_union_by_hand() -> None:
 
 
 def detections(seed: int, kind: str) -> tuple[list[Any], list[Any]]:
-    """Found and true boxes or masks of 12 pictures: moved copies, doubles, strangers, misses; pictures with none."""
+    """Found and true boxes or masks of 12 images: shifted copies, duplicates, false boxes, misses, empty images."""
     rng = np.random.default_rng(seed)
     found, truth = [], []
 
@@ -82,7 +82,7 @@ def detections(seed: int, kind: str) -> tuple[list[Any], list[Any]]:
 
 
 def test_average_precision_by_hand() -> None:
-    """Hit, miss, hit, and one truth never found: precision 1 up to recall 1/3, 2/3 up to 2/3, then nothing."""
+    """Hit, miss, hit, and one object never found: precision 1 up to recall 1/3, 2/3 up to 2/3, then 0."""
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]])
     found = [(torch.tensor([0.9, 0.8, 0.7]), torch.stack((boxes[0], boxes[0], boxes[1] + 1)), torch.ones(3).long())]
     truth = [(boxes, torch.ones(3).long())]
@@ -91,7 +91,7 @@ def test_average_precision_by_hand() -> None:
     late = [(found[0][0], torch.stack((boxes[0] + 90, boxes[0], boxes[1])), found[0][2])]  # a miss, then two hits
     assert average_precision(late, truth) == pytest.approx(67 * 2 / 3 / 101)
     assert average_precision([(torch.empty(0), boxes[:0], torch.empty(0).long())], truth) == 0
-    assert "1 pictures and truth for 0" in complaint(InputError, lambda: average_precision(found, []))
+    assert "1 images and truth for 0" in complaint(InputError, lambda: average_precision(found, []))
     assert "nothing to be found" in complaint(
         InputError, lambda: average_precision(found, [(boxes[:0], torch.empty(0))])
     )

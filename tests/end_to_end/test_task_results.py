@@ -1,4 +1,4 @@
-"""The table of examples/README.md: its measures by direct formula, its verdicts, and that it shows the record."""
+"""The table of examples/README.md: its measures by formula, its verdicts, and its match with the record."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ def test_the_readme_shows_the_record(script: Any) -> None:
     assert shown.strip() == run.table(record), "run python tests/benchmarks/tasks/run.py --table"
 
 
-def test_every_task_has_a_function_and_every_picture_is_shown_and_small(script: Any) -> None:
+def test_every_task_has_a_function_and_every_image_is_shown_and_small(script: Any) -> None:
     run = script("run")
     source = (RESULTS / "tasks.py").read_text(encoding="utf-8")
     assert all(f"def {task.function}(" in source for task in run.TASKS.values())
@@ -58,7 +58,7 @@ def test_verdicts(real: list[float], other: list[float], expected: str, script: 
 
 
 def test_panoptic_quality_by_hand(script: Any) -> None:
-    """One match of 3 / 4, one of 1 / 4 which is none, so one made up and one missed: 0.75 / 2; class 0 is missed."""
+    """A match of 3/4 counts; an overlap of 1/4 is a false and a missed segment: 0.75 / 2; class 0 is missed."""
     masks = torch.zeros(5, 4, 4, dtype=torch.bool)
     masks[0, 0], masks[1, 0, :3], masks[2, 1, :1], masks[3, 1], masks[4, 2] = True, True, True, True, True
     truth = [(masks[[0, 3, 4]], torch.tensor([1, 1, 0]))]
@@ -83,7 +83,7 @@ def test_region_and_contour(script: Any) -> None:
 
 
 def test_inliers_of_two_views_of_points_in_space(script: Any) -> None:
-    """All of two exact views; of pairs of which 40 % are shuffled, about the rest."""
+    """All pairs of two exact views are inliers; with 40 % shuffled, about the rest."""
     generator = torch.Generator().manual_seed(0)
     points = torch.rand(60, 3, generator=generator) * torch.tensor([2.0, 2.0, 2.0]) + torch.tensor([-1.0, -1.0, 3.0])
     turn = torch.tensor([[0.96, 0.0, 0.28], [0.0, 1.0, 0.0], [-0.28, 0.0, 0.96]])

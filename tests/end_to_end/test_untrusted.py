@@ -1,4 +1,4 @@
-"""Files that were made to do harm, and names that were chosen to: each limit, and what it lets through."""
+"""Hostile files and names: each limit, and what is accepted below it."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def encoded(picture: Image.Image, form: str = "png", **options: Any) -> bytes:
     ids=["newline", "not_utf8", "right_to_left", "letters"],
 )  # fmt: skip
 def test_names_are_shown_on_one_line(given: str, shown: str, tmp_path: Path) -> None:
-    """What a terminal would obey or cannot print is written out; letters of all languages stay."""
+    """Control characters and unprintable characters are escaped; letters of all languages stay."""
     text = complaint(MissingFileError, lambda: load_image(f"/nowhere/{given}.png"))
     assert f"/nowhere/{shown}.png" in text
     text.encode("utf-8")
@@ -51,18 +51,18 @@ def test_names_are_shown_on_one_line(given: str, shown: str, tmp_path: Path) -> 
 
 
 def test_long_messages_keep_both_ends() -> None:
-    """A name of a megabyte in a file gives no message of a megabyte."""
+    """A name of a megabyte in a file does not give a message of a megabyte."""
     with pytest.raises(CheckpointError, match=r"^'a\.file' does not fit.*xx \.\.\. xx.*the end$") as caught:
         in_memory(STATE | {"x" * 1_000_000 + "the end": torch.ones(1)})
     assert len(str(caught.value)) < 2100
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("error")
 def test_pixels_are_limited_by_what_their_decoder_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """12 bytes for each of Pillow's pixels, which a user can raise or drop: 153 megapixels of a PNG, without a word."""
+    """The limit is 12 bytes of decoder memory per pixel of Pillow's MAX_IMAGE_PIXELS, which users can change."""
     picture = Image.fromarray(photo(30, 30))
     contents = [
         (525, encoded(picture)), (750, encoded(picture, "jpeg", progressive=True)), (900, encoded(picture, "gif")),
@@ -79,7 +79,7 @@ def test_pixels_are_limited_by_what_their_decoder_takes(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_pixels_are_limited_before_a_decoder_makes_them_fewer(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A JPEG that would come at an eighth is not opened either: its header is no more to be trusted for that."""
+    """A JPEG that would be decoded at an eighth is not opened either, because its header is not trusted."""
     content = encoded(Image.fromarray(photo(300, 400)), form)
     assert decode(content, "it", lambda height, width: (40, 50)).image.shape == (
         (3, 75, 100) if form == "JPEG" else (3, 300, 400)
@@ -91,7 +91,7 @@ def test_pixels_are_limited_before_a_decoder_makes_them_fewer(form: str, monkeyp
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "CMYK"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_strips_give_what_the_whole_gives(mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Converted a few rows at a time: the same pixels, with and without transparency, turned once or not."""
+    """Converting a few rows at a time gives the same pixels, with and without transparency and rotation."""
     picture = Image.fromarray(photo(37, 50)).convert(mode)
     if mode == "RGBA":
         picture.putalpha(Image.fromarray(photo(37, 50)[..., 0]))
@@ -105,7 +105,7 @@ def test_strips_give_what_the_whole_gives(mode: str, orientation: int, monkeypat
 
 
 def test_streams_without_an_end_are_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Not read until memory ends; a large file is not opened at all; what just fits is read."""
+    """Endless streams are abandoned, large files are not opened, and an input at the limit is read."""
     content = encoded(Image.fromarray(photo(20, 30)))
     monkeypatch.setattr(images, "MAX_BYTES", len(content))
     assert load_image(io.BytesIO(content)).shape == (3, 20, 30)
@@ -119,7 +119,7 @@ def test_streams_without_an_end_are_left(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 class Slow(io.RawIOBase):
-    """Gives a few bytes a time, as a socket does."""
+    """Returns a few bytes at a time, as a socket does."""
 
     def __init__(self, content: bytes) -> None:
         self.rest = content
@@ -134,7 +134,7 @@ def test_a_stream_may_give_little_at_a_time() -> None:
 
 
 def test_pipes_devices_and_loops_are_said(tmp_path: Path) -> None:
-    """None is opened: a pipe would wait for ever."""
+    """None of them is opened, because a pipe would block."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     for name, source in (("pipe", tmp_path / "pipe"), ("zero", "/dev/zero")):
@@ -148,7 +148,7 @@ def test_pipes_devices_and_loops_are_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["eps", "tga", "ico", "pcx", "sgi", "dds"])
 def test_formats_that_are_hardly_ever_tried_are_refused(form: str) -> None:
-    """EPS would run another program; the others are decoders that nobody needs here."""
+    """EPS would run another program; the other decoders are not needed."""
     content = encoded(Image.fromarray(photo(16, 16)), form)
     assert Image.open(io.BytesIO(content)).format.lower() == form
     assert "convert it to PNG or JPEG" in complaint(ImageError, lambda: load_image(content))
@@ -161,7 +161,7 @@ def test_formats_that_are_hardly_ever_tried_are_refused(form: str) -> None:
     "wrong", [("a", "b", "c"), (1.0, 1.0), (float("nan"),) * 3, (10**400, 1, 1), (float("inf"), 0.5, 0.5), (None,) * 3]
 )
 def test_mean_and_std_are_three_numbers(wrong: Any) -> None:
-    """Also where a preprocessor_config.json says otherwise, and no standard deviation is 0."""
+    """Other values are refused, also from a preprocessor_config.json, and so is a standard deviation of 0 or below."""
     for change in ({"mean": wrong}, {"std": wrong}, {"std": (0.2, 0.0, 0.2)}, {"std": (-1.0, 1.0, 1.0)}):
         text = complaint(InputError, lambda change=change: replace(plain(16), **change))
         assert f"{next(iter(change))} is three numbers" in text
@@ -172,7 +172,7 @@ def test_mean_and_std_are_three_numbers(wrong: Any) -> None:
 
 @pytest.mark.parametrize("head", [MAX_JSON + 1, 2**40], ids=["long", "longer_than_memory"])
 def test_long_headers_are_not_read(head: int, tmp_path: Path) -> None:
-    """A header that claims so much is refused before anything is read, alone and among shards."""
+    """A header that states a huge size is refused before it is read, alone and among shards."""
     path = tmp_path / "model.safetensors"
     with open(path, "wb") as file:
         file.write(head.to_bytes(8, "little") + b'{"')
@@ -198,7 +198,7 @@ def saved(tensors: Any, path: Path, **options: Any) -> Path:
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 def test_pickles_get_no_more_memory_than_they_have_bytes(new: bool, tmp_path: Path) -> None:
-    """A bytearray of any size is a call that torch allows; so is a member that unpacks to a thousand times its size."""
+    """torch allows a call that makes a bytearray of any size, and a member may unpack to a thousand times its size."""
     path = saved(STATE | {"x": bytearray(9)}, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
     assert "objects besides tensors" in complaint(CheckpointError, lambda: load(path))
     if new:
@@ -210,7 +210,7 @@ def test_pickles_get_no_more_memory_than_they_have_bytes(new: bool, tmp_path: Pa
 
 
 def test_nested_dictionaries_end(tmp_path: Path) -> None:
-    """One that holds itself ten times over, and keys that are no names."""
+    """Loading ends for a dictionary that contains itself ten times, and for keys that are not strings."""
     loop: dict[Any, Any] = {3: torch.ones(2), (1, 2): None, "once": torch.ones(2)}
     loop |= {f"again{i}": loop for i in range(10)}
     path = saved({"teacher": STATE, "loop": loop}, tmp_path / "a.pth")
@@ -230,7 +230,7 @@ def test_nested_dictionaries_end(tmp_path: Path) -> None:
     ids=["integers", "stretched", "sparse", "nowhere", "quantised"],
 )
 def test_weights_are_floating_point_numbers_in_the_file(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
-    """What looks like the right shape and is no stored number is named, used or not."""
+    """A tensor of the right shape that is not a stored float is named in the error, used or not."""
     shape = STATE[name].shape
     assert tensor.shape == shape or name.startswith("blocks.1")
     path = saved(STATE | {name: tensor}, tmp_path / "a.pth")
@@ -239,7 +239,7 @@ def test_weights_are_floating_point_numbers_in_the_file(name: str, tensor: torch
 
 
 def test_a_shape_may_not_claim_what_no_model_has(tmp_path: Path) -> None:
-    """Sizes that would overflow, or build ten thousand blocks, before anything is compared."""
+    """Sizes that would overflow, or build ten thousand blocks, are refused before tensors are compared."""
     stretched = {"cls_token": torch.ones(1).expand(1, 1, 2**60), "storage_tokens": torch.ones(1).expand(1, 2**50, 64)}
     for change in (*({n: t} for n, t in stretched.items()), {"blocks.9999.norm1.weight": torch.ones(64)}):
         path = saved(STATE | change, tmp_path / "a.pth")
@@ -247,7 +247,7 @@ def test_a_shape_may_not_claim_what_no_model_has(tmp_path: Path) -> None:
 
 
 def test_thousands_of_backbones_take_no_time() -> None:
-    """Names are grouped by prefix without comparing each with each; one prefix may begin another."""
+    """Names are grouped by prefix in linear time; one prefix may begin with another."""
     names = [f"m{i}.patch_embed.proj.weight" for i in range(30_000)]
     assert len(normalise(names)) == 30_000
     nested = ["patch_embed.proj.weight", "a.patch_embed.proj.weight", "a.cls", "ab.cls", "a\U0010ffff", "b.cls"]
@@ -265,7 +265,7 @@ def test_thousands_of_backbones_take_no_time() -> None:
     ids=lambda fields: next(iter(fields)),
 )  # fmt: skip
 def test_config_of_wrong_types(fields: dict[str, Any], tmp_path: Path) -> None:
-    """A model, or one of our errors."""
+    """The result is a model or a Dinov3Error."""
     hf_model(SOURCES["dinov3"]).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | fields))
@@ -279,7 +279,7 @@ def test_config_of_wrong_types(fields: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_hostile_index_deletes_nothing_else(tmp_path: Path) -> None:
-    """Saving removes the shards of what lay there before: not the new files, and nothing that is no shard."""
+    """Saving removes the shards of the old checkpoint, but not the new files, and no other file."""
     model = Backbone.from_config(SOURCES["dinov3"], seed=0)
     for listed in ("model.safetensors", "notes.txt", "..", "../outside.safetensors", "config.json"):
         folder = tmp_path / "m"
@@ -295,7 +295,7 @@ def test_a_hostile_index_deletes_nothing_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
 def test_files_are_readable_by_whom_the_umask_lets(mask: int, tmp_path: Path) -> None:
-    """Weights are no more private than the config beside them."""
+    """Weights get the same permissions as the config beside them."""
     before = os.umask(mask)
     try:
         model = Backbone.from_config(SOURCES["dinov3"], seed=0)
@@ -311,7 +311,7 @@ def test_files_are_readable_by_whom_the_umask_lets(mask: int, tmp_path: Path) ->
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_a_file_of_another_width_is_said_to_be_that(suffix: str, tmp_path: Path) -> None:
-    """In Meta's layout nothing states the heads; those of the model asked for need not divide the file's width."""
+    """Meta's layout does not state the heads; those of the named model need not divide the width of the file."""
     path = put(tmp_path, STATE, None, f"own.{suffix}")
     with pytest.raises(
         CheckpointError, match=r"looks like small_dinov3\b.*you asked for dinov3_vits16 .*384"
@@ -324,7 +324,7 @@ def test_a_file_of_another_width_is_said_to_be_that(suffix: str, tmp_path: Path)
 
 
 def test_resizing_by_channel_gives_the_same_bits() -> None:
-    """The float engine takes one channel after the other, to need a third of the memory."""
+    """The float engine resizes one channel at a time, which needs a third of the memory."""
     image = torch.from_numpy(np.ascontiguousarray(photo(71, 97).transpose(2, 0, 1)))
     together = torch.nn.functional.interpolate(image[None] / 255.0, size=(32, 48), mode="bilinear", antialias=True)[0]
     assert torch.equal(plain((32, 48), engine="float").place(image)[0], together)

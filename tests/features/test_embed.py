@@ -1,4 +1,4 @@
-"""`embed`: one row per picture in the order of the input, as an array or as files that are whole."""
+"""`embed`: one row per image in input order, as an array or as complete files."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def bb() -> Backbone:
 @pytest.mark.parametrize("pooling, width", [("cls", 64), ("mean", 64), ("cls_mean", 128)])
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_rows_are_embeddings_in_order(pooling: Any, width: int, batch_size: int, bb: Backbone) -> None:
-    """Bit for bit those of each picture alone."""
+    """Each row equals, bit for bit, the embedding of that image alone."""
     rows = bb.embed(PICTURES, size=64, pooling=pooling, batch_size=batch_size)
     assert rows.shape == (5, width) and rows.dtype == np.float32
     for row, picture in zip(rows, PICTURES, strict=True):
@@ -56,7 +56,7 @@ def test_normalize_makes_every_vector_of_length_one(kind: Any, axis: int, bb: Ba
 
 
 def test_an_iterator_of_unknown_length(bb: Backbone) -> None:
-    """More pictures than the first guess of their number."""
+    """The iterator yields more images than the array first has room for."""
     pictures = [photo(32, 32, seed=i) for i in range(4)] * 40
     rows = bb.embed(iter(pictures), size=32)
     assert rows.shape == (160, 64) and np.array_equal(rows, bb.embed(pictures, size=32))
@@ -64,25 +64,25 @@ def test_an_iterator_of_unknown_length(bb: Backbone) -> None:
 
 
 def test_failures_keep_their_row(bb: Backbone, caplog: pytest.LogCaptureFixture) -> None:
-    """NaN at the front, in the middle and at the end, and one line that says how many and why."""
+    """Failures leave NaN at the front, in the middle and at the end; one log line counts and explains them."""
     images = [BROKEN, PICTURES[0], "gone.png", PICTURES[1], BROKEN, BROKEN]
     rows = bb.embed(images, size=64, on_error="skip")
     assert np.isnan(rows).all(axis=1).tolist() == [True, False, True, False, True, True]
     assert np.array_equal(rows[[1, 3]], bb.embed(PICTURES[:2], size=64))
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("4 of 6 pictures could not be read, their rows are NaN: ") and said.endswith("; ...")
+    assert said.startswith("4 of 6 images could not be read and have a row of NaN: ") and said.endswith("; ...")
     assert "item 0" in said and "gone.png" in said and said.count("item 5") == 0
     assert np.isnan(bb.embed(iter([PICTURES[0], *[BROKEN] * 70]), size=64, on_error="skip")[1:]).all()
 
 
 @pytest.mark.parametrize("images, shape", [([], (0, 128)), ([BROKEN] * 3, (3, 128))], ids=["none", "all broken"])
 def test_no_vector_at_all(images: list[bytes], shape: tuple[int, ...], bb: Backbone) -> None:
-    """The shape is that of any other result."""
+    """If every image fails, the array still has the usual shape."""
     rows = bb.embed(images, pooling="cls_mean", on_error="skip")
     assert rows.shape == shape and np.isnan(rows).all()
 
 
-def test_a_bad_picture_is_an_error_by_default(bb: Backbone) -> None:
+def test_a_bad_image_is_an_error_by_default(bb: Backbone) -> None:
     assert "item 1" in complaint(ImageError, lambda: bb.embed([PICTURES[0], BROKEN], size=64))
 
 
@@ -91,14 +91,14 @@ def test_maps_of_unequal_shape_are_said(bb: Backbone) -> None:
     assert "item 1" in text and "[64, 4, 6]" in text and "fit='squash'" in text
     assert bb.embed(PICTURES, fit="native").shape == (5, 64)  # one vector each, whatever the size
     text = complaint(InputError, lambda: bb.embed([BROKEN], kind="map", on_error="skip"))
-    assert "none of the 1 pictures" in text
+    assert "none of the 1 images" in text
 
 
 # --- files --------------------------------------------------------------------------------------------------------
 
 
 def test_files_and_report(bb: Backbone, tmp_path: Path) -> None:
-    """Rows as without `out`; beside them what each row is."""
+    """The rows equal those without `out`; the files beside them describe each row."""
     for i, picture in enumerate(PICTURES[:2]):
         Image.fromarray(picture).save(tmp_path / f"{i}.png")
     images = [tmp_path / "0.png", BROKEN, str(tmp_path / "1.png"), tmp_path / "gone.png"]
@@ -116,7 +116,7 @@ def test_files_and_report(bb: Backbone, tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_a_run_that_fails(bb: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither of a bad picture, nor of a full disk."""
+    """An unreadable image and a full disk leave no files."""
     with pytest.raises(ImageError):
         bb.embed([BROKEN], tmp_path / "x.npy")
     assert os.listdir(tmp_path) == []
@@ -136,12 +136,12 @@ def test_nothing_is_left_of_a_run_that_fails(bb: Backbone, tmp_path: Path, monke
     [
         ("x.csv", InputError, "x.csv' should end in .npy, .safetensors, .parquet, or be a folder"),
         ("here.npy", InputError, "here.npy' exists already"), ("list.npy", InputError, "list.jsonl' exists already"),
-        ("photos", InputError, "holds other things"), ("here.npy/", InputError, "is a file, and a folder is needed"),
+        ("photos", InputError, "holds other files"), ("here.npy/", InputError, "is a file, but a folder is needed"),
         ("none/x.npy", MissingFileError, "none' to write 'x.npy'"),
     ],
 )  # fmt: skip
 def test_wrong_targets_are_said_first(out: str, error: Any, said: str, bb: Backbone, tmp_path: Path) -> None:
-    """Before a picture is read; what is there stays."""
+    """A wrong target raises before an image is read, and existing files stay."""
     (tmp_path / "here.npy").write_bytes(b"precious")
     (tmp_path / "list.jsonl").write_bytes(b"precious")
     (tmp_path / "photos").mkdir()
@@ -164,7 +164,7 @@ def test_wrong_options_are_said(options: dict[str, Any], said: str, bb: Backbone
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_every_name_is_found_again(suffix: str, bb: Backbone, tmp_path: Path) -> None:
-    """Names that are not UTF-8, and those that look as these are spelled, in files of vectors and in lists."""
+    """Names that are not UTF-8, and names that look like their escaped form, survive files of vectors and lists."""
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     folder = tmp_path / "album"
@@ -194,7 +194,7 @@ def test_every_name_is_found_again(suffix: str, bb: Backbone, tmp_path: Path) ->
 @pytest.mark.planned
 @pytest.mark.parametrize("mode", ["exact", "fast", "int8"])
 def test_the_record_says_which_mode_was_in_effect(mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the one that was asked for, if this machine or this model is not good for that."""
+    """The record holds the mode that ran, which may differ from the mode that was asked for."""
     fast = Backbone.from_pretrained("nano", device="cpu", mode=mode)
     fast.embed([photo(20, 20)], tmp_path / "x.npy", size=32)
     here = {"exact": None, "fast": why_not_packed(torch.bfloat16), "int8": why_not_int8()}[mode] is None
@@ -209,7 +209,7 @@ def test_the_record_says_which_mode_was_in_effect(mode: Any, tmp_path: Path, mon
 
 @pytest.mark.parametrize("progress, shown", [(True, True), (False, False), (None, False)])
 def test_progress_is_on_stderr(progress: bool | None, shown: bool, bb: Backbone, capfd: Any) -> None:
-    """None: where that is a terminal, which it is not here."""
+    """progress=None shows no bar here, because stderr is not a terminal."""
     bb.embed(PICTURES, size=32, progress=progress)
     out, err = capfd.readouterr()
     assert out == "" and ("5/5" in err) is shown

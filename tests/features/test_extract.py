@@ -1,4 +1,4 @@
-"""`extract_features`: what it returns, how it pools, that it repeats itself, and what it says to wrong input."""
+"""`extract_features`: its results, pooling, reproducibility and errors."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from dinov3_infer.errors import ImageError, InputError, InputTypeError, LayerErr
 from dinov3_infer.features.result import pool
 
 WIDTH, REGISTERS, DEPTH = 64, 4, 2
-NEAR = dict(rtol=0, atol=1e-5)  # the fast path rounds otherwise
+NEAR = dict(rtol=0, atol=1e-5)  # the plan rounds differently
 
 
 def backbone(config: ViTConfig | None = None) -> Backbone:
@@ -33,11 +33,11 @@ def picture(height: int = 60, width: int = 90, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-# --- what comes back ----------------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------------------
 
 
 def test_every_field_has_its_shape_and_dtype(bb) -> None:
-    """Two pictures at 64 x 96: all tokens, the grid, the sizes, and the ways to see them."""
+    """Two images at 64 x 96 pixels: tokens, grid, sizes and the other views of them."""
     f = bb.extract_features([picture(), picture(31, 44)], size=(64, 96), layers=[0, -1])
     assert f.embedding.shape == f.cls_token.shape == (2, WIDTH)
     assert f.register_tokens.shape == (2, REGISTERS, WIDTH) and f.patch_tokens.shape == (2, 24, WIDTH)
@@ -55,7 +55,7 @@ def test_every_field_has_its_shape_and_dtype(bb) -> None:
 
 
 def test_features_are_the_models_on_preprocessed_pixels(bb) -> None:
-    """Nothing happens between the transform, the model and the fields."""
+    """The fields hold what the plain model gives for the transformed pixels."""
     pictures = [picture(), picture(31, 44)]
     f = bb.extract_features(pictures, size=64, layers=2)
     output = bb(bb.preprocess.with_options(64).batch(pictures).pixels, layers=2)
@@ -65,7 +65,7 @@ def test_features_are_the_models_on_preprocessed_pixels(bb) -> None:
 
 
 def test_a_model_without_registers_has_none(bb) -> None:
-    """An empty tensor rather than None: code that concatenates works for every model."""
+    """`register_tokens` is then an empty tensor, so code that concatenates works for every model."""
     f = backbone(SMALL["dinov2"]).extract_features(picture(), size=70)
     assert f.register_tokens.shape == (1, 0, WIDTH) and f.last_hidden_state.shape == (1, 26, WIDTH)
 
@@ -75,7 +75,7 @@ def test_a_model_without_registers_has_none(bb) -> None:
     [(None, []), (1, [1]), (2, [0, 1]), ([0], [0]), ([-1], [1]), ((1, 0), [1, 0]), ([0, 0], [0, 0]), ([], [])],
 )
 def test_layers_come_as_asked_for(layers, indices, bb) -> None:
-    """An int means the last n, a list means these in this order; all after the final norm."""
+    """An int takes the last n layers, a list takes these layers in this order; all are after the final norm."""
     f = bb.extract_features(picture(), size=(32, 48), layers=layers)
     pixels = bb.preprocess.with_options((32, 48))(picture())[None]
     kept = [bb.normed(bb.run_blocks(pixels, indices=[i])[1][i]) for i in indices]
@@ -90,7 +90,7 @@ def test_layers_come_as_asked_for(layers, indices, bb) -> None:
 
 
 def test_pooling_takes_cls_mean_or_both(bb) -> None:
-    """The mean is that of the patches alone, and `cls_mean` has the class token first."""
+    """ "mean" averages only patches; "cls_mean" has the class token first."""
     pictures = [picture(), picture(seed=1)]
     f = {name: bb.extract_features(pictures, size=64, pooling=name) for name in ("cls", "mean", "cls_mean")}
     mean = f["cls"].patch_tokens.double().mean(dim=1)
@@ -100,7 +100,7 @@ def test_pooling_takes_cls_mean_or_both(bb) -> None:
 
 
 def test_the_mean_leaves_padding_out(bb) -> None:
-    """With `fit="pad"` only patches of picture count, whatever stands in the others."""
+    """With `fit="pad"` the mean covers only patches of the image, whatever the padding patches hold."""
     f = bb.extract_features([picture(40, 120), picture(120, 40)], size=96, fit="pad", pooling="mean")
     assert f.valid is not None and f.valid.sum(dim=(1, 2)).tolist() == [12, 12] and f.grid == (6, 6)
     assert f.valid[0, :2].all() and f.valid[1, :, :2].all()
@@ -111,7 +111,7 @@ def test_the_mean_leaves_padding_out(bb) -> None:
 
 
 def test_similarity_is_the_cosine(bb) -> None:
-    """Of every picture with every other; normalize() gives length 1."""
+    """Every image is compared with every other; normalize() gives length 1."""
     a = bb.extract_features([picture(seed=i) for i in range(3)], size=32)
     b = bb.extract_features(picture(seed=1), size=64)
     expected = F.cosine_similarity(a.embedding[:, None].double(), b.embedding[None].double(), dim=-1)
@@ -128,7 +128,7 @@ def test_similarity_is_the_cosine(bb) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("shape", [(150, 100), (90, 310), (64, 64)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_to_patch_finds_the_patch_that_holds_a_pixel(shape, fit, size, bb) -> None:
-    """One bright square after another: the brightest patch of the input is the one that `to_patch` names."""
+    """For a bright square at each position, `to_patch` names the brightest patch of the input."""
     (height, width), found = shape, 0
     corners = [(4, 4), (width - 5, 4), (4, height - 5), (width - 5, height - 5)]
     for x, y in [*corners, (width // 2, height // 2), (width // 3, height // 4)]:
@@ -151,17 +151,17 @@ def test_to_patch_finds_the_patch_that_holds_a_pixel(shape, fit, size, bb) -> No
 
 
 @pytest.mark.parametrize(("x", "y"), [(-1, 5), (90, 5), (5, 60), (5, -0.1)])
-def test_points_outside_the_picture_are_refused(x, y, bb) -> None:
-    """The message has the point and the size of the picture."""
+def test_points_outside_the_image_are_refused(x, y, bb) -> None:
+    """The message gives the point and the size of the image."""
     text = complaint(InputError, lambda: bb.extract_features(picture(), size=32).to_patch(x, y))
     assert f"x={x:g}" in text and "90 wide" in text
 
 
-# --- what stays as it was -----------------------------------------------------------------------------------------
+# --- side effects ------------------------------------------------------------------------------------------------
 
 
 def test_results_can_be_trained_on() -> None:
-    """No inference tensors: a linear probe on frozen features learns, and nothing flows back into the backbone."""
+    """Results are not inference tensors: a linear probe trains on them, and no gradient reaches the backbone."""
     bb = backbone()
     f = bb.extract_features([picture(seed=i) for i in range(8)], size=32, layers=1)
     assert not any(t.requires_grad or t.is_inference() for t in (f.embedding, f.patch_tokens, f.layers[0].cls_token))
@@ -180,7 +180,7 @@ def test_results_can_be_trained_on() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_model_is_left_as_it_was(training) -> None:
-    """Neither flags nor weights nor gradients change, and features do not depend on the training flag."""
+    """Flags, weights and gradients do not change, and features do not depend on the training flag."""
     bb = backbone().train(training)
     bb.blocks[0].requires_grad_(False)
     before = {name: (p.requires_grad, p.clone()) for name, p in bb.named_parameters()}
@@ -201,8 +201,8 @@ def threads(request) -> Iterator[int]:
 
 @pytest.mark.parametrize("side", [1, 3, 8], ids=lambda n: f"{n}x{n}_patches")
 @pytest.mark.parametrize("name", SMALL)
-def test_one_picture_gives_one_vector(name, side, threads) -> None:
-    """Bit for bit on a CPU: alone, and in batches of 2 to 8 at the front, in the middle and at the end."""
+def test_one_image_gives_one_vector(name, side, threads) -> None:
+    """On a CPU the vector is equal bit for bit, alone and at every position in batches of 2 to 8."""
     bb = backbone(SMALL[name])
     size = side * bb.patch_size
     alone = bb.extract_features(picture(), size=size).last_hidden_state[0]
@@ -228,21 +228,21 @@ def test_one_picture_gives_one_vector(name, side, threads) -> None:
     ids=str,
 )  # fmt: skip
 def test_wrong_options_are_said(options, said, bb) -> None:
-    """What was given and what would do."""
+    """The message gives the wrong value and the valid ones."""
     assert said in complaint(InputError, lambda: bb.extract_features(picture(), **options))
 
 
 @pytest.mark.parametrize(
     "empty", [[], (), iter([]), np.zeros((0, 8, 8, 3), np.uint8)], ids=["list", "tuple", "iterator", "array"]
 )
-def test_no_pictures_are_said(empty, bb) -> None:
-    """Nothing in, a sentence out."""
+def test_no_images_are_said(empty, bb) -> None:
+    """An empty input raises one sentence."""
     assert "at least one" in complaint(InputError, lambda: bb.extract_features(empty))
 
 
 @pytest.mark.parametrize("layers", [0, 3, -1, [2], [0, 99], [-3]], ids=str)
 def test_layers_that_do_not_exist_are_said(layers, bb) -> None:
-    """An IndexError that says what there is."""
+    """The error is an IndexError that gives the valid numbers."""
     text = complaint(LayerError, lambda: bb.extract_features(picture(), size=32, layers=layers))
     number = layers if isinstance(layers, int) else layers[-1]
     assert issubclass(LayerError, IndexError) and str(number) in text
@@ -250,28 +250,28 @@ def test_layers_that_do_not_exist_are_said(layers, bb) -> None:
 
 
 def test_mixed_sizes_with_native_are_said(bb) -> None:
-    """The grids, and a way out; equal grids from unequal pictures are fine."""
+    """The message gives the grids and a remedy; images of different sizes with equal grids are accepted."""
     text = complaint(InputError, lambda: bb.extract_features([picture(64, 64), picture(64, 96)], fit="native"))
     assert "4x4" in text and "4x6" in text and "fit='squash'" in text
     assert bb.extract_features([picture(64, 64), picture(60, 66)], fit="native").grid == (4, 4)
 
 
-def test_a_large_picture_without_a_size_is_said(bb) -> None:
-    """More than 4096 pixels would be many patches: the message counts them, and an explicit size is taken."""
+def test_a_large_image_without_a_size_is_said(bb) -> None:
+    """Without `size`, a side above 4096 pixels raises an error that counts the patches; with `size` it is accepted."""
     large = np.zeros((160, 4112, 3), np.uint8)
     text = complaint(InputError, lambda: bb.extract_features([picture(160, 160), large], fit="native"))
     assert "item 1" in text and "160x4112" in text and "2,570 patches" in text and "size=" in text
     assert bb.extract_features(large, fit="native", size=411).grid == (1, 26)
 
 
-def test_wrong_pictures_are_said(bb) -> None:
-    """The number of the item, and the classes one would catch."""
+def test_wrong_images_are_said(bb) -> None:
+    """The message gives the number of the item, and the error has the expected classes."""
     assert "item 1" in complaint(ImageError, lambda: bb.extract_features([picture(), picture()[..., :2]]))
     assert "int" in complaint(InputTypeError, lambda: bb.extract_features(5))
 
 
 def test_forward_takes_normalised_floats_in_whole_patches(bb) -> None:
-    """Bytes are a TypeError, other sizes an error with the nearest one; both say what to call instead."""
+    """uint8 raises a TypeError, another size an error with the nearest valid size; both name the right method."""
     text = complaint(TypeError, lambda: bb(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)))
     assert "uint8" in text and "extract_features" in text
     text = complaint(InputError, lambda: bb(torch.zeros(1, 3, 250, 333)))
@@ -284,13 +284,13 @@ def test_forward_takes_normalised_floats_in_whole_patches(bb) -> None:
 
 
 def cosine(a: Features, b: Features) -> float:
-    """The smallest of all tokens."""
+    """The smallest cosine over all tokens."""
     return float(F.cosine_similarity(a.last_hidden_state.double(), b.last_hidden_state.double(), dim=-1).min())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_outliers_above_float16_in_the_stream_are_kept(dtype, tmp_path) -> None:
-    """Registers of 1e5, as the large models have, do not fit float16; the stream is float32, so nothing is lost."""
+    """Registers of 1e5, as in the large models, exceed float16; the float32 residual stream keeps them."""
     model = backbone()
     with torch.no_grad():
         model.register_tokens[:, 1] = 1e5 * model.register_tokens[:, 1].sign()
@@ -307,7 +307,7 @@ def test_outliers_above_float16_in_the_stream_are_kept(dtype, tmp_path) -> None:
 @pytest.mark.parametrize("gated", [False, True], ids=["mlp", "gated"])
 @pytest.mark.parametrize("block", range(DEPTH))
 def test_overflow_in_the_ffn_is_never_silent(block, gated, dtype, tmp_path) -> None:
-    """Activations beyond 65504 inside the FFN: right features where the format holds them, else PrecisionError."""
+    """Activations above 65504 in the FFN give right features if the dtype holds them, else PrecisionError."""
     model = backbone(ViTConfig(WIDTH, DEPTH, 4, 128, gated=gated))
     into, out = list(model.blocks[block].mlp.children())
     with torch.no_grad():
@@ -325,7 +325,7 @@ def test_overflow_in_the_ffn_is_never_silent(block, gated, dtype, tmp_path) -> N
 
 
 def test_float16_is_warned_about_and_checked_after_half(tmp_path, caplog) -> None:
-    """One line when it is loaded so; a model cast by hand, whose registers become infinite, is still not silent."""
+    """Loading in float16 logs one line; after `half()`, infinite registers raise an error."""
     model = backbone()
     Backbone.from_pretrained(model.save_pretrained(tmp_path / "model"), dtype="float16", device="cpu")
     assert [r.levelname for r in caplog.records if "float16" in r.message] == ["WARNING"]
@@ -341,7 +341,7 @@ def test_float16_is_warned_about_and_checked_after_half(tmp_path, caplog) -> Non
     ids=["half", "bfloat16", "to"],
 )
 def test_casting_leaves_the_rope_periods_float32(cast) -> None:
-    """And the features near: rounded periods would turn every patch."""
+    """The features stay close; rounded periods would change every patch."""
     model, exact = backbone(), backbone()
     cast(model)
     assert model.cls_token.dtype != torch.float32 and model.rope_periods.dtype == torch.float32

@@ -25,8 +25,8 @@ def features() -> Features:
 
 
 @pytest.mark.parametrize("index, number", [(0, 0), (2, 2), (-1, 2), (-3, 0)])
-def test_one_picture_of_a_batch(index: int, number: int, features: Features) -> None:
-    """Every tensor, with its placement, and in memory of its own."""
+def test_one_image_of_a_batch(index: int, number: int, features: Features) -> None:
+    """The part holds every tensor and the placement of the image, and it is a copy."""
     one = features[index]
     assert len(one) == 1 and one.placements == (features.placements[number],) and one.grid == features.grid
     for name in ("embedding", "cls_token", "register_tokens", "patch_tokens", "feature_map", "valid"):
@@ -39,17 +39,17 @@ def test_one_picture_of_a_batch(index: int, number: int, features: Features) -> 
 
 
 @pytest.mark.parametrize("index", [3, -4])
-def test_a_picture_that_is_not_there(index: int, features: Features) -> None:
-    assert f"picture number {index} does not exist" in complaint(InputError, lambda: features[index])
+def test_an_image_that_is_not_there(index: int, features: Features) -> None:
+    assert f"image number {index} does not exist" in complaint(InputError, lambda: features[index])
 
 
 @pytest.mark.parametrize("index", [slice(0, 2), "0", 1.0], ids=str)
-def test_several_pictures_at_once(index: Any, features: Features) -> None:
+def test_several_images_at_once(index: Any, features: Features) -> None:
     assert type(index).__name__ in complaint(InputTypeError, lambda: features[index])
 
 
 def test_iteration_ends(features: Features) -> None:
-    """One by one, as many as there are."""
+    """Iteration yields each image once and stops."""
     parts = list(features)
     assert len(parts) == 3 and all(isinstance(part, Features) and len(part) == 1 for part in parts)
     assert torch.equal(torch.cat([part.embedding for part in parts]), features.embedding)
@@ -63,7 +63,7 @@ def test_to_moves_everything(features: Features) -> None:
 
 
 def test_arrays_lose_nothing(features: Features) -> None:
-    """Layers and padding are in it where there are any."""
+    """`numpy()` includes layers and `valid` if there are any."""
     arrays = features.numpy()
     names = {"cls_token", "register_tokens", "patch_tokens", "feature_map"}
     assert set(arrays) == names | {"embedding", "valid", "layers"} and len(arrays["layers"]) == 2

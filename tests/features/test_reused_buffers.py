@@ -1,4 +1,4 @@
-"""Streams that fill one frame again and again give a row for every frame, whatever the number of threads."""
+"""Streams that reuse the memory of a frame give the right row for every frame, for any number of threads."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,7 @@ def arrays() -> Iterator[np.ndarray]:
 
 
 def views() -> Iterator[np.ndarray]:
-    """Slices of a larger array, as a ring of frames gives them."""
+    """Slices of one larger array, as a ring buffer yields them."""
     ring = np.empty((1, *FRAMES[0].shape), np.uint8)
     for one in FRAMES:
         ring[0] = one
@@ -81,7 +81,7 @@ def animation() -> Any:
 
 
 class Rows(Sequence):  # type: ignore[type-arg]
-    """A sequence that is no list: each item is made when it is asked for."""
+    """A sequence that is not a list: it makes each item on request."""
 
     def __init__(self) -> None:
         self.frame = np.empty_like(FRAMES[0])
@@ -97,7 +97,7 @@ class Rows(Sequence):  # type: ignore[type-arg]
 
 
 class Numbered:
-    """A Dataset in the manner of torch."""
+    """A Dataset like those of torch."""
 
     def __init__(self) -> None:
         self.rows = Rows()

@@ -1,4 +1,4 @@
-"""`iter_features`: any sizes, in the order of the input, each picture as alone, whatever goes wrong between."""
+"""`iter_features`: images of any size, in input order, each as if it were alone, also after errors."""
 
 import io
 import itertools
@@ -33,7 +33,7 @@ def bb() -> Backbone:
 
 
 def same(a: Features, b: Features) -> bool:
-    """Every tensor bit for bit, and the same grid."""
+    """Whether all tensors are equal bit for bit, and the grids too."""
     pairs = [(a, b), *zip(a.layers, b.layers, strict=True)]
     names = ("cls_token", "register_tokens", "patch_tokens")
     tokens = all(torch.equal(getattr(x, name), getattr(y, name)) for x, y in pairs for name in names)
@@ -48,13 +48,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-# --- what comes back ----------------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 @pytest.mark.parametrize("name", SMALL)
-def test_mixed_sizes_give_what_each_picture_gives_alone(name: str, batch_size: int) -> None:
-    """Bit for bit, in the order of the input, one `Features` each."""
+def test_mixed_sizes_give_what_each_image_gives_alone(name: str, batch_size: int) -> None:
+    """The results are equal bit for bit, one `Features` per image, in input order."""
     bb = backbone(SMALL[name])
     found = list(bb.iter_features(PICTURES, fit="native", layers=[-1, 0], pooling="cls_mean", batch_size=batch_size))
     assert len(found) == len(PICTURES) and all(len(f) == 1 for f in found)
@@ -64,7 +64,7 @@ def test_mixed_sizes_give_what_each_picture_gives_alone(name: str, batch_size: i
 
 @pytest.mark.parametrize("width, heads, ffn", [(384, 6, 1536), (768, 12, 3072)], ids=["width_384", "width_768"])
 def test_neighbours_do_not_matter_at_real_widths(width: int, heads: int, ffn: int, threads: int) -> None:
-    """Random neighbours, orders and batch sizes: matrices as large as those of the released models split otherwise."""
+    """Neighbours, order and batch size vary at the widths of released models, whose products are split differently."""
     bb = backbone(ViTConfig(width, 2, heads, ffn))
     pictures = [photo(*size, seed=i) for i, size in enumerate([(224, 224), (160, 336), (48, 80), (16, 16), (16, 32)])]
     alone = [bb.extract_features(picture, fit="native") for picture in pictures]
@@ -77,7 +77,7 @@ def test_neighbours_do_not_matter_at_real_widths(width: int, heads: int, ffn: in
 
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_every_kind_of_source_and_thread(num_workers: int, bb: Backbone, tmp_path: Any) -> None:
-    """Paths, bytes, streams, open pictures (one of them many times), arrays, tensors."""
+    """Covers paths, bytes, streams, open images (one of them repeated), arrays and tensors."""
     Image.fromarray(PICTURES[0]).save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()
     opened, tensor = Image.open(tmp_path / "a.png"), torch.from_numpy(PICTURES[0].copy()).permute(2, 0, 1)
@@ -89,7 +89,7 @@ def test_every_kind_of_source_and_thread(num_workers: int, bb: Backbone, tmp_pat
 
 
 def test_reading_beside_the_model_gives_the_same(bb: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for a GPU: threads read the next pictures while a pass runs."""
+    """As for a GPU, threads read the next images while a pass runs."""
     expected = list(bb.iter_features(PICTURES, size=64))
     monkeypatch.setattr(Extractor, "reading", lambda *_: Reading(3, ahead=True))
     found = list(bb.iter_features(PICTURES, size=64, batch_size=2))
@@ -103,22 +103,22 @@ def test_reading_beside_the_model_gives_the_same(bb: Backbone, monkeypatch: pyte
     assert not [t for t in threading.enumerate() if t.name.startswith("dinov3-infer-read")]
 
 
-def test_padding_is_known_to_each_picture(bb: Backbone) -> None:
-    """`valid` and the mean without padding come along."""
+def test_padding_is_known_to_each_image(bb: Backbone) -> None:
+    """Each result has its `valid`, and its mean leaves the padding out."""
     for features, picture in zip(bb.iter_features(PICTURES, size=64, fit="pad", pooling="mean"), PICTURES, strict=True):
         expected = bb.extract_features(picture, size=64, fit="pad", pooling="mean")
         assert same(features, expected) and torch.equal(features.valid, expected.valid)  # type: ignore[arg-type]
 
 
 def test_results_own_their_memory(bb: Backbone) -> None:
-    """Keeping the vector of one picture keeps neither its tokens nor its neighbours."""
+    """Keeping the vector of one image does not keep its tokens or its neighbours in memory."""
     features = list(bb.iter_features([PICTURES[0]] * 8, size=64))[3]
     for tensor in (features.embedding, features.cls_token, features.patch_tokens):
         assert tensor.untyped_storage().nbytes() == tensor.numel() * 4
 
 
 def test_a_model_in_training_gives_the_same() -> None:
-    """A packed pass in training takes the norm for local crops; features never do."""
+    """In training, a packed pass uses the norm for local crops; features never use it."""
     config = replace(SMALL["dinov3"], prefix_norm=True, local_cls_norm=True)
     bb, training = backbone(config), backbone(config).train()
     pairs = zip(bb.iter_features(PICTURES, fit="native"), training.iter_features(PICTURES, fit="native"), strict=True)
@@ -129,7 +129,7 @@ def test_a_model_in_training_gives_the_same() -> None:
 
 
 def passes(bb: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Pictures per size of every pass from now on."""
+    """Records the number of images per size for every later pass."""
     seen: list[list[int]] = []
     forward, packed = bb.forward, bb.forward_packed
     monkeypatch.setattr(bb, "forward", lambda x, *a, **k: (seen.append([len(x)]), forward(x, *a, **k))[1])
@@ -140,7 +140,7 @@ def passes(bb: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 def test_neighbours_of_several_sizes_share_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal sizes are stacked, and nothing waits for a picture outside of its batch."""
+    """Equal sizes are stacked, and no image waits outside of its batch."""
     bb = backbone()
     seen = passes(bb, monkeypatch)
     list(bb.iter_features(PICTURES, fit="native", batch_size=4))
@@ -148,7 +148,7 @@ def test_neighbours_of_several_sizes_share_a_pass(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_pass_is_bounded_by_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of pictures of 16 patches four fill a pass of 64; one above the bound goes alone."""
+    """Four images of 16 patches fill a pass of 64 tokens; an image above the limit runs alone."""
     bb = backbone()
     monkeypatch.setitem(MAX_TOKENS, "cpu", 64)
     seen = passes(bb, monkeypatch)
@@ -161,7 +161,7 @@ def test_a_pass_is_bounded_by_its_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_endless_stream_is_read_as_needed(num_workers: int, bb: Backbone) -> None:
-    """Never further ahead than two batches, and closing it ends the threads."""
+    """Reading stays at most two batches ahead, and closing the stream ends the threads."""
     taken = itertools.count()
     stream = bb.iter_features((PICTURES[next(taken) * 0] for _ in itertools.count()), size=32, batch_size=4,
                               num_workers=num_workers)  # fmt: skip
@@ -173,8 +173,8 @@ def test_an_endless_stream_is_read_as_needed(num_workers: int, bb: Backbone) -> 
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_bad_picture_costs_its_own_place(num_workers: int, bb: Backbone, caplog: pytest.LogCaptureFixture) -> None:
-    """With "skip" None and a line that says why; "raise" raises there, after all pictures before it."""
+def test_a_bad_image_costs_its_own_place(num_workers: int, bb: Backbone, caplog: pytest.LogCaptureFixture) -> None:
+    """ "skip" yields None and logs the reason; "raise" raises after all earlier images were yielded."""
     images = [*PICTURES[:2], BROKEN, PICTURES[3], "missing.png", PICTURES[4]]
     found = list(bb.iter_features(images, size=64, on_error="skip", num_workers=num_workers))
     assert [f is None for f in found] == [False, False, True, False, True, False]
@@ -191,9 +191,9 @@ def test_a_bad_picture_costs_its_own_place(num_workers: int, bb: Backbone, caplo
 
 
 def test_memory_that_does_not_do_is_halved(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Down to what fits, with one line each time, and no halving is tried twice; the features stay."""
+    """The batch is halved until it fits, with one log line each time; the features do not change."""
     bb = backbone()
-    bb.mode = "plain"  # a forward that is replaced would end a plan, with other rounding
+    bb.mode = "plain"  # replacing forward would drop the plan, which rounds differently
     expected = list(bb.iter_features([*PICTURES, *PICTURES], size=64))
     forward, sizes = bb.forward, []
 
@@ -207,11 +207,11 @@ def test_memory_that_does_not_do_is_halved(monkeypatch: pytest.MonkeyPatch, capl
     found = list(bb.iter_features([*PICTURES, *PICTURES], size=64, batch_size=8))
     assert all(same(a, b) for a, b in zip(found, expected, strict=True))
     assert sizes == [8, 4, *[2] * 7]
-    assert [r.getMessage() for r in caplog.records][0] == "out of memory with 8 pictures in one pass; going on with 4"
+    assert [r.getMessage() for r in caplog.records][0] == "out of memory with 8 images per pass; continuing with 4"
 
 
-def test_one_picture_too_large_for_the_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own error, with what to do."""
+def test_one_image_too_large_for_the_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own error is raised, with a note that gives the remedy."""
     bb = backbone()
 
     def full(*_: Any, **__: Any) -> Any:
@@ -220,13 +220,13 @@ def test_one_picture_too_large_for_the_memory_is_said(monkeypatch: pytest.Monkey
     monkeypatch.setattr(bb, "forward", full)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         list(bb.iter_features([PICTURES[0]] * 2, size=64))
-    assert caught.value.__notes__ == ["item 0 alone is too large for the memory; give a smaller size="]
+    assert caught.value.__notes__ == ["item 0 does not fit in memory even alone; give a smaller size="]
 
 
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        (dict(batch_size=0), InputError, "batch_size is a whole number from 1 on, got 0"),
+        (dict(batch_size=0), InputError, "batch_size is a whole number of at least 1, got 0"),
         (dict(batch_size=2.5), InputTypeError, "got 2.5"), (dict(num_workers=-1), InputError, "num_workers"),
         (dict(on_error="ignore"), InputError, "one of raise, skip, return; got 'ignore'"),
         (dict(pooling="max"), InputError, "'max'"), (dict(layers=[9]), IndexError, "layer 9"),
@@ -236,7 +236,7 @@ def test_one_picture_too_large_for_the_memory_is_said(monkeypatch: pytest.Monkey
     ids=str,
 )  # fmt: skip
 def test_wrong_options_are_said_at_the_call(options: dict[str, Any], error: Any, said: str, bb: Backbone) -> None:
-    """Before a picture is read, not at the first one."""
+    """The call itself raises, before an image is read."""
     assert said in complaint(error, lambda: bb.iter_features(iter([]), **options))
 
 

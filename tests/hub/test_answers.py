@@ -1,4 +1,4 @@
-"""What a hub can answer instead of weights, and the sentence that comes of it; secrets are looked for by the client."""
+"""Answers of a hub instead of weights, and the resulting errors; the client checks for secrets in them."""
 
 from pathlib import Path
 
@@ -22,16 +22,16 @@ VITS, VITL = (f"facebook/dinov3-{name}-pretrain-lvd1689m" for name in ("vits16",
 CONFIG = "/a/b/resolve/main/config.json"
 PATIENT = int(huggingface_hub.__version__.split(".")[0]) > 1  # tries again, in newer versions of 1 too
 
-# how the hub is set up; what is asked for; the error
+# setup of the hub; request; error
 REFUSALS = {
     "gated, no token": (
         dict(gated=True), "vitl16", {}, GatedModelError,
         rf"access to '{VITL}' is gated, and no token was sent: accept the licence on its page and log in with "
-        r"'hf auth login', or pass weights=PATH to a file .*timm's copy.*'timm/vit_large_patch16_dinov3.lvd1689m'$",
+        r"'hf auth login', or pass weights=PATH with a file .*timm's copy.*'timm/vit_large_patch16_dinov3.lvd1689m'$",
     ),
     "gated, token of somebody else": (
         dict(gated=True), VITL, dict(token=STRANGER), GatedModelError,
-        "gated, and the token that was sent is not admitted",
+        "gated, and the token that was sent has no access",
     ),
     "a gated copy is not proposed again": (
         dict(gated=True), "timm/vit_large_patch16_dinov3.lvd1689m", {}, GatedModelError, "file that you already have$",
@@ -43,15 +43,15 @@ REFUSALS = {
     ),
     "a token that has ended": (
         {}, "a/b", dict(token=f"hf_ended{SECRET}"), ModelNotFoundError,
-        r"refused the token that was sent for 'a/b' \(HTTP 401\); log in anew .*token=False",
+        r"refused the token for 'a/b' \(HTTP 401\); log in again .*token=False",
     ),
     "a token with its line break": (
         {}, "a/b", dict(token=f"hf_{SECRET}\n"), InputError,
-        "token is empty or holds white",
+        "token is empty or contains white",
     ),
     "an empty token": (
         {}, "a/b", dict(token=""), InputError,
-        "token is empty .* give it alone, or None for the stored",
+        "token is empty .* give the token alone, or None for the stored",
     ),
     "a stored token that is not there": (
         {}, "a/b", dict(token=True), InputError,
@@ -59,31 +59,31 @@ REFUSALS = {
     ),
     "private, no token": (
         dict(private=True), "a/b", {}, ModelNotFoundError,
-        r"'a/b' is no path here, and the hub has no model of that name that you can see \(no token was sent\); check",
+        r"'a/b' is no existing path, and the hub shows no model of that name \(no token was sent\); check",
     ),
     "private, token of somebody else": (
         dict(private=True), "a/b", dict(token=STRANGER), ModelNotFoundError,
-        "can see with the token that was sent; check",
+        "of that name with the token that was sent; check",
     ),
-    "no such repository": (None, "a/b", {}, ModelNotFoundError, "no model of that name that you can see"),
+    "no such repository": (None, "a/b", {}, ModelNotFoundError, "no model of that name"),
     "no such repository, with a token": (
         None, "a/b", dict(token=READER), ModelNotFoundError,
         "with the token that was",
     ),
     "no id at all": (
         None, "a b/c--d", {}, ModelNotFoundError,
-        "no path here, and no id of a hub's model, .* 'org/name'",
+        "no existing path and no hub id; .* 'org/name'",
     ),
     "no such revision": (
         {}, "a/b", dict(revision="v9"), ModelNotFoundError,
-        "'a/b' has no revision 'v9'; give a branch",
+        "'a/b' has no revision 'v9'; give one of its branches",
     ),
     "no such file": (
         {}, "{hub}/a/b/resolve/main/c.pth", {}, ModelNotFoundError, "'a/b' has no such file; see the list on its page",
     ),
     "an empty repository": (
         dict(files={}), "a/b", {}, ModelNotFoundError,
-        "'a/b' holds no model.safetensors and no pytorch_model.bin, nor any other weights file; give it with weights=",
+        "'a/b' holds no model.safetensors and no pytorch_model.bin, nor any other weights file; give a file with",
     ),
     "another kind of model": (
         dict(files={"README.md": b"#", "flax_model.msgpack": b"0", "tf.h5": b"0"}), "a/b", {}, ModelNotFoundError,
@@ -91,10 +91,10 @@ REFUSALS = {
     ),
     "a login page instead of the hub": (
         dict(play={CONFIG: ["to a login page", "..."]}), "a/b", {}, OfflineError,
-        "what answers for 'a/b' is no hub but perhaps a login page or a proxy; .*HF_ENDPOINT.*weights=PATH",
+        "answered for 'a/b' is no hub, but perhaps a login page or a proxy; .*HF_ENDPOINT.*weights=PATH",
     ),
     "a page instead of the hub": (
-        dict(play={CONFIG: ["html", "..."]}), "a/b", {}, OfflineError, "what answers for 'a/b' is no hub",
+        dict(play={CONFIG: ["html", "..."]}), "a/b", {}, OfflineError, "the server that answered for 'a/b' is no hub",
     ),
 }  # fmt: skip
 
@@ -115,14 +115,15 @@ def test_what_a_hub_can_answer(case: str, tmp_path: Path, small: Path, hub: Hub,
 
 @pytest.mark.parametrize("name, repository", [("a/b", "a/b"), ("dinov2_vits14", "facebook/dinov2-small")])
 def test_without_a_network(name: str, repository: str, tmp_path: Path, cut_off: Client) -> None:
-    """At once, not after the half minute that huggingface_hub goes on trying."""
+    """The error comes at once, without the half minute of retries of huggingface_hub."""
     outcome = cut_off("load", name, cache_dir=tmp_path, revision="v1")
     assert outcome.error is OfflineError and issubclass(outcome.error, FileNotFoundError)
     assert outcome.seconds < 2
-    start = f"'{repository}' is no path here and not in the cache '{tmp_path}', and the hub cannot be reached (Connect"
+    start = f"'{repository}' is no existing path and not in the cache '{tmp_path}', and the hub cannot be reached ("
     assert outcome.text.startswith(start)
     assert outcome.text.endswith(
-        f"); run 'hf download {repository} --revision v1' where it can be, copy the cache, or give weights=PATH"
+        f"; run 'hf download {repository} --revision v1' where the hub can be reached, copy the cache, or give "
+        "weights=PATH"
     )
 
 
@@ -131,8 +132,8 @@ def test_told_not_to_ask(name: str, tmp_path: Path, small: Path, hub: Hub, clien
     hub.add("a/b", files_of(small))
     name = name.replace("{hub}", hub.url)
     for who, options, why in (
-        (offline, {}, r"was not asked \(HF_HUB_OFFLINE=1\)"),
-        (client, dict(local_files_only=True), r"was not asked \(local_files_only=True\)"),
+        (offline, {}, r"was not contacted \(HF_HUB_OFFLINE=1\)"),
+        (client, dict(local_files_only=True), r"was not contacted \(local_files_only=True\)"),
     ):
         who.fails(OfflineError, f"not in the cache '{tmp_path}.*{why}", "locate", name, cache_dir=tmp_path, **options)
     assert hub.seen == []
@@ -153,7 +154,7 @@ def test_a_hub_that_stays_busy(tmp_path: Path, small: Path, hub: Hub, client: Cl
 
 
 def test_xet_that_fails() -> None:
-    """Which the hub on this machine has not; it raises RuntimeError with whatever its server said."""
+    """The hub of the tests has no xet; hf_xet raises RuntimeError with the message of its server."""
     error = explain(RuntimeError(f"CAS service error: https://host/x?Signature={SECRET}"), "a/b", HubOptions())
     assert type(error) is OfflineError
     assert str(error).startswith("download of 'a/b' failed (") and str(error).endswith("set HF_HUB_DISABLE_XET=1")
@@ -161,7 +162,7 @@ def test_xet_that_fails() -> None:
 
 
 def blob_of(hub: Hub, small: Path) -> str:
-    """The path of the weights at the host where the hub keeps them."""
+    """The path of the weights on the host that stores them."""
     from hub_server import digest
 
     return f"/elsewhere/{digest((small / 'model.safetensors').read_bytes())}"
@@ -182,7 +183,7 @@ def test_something_else_instead_of_the_weights_is_not_kept(
 ) -> None:
     hub.add("a/b", files_of(small))
     hub.play(blob_of(hub, small), trouble, "...")
-    words = r"download of 'a/b' failed \(a file came incomplete\); try again"
+    words = r"download of 'a/b' failed \(a file arrived incomplete\); try again"
     client.fails(OfflineError, words, "load", "a/b", cache_dir=tmp_path)
     assert not list(tmp_path.rglob("snapshots/*/model.safetensors"))
     hub.troubles.clear()

@@ -1,4 +1,4 @@
-"""Weights behind a link: fetched once and whole, or refused in a sentence that does not hold what signs the link."""
+"""Weights behind a link are downloaded once and whole, or refused with an error that shows no signature."""
 
 import base64
 import hashlib
@@ -27,13 +27,13 @@ def meta_files(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def kept(folder: Path) -> list[Path]:
-    """Files in a cache but for locks."""
+    """Files in a cache, without locks."""
     return [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
 
 
 @pytest.mark.parametrize("kind", [".pth", ".safetensors"])
 def test_downloaded_once(kind: str, meta_files: dict, tmp_path: Path, hub: Hub, client: Client) -> None:
-    """A link signed anew finds what an older one brought; nothing of the signature is kept."""
+    """A newly signed link finds an earlier download, and nothing of the signature is stored."""
     link = hub.link(f"/models/my model{kind}", meta_files[kind], f"Expires=1&Signature={SECRET}").replace(" ", "%20")
     first = client("load", f"  {link}\n", cache_dir=tmp_path).value
     assert first and len(hub.seen) == 1
@@ -56,7 +56,7 @@ def test_a_link_as_the_weights_of_a_name(tmp_path: Path, hub: Hub, client: Clien
 
 
 def test_files_of_one_name_are_told_apart(meta_files: dict, tmp_path: Path, hub: Hub, client: Client) -> None:
-    """And no token that is stored for the hub goes to another host."""
+    """Files of one name at two hosts stay apart, and a stored hub token goes to no other host."""
     links = [hub.link(f"/{who}/model.pth", meta_files[".pth"]) for who in "ab"]
     paths = {client("locate", link, cache_dir=tmp_path, token=f"hf_{SECRET}").value[0] for link in links}
     assert len(paths) == 2
@@ -72,7 +72,7 @@ def test_a_typo_in_the_name_is_found_before_anything_is_downloaded(tmp_path: Pat
 def test_metas_file_says_its_licence_and_has_to_be_it(
     meta_files: dict, tmp_path: Path, hub: Hub, client: Client
 ) -> None:
-    """The digest in the name is that of the file; what has no digest in its name is believed."""
+    """The digest in a name must match the file; a file without one is accepted."""
     link = hub.link(f"/{VITS}.pth", meta_files[".pth"], f"Signature={SECRET}")
     found = hashlib.sha256(meta_files[".pth"]).hexdigest()[:8]
     words = rf"'{hub.elsewhere}/{VITS}.pth' is not the file of that name: its SHA-256 begins with {found}; download"
@@ -83,25 +83,25 @@ def test_metas_file_says_its_licence_and_has_to_be_it(
     plain = f"{hub.elsewhere}/dinov2_vits14_pretrain.pth"
     assert outcome.said == [f"dinov2_vits14: downloaded from '{plain}'; the licence of these weights: Apache-2.0"]
     assert client("locate", known, cache_dir=tmp_path).said == []
-    words = "has the name of dinov2_vits14's file; ask for that"
+    words = "has the name of dinov2_vits14's file; give that name"
     client.fails(CheckpointError, words, "load", "vitb16", weights=known, cache_dir=tmp_path)
 
 
-REFUSED = {  # what happens at the link; its query; the error
+REFUSED = {  # behaviour of the server; query of the link; error
     "expired": (
         "expired", f"Expires=1500000000&Signature={SECRET}&Key-Pair-Id=K", GatedModelError,
         r"download of '{plain}' was refused \(HTTP 403\); the link expired on 2017-07-14 at 02:40 UTC, so ask for",
     ),
     "refused, who knows why": (
         "expired", f"Signature={SECRET}", GatedModelError,
-        r"was refused \(HTTP 403\); signed links expire, so ask for a new one, and give the whole of it, in quotes$",
+        r"was refused \(HTTP 403\); signed links expire, so ask for a new one, and give the whole link in quotes$",
     ),
-    "refused, not signed": ("expired", "", GatedModelError, "log in with a browser, .* and give the path of the file$"),
+    "refused, not signed": ("expired", "", GatedModelError, "log in with a browser, .* and give its path$"),
     "nothing there": ("gone", f"Signature={SECRET}", ModelNotFoundError, r"nothing at '{plain}' \(HTTP 404\); check"),
     "busy": ("busy", f"Signature={SECRET}", OfflineError, r"download of '{plain}' failed \(HTTP 503\); try again, or"),
     "a page": (
         "html", f"Signature={SECRET}", CheckpointError,
-        "'{plain}' leads to a web page, not to a weights file; open it in a browser, where it may ask to log in, and",
+        "'{plain}' leads to a web page, not to a weights file; open it in a browser, log in if asked, download",
     ),
     "to a login page elsewhere": ("to a login page", "", CheckpointError, "'{plain}' leads to a web page"),
     "a page that says nothing of it": (
@@ -115,7 +115,7 @@ REFUSED = {  # what happens at the link; its query; the error
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_link_can_lead_to(case: str, meta_files: dict, tmp_path: Path, hub: Hub, client: Client) -> None:
-    """None of it gets into the cache, so that the next try is not spoilt."""
+    """Refused content does not enter the cache, so the next try can succeed."""
     trouble, query, kind, words = REFUSED[case]
     link = hub.link("/m.pth", meta_files[".pth"], query)
     hub.files["/login"] = PAGE
@@ -181,19 +181,19 @@ def test_without_a_network(tmp_path: Path, cut_off: Client) -> None:
 @pytest.mark.parametrize(
     "link, words",
     [
-        ("s3://bucket/m.pth", r"'s3://\.\.\.' is no link that can be downloaded here, as http://host/file"),
-        (f"http:///m.pth?Signature={SECRET}", "no link that can be downloaded here"),
-        ("http://[::1/m.pth", "no link that can be downloaded here"),
+        ("s3://bucket/m.pth", r"'s3://\.\.\.' is no http or https link"),
+        (f"http:///m.pth?Signature={SECRET}", "no http or https link"),
+        ("http://[::1/m.pth", "no http or https link"),
         (
             f"http://host/page?file=m.pth&Signature={SECRET}",
             r"a weights file \(.safetensors, .pth.*, and 'http://host/page",
         ),
-        (f"https://me:{SECRET}@host/", "and 'https://host/' does not; download what you need, and give its path"),
-        (f"https://host/my model.pth?Signature={SECRET}", "'https://...' is no link"),
-        (f"https:/host/m.pth?Signature={SECRET}", "'https://...' is no link"),
+        (f"https://me:{SECRET}@host/", "and 'https://host/' does not; download the file, and give its path"),
+        (f"https://host/my model.pth?Signature={SECRET}", "'https://...' is no http or https link"),
+        (f"https:/host/m.pth?Signature={SECRET}", "'https://...' is no http or https link"),
         (
             f"host/models/m.pth?Signature={SECRET}",
-            r"'host/models/m.pth\?...' is no path and no name; a link begins with h",
+            r"'host/models/m.pth\?...' is no path and no name; give a link that begins with h",
         ),
     ],
     ids=["scheme", "no host", "broken host", "no file", "password", "white space", "made a path", "no scheme"],
@@ -204,7 +204,7 @@ def test_what_is_no_link_to_weights(link: str, words: str, tmp_path: Path, clien
 
 
 def test_a_host_that_cannot_be(tmp_path: Path, client: Client) -> None:
-    words = r"download of 'http://a..b/m.pth' failed \(no such address can be asked for\); try again"
+    words = r"download of 'http://a..b/m.pth' failed \(the address is not valid\); try again"
     client.fails(OfflineError, words, "load", f"http://a..b/m.pth?Signature={SECRET}", cache_dir=tmp_path)
 
 

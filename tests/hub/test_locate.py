@@ -1,4 +1,4 @@
-"""Names lead to weights: a path, else the cache, else the hub, through the real client and a hub on this machine."""
+"""Names lead to weights: a path, the cache, or the hub, with the real client and a hub on this machine."""
 
 import shutil
 from pathlib import Path
@@ -174,7 +174,7 @@ def test_a_token_goes_to_the_hub_and_nowhere_else(tmp_path: Path, small: Path, h
 def test_what_is_cached_needs_no_network(
     tmp_path: Path, small: Path, hub: Hub, client: Client, who: str, request: pytest.FixtureRequest
 ) -> None:
-    """Not even where another library left only the weights: what lies beside them is asked for in vain, once."""
+    """This holds even if another library cached only the weights: the configs beside them are requested once."""
     files = files_of(small)
     repository = hub.add("someone/some-dino", files)
     client("load", "someone/some-dino", cache_dir=tmp_path)
@@ -228,7 +228,7 @@ def test_a_push_in_the_midst_of_a_download_mixes_nothing(tmp_path: Path, small: 
 
 @pytest.mark.parametrize("revision", ["v1", "refs/pr/1", "commit"])
 def test_revisions(tmp_path: Path, small: Path, hub: Hub, client: Client, revision: str) -> None:
-    """A branch, a pull request, a commit; each is cached as what it is."""
+    """A branch, a pull request and a commit are cached separately."""
     repository = hub.add("someone/some-dino", {"README.md": b"nothing yet"})
     commit = repository.commit(files_of(small), branch="v1" if revision == "commit" else revision)
     named = commit if revision == "commit" else revision
@@ -238,7 +238,7 @@ def test_revisions(tmp_path: Path, small: Path, hub: Hub, client: Client, revisi
 
 
 def test_shards(tmp_path: Path, small: Path, hub: Hub, client: Client) -> None:
-    """All of them are downloaded, and a cache that lacks one of them is not taken for whole."""
+    """All shards are downloaded, and a cache without one of them is incomplete."""
     tensors = load_file(small / "model.safetensors")
     names = sorted(tensors)
     parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
@@ -272,7 +272,7 @@ def test_an_old_repository_with_a_pickle(tmp_path: Path, small: Path, hub: Hub, 
 
 
 def test_several_weights_in_one_repository(tmp_path: Path, small: Path, hub: Hub, client: Client) -> None:
-    """Those not called as transformers calls them are named by the link of their page or of their download."""
+    """Files without a usual name are given by the link to their page or download."""
     weights = files_of(small)["model.safetensors"]
     hub.add("someone/backups", {"a.safetensors": weights, "old/b.safetensors": weights}, private=True)
     outcome = client("locate", "someone/backups", cache_dir=tmp_path, token=READER)
@@ -290,7 +290,7 @@ def test_several_weights_in_one_repository(tmp_path: Path, small: Path, hub: Hub
 def test_the_only_weights_of_a_repository(
     file: str, tmp_path: Path, small: Path, hub: Hub, client: Client, offline: Client
 ) -> None:
-    """Are taken whatever they are called, and come out of the cache without asking again."""
+    """A single weights file of any name is used, and is found in the cache without a request."""
     bb = Backbone.from_pretrained(small)
     own = bb.save_pretrained(
         tmp_path / Path(file).with_suffix(".safetensors" if "safe" in file else ".pth").name, "meta"
@@ -310,7 +310,7 @@ def test_the_only_weights_of_a_repository(
 def test_a_file_of_the_cache_is_not_taken_for_a_repository(
     tmp_path: Path, small: Path, hub: Hub, client: Client
 ) -> None:
-    """One that was downloaded by its link may have others beside it on the hub."""
+    """A file that was downloaded by link may have others beside it on the hub."""
     weights = files_of(small)["model.safetensors"]
     hub.add("someone/two", {"a.safetensors": weights, "b.safetensors": weights})
     client("locate", f"{hub.url}/someone/two/resolve/main/a.safetensors", cache_dir=tmp_path)
@@ -318,7 +318,7 @@ def test_a_file_of_the_cache_is_not_taken_for_a_repository(
 
 
 def test_owners_of_odd_names_by_their_id(tmp_path: Path, hub: Hub, client: Client) -> None:
-    """Name, licence and number of heads are those of the row."""
+    """Name, licence and number of heads come from the zoo."""
     bb = Backbone.from_config("eupe_vitt16", seed=0)
     content = bb.save_pretrained(tmp_path / "x.pth", "meta").read_bytes()
     hub.add("facebook/EUPE-ViT-T", {"EUPE-ViT-T.pt": content})

@@ -1,4 +1,4 @@
-"""A model goes to the hub and comes back, with a card that says what it is."""
+"""A model goes to the hub and back, with a model card."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ from dinov3_infer.zoo import OWN, list_models
 
 
 def header_of(card: str) -> dict[str, object]:
-    """The YAML at the top, as the hub reads it."""
+    """The YAML header, as the hub reads it."""
     import yaml  # comes with huggingface_hub
 
     assert card.startswith("---\n")
@@ -52,7 +52,7 @@ def test_the_header_of_a_card(name: str) -> None:
     if info.hub_id:
         expected |= dict(base_model=info.hub_id)
     assert header == expected
-    assert f"architecture of `{name}`" in card and f"`{name}`: {info.licence}." in card
+    assert f"architecture of `{name}`" in card and f"`{name}` applies: {info.licence}." in card
 
 
 def test_a_card_of_an_architecture_of_ones_own_claims_no_licence(small: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_card_of_an_architecture_of_ones_own_claims_no_licence(small: Path) ->
 
 @pytest.mark.parametrize("layout", ["hf", "timm"])
 def test_weights_that_began_as_random_ones_are_their_authors(layout: str, tmp_path: Path) -> None:
-    """Neither card nor config gives them the licence of the architecture's released ones, saved again neither."""
+    """Neither card nor config gives weights trained from scratch a released licence, even after saving again."""
     info = replace(MODELS["dinov3_vits16"], licence=OWN)
     with torch.random.fork_rng():
         bb = Backbone(info.config, info).eval()
@@ -81,7 +81,7 @@ def test_weights_that_began_as_random_ones_are_their_authors(layout: str, tmp_pa
 
 
 def test_there_and_back(tmp_path: Path, small: Path, hub: Hub, client: Client) -> None:
-    """What is loaded from the hub is what was pushed; the snippets of the card name the repository."""
+    """The loaded model equals the pushed one, and the snippets of the card name the repository."""
     outcome = client("push", small, "writer/mine", token=WRITER)
     assert outcome.value.startswith(f"{hub.url}/writer/mine/commit/")
     files = pushed(hub, "writer/mine")
@@ -115,7 +115,7 @@ def test_a_name_without_its_owner(small: Path, hub: Hub, client: Client) -> None
 
 
 def test_a_card_that_is_there_is_left_alone(small: Path, hub: Hub, client: Client) -> None:
-    """Unless another one is given; shards of what was there before go."""
+    """An existing card stays unless a new one is given; old shards are removed."""
     before = {"README.md": b"# mine", "model.safetensors.index.json": b"{}", "model-00001-of-00002.safetensors": b"0"}
     hub.add("writer/mine", before | {"notes.txt": b"keep"})
     client("push", small, "writer/mine", token=WRITER)
@@ -136,9 +136,9 @@ def test_a_branch(small: Path, hub: Hub, client: Client) -> None:
 @pytest.mark.parametrize(
     "name, token, kind, words",
     [
-        ("a/b", READER, GatedModelError, r"not let you write to 'a/b' \(HTTP 403\); log in with 'hf auth login' and a"),
-        ("a/b", f"hf_ended{SECRET}", GatedModelError, r"not let you write to 'a/b' \(HTTP 40[13]\)"),
-        ("a/b", False, GatedModelError, r"not let you write to 'a/b' \(HTTP 401\)"),
+        ("a/b", READER, GatedModelError, r"refuses to write to 'a/b' \(HTTP 403\); log in with 'hf auth login' and a"),
+        ("a/b", f"hf_ended{SECRET}", GatedModelError, r"hub refuses to write to 'a/b' \(HTTP 40[13]\)"),
+        ("a/b", False, GatedModelError, r"hub refuses to write to 'a/b' \(HTTP 401\)"),
         ("a/b", True, InputError, "pushing needs a token, and none is stored; log in with 'hf auth login'"),
         ("a/b/c", WRITER, InputError, "a repository is 'name' or 'org/name'; got 'a/b/c'"),
         ("a b", WRITER, InputError, "a repository is 'name' or 'org/name'; got 'a b'"),
@@ -153,7 +153,7 @@ def test_what_is_refused(
 
 
 def test_without_a_network(small: Path, hub: Hub, offline: Client, cut_off: Client) -> None:
-    words = r"'a/b' cannot be written to \(HF_HUB_OFFLINE=1\); save_pretrained writes a folder"
+    words = r"'a/b' cannot be written \(HF_HUB_OFFLINE=1\); write a folder with save_pretrained"
     offline.fails(OfflineError, words, "push", small, "a/b", token=WRITER)
     words = r"'a/b' could not be written \(Connect\w+\); try again, or write a folder with save_pretrained"
     assert cut_off.fails(OfflineError, words, "push", small, "a/b", token=WRITER).seconds < 5

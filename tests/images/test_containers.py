@@ -1,4 +1,4 @@
-"""Numbered images in archives, tables and Datasets, for embed and the trainer alike."""
+"""Numbered images in archives, tables and Datasets, for embed and the trainer."""
 
 import io
 import pickle
@@ -32,7 +32,7 @@ from dinov3_infer.train import open_data
     ids=["tar", "table", "table of bytes"],
 )
 def test_containers(make: Any, tmp_path: Path) -> None:
-    """Any picture by its number and in any order; sent to another process; taken by embed and by the trainer."""
+    """Images can be read by number in any order, sent to another process, and used by embed and the trainer."""
     path = make(tmp_path)
     source = as_source(path)
     assert same(source, CONTENT) and torch.equal(source.load(6).image, load_image(CONTENT[6]))
@@ -46,13 +46,13 @@ def test_containers(make: Any, tmp_path: Path) -> None:
     listed.write_text(f"{source.key(4)}\n{source.key(1)}\n")
     assert same(as_source(listed), [CONTENT[4], CONTENT[1]])
     listed.write_text(f"{path}#99\n")
-    assert "no picture '99'" in complaint(MissingFileError, lambda: as_source(listed))
+    assert "no image '99'" in complaint(MissingFileError, lambda: as_source(listed))
 
 
 def test_hugging_face_datasets(tmp_path: Path) -> None:
-    """In memory and saved to a folder; a bad picture is an error of its own."""
+    """Datasets in memory and saved to a folder; a damaged image is one error."""
     datasets = pytest.importorskip("datasets")
-    contents = [*CONTENT[:3], b"no picture"]
+    contents = [*CONTENT[:3], b"no image"]
     rows = {"label": [0] * 4, "photo": [{"bytes": content, "path": None} for content in contents]}
     features = datasets.Features({"label": datasets.Value("int64"), "photo": datasets.Image()})
     dataset = datasets.Dataset.from_dict(rows, features=features)
@@ -70,9 +70,9 @@ def test_hugging_face_datasets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "make, said",
     [
-        (lambda p: p.write_bytes(b"PAR1" * 9), "is no whole Parquet file"),
-        (lambda p: write_table(p, contents=["a", "b"], bare=True), "no pictures in"),
-        (lambda p: write_table(p, contents=[]), "no pictures in"),
+        (lambda p: p.write_bytes(b"PAR1" * 9), "is damaged or no Parquet file"),
+        (lambda p: write_table(p, contents=["a", "b"], bare=True), "no images in"),
+        (lambda p: write_table(p, contents=[]), "no images in"),
     ],
     ids=["damaged", "words", "empty"],
 )
@@ -83,7 +83,7 @@ def test_tables_that_are_none(make: Any, said: str, tmp_path: Path) -> None:
 
 
 def test_a_table_names_no_files(tmp_path: Path) -> None:
-    """A row without bytes is not looked for on this machine."""
+    """A row without bytes is an error; its path is not opened."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
@@ -92,15 +92,15 @@ def test_a_table_names_no_files(tmp_path: Path) -> None:
     column = pa.array([{"bytes": None, "path": str(tmp_path / "secret.png")}], kind)
     pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
     source = as_source(tmp_path / "a.parquet")
-    assert "holds no bytes" in complaint(ImageError, lambda: source.load(0))
+    assert "holds a path and no image bytes" in complaint(ImageError, lambda: source.load(0))
 
 
 def test_sparse_members_are_what_they_hold(tmp_path: Path) -> None:
-    """GNU tar leaves runs of zeros out with -S, in three ways; what lies behind is the next member."""
-    picture = np.zeros((400, 400, 3), np.uint8)
-    picture[:30], picture[300:310] = photo(30, 400), photo(10, 400, seed=1)
+    """GNU tar -S leaves out runs of zeros in three ways; the reader restores them."""
+    image = np.zeros((400, 400, 3), np.uint8)
+    image[:30], image[300:310] = photo(30, 400), photo(10, 400, seed=1)
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "BMP")
+    Image.fromarray(image).save(stream, "BMP")
     contents = [stream.getvalue(), CONTENT[0]]
     with open(tmp_path / "0.bmp", "wb") as file:
         for start in range(0, len(contents[0]), 4096):
@@ -131,11 +131,11 @@ def test_what_is_left_out_of_a_folder_or_an_archive_is_counted(tmp_path: Path, c
         assert "4 other files (2 .txt, 1 " in caplog.text and caplog.text.count("left out") == 1
 
 
-# --- archives that lead nowhere --------------------------------------------------------------------------------------
+# Archives that lead nowhere
 
 
 def header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
-    """One of a tar, with a size that may be negative or of any length."""
+    """A tar header, with a size that may be negative or arbitrarily large."""
     found = bytearray(512)
     found[: len(name)] = name
     found[100:108] = found[108:116] = found[116:124] = b"0000644\0"
@@ -175,7 +175,7 @@ LOST: dict[str, bytes] = {
 
 @pytest.mark.parametrize("case", LOST)
 def test_an_archive_that_leads_nowhere_ends(case: str, tmp_path: Path) -> None:
-    """In a sentence, or with the images before that place; never round and round, nor with all memory."""
+    """A damaged archive gives an error or the images before the damage; it never loops or uses up memory."""
     path = tmp_path / "a.tar"
     path.write_bytes(LOST[case])
     try:
@@ -188,18 +188,18 @@ def test_an_archive_that_leads_nowhere_ends(case: str, tmp_path: Path) -> None:
         complaint(ImageError, lambda number=number: source.load(number))
 
 
-# --- tables that are far more in memory ------------------------------------------------------------------------------
+# Tables that are far more in memory
 
 
 def _held() -> int:
-    """Bytes of memory in use now."""
+    """Bytes of memory in use."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is counted by Linux")
 @pytest.mark.parametrize("nested", [False, True], ids=["bytes", "struct"])
 def test_one_image_stored_for_many_rows_is_kept_once(nested: bool, tmp_path: Path) -> None:
-    """200 KB that would be 40 GB."""
+    """A table of 200 KB whose rows would take 40 GB."""
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     count, large = 200_000, CONTENT[0] + np.random.default_rng(0).bytes(200_000)
     column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array([large], pa.binary()))
@@ -215,7 +215,7 @@ def test_one_image_stored_for_many_rows_is_kept_once(nested: bool, tmp_path: Pat
 
 @pytest.mark.parametrize("compression", ["snappy", "gzip", "zstd", "brotli", "lz4"])
 def test_a_table_that_expands_is_refused(compression: str, tmp_path: Path) -> None:
-    """Kilobytes of zeros that would be 400 MB, and rows without a number."""
+    """Kilobytes of zeros that would take 400 MB, and an impossible number of rows."""
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = pa.array([bytes(20_000_000)] * 20, pa.large_binary())
     path = tmp_path / "a.parquet"

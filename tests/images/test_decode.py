@@ -1,4 +1,4 @@
-"""From anything that is a picture to RGB: the right colours, or a plain sentence."""
+"""Decoding images of any kind to RGB gives the right colours or a clear error."""
 
 import io
 import random
@@ -19,9 +19,9 @@ from dinov3_infer.images.decode import load_image
 from dinov3_infer.images.opening import each_image
 
 
-def encoded(picture: Image.Image, form: str = "png", **options: Any) -> bytes:
+def encoded(image: Image.Image, form: str = "png", **options: Any) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, form, **options)
+    image.save(stream, form, **options)
     return stream.getvalue()
 
 
@@ -46,8 +46,8 @@ STORED_AS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF orientation
 
 @pytest.mark.parametrize("orientation", STORED_AS)
 @pytest.mark.parametrize("form", ["jpeg", "png"])
-def test_pictures_are_turned_upright(form, orientation, tmp_path) -> None:
-    """All eight EXIF orientations, as bytes, file and open picture, give the same scene."""
+def test_images_are_turned_upright(form, orientation, tmp_path) -> None:
+    """All eight EXIF orientations give the same scene, as bytes, file and open image."""
     stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](UPRIGHT)))
     exif = stored.getexif()
     exif[0x0112] = orientation
@@ -73,7 +73,7 @@ PALETTE.putpalette([255, 0, 0, 0, 0, 255])
     ids=str,
 )  # fmt: skip
 def test_modes_become_rgb_over_white(mode, value, colour) -> None:
-    """Colour models are converted, transparency lies over white."""
+    """Colour modes are converted to RGB, and transparency is composited over white."""
     assert load_image(Image.new(mode, (2, 1), value))[:, 0, 0].tolist() == list(colour)
 
 
@@ -90,7 +90,7 @@ def test_modes_become_rgb_over_white(mode, value, colour) -> None:
     ids=["palette", "palette_key", "palette_alpha", "rgb_key", "animation_first_frame", "bilevel_tiff"],
 )
 def test_files_become_rgb_over_white(content, pixels) -> None:
-    """Transparency of palettes and key colours; of an animation the first frame."""
+    """Palettes and key colours may be transparent; an animation gives its first frame."""
     assert hwc(load_image(content))[0].tolist() == pixels
 
 
@@ -106,14 +106,14 @@ DEEP = Image.fromarray(np.full((3, 4), 30_000, np.uint16))
     ids=["I;16", "I", "F", "I;16_png", "I;16_png_with_key_colour", "I;16_tiff", "F_tiff", "I_tiff"],
 )  # fmt: skip
 def test_deep_modes_are_refused(source) -> None:
-    """Pillow would turn them white or black without a word."""
+    """Pillow would silently turn these images white or black."""
     text = complaint(ImageError, lambda: load_image(source, "item 7"))
     assert "item 7" in text and "mode" in text and "levels=" in text
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBX", "RGBa", "La", "P", "PA", "LAB", "HSV", "I;16L", "I;16B"])
-def test_every_mode_is_a_picture_or_a_sentence(mode) -> None:
-    """No mode of Pillow falls through to an error of Pillow."""
+def test_every_mode_is_an_image_or_a_sentence(mode) -> None:
+    """Every mode of Pillow is decoded or gives an ImageError."""
     try:
         assert load_image(Image.new(mode, (4, 3))).shape == (3, 3, 4)
     except ImageError as error:
@@ -123,10 +123,10 @@ def test_every_mode_is_a_picture_or_a_sentence(mode) -> None:
 PNG, JPEG = (encoded(Image.fromarray(photo(64, 64)), form) for form in ("png", "jpeg"))
 
 
-@pytest.mark.parametrize("form", ["path", "bytes", "open picture"])
+@pytest.mark.parametrize("form", ["path", "bytes", "open image"])
 @pytest.mark.parametrize("content", [JPEG[: len(JPEG) // 2], PNG[:3000]], ids=["jpeg", "png"])
 def test_truncated_files_are_said(content, form, tmp_path) -> None:
-    """Cut short is an ImageError with the name of the file or the number of the item, however the picture came."""
+    """A truncated image is an ImageError that names the file or the item, whatever its source."""
     path = tmp_path / "cut"
     path.write_bytes(content)
     source: Any = {"path": path, "bytes": content}.get(form) or Image.open(io.BytesIO(content))
@@ -135,8 +135,8 @@ def test_truncated_files_are_said(content, form, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"\x89PNG\r\n\x1a\n", JPEG[:30], b"GIF89a"], ids=repr)
-def test_what_is_no_picture_is_said(content, tmp_path) -> None:
-    """An error page, an empty file, a bare header: the path is in the message, Pillow's objects are not."""
+def test_what_is_no_image_is_said(content, tmp_path) -> None:
+    """For an error page, an empty file and a bare header the message has the path, and no address of an object."""
     path = tmp_path / "item.jpg"
     path.write_bytes(content)
     assert "item 1" in complaint(ImageError, lambda: plain(64).batch([photo(64, 64), content]))
@@ -145,19 +145,19 @@ def test_what_is_no_picture_is_said(content, tmp_path) -> None:
 
 
 def test_missing_files_are_said_with_their_whole_path(tmp_path, monkeypatch) -> None:
-    """FileNotFoundError, as one would catch it."""
+    """A missing file is a FileNotFoundError with the absolute path."""
     monkeypatch.chdir(tmp_path)
-    text = complaint(MissingFileError, lambda: load_image("pictures/cat.jpg"))
-    assert str(Path(tmp_path, "pictures/cat.jpg")) in text and issubclass(MissingFileError, FileNotFoundError)
+    text = complaint(MissingFileError, lambda: load_image("images/cat.jpg"))
+    assert str(Path(tmp_path, "images/cat.jpg")) in text and issubclass(MissingFileError, FileNotFoundError)
 
 
 def test_decompression_bombs_are_refused(monkeypatch) -> None:
-    """Pillow's limit stands, and the message says how to raise it."""
+    """Pillow's limit applies, and the message says how to raise it."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert "MAX_IMAGE_PIXELS" in complaint(ImageError, lambda: load_image(JPEG))
 
 
-def test_one_picture_in_every_form_gives_the_same_pixels(tmp_path) -> None:
+def test_one_image_in_every_form_gives_the_same_pixels(tmp_path) -> None:
     """Path, bytes, PIL, array, tensor, read-only, strided, float; alone, in lists, iterators and 4-D batches."""
     array = photo(50, 40)
     frozen, big = array.copy(), np.zeros((100, 80, 3), np.uint8)
@@ -203,43 +203,43 @@ A, T = np.zeros((6, 5, 3), np.uint8), torch.zeros(3, 6, 5)
     ids=lambda v: v if isinstance(v, str) else type(v).__name__,
 )  # fmt: skip
 def test_wrong_arrays_and_tensors_are_said(source, said) -> None:
-    """Shape, kind and range: what was given, which item it was, and where there is a likely cause, that."""
+    """Errors of shape, dtype and range state what was given, which item it was, and the likely cause."""
     text = complaint(ImageError, lambda: plain(64).batch([photo(64, 64), source]))
     assert said in text and "item 1" in text
 
 
 @pytest.mark.parametrize("source", [None, 3, 2.5, object(), bytearray(JPEG)], ids=lambda v: type(v).__name__)
 def test_other_kinds_are_type_errors(source) -> None:
-    """With the name of the type, and without the address of the object."""
+    """The message has the name of the type, and not the address of the object."""
     assert type(source).__name__ in complaint(InputTypeError, lambda: plain(64).batch([photo(64, 64), source]))
 
 
 def test_arrays_of_the_other_byte_order_are_read() -> None:
-    """Big-endian floats, as FITS and old TIFF readers give them."""
+    """Readers of FITS and old TIFF files give big-endian floats."""
     assert torch.equal(load_image((photo(6, 5) / 255).astype(">f4")), load_image((photo(6, 5) / 255).astype("f4")))
 
 
 @pytest.mark.parametrize("kind", [bytearray, memoryview])
-def test_a_buffer_is_one_picture_and_should_be_bytes(kind: type) -> None:
-    """Not a list of numbers."""
+def test_a_buffer_is_one_image_and_should_be_bytes(kind: type) -> None:
+    """A buffer is not treated as a list of numbers."""
     text = complaint(InputTypeError, lambda: plain(64).batch(each_image(kind(JPEG))))
-    assert f"the picture is {kind.__name__}, so give bytes() of it" in text
+    assert f"the image is of type {kind.__name__}; give bytes() of it" in text
 
 
 def test_what_is_closed_is_not_said_to_be_damaged(tmp_path) -> None:
-    """Behind the end of a `with`, as an open picture, its file or a stream."""
+    """An open image, its file and a stream may be closed by the end of a `with` block."""
     (tmp_path / "a.png").write_bytes(PNG)
-    with Image.open(tmp_path / "a.png") as picture:
+    with Image.open(tmp_path / "a.png") as image:
         pass
     with open(tmp_path / "a.png", "rb") as stream:
         lazy = Image.open(stream)
-    for source in (picture, lazy, stream):
+    for source in (image, lazy, stream):
         text = complaint(ImageError, lambda source=source: load_image(source, "item 1"))
         assert "item 1 was closed before it was read" in text and "damaged" not in text
 
 
 def test_open_files_are_read(tmp_path) -> None:
-    """A stream is one picture, not an iterable of its lines."""
+    """A stream is one image, not an iterable of lines."""
     content = encoded(Image.fromarray(photo(20, 30)))
     (tmp_path / "a.png").write_bytes(content)
     with open(tmp_path / "a.png", "rb") as stream:
@@ -251,11 +251,11 @@ def test_open_files_are_read(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (".", "is a folder; give it alone, or the pictures in it"),
+        (".", "is a folder; give the folder alone, or a list of the images"),
         (np.zeros((5, 3), np.uint8), "is it a row of an image?"),
         (np.zeros((4, 5, 4), np.uint8), "drop an alpha channel"),
-        (np.zeros((2, 4, 5, 3), np.uint8), "given alone, not in a list"),
-        (torch.zeros(1, 2, 3, 4, 5), "given alone, not in a list"), (torch.zeros(3, 0, 5), "has no pixels"),
+        (np.zeros((2, 4, 5, 3), np.uint8), "alone, not in a list"),
+        (torch.zeros(1, 2, 3, 4, 5), "alone, not in a list"), (torch.zeros(3, 0, 5), "has no pixels"),
         ("", "is an empty path"),
     ],
     ids=["folder", "row", "alpha", "batch", "five dimensions", "no pixels", "no path"],
@@ -265,12 +265,12 @@ def test_remedies(source, said) -> None:
 
 
 def gif(frames: int, **options: Any) -> bytes:
-    pictures = [Image.fromarray(photo(20, 30, seed=i)) for i in range(frames)]
-    return encoded(pictures[0], "gif", save_all=True, append_images=pictures[1:], **options)
+    images = [Image.fromarray(photo(20, 30, seed=i)) for i in range(frames)]
+    return encoded(images[0], "gif", save_all=True, append_images=images[1:], **options)
 
 
 def test_frames_are_mentioned_once(caplog) -> None:
-    """One warning for all, with the first name; none for a single frame, nor for one that was turned to."""
+    """There is one warning per process, none for a single frame, and none for an image moved to another frame."""
     module._frames_told.clear()
     turned = Image.open(io.BytesIO(gif(3)))
     turned.seek(1)
@@ -283,7 +283,7 @@ def test_frames_are_mentioned_once(caplog) -> None:
 
 
 def test_a_damaged_second_frame_does_not_matter() -> None:
-    """Only whether there is one is asked, after the first was taken."""
+    """The decoder only checks whether a second frame exists, after reading the first."""
     module._frames_told.clear()
     whole, first = gif(2), load_image(gif(1))
     second = whole.rindex(b"\x21\xf9")
@@ -293,10 +293,10 @@ def test_a_damaged_second_frame_does_not_matter() -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 def test_damage_of_any_kind_is_an_image_error() -> None:
-    """Pillow's readers raise what they like; 300 mutations of eight formats are pictures or sentences."""
-    draw, picture = random.Random(0), Image.fromarray(photo(20, 30))
+    """300 mutations of eight formats are decoded or give an ImageError, whatever Pillow's readers raise."""
+    draw, image = random.Random(0), Image.fromarray(photo(20, 30))
     forms = ("png", "jpeg", "gif", "webp", "tiff", "bmp", "dds", "tga")
-    seeds, errors = [encoded(picture, form) for form in forms], 0
+    seeds, errors = [encoded(image, form) for form in forms], 0
     for _ in range(300):
         content = bytearray(draw.choice(seeds))
         for _ in range(draw.choice((1, 2, 8))):
@@ -310,7 +310,7 @@ def test_damage_of_any_kind_is_an_image_error() -> None:
 
 
 def test_an_unreadable_file_is_said(tmp_path) -> None:
-    """Not as a damaged one."""
+    """A file without read permission is not reported as damaged."""
     path = tmp_path / "a.png"
     path.write_bytes(PNG)
     path.chmod(0)
@@ -331,7 +331,7 @@ def test_a_file_has_its_name_and_its_number(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("row", [{"image": PNG}, (PNG, 3), [PNG]], ids=["dict", "tuple", "list"])
-def test_rows_of_datasets_are_no_pictures(row) -> None:
-    """What iterating over a Dataset gives."""
+def test_rows_of_datasets_are_no_images(row) -> None:
+    """Iterating over a Dataset gives such rows."""
     text = complaint(InputTypeError, lambda: plain(64).batch([photo(64, 64), row]))
-    assert f"item 1 is {type(row).__name__}, so give the picture in it" in text
+    assert f"item 1 is of type {type(row).__name__}; give the image inside it" in text

@@ -1,4 +1,4 @@
-"""A JPEG's own decoder makes it smaller, and of the rest nothing changes."""
+"""The JPEG decoder can reduce an image; nothing else changes."""
 
 import io
 from pathlib import Path
@@ -17,11 +17,11 @@ from dinov3_infer.images.decode import decode
 @pytest.mark.parametrize("turned", [1, 6])
 @pytest.mark.parametrize("fit, size", [("squash", 224), ("crop", 224), ("native", 400), ("pad", 224)])
 def test_fast_decoding_stays_above_what_is_needed(fit: Any, size: int, turned: int, tmp_path: Path) -> None:
-    """Upright, not below the size to come, placed as the whole picture is, and nearly the same pixels."""
+    """A reduced image is upright, not below the target size, placed like the whole image, with nearly its pixels."""
     exif = Image.Exif()
     exif[274] = turned
-    picture = Image.fromarray(photo(120, 200)).resize((2000, 1203), Image.Resampling.BICUBIC)
-    picture.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    image = Image.fromarray(photo(120, 200)).resize((2000, 1203), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "a.jpg", quality=95, exif=exif)
     transform = Backbone.from_config("nano").preprocess.with_options(size, fit)
 
     def wanted(height: int, width: int) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def test_fast_decoding_stays_above_what_is_needed(fit: Any, size: int, turned: i
 
 
 def test_fast_decoding_leaves_the_rest_as_it_is(tmp_path: Path) -> None:
-    """Other formats, small JPEGs, and what is broken."""
+    """Other formats, small JPEGs and damaged files are not affected."""
     assert torch.equal(decode(CONTENT[0], "a", lambda h, w: (4, 4)).image, load_image(CONTENT[0]))
     stream = io.BytesIO()
     Image.fromarray(photo(60, 60)).save(stream, "JPEG")

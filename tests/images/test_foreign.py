@@ -1,4 +1,4 @@
-"""Files that are no images, or images of a kind that Pillow does not know: said as what they are."""
+"""Errors for files that are no images, or images of a kind that Pillow does not know, state what the file is."""
 
 import gzip
 import io
@@ -51,7 +51,7 @@ OTHERS: dict[str, tuple[bytes, str]] = {
     "photos.tgz": (gzip.compress(tarred()), "compressed"),
     "photos.csv": (b"path,label\na.png,cat\n", "text"),
     "photos.jsonl": (b'{"path": "a.png"}\n', "text"),
-    "a.npy": (numpy(), "array of numpy"),
+    "a.npy": (numpy(), "numpy array"),
     "a.h5": (b"\x89HDF\r\n\x1a\n" + b"\0" * 600, "HDF5"),
     "film.mp4": (b"\0\0\0\x20ftypisom" + b"\0" * 600, "video"),
     "film.webm": (b"\x1aE\xdf\xa3" + b"\0" * 600, "video"),
@@ -119,7 +119,7 @@ def tiff_of_bands(bands: int) -> bytes:
 @pytest.mark.parametrize("make", [bitmap_of_10_bits, jpeg_of_12_bits, lambda: tiff_of_bands(7)])
 def test_a_kind_that_pillow_does_not_know_is_not_called_damaged(make: Any) -> None:
     text = complaint(ImageError, lambda: load_image(make()))
-    assert "of a kind that Pillow does not read (" in text and "damaged" not in text
+    assert "a format that Pillow does not read (" in text and "damaged" not in text
 
 
 def test_many_bands_name_the_way_out() -> None:
@@ -131,7 +131,7 @@ def test_a_file_cut_short_is_called_damaged() -> None:
         assert "damaged" in complaint(ImageError, lambda content=content: load_image(content)) or len(content) == 20
 
 
-# --- plugins ------------------------------------------------------------------------------------------------------
+# Plugins
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 100
 JXL = b"\xff\x0a" + b"\0" * 100
@@ -151,7 +151,7 @@ class Plugged(ImageFile.ImageFile):
 
 @pytest.fixture
 def unplugged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither plugin is registered, nor can it be imported."""
+    """No plugin is registered, and none can be imported."""
     for name in ("HEIF", "JXL"):
         monkeypatch.delitem(Image.OPEN, name, raising=False)
     for name in ("pillow_heif", "pillow_jxl"):

@@ -1,4 +1,4 @@
-"""Images of more than 8 bits: with levels what the file holds, without them a sentence, never nearly black."""
+"""Images with more than 8 bits: the values of the file with levels, an error without, never near-black pixels."""
 
 import io
 import struct
@@ -24,7 +24,7 @@ GREY = DEEP[..., 0]
 
 
 def png(values: np.ndarray) -> bytes:
-    """16 bits, [H, W], [H, W, 3] or [H, W, 4]."""
+    """A 16-bit PNG of an array [H, W], [H, W, 3] or [H, W, 4]."""
     height, width, *bands = values.shape
     kind = {(): 0, (3,): 2, (4,): 6}[tuple(bands)]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -37,7 +37,7 @@ def png(values: np.ndarray) -> bytes:
 
 
 def tiff(values: np.ndarray, *, order: str = "<", planes: bool = False, packed: bool = False, **tags: int) -> bytes:
-    """Uncompressed or deflated, one strip, or one for each plane."""
+    """A TIFF, uncompressed or deflated, with one strip or one plane per colour."""
     height, width = values.shape[:2]
     bands = values.shape[2] if values.ndim == 3 else 1
     bits = values.dtype.itemsize * 8
@@ -100,13 +100,13 @@ def test_all_16_bits_of_a_file_count(name: str, values: np.ndarray, levels: Any)
 def test_colours_of_12_bits_in_16_are_refused_without_levels_and_right_with_them(name: str) -> None:
     values = DEEP >> 4
     text = complaint(ImageError, lambda: load_image(FILES[name](values)))
-    assert f"reach {values.max()} of 65535" in text and "levels=" in text and "--levels" in text
+    assert f"16-bit colours up to {values.max()} of 65535" in text and "levels=" in text and "--levels" in text
     assert np.abs(shown(load_image(FILES[name](values), levels=(0, 4095))) - wanted(values, 0, 4095)).max() < 1e-6
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_colours_that_fill_16_bits_are_what_they_were(name: str) -> None:
-    """The high bytes, as Pillow has them; and black is black."""
+    """Without levels the pixels are the high bytes, as in Pillow, and black stays black."""
     assert np.array_equal(shown(load_image(FILES[name](DEEP))), DEEP >> 8)
     assert not load_image(FILES[name](DEEP * 0)).any()
 
@@ -114,11 +114,11 @@ def test_colours_that_fill_16_bits_are_what_they_were(name: str) -> None:
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_grey_ones_are_turned_upright(mode: str, orientation: int) -> None:
-    picture = Image.fromarray({"I;16": GREY, "I": GREY.astype(np.int32), "F": GREY.astype(np.float32)}[mode])
+    image = Image.fromarray({"I;16": GREY, "I": GREY.astype(np.int32), "F": GREY.astype(np.float32)}[mode])
     exif = Image.Exif()
     exif[0x0112] = orientation
     stream = io.BytesIO()
-    picture.save(stream, "tiff", exif=exif)
+    image.save(stream, "tiff", exif=exif)
     flat = Image.fromarray(GREY >> 8).convert("L")
     plain = io.BytesIO()
     flat.save(plain, "tiff", exif=exif)
@@ -153,7 +153,7 @@ def test_planes_of_16_bits_are_refused_or_right(values: np.ndarray, order: str) 
     packed = tiff(values, planes=True, packed=True, order=order)
     if values.ndim == 3:
         assert np.array_equal(shown(load_image(packed)), values >> 8)
-        assert "side by side" in complaint(ImageError, lambda: load_image(packed, levels="full"))
+        assert "interleaved" in complaint(ImageError, lambda: load_image(packed, levels="full"))
     else:
         assert np.abs(shown(load_image(packed, levels="full")) - wanted(values, 0, 65535)).max() < 1e-6
 
@@ -163,7 +163,7 @@ def test_planes_of_8_bits_are_right() -> None:
         assert np.array_equal(shown(load_image(tiff(COLOURS, planes=True, packed=packed))), COLOURS)
 
 
-# --- arrays and tensors -------------------------------------------------------------------------------------------
+# Arrays and tensors
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_levels_that_are_none_are_refused(given: Any) -> None:
     complaint(InputError, lambda: Preprocess((0.0,) * 3, (1.0,) * 3, 16, levels=given))
 
 
-# --- through the surface ------------------------------------------------------------------------------------------
+# Through the surface
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Which images are meant: the same for every command and method."""
+"""Every command and method finds the same images."""
 
 import tarfile
 from pathlib import Path
@@ -18,7 +18,7 @@ from dinov3_infer.train import open_data
 
 
 def test_patterns_lists_and_several_sources(tmp_path: Path) -> None:
-    """A pattern may name archives; sources follow each other."""
+    """A pattern may match archives, and several sources keep their order."""
     for i in range(2):
         write_tar(tmp_path / f"{i}.tar", CONTENT[3 * i : 3 * i + 3])
     (tmp_path / "6.png").write_bytes(CONTENT[6])
@@ -30,14 +30,14 @@ def test_patterns_lists_and_several_sources(tmp_path: Path) -> None:
 
 
 def test_an_empty_path_is_not_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable of the shell that is not set."""
+    """An unset shell variable gives an empty path."""
     (tmp_path / "a.png").write_bytes(CONTENT[0])
     monkeypatch.chdir(tmp_path)
     assert "empty path" in complaint(MissingFileError, lambda: as_source(""))
 
 
 class Column:
-    """A column of a data frame that was sorted: numbers are labels, and the order is that of `to_list`."""
+    """A column of a sorted data frame: its index gives labels, and `to_list` the order."""
 
     def __init__(self, paths: list[str]) -> None:
         self._paths = paths
@@ -59,11 +59,11 @@ def test_a_column_of_a_data_frame_keeps_its_order() -> None:
 
 @pytest.mark.parametrize("kind", ["U", "O"])
 def test_an_array_of_paths_is_a_list_of_them(kind: str) -> None:
-    """A column of a table."""
+    """A table column of paths."""
     assert each_image(np.array(["a.png", "b.png"], kind)) == ["a.png", "b.png"]
 
 
-def test_a_dictionary_is_no_list_of_pictures() -> None:
+def test_a_dictionary_is_no_list_of_images() -> None:
     assert "dict" in complaint(InputTypeError, lambda: each_image({"a.jpg": 1}))
 
 
@@ -72,7 +72,7 @@ def keys(source: Any) -> list[str]:
 
 
 def test_every_door_takes_the_same_files(tmp_path: Path) -> None:
-    """A folder means the same to the library, the trainer and the commands, whatever the images are called."""
+    """The library, the trainer and the commands find the same images in a folder."""
     suffixes = [suffix for found in FORMATS.values() for suffix in found]
     for i, suffix in enumerate(suffixes):
         path = tmp_path / f"set/{i % 3}/{i:02}{suffix.upper() if i % 2 else suffix}"
@@ -96,7 +96,7 @@ def test_every_door_takes_the_same_files(tmp_path: Path) -> None:
 
 
 def test_several_sources_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order given; an image has its number among all of them, and its name below what was given."""
+    """Sources keep their order; an image has its number among all, and its name below the given folder."""
     write_tar(tmp_path / "a.tar", CONTENT[:2])
     (tmp_path / "in/deep").mkdir(parents=True)
     (tmp_path / "in/deep/b.png").write_bytes(CONTENT[2])

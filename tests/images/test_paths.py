@@ -1,4 +1,4 @@
-"""Pictures in folders, behind patterns and behind addresses."""
+"""Images in folders, behind patterns and behind addresses."""
 
 import base64
 import io
@@ -33,7 +33,7 @@ SECRET = "Signature=s3cr3t"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/ok, /moved, /slow, /endless, /cut, /page, and /404, /403, /500 for those answers."""
+    """Serves /ok, /moved, /slow, /endless, /cut and /page, and the statuses /404, /403 and /500."""
 
     def do_GET(self) -> None:
         kind = self.path.split("?")[0].strip("/")
@@ -71,18 +71,18 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suite is offline for the hub's client; this server is not a hub."""
+    """The suite is offline for huggingface_hub; this server is not a hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
 @pytest.mark.usefixtures("online")
 @pytest.mark.parametrize("path", ["ok", f"ok?{SECRET}", "moved", f"moved?{SECRET}"])
-def test_a_picture_behind_an_address(path: str, server: str) -> None:
+def test_an_image_behind_an_address(path: str, server: str) -> None:
     assert torch.equal(load_image(f"{server}/{path}"), load_image(PNG))
 
 
 def test_file_and_data_addresses(tmp_path: Path) -> None:
-    """With the characters that an address has to escape."""
+    """The addresses contain characters that need escaping."""
     path = tmp_path / "a cat?.png"
     path.write_bytes(PNG)
     for address in (path.as_uri(), f"data:image/png;base64,{base64.b64encode(PNG).decode()}"):
@@ -94,14 +94,14 @@ def test_file_and_data_addresses(tmp_path: Path) -> None:
     "path, error, said",
     [
         ("404", MissingFileError, "(HTTP 404)"), ("403", ImageError, "(HTTP 403)"), ("500", ImageError, "(HTTP 500)"),
-        ("page", ImageError, "is a page, as a server sends it"), ("slow", ImageError, "took longer than"),
+        ("page", ImageError, "is a web page"), ("slow", ImageError, "took longer than"),
         ("endless", ImageError, "is larger than"), ("cut", ImageError, "cannot download"),
     ],
 )  # fmt: skip
 def test_what_an_address_may_lead_to(
     path: str, error: Any, said: str, server: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    """One sentence with the address, without what signs it; nothing of it in any log either."""
+    """The error has the address without its secrets, and no log has them either."""
     monkeypatch.setattr(places, "MAX_BYTES", 1 << 20)
     monkeypatch.setattr(places, "MAX_SECONDS", 0.3)
     caplog.set_level("DEBUG")
@@ -118,7 +118,7 @@ def test_nobody_at_an_address() -> None:
 
 
 def test_offline_is_offline(server: str) -> None:
-    """HF_HUB_OFFLINE holds for pictures too, since the connection is that of the hub's client."""
+    """HF_HUB_OFFLINE applies to images too, since they use the session of huggingface_hub."""
     text = complaint(ImageError, lambda: load_image(f"{server}/ok?{SECRET}"))
     assert "OfflineMode" in text and "s3cr3t" not in text
 
@@ -128,9 +128,9 @@ def test_offline_is_offline(server: str) -> None:
     [
         ("s3://bucket/a.png?X-Amz-Signature=s3cr3t", InputError, "s3://..."),
         ("data:image/png;base64,&&&s3cr3t", ImageError, "no base64"),
-        ("data:image/png;base64,AAAA", ImageError, "'data:...' is not a picture"),
-        ("file:///nowhere/a.png", MissingFileError, "no picture at '/nowhere/a.png'"),
-        ("http://user:s3cr3t@[1/a.png", InputError, "no link"),
+        ("data:image/png;base64,AAAA", ImageError, "'data:...' is not an image"),
+        ("file:///nowhere/a.png", MissingFileError, "no image at '/nowhere/a.png'"),
+        ("http://user:s3cr3t@[1/a.png", InputError, "no http or https link"),
     ],
 )
 def test_other_addresses_are_said(address: str, error: Any, said: str) -> None:
@@ -139,14 +139,14 @@ def test_other_addresses_are_said(address: str, error: Any, said: str) -> None:
 
 
 def test_names_in_reports() -> None:
-    """A path as it is, an address without user, query and fragment, nothing for objects."""
+    """A path is unchanged, an address loses user, query and fragment, and an object has no name."""
     assert name_of("a?b.png") == "a?b.png" and name_of(Path("x") / "y.png") == os.path.join("x", "y.png")
     assert name_of("https://user:pw@host:8/a.png?Signature=1#2") == "https://host:8/a.png"
     assert name_of("s3://key:pw@bucket/a.png") == "s3://bucket/a.png" and name_of("data:,x") == "data:..."
     assert name_of(PNG) is None and name_of(np.zeros((2, 2, 3))) is None
 
 
-# --- folders and patterns -----------------------------------------------------------------------------------------
+# Folders and patterns
 
 
 @pytest.fixture
@@ -158,8 +158,8 @@ def album(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_is_its_pictures(album: Path) -> None:
-    """To the bottom, sorted, without what is hidden or linked."""
+def test_a_folder_is_its_images(album: Path) -> None:
+    """A folder is searched recursively and sorted, without hidden files."""
     expected = [str(album / name) for name in ("a.JPG", "b.png", "in/c.webp", "in/deep/d.tiff")]
     assert list_images(album) == list_images(str(album)) == expected
 
@@ -184,7 +184,7 @@ def test_a_pattern_is_what_fits_it(pattern: str, names: list[str], album: Path) 
     ],
 )  # fmt: skip
 def test_patterns_of_folders_end(pattern: str, names: list[str], album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where links lead back, there are more ways to each file than anybody can go; one of them is taken."""
+    """With link loops there are endless paths to each file; only one is followed."""
     for i in range(8):
         os.symlink(album, album / f"again{i}")
         os.symlink(album / "in", album / "in" / "deep" / f"up{i}")
@@ -194,7 +194,7 @@ def test_patterns_of_folders_end(pattern: str, names: list[str], album: Path, mo
 
 
 def test_streams_take_folders_and_patterns(album: Path) -> None:
-    """In the order of `list_images`; the report has the paths."""
+    """Streams have the order of `list_images`, and reports have the paths."""
     bb = Backbone.from_config(SMALL["dinov3"], seed=0)
     rows = bb.embed(album, size=32)
     assert rows.shape == (4, 64) and np.array_equal(rows[0], bb.embed(PNG, size=32)[0])
@@ -210,20 +210,20 @@ def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
 
 
 def test_nothing_in_a_folder_is_said(tmp_path: Path) -> None:
-    """What was looked for, and how much else there is."""
+    """The error says what was looked for, and how many other files there are."""
     for name in ("notes.txt", "in/data.csv", ".hidden.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     bb = Backbone.from_config(SMALL["dinov3"], seed=0)
     text = complaint(InputError, lambda: bb.embed(tmp_path))
-    assert f"no pictures under '{tmp_path}' (looked for .jpg .jpeg" in text and "2 other files)" in text
+    assert f"no images under '{tmp_path}' (looked for .jpg .jpeg" in text and "2 other files)" in text
     for wrong in (tmp_path / "*.png", tmp_path / "none"):
         assert str(wrong) in complaint(MissingFileError, lambda wrong=wrong: list_images(wrong))
     assert "is a folder" in complaint(ImageError, lambda: bb.embed([tmp_path]))
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
-    """Into other folders, after all real ones; loops, links among each other and second names of a folder end."""
+    """Links are followed after all real folders; loops, links to links and second names of a folder end."""
     for name in ("top/b/1.png", "top/a/2.png", "other/3.png", "other/deep/4.png", "top/.hidden/5.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(CONTENT[0])
@@ -238,11 +238,11 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     )
 
 
-# --- suffixes -------------------------------------------------------------------------------------------------------
+# Suffixes
 
 
 def test_suffixes_are_those_of_pillow() -> None:
-    """The table spares loading all of Pillow; it names what Pillow's own registry does, which differs by version."""
+    """Our table avoids loading all of Pillow; it agrees with Pillow's registry, which differs by version."""
     kinds = Image.registered_extensions()
     found = {suffix: "JPEG" if kind == "MPO" else kind for suffix, kind in kinds.items()}  # two JPEGs in one file
     registered = {(kind, suffix) for suffix, kind in found.items() if kind in FORMATS}
@@ -259,18 +259,18 @@ def test_suffixes_of_plugins_count_where_they_are_registered(monkeypatch: pytest
 
 
 def test_looking_for_suffixes_does_not_load_all_of_pillow() -> None:
-    """In a process of its own, since other tests load it."""
+    """The check runs in a new process, since other tests load all of Pillow."""
     script = "import sys; from dinov3_infer.images.paths import image_suffixes; image_suffixes()"
     script += "; assert 'PIL.TiffImagePlugin' not in sys.modules and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
 
 
-# --- encodings of lists -------------------------------------------------------------------------------------------
+# Encodings of lists
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_a_list_is_read_by_its_byte_order_mark(tmp_path: Path, encoding: str) -> None:
-    """As Windows' Notepad and PowerShell write it."""
+    """Windows' Notepad and PowerShell write such lists."""
     (tmp_path / "bücher.png").write_bytes(PNG)
     (tmp_path / "list.txt").write_text("bücher.png\tcat\r\n", encoding=encoding)
     source = as_source(tmp_path / "list.txt")

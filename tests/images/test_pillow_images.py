@@ -1,4 +1,4 @@
-"""The images of Pillow's own tests: the pixels that Pillow gives, or one sentence."""
+"""The images of Pillow's own tests give Pillow's pixels or an error."""
 
 import logging
 import tarfile
@@ -39,16 +39,16 @@ def _quiet() -> Iterator[None]:
 
 
 def pixels_of_pillow(path: Path) -> np.ndarray | None:
-    """Upright, over white, RGB; None for what is no image of ours, or has more than 8 bits."""
+    """Upright RGB over white; None for files that are no supported image, or have more than 8 bits."""
     with Image.open(path) as opened:
         if opened.format not in (*FORMATS, "MPO") or is_deep(opened):
             return None
         opened.load()
-        picture: Any = ImageOps.exif_transpose(opened)
-        if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return np.asarray(picture.convert("RGB"))
+        image: Any = ImageOps.exif_transpose(opened)
+        if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
 
 
 def test_the_images_of_pillows_tests(folder: Path) -> None:
@@ -74,7 +74,7 @@ def test_the_images_of_pillows_tests(folder: Path) -> None:
 
 
 def test_deep_ones_become_right_with_levels(folder: Path) -> None:
-    """Each as its own values say, compared with what numpy makes of Pillow's."""
+    """Each image is scaled by its own values, compared with numpy on Pillow's values."""
     count = 0
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:

@@ -1,4 +1,4 @@
-"""From pictures to normalised pixels: the same as others' transforms, or a plain sentence."""
+"""Preprocessing gives the pixels of other libraries' transforms, or a clear error."""
 
 import math
 import pickle
@@ -23,11 +23,11 @@ SHAPES = [(300, 451), (299, 257), (100, 77), (257, 256), (256, 259), (901, 640)]
 by_size = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 
 
-# --- the same pixels as others ------------------------------------------------------------------------------------
+# The same pixels as others
 
 
 def resample_weights(count: int, wanted: int, name: str) -> np.ndarray:
-    """[wanted, count]: the antialiased filter by its definition, triangle or cubic with a = -0.5."""
+    """[wanted, count]: the antialiased filter by definition, triangle or cubic with a = -0.5."""
     scale = count / wanted
     x = np.abs((np.arange(count) + 0.5 - (np.arange(wanted)[:, None] + 0.5) * scale) / max(scale, 1.0))
     if name == "bilinear":
@@ -42,15 +42,15 @@ def resample_weights(count: int, wanted: int, name: str) -> np.ndarray:
 @pytest.mark.parametrize("name", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("engine", "levels"), [("uint8", 1.7), ("pil", 1.7), ("float", 0.01)])
 def test_resizing_is_the_antialiased_filter(engine, levels, name, shape) -> None:
-    """Every engine against the filter in float64.
+    """Every engine is compared with the filter in float64.
 
-    The integer engines round after the row and after the column pass, and cubic weights make up to 1.3 of the first
-    half; the float engine has its sampling positions in float32, 1e-5 of a pixel off.
+    The integer engines round after the row pass and after the column pass, and cubic weights multiply the first error
+    by up to 1.3; the float engine has float32 sampling positions, 1e-5 of a pixel off.
     """
-    picture = photo(*shape) // 2 + 64  # nothing overshoots a byte between the passes, where the integer engines clip
+    image = photo(*shape) // 2 + 64  # nothing overshoots a byte between the passes, where the integer engines clip
     rows, columns = (resample_weights(n, m, name) for n, m in zip(shape, (224, 251), strict=True))
-    expected = np.einsum("ir,jc,rcd->dij", rows, columns, picture.astype(np.float64), optimize=True)
-    ours = plain((224, 251), filter=name, engine=engine)(picture).double().numpy() * 255
+    expected = np.einsum("ir,jc,rcd->dij", rows, columns, image.astype(np.float64), optimize=True)
+    ours = plain((224, 251), filter=name, engine=engine)(image).double().numpy() * 255
     far = float(np.abs(ours - expected).max())
     assert far < levels
 
@@ -59,7 +59,7 @@ def test_resizing_is_the_antialiased_filter(engine, levels, name, shape) -> None
 @pytest.mark.parametrize("fit", ["squash", "crop", "native"])
 @pytest.mark.parametrize("engine", ["uint8", "float", "pil"])
 def test_pixels_do_not_depend_on_how_they_lie_in_memory(engine, fit, shape) -> None:
-    """Pixel by pixel, as files and arrays come, or channel by channel, as tensors mostly do."""
+    """Files and arrays come channels last, tensors mostly channels first."""
     transform = plain(224, fit=fit, engine=engine)
     by_pixel = load_image(photo(*shape))
     assert by_pixel.stride(0) == 1 and transform(by_pixel).is_contiguous()
@@ -71,22 +71,22 @@ def test_pixels_do_not_depend_on_how_they_lie_in_memory(engine, fit, shape) -> N
 @by_size
 @pytest.mark.parametrize("name", ["bilinear", "bicubic"])
 def test_uint8_resizing_equals_torchvision(name, shape, size) -> None:
-    """Bit for bit what torchvision's v2 transforms do to a uint8 tensor."""
+    """The result equals torchvision's v2 transforms on a uint8 tensor bit for bit."""
     from torchvision.transforms.v2 import InterpolationMode, functional
 
-    picture = torch.from_numpy(photo(*shape)).permute(2, 0, 1).contiguous()
-    theirs = functional.resize(picture, list(size), InterpolationMode(name), antialias=True)
-    assert torch.equal(plain(size, filter=name)(picture), theirs / 255.0)
+    image = torch.from_numpy(photo(*shape)).permute(2, 0, 1).contiguous()
+    theirs = functional.resize(image, list(size), InterpolationMode(name), antialias=True)
+    assert torch.equal(plain(size, filter=name)(image), theirs / 255.0)
 
 
-def processed(processor: Any, picture: Image.Image) -> Tensor:
-    return torch.as_tensor(np.asarray(processor(picture)["pixel_values"][0]))
+def processed(processor: Any, image: Image.Image) -> Tensor:
+    return torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
 
 
 @by_size
 @pytest.mark.parametrize("family", ["dinov2", "dino"])
 def test_hf_style_equals_transformers_pil_processors(family, shape) -> None:
-    """DINOv2's and DINO's published preprocessor_config.json, PIL backend: equal to the last bit."""
+    """DINOv2's and DINO's published preprocessor_config.json with the PIL backend gives equal bits."""
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -95,21 +95,21 @@ def test_hf_style_equals_transformers_pil_processors(family, shape) -> None:
         processor = BitImageProcessorPil(size={"shortest_edge": 256}, crop_size=crop, resample=3, **IMAGENET)
     else:
         processor = ViTImageProcessorPil(size={"height": 224, "width": 224}, resample=2, **IMAGENET)
-    picture = Image.fromarray(photo(*shape))
+    image = Image.fromarray(photo(*shape))
     row = next(row for row in MODELS.values() if row.family == family)
-    assert torch.equal(preprocess_of(row, "hf")(picture), processed(processor, picture))
+    assert torch.equal(preprocess_of(row, "hf")(image), processed(processor, image))
 
 
 @pytest.mark.peers
 @by_size
 def test_hf_style_is_within_two_grey_levels_of_the_torchvision_backend(shape) -> None:
-    """transformers' own two backends differ by so much; we follow the PIL one, which the models were published with."""
+    """The two backends of transformers differ by that much; ours follows PIL, with which the models were published."""
     from transformers import BitImageProcessor
 
     crop = {"height": 224, "width": 224}
     processor = BitImageProcessor(size={"shortest_edge": 256}, crop_size=crop, resample=3, **IMAGENET)
-    picture = Image.fromarray(photo(*shape))
-    far = (preprocess_of(MODELS["dinov2_vits14"], "hf")(picture) - processed(processor, picture)).abs()
+    image = Image.fromarray(photo(*shape))
+    far = (preprocess_of(MODELS["dinov2_vits14"], "hf")(image) - processed(processor, image)).abs()
     print(f"largest {float(far.max()):.4f}, mean {float(far.mean()):.1e} in normalised units")
     assert far.max() < 2.01 / 255 / 0.224 and far.mean() < 1e-3
 
@@ -118,34 +118,34 @@ def test_hf_style_is_within_two_grey_levels_of_the_torchvision_backend(shape) ->
 @by_size
 @pytest.mark.parametrize("name", ["dinov3_vits16", "dinov3_vitl16_sat493m"])
 def test_hf_style_equals_transformers_dinov3(name, shape) -> None:
-    """transformers rescales before it resizes; what is left is the order of two float32 products."""
+    """transformers rescales before it resizes; the remaining difference is the order of two float32 products."""
     from transformers import DINOv3ViTImageProcessor
 
     row = MODELS[name]
-    picture = Image.fromarray(photo(*shape))
-    theirs = processed(DINOv3ViTImageProcessor(image_mean=row.mean, image_std=row.std), picture)
-    assert (preprocess_of(row, "hf")(picture) - theirs).abs().max() < 2e-6
+    image = Image.fromarray(photo(*shape))
+    theirs = processed(DINOv3ViTImageProcessor(image_mean=row.mean, image_std=row.std), image)
+    assert (preprocess_of(row, "hf")(image) - theirs).abs().max() < 2e-6
 
 
 @pytest.mark.peers
 @pytest.mark.parametrize("name", [row.name for row in MODELS.values() if row.timm_id])
 def test_timm_style_equals_timm(name) -> None:
-    """Every row against the transform that timm makes from its own table of the same model."""
+    """Every row is compared with the transform that timm makes from its own table."""
     import timm
 
     row = MODELS[name]
     settings = timm.models.get_pretrained_cfg(str(row.timm_id).split("/")[-1]).to_dict()
     theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=settings))
     for shape in SHAPES:
-        picture = Image.fromarray(photo(*shape))
-        assert torch.equal(preprocess_of(row, "timm")(picture), theirs(picture))
+        image = Image.fromarray(photo(*shape))
+        assert torch.equal(preprocess_of(row, "timm")(image), theirs(image))
 
 
 @pytest.mark.peers
 @by_size
 @pytest.mark.parametrize("name", ["dinov3_vits16", "dinov3_vitl16_sat493m", "dinov2_vits14", "dino_vitb8"])
 def test_meta_style_equals_the_documented_transforms(name, shape) -> None:
-    """The reference READMEs: v2 transforms on a uint8 tensor for DINOv3, classic ones on PIL pictures before it."""
+    """The reference READMEs use v2 transforms on a uint8 tensor for DINOv3, and classic ones on PIL images before."""
     from torchvision import transforms as v1
     from torchvision.transforms import v2
 
@@ -156,18 +156,18 @@ def test_meta_style_equals_the_documented_transforms(name, shape) -> None:
     else:
         steps = [v1.Resize(256, v1.InterpolationMode.BICUBIC), v1.CenterCrop(224), v1.ToTensor()]
         theirs = v1.Compose([*steps, v1.Normalize(row.mean, row.std)])
-    picture = Image.fromarray(photo(*shape))
-    ours, expected = preprocess_of(row, "meta")(picture), theirs(picture)
+    image = Image.fromarray(photo(*shape))
+    ours, expected = preprocess_of(row, "meta")(image), theirs(image)
     # v2 multiplies by 1 / 255 in float32 where everyone else divides: the bytes are equal, the last bit is not
     assert torch.equal(ours, expected) if row.family != "dinov3" else (ours - expected).abs().max() < 2e-6
 
 
 def test_a_style_that_nobody_published_is_refused() -> None:
-    """LingBot is timm's alone."""
+    """Only timm publishes a transform for LingBot."""
     assert "'timm'" in complaint(InputError, lambda: preprocess_of(MODELS["lingbot_vits16"], "meta"))
 
 
-# --- where pixels go ----------------------------------------------------------------------------------------------
+# Where pixels go
 
 FITS = [
     ("squash", 64), ("squash", (48, 80)), ("crop", 64), ("crop", (48, 80)), ("crop", (80, 48)), ("pad", 64),
@@ -180,14 +180,14 @@ by_fit = pytest.mark.parametrize(("fit", "size"), FITS, ids=lambda v: str(v).rep
 @pytest.mark.parametrize("engine", ["uint8", "float", "pil"])
 @pytest.mark.parametrize("shape", [(200, 120), (90, 333), (41, 41)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_a_dot_is_found_where_the_placement_says(shape, engine, fit, size) -> None:
-    """Paint one bright square, and compare its centre of mass in the processed pixels with `to_input`."""
+    """The centre of mass of one bright square in the processed pixels agrees with `to_input`."""
     transform = plain(size, patch_size=8, fit=fit, engine=engine)
     middle, place = (shape[1] / 2, shape[0] / 2), transform.plan(*shape)
     for dx, dy in ((0, 0), (-8, 6), (7, -8)):  # near enough to the middle for every crop to keep it
         x, y = int(middle[0] + dx), int(middle[1] + dy)
-        picture = np.zeros((*shape, 3), np.uint8)
-        picture[y - 3 : y + 3, x - 3 : x + 3] = 255  # the edges of pixels x - 3 and x + 3: its centre is (x, y)
-        pixels = transform(picture)[0].double()
+        image = np.zeros((*shape, 3), np.uint8)
+        image[y - 3 : y + 3, x - 3 : x + 3] = 255  # the edges of pixels x - 3 and x + 3: its centre is (x, y)
+        pixels = transform(image)[0].double()
         rows, columns = (pixels.sum(dim=d) / pixels.sum() for d in (1, 0))
         found = [float((w * (torch.arange(len(w)) + 0.5)).sum()) for w in (columns, rows)]
         assert found == pytest.approx(place.to_input(x, y), abs=0.1)  # a filter is symmetric, but bytes are rounded
@@ -195,7 +195,7 @@ def test_a_dot_is_found_where_the_placement_says(shape, engine, fit, size) -> No
 
 @by_fit
 def test_corners_go_to_corners(fit, size) -> None:
-    """The picture's corners are those of the input, or of its part in a padded one; a crop is inside and central."""
+    """The corners of the image become those of the input, or of its unpadded part; a crop is inside and central."""
     for shape in [(200, 120), (90, 333), (41, 41), (1, 1), (7, 900)]:
         placement = plain(size, patch_size=8, fit=fit).plan(*shape)
         (left, top), (right, bottom) = placement.to_input(0, 0), placement.to_input(shape[1], shape[0])
@@ -212,7 +212,7 @@ def test_corners_go_to_corners(fit, size) -> None:
 
 
 def test_every_fit_gives_whole_patches() -> None:
-    """200 random sizes, patches and fits: a plan of whole patches, and pixels of just that shape."""
+    """200 random sizes, patches and fits give a plan of whole patches, and pixels of that shape."""
     draw = random.Random(0)
     for _ in range(200):
         shape, patch = (draw.randint(1, 700), draw.randint(1, 700)), draw.choice([8, 14, 16])
@@ -230,7 +230,7 @@ def test_every_fit_gives_whole_patches() -> None:
 
 @pytest.mark.parametrize(("shape", "grid"), [((200, 120), (8, 5)), ((90, 333), (2, 8)), ((41, 41), (8, 8))])
 def test_padding_is_the_mean_colour_and_not_valid(shape, grid) -> None:
-    """Where `valid` holds there is picture, down to the pixel; elsewhere zeros, which is the mean colour."""
+    """`valid` marks exactly the pixels of the image; the others are zero, which is the mean colour."""
     transform = Preprocess((0.3, 0.4, 0.5), (0.2, 0.2, 0.2), 8, 64, fit="pad")
     batch = transform.batch([np.full((*shape, 3), 255, np.uint8)])
     assert batch.valid is not None and batch.valid.sum() == math.prod(grid)
@@ -242,8 +242,8 @@ def test_padding_is_the_mean_colour_and_not_valid(shape, grid) -> None:
 
 @by_fit
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2000), (2000, 3)], ids=lambda s: f"{s[0]}x{s[1]}")
-def test_tiny_and_thin_pictures_give_a_result(shape, fit, size) -> None:
-    """One colour in, the same colour out, whatever the shape."""
+def test_tiny_and_thin_images_give_a_result(shape, fit, size) -> None:
+    """An image of one colour keeps that colour at any shape."""
     transform = plain(size, patch_size=8, fit=fit)
     pixels = transform(np.full((*shape, 3), 51, np.uint8))
     height, width = transform.plan(*shape).resized
@@ -251,7 +251,7 @@ def test_tiny_and_thin_pictures_give_a_result(shape, fit, size) -> None:
 
 
 def test_a_centre_crop_of_a_thread_does_not_fill_the_memory() -> None:
-    """A picture of 1 x 60,000 would be enlarged 224 times before all but its middle is cut away: 9 GB."""
+    """An image of 1 x 60,000 pixels would be enlarged 224 times before the crop: 9 GB."""
     try:
         resized = plain(224, patch_size=16, fit="crop").plan(1, 60_000).resized
     except InputError as error:
@@ -262,19 +262,19 @@ def test_a_centre_crop_of_a_thread_does_not_fill_the_memory() -> None:
 
 @pytest.mark.parametrize("fit, size", [("squash", 16384), ("crop", 16384), ("native", 20000)])
 def test_an_input_beyond_all_memory_is_said(fit, size) -> None:
-    """Whoever asks for too much is told so before gigabytes are filled."""
+    """Too large an input is refused before gigabytes are allocated."""
     text = complaint(InputError, lambda: plain(size, patch_size=16, fit=fit).plan(300, 400))
     assert "300x400" in text and "would become" in text and "give a smaller size=" in text
     assert ("or fit='squash'" in text) == (fit != "squash"), "what is no remedy"
 
 
-def test_a_thin_picture_over_the_limit_is_counted_right() -> None:
-    """A side below half a patch is still one row of patches."""
+def test_a_thin_image_over_the_limit_is_counted_right() -> None:
+    """A side below half a patch still counts as one row of patches."""
     text = complaint(InputError, lambda: plain(None, patch_size=16, fit="native").plan(3, 5008))
     assert "3x5008" in text and "313 patches" in text and "size=" in text
 
 
-# --- options ------------------------------------------------------------------------------------------------------
+# Options
 
 
 @pytest.mark.parametrize(
@@ -289,13 +289,13 @@ def test_a_thin_picture_over_the_limit_is_counted_right() -> None:
     ids=str,
 )  # fmt: skip
 def test_wrong_options_are_said(options, said) -> None:
-    """What was given, and what would do."""
+    """The error states what was given and what is allowed."""
     fixed: dict[str, Any] = dict(patch_size=16, mean=(0, 0, 0), std=(1, 1, 1))
     assert said in complaint(InputError, lambda: Preprocess(**(fixed | options)))
 
 
 def test_options_replace_the_published_crop() -> None:
-    """`resize_to` belongs to the published size: another size means that size alone."""
+    """`resize_to` belongs to the published size; another size drops it."""
     meta = preprocess_of(MODELS["dinov2_vits14"], "meta")
     assert meta.with_options() is meta and meta.with_options(fit="crop") is meta
     assert meta.with_options(size=448).plan(500, 700).resized == (448, 627)
@@ -303,18 +303,18 @@ def test_options_replace_the_published_crop() -> None:
 
 
 def test_a_transform_can_be_pickled_and_batched_by_a_loader() -> None:
-    """It serves as a Dataset's transform: the copy in a worker gives the same tensors."""
+    """A Dataset can use it as its transform: the copy in a worker gives the same tensors."""
     transform = preprocess_of(MODELS["dinov2_vits14"], "meta")
     copy = pickle.loads(pickle.dumps(transform))
-    pictures = [photo(100, 77), photo(300, 200)]
-    (batch,) = torch.utils.data.DataLoader([copy(p) for p in pictures], batch_size=2)
-    assert copy == transform and torch.equal(batch, transform.batch(pictures).pixels)
+    images = [photo(100, 77), photo(300, 200)]
+    (batch,) = torch.utils.data.DataLoader([copy(p) for p in images], batch_size=2)
+    assert copy == transform and torch.equal(batch, transform.batch(images).pixels)
 
 
 @by_fit
 @pytest.mark.parametrize("kind", ["uint8", "float32"])
 def test_the_input_is_never_changed(kind, fit, size) -> None:
-    """Neither the array nor the tensor that was given, also where nothing needs resizing."""
+    """Arrays and tensors of the caller stay unchanged, even if nothing is resized."""
     array = (photo(64, 64) / 255).astype(kind) if kind == "float32" else photo(64, 64)
     tensor, before = torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous(), array.copy()
     pixels = preprocess_of(MODELS["dinov3_vits16"]).with_options(fit="squash", size=64).batch([array, tensor]).pixels
@@ -324,7 +324,7 @@ def test_the_input_is_never_changed(kind, fit, size) -> None:
 
 
 def test_naming_the_published_size_keeps_the_published_crop() -> None:
-    """`size=224` is what Meta's DINOv2 transform has anyway: 256 pixels, of which the middle 224."""
+    """`size=224` is already the size of Meta's DINOv2 transform: 256 pixels, of which the middle 224 are used."""
     published = preprocess_of(MODELS["dinov2_vits14"], "meta")
     assert published.with_options(size=224) is published
     assert published.with_options(size=448).resize_to is None
@@ -337,5 +337,5 @@ def test_typos_in_options_are_said(options) -> None:
     assert next(iter(options)) in complaint(InputError, lambda: plain(64, **options))
 
 
-def test_a_crop_larger_than_the_picture_is_said() -> None:
+def test_a_crop_larger_than_the_image_is_said() -> None:
     assert "resize_to 32" in complaint(InputError, lambda: plain(64, fit="crop", resize_to=32))

@@ -1,4 +1,4 @@
-"""JPEGs of many scans: a bound on the work that a small file may ask for."""
+"""A bound on the work of JPEGs with many scans."""
 
 import io
 import struct
@@ -22,7 +22,7 @@ def jpeg(mode: str = "RGB", side: int = 64, **options: object) -> bytes:
 
 
 def bomb(mode: str, side: int, count: int, which: str) -> bytes:
-    """Claims `side` x `side` pixels, and sends one of its scans again and again."""
+    """A JPEG that claims `side` x `side` pixels, and repeats one of its scans."""
     content = bytearray(jpeg(mode, progressive=True))
     at = content.index(b"\xff\xc2")
     content[at + 5 : at + 9] = struct.pack(">HH", side, side)
@@ -39,7 +39,7 @@ def bomb(mode: str, side: int, count: int, which: str) -> bytes:
     [("RGB", 9000, 2000), ("L", 9000, 500), ("RGB", 5000, 900), ("CMYK", 4000, 5000), ("RGB", 64, 50_000)],
 )
 def test_many_scans_are_refused_at_once(mode: str, side: int, count: int, which: str, tmp_path: Path) -> None:
-    """As bytes, as a file, as a stream, and where the decoder would make the image smaller."""
+    """Bytes, files, streams and reduced decoding are covered."""
     content = bomb(mode, side, count, which)
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
@@ -53,7 +53,7 @@ def test_many_scans_are_refused_at_once(mode: str, side: int, count: int, which:
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_what_people_have_is_read(mode: str, progressive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a thumbnail in front, and with no more scans than tools write."""
+    """JPEGs with a thumbnail, and with as many scans as common tools write, are read."""
     exif = Image.Exif()
     exif[0x010E] = "\u00ff\u00da" * 5000  # the marker of a scan where none is, in UTF-8 and below as bytes
     content = jpeg(mode, progressive=progressive, exif=exif.tobytes() + jpeg(side=24) * 3)

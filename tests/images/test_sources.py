@@ -1,4 +1,4 @@
-"""Names, and numbers of images that come from several places."""
+"""Names and numbers of images from several sources."""
 
 import os
 import pickle

@@ -72,7 +72,13 @@ def test_what_the_compiler_said_is_of_the_shipped_configurations(scripts: Any) -
 def test_what_was_executed_is_what_is_shipped(scripts: Any) -> None:
     """The counted tiles are those of the table, and 256 pixels are no longer bound by what the kernel reads."""
     configs = pytest.importorskip("dinov3_infer_kernels.gpu").configs
-    rows = json.loads((scripts("render").RECORDS / "executed.json").read_text(encoding="utf-8"))["attention"]
+    records = sorted(scripts("render").RECORDS.glob("executed-*.json"))
+    assert [path.stem.partition("-")[2] for path in records] == ["3.6.0", "3.9.0"]
+    for path in records:
+        _judge(json.loads(path.read_text(encoding="utf-8"))["attention"], configs)
+
+
+def _judge(rows: list[dict[str, Any]], configs: Any) -> None:
     bounds = {(row["tokens"], row["tile"], row["tables"]): row["bound"] for row in rows}
     for tokens in (201, 261, 1029):
         shipped = next(c for limit, c in configs.TABLE["forward", 64, 2]["sm90"] if tokens <= limit)

@@ -18,6 +18,7 @@ from dinov3_infer.model.fused import OPERATORS
 
 pytest.importorskip("triton")
 from dinov3_infer_kernels import gpu as shipped  # after the check
+from dinov3_infer_kernels.gpu import norms
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter, which is off beside a GPU"
@@ -91,6 +92,36 @@ def test_the_stream_keeps_what_16_bits_lose() -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("how", ["scaled", "unscaled", "alone"])
+@pytest.mark.parametrize(("width", "rows"), [(64, 700), (384, 5), (1024, 9), (1280, 3), (4096, 2)])
+def test_norm_backward(width: int, rows: int, how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs with many tiles and with a part of one; parts of the sums are added in a fixed order."""
+    monkeypatch.setattr(norms, "processors", lambda device: 4)
+    x, branch, scale, weight, _ = norm_inputs((rows,), width, dtype)
+    grad_sum, grad = torch.randn(rows, width), torch.randn(rows, width).to(dtype)
+    given: tuple[Any, ...] = (grad_sum, grad, x, branch, scale if how == "scaled" else None, weight)
+    given = (None, grad, x, None, None, weight) if how == "alone" else given
+    found = shipped.norm_backward(*given, 1e-5)
+    wide = [t if t is None else t.double() for t in given]
+    exact, steps = definition["norm_backward"](*wide, 1e-5), definition["norm_backward"](*given, 1e-5)
+    assert found[2].shape == ((3 if how == "scaled" else 2), width)
+    for ours, true, torchs in zip(found, exact, steps, strict=True):
+        assert ours.shape == torchs.shape and ours.dtype == torchs.dtype
+        if ours.numel():
+            close(ours, true, torchs)
+    again = shipped.norm_backward(*given, 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_a_branch_without_scale_is_its_dtype() -> None:
+    """Its numbers are not kept for the gradient."""
+    x, branch, _, weight, _ = norm_inputs((5,), 64, BF16)
+    grad_sum, grad = torch.randn(5, 64), torch.randn(5, 64).bfloat16()
+    whole, empty = (shipped.norm_backward(grad_sum, grad, x, b, None, weight, 1e-5) for b in (branch, branch[:0]))
+    assert all(torch.equal(a, b) for a, b in zip(whole, empty, strict=True)) and empty[1].dtype == BF16
+
+
+@DTYPES
 @pytest.mark.parametrize("width", [6, 512, 1536, 1000])
 def test_swiglu(width: int, dtype: torch.dtype) -> None:
     """Whole tiles and parts of one; gates far from zero."""
@@ -120,8 +151,9 @@ def test_unfold(patch: int, height: int, width: int, dtype: torch.dtype) -> None
         lambda: shipped.swiglu(torch.zeros(0, 8)),
         lambda: shipped.layer_norm(torch.zeros(0, 8), torch.ones(8), torch.ones(8), 1e-5, BF16),
         lambda: shipped.unfold(torch.zeros(0, 3, 16, 16), MEAN, STD, 16, BF16),
+        lambda: shipped.norm_backward(None, torch.zeros(0, 8), torch.zeros(0, 8), None, None, torch.ones(8), 1e-5)[0],
     ],
-    ids=["swiglu", "layer_norm", "unfold"],
+    ids=["swiglu", "layer_norm", "unfold", "norm_backward"],
 )
 def test_nothing_gives_nothing(run: Callable[[], Tensor]) -> None:
     """No program is started for empty input."""
@@ -135,6 +167,8 @@ def test_nothing_gives_nothing(run: Callable[[], Tensor]) -> None:
         (lambda x: shipped.layer_norm(x.half(), x[0], x[0], 1e-5, BF16), "float16"),
         (lambda x: shipped.layer_norm(x, x[0, 1:], x[0], 1e-5, BF16), r"\[8\], .* got \[7\]"),
         (lambda x: shipped.residual_norm(x, x[1:], None, x[0], x[0], 1e-5, BF16), r"\[2, 8\]; got \[1, 8\]"),
+        (lambda x: shipped.norm_backward(x.half(), x, x, None, None, x[0], 1e-5), "float32"),
+        (lambda x: shipped.norm_backward(x, x[1:], x, None, None, x[0], 1e-5), r"\[2, 8\]; got \[1, 8\]"),
         (lambda x: shipped.unfold(torch.zeros(1, 3, 17, 16), MEAN, STD, 16, BF16), "whole patches of 16"),
         (lambda x: shipped.unfold(torch.zeros(1, 4, 16, 16), MEAN, STD, 16, BF16), r"\[B, 3, H, W\]"),
         (lambda x: shipped.unfold(torch.zeros(1, 3, 16, 16).int(), MEAN, STD, 16, BF16), "int32"),

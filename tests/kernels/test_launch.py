@@ -10,11 +10,14 @@ from qkv import grid_table, offsets
 from torch import Tensor
 
 pytest.importorskip("triton")
-from dinov3_infer_kernels.gpu import configs, launch  # after the check
+from dinov3_infer_kernels.gpu import configs, launch, rotation  # after the check
 from dinov3_infer_kernels.gpu.configs import SHORT, TABLE, Config
 from dinov3_infer_kernels.gpu.forward import forward
 from dinov3_infer_kernels.gpu.short import short_kernel
 
+warm = sys.modules["dinov3_infer_kernels.gpu.warm"]  # the package has a function of that name
+
+SMALL = ("small", "sm86", "sm89", "sm120")  # chips of one column of the table
 ROWS = sorted({c for chips in (*TABLE.values(), SHORT) for rows in chips.values() for _, c in rows}, key=str)
 
 
@@ -88,16 +91,54 @@ def test_tokens_far_apart_are_right() -> None:
         ("sm80", 201, 132, 64, torch.bfloat16, True),
         ("sm100", 201, 132, 64, torch.bfloat16, True),
         ("small", 201, 132, 64, torch.bfloat16, False),
+        ("sm86", 288, 132, 64, torch.bfloat16, True),
+        ("sm89", 201, 132, 64, torch.bfloat16, True),
+        ("sm86", 289, 132, 64, torch.bfloat16, False),
+        ("sm120", 201, 132, 64, torch.bfloat16, False),  # never compiled for
     ],
 )
 def test_who_gets_one_program_a_head(
     chip: str, tokens: int, heads: int, width: int, dtype: torch.dtype, chosen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """16-bit heads of 64 channels of a few hundred tokens, on chips with the shared memory, enough of them."""
-    monkeypatch.setattr(configs, "chip_of", lambda _: chip)
+    monkeypatch.setattr(configs, "chip_of", lambda _: "small" if chip in SMALL else chip)
+    monkeypatch.setattr(configs, "_has_room", lambda _: chip in ("sm86", "sm89") or chip not in SMALL)
     qkv = torch.empty(1, 1, 3, 1, width, dtype=dtype)
     found = configs.whole_heads(qkv, tokens, heads)
     assert (found is not None) == chosen and (found is None or found.whole and tokens <= found.block_n)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "room"),
+    [((8, 6), None, True), ((8, 9), None, True), ((12, 0), None, False), ((8, 6), "6", False), ((9, 0), None, True)],
+)
+def test_who_has_room_for_a_head(
+    capability: tuple[int, int], hip: str | None, room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the small chips those that the kernel is compiled for."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    for cached in (configs.chip_of, configs._has_room):
+        cached.cache_clear()
+    try:
+        assert configs._has_room(torch.device("cuda", 7)) is room
+        assert (configs.whole_head(torch.device("cuda", 7), 201) is not None) is room
+    finally:
+        for cached in (configs.chip_of, configs._has_room):
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width", "images"), [(201, 6, 64, 22), (261, 16, 64, 9), (300, 6, 64, 0), (201, 6, 128, 0)]
+)
+def test_the_batch_from_which_it_runs(tokens: int, heads: int, width: int, images: int) -> None:
+    """On a chip of 132 multiprocessors; a trial of the plan takes as many."""
+    device = torch.device("cpu")
+    assert configs.large_batch(device, torch.bfloat16, width, tokens, heads) == images
+    qkv = torch.empty(1, 1, 3, 1, width, dtype=torch.bfloat16)
+    for count in (images - 1, images):
+        found = configs.whole_heads(qkv, tokens, max(count, 0) * heads)
+        assert (found is not None) is (count == images > 0)
 
 
 @pytest.mark.parametrize(("images", "rotated"), [(33, True), (32, True), (33, False)])
@@ -216,3 +257,69 @@ def test_the_crossover_follows_the_chip(chip: str, width: int, monkeypatch: pyte
     monkeypatch.setattr(configs, "chip_of", lambda _: chip)
     found = configs.crossover(torch.device("cuda", 0), torch.bfloat16, width)
     assert found >= 261 and (found < 1029 or (chip in ("sm90", "sm100") and width == 64))
+
+
+# --- compiled before they are needed -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Kernels by what makes Triton compile them: their constants and options, not their numbers."""
+    found: list[tuple[Any, ...]] = []
+
+    def launched(kernel: Any, programs: int, config: Config, *given: Any, **constants: Any) -> None:
+        ints = tuple((v == 1, v % 16 == 0) for v in given[-8:-1] if type(v) is int)
+        found.append((kernel, config, tuple(t is None for t in given[:4]), ints[-5:], tuple(constants.items())))
+
+    for module in ("forward", "rotation"):
+        monkeypatch.setattr(sys.modules[f"dinov3_infer_kernels.gpu.{module}"], "launch", launched)
+    monkeypatch.setattr(configs, "chip_of", lambda _: "sm90")
+    monkeypatch.setattr(configs, "processors", lambda _: 132)
+    return found
+
+
+def all_forms(count: int, heads: int, packed: bool, dtype: torch.dtype, images: int) -> None:
+    tables = torch.ones(2, count, 32, dtype=torch.float16 if dtype == torch.bfloat16 else torch.float32)
+    shape = (images, count, 3, heads, 64)
+    qkv = torch.empty(shape[1:] if packed else shape, dtype=dtype, device="meta")
+    forward(qkv, *tables, offsets([count]) if packed else None, count, 0.125)
+
+
+@pytest.mark.parametrize("chip", ["sm80", "sm90", "sm100", "small"])
+@pytest.mark.parametrize("heads", [6, 16])
+def test_nothing_is_compiled_in_the_middle_of_a_run(
+    chip: str, heads: int, started: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever images come after `warm`, alone and in batches, of one size and packed: every form is there already."""
+    monkeypatch.setattr(configs, "chip_of", lambda _: chip)
+    monkeypatch.setattr(warm, "chip_of", lambda _: chip)
+    monkeypatch.setattr(configs, "_has_room", lambda _: True)
+    dtype = torch.bfloat16
+    assert warm.warm(torch.empty(0, dtype=dtype), heads, 64, torch.float16) == len(started)
+    before = set(started)
+    assert len(before) == len(started) < 40
+    for count in range(6, 1700):
+        for images in (1, 64):
+            all_forms(count, heads, False, dtype, images)
+        all_forms(count, heads, True, dtype, 1)
+    assert set(started) == before | {form for form in started if form[0] is rotation.rotate_kernel}
+
+
+@pytest.mark.parametrize("count", [201, 261, 1029])
+def test_one_size_needs_its_own_forms_alone(count: int, started: list[tuple[Any, ...]]) -> None:
+    """The last, smaller batch among them."""
+    warm.warm(torch.empty(0, dtype=torch.bfloat16), 6, 64, torch.float16, count)
+    before = set(started)
+    assert len(before) == len(started) == (1 if count > 272 else 2)
+    for images in (64, 3):
+        all_forms(count, 6, False, torch.bfloat16, images)
+    assert set(started) == before
+
+
+def test_what_torch_attends_is_not_compiled(started: list[tuple[Any, ...]]) -> None:
+    """Long images get a rotation, and without one only packed images are the kernel's."""
+    like = torch.empty(0, dtype=torch.bfloat16)
+    assert warm.warm(like, 6, 64, torch.float16, 4101) == 1 and started.pop()[0] is rotation.rotate_kernel
+    assert warm.warm(like, 6, 64, None, 4101) == 0
+    assert warm.warm(like, 6, 64, None) == len(started) == 3
+    assert warm.warm(torch.empty(0, dtype=torch.float64), 6, 64, None) == 0

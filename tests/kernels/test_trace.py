@@ -110,14 +110,14 @@ def test_the_path_as_it_is_written_fails_this(name: str, tracing: Any) -> None:
 @pytest.mark.parametrize("batch", [1, 64])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["auto", "bfloat16"])
 def test_a_pass_waits_once_at_its_end(name: str, batch: int, dtype: Any, tracing: Any) -> None:
-    """One copy of uint8 from pinned memory, no cast but where patches enter the stream, one number read last."""
+    """One copy of uint8 from pinned memory, no cast, one number read last."""
     ops = tracing.ours(shallow(CONFIGS[name], 3), batch, [(224, 224)], dtype=dtype)
     kinds = [op.kind for op in ops]
     assert kinds.count("sync") == 1 and kinds[-1] == "sync"
     assert kinds.count("pinned") == 1 and "copy" not in kinds and "cast" not in kinds
     (copied,) = (op for op in ops if op.kind == "pinned")
     assert copied.bytes == batch * 3 * 224 * 224
-    assert [op.name for op in ops if "cast" in op.name] == ["copy and cast"]
+    assert not [op.name for op in ops if "cast" in op.name]
     outside = [op for op in ops if op.kernels and op.kind != "pinned"]
     fixed = len(outside) - 3 * 8
     assert fixed == (6 if batch == 64 else 9), names(outside)  # a graph copies in, and results and sum out
@@ -179,8 +179,18 @@ def test_the_simulation_is_called_one(simulate: Any) -> None:
     assert record["simulation"] is True
     assert simulate.filled(text, record) == text, "run python kernels/benchmarks/simulate.py"
     assert "No GPU has\nconfirmed any of these numbers" in text
+    for name, found in record["training"].items():
+        for recompute in ("none", "cheap"):  # the trainer uses these norms, as this says that it pays
+            assert found[f"separate {recompute}"]["wall"] > found[f"fused {recompute}"]["wall"], name
     for cell, wanted in simulate.WANTED.items():
         assert simulate.ratio(record["cells"][" ".join(map(str, cell))], "transformers") >= wanted, cell
+
+
+def test_the_recorded_training_is_that_of_the_code(simulate: Any) -> None:
+    recorded = json.loads(simulate.RECORD.read_text(encoding="utf-8"))["training"]["S 256 64"]
+    found = simulate.training("S", 256, 64)
+    for how, row in recorded.items():
+        assert found[how] == pytest.approx(row, rel=1e-6), f"{how}: run python kernels/benchmarks/simulate.py"
 
 
 @pytest.mark.parametrize("cell", [("S", 224, 64), ("L", 224, 1)], ids=lambda cell: " ".join(map(str, cell)))

@@ -1,4 +1,4 @@
-"""Attention against a naive float64 loop, for pictures of one size and of many laid end to end."""
+"""Attention against a naive float64 loop, for images of one size and for packed images of many sizes."""
 
 from typing import Any
 
@@ -25,11 +25,11 @@ BOTH = pytest.mark.parametrize("attend", [rope_attention, eager_attention], ids=
 
 
 def naive(
-    qkv: Tensor,  # [N, 3, H, D], one picture
+    qkv: Tensor,  # [N, 3, H, D], one image
     rope: tuple[Tensor, Tensor] | None,
     scale: float | None = None,
 ) -> np.ndarray:
-    """Attention as its formula says, one query of one head at a time, in float64, [N, H*D]."""
+    """Attention by its formula, one query of one head at a time, in float64, [N, H*D]."""
     x = qkv.detach().double().numpy()
     count, _, heads, width = x.shape
     turned = x.copy()
@@ -52,21 +52,21 @@ def naive(
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("rotated", [True, False], ids=["rope", "no_rope"])
 @pytest.mark.parametrize("scale", [None, 0.31], ids=["default_scale", "scale_given"])
-def test_pictures_of_one_size(attend: Any, head_dim: int, rotated: bool, scale: float | None) -> None:
-    """[B, N, 3, H, D] in, [B, N, H*D] out, each picture for itself."""
+def test_images_of_one_size(attend: Any, head_dim: int, rotated: bool, scale: float | None) -> None:
+    """[B, N, 3, H, D] -> [B, N, H*D], each image separately."""
     qkv = torch.randn(2, 23, 3, 3, head_dim)
     rope = angles(23, head_dim, prefix=5) if rotated else None
     out = attend(qkv, *(rope or (None, None)), scale=scale)
     assert out.shape == (2, 23, 3 * head_dim)
-    expected = torch.from_numpy(np.stack([naive(picture, rope, scale) for picture in qkv]))
+    expected = torch.from_numpy(np.stack([naive(image, rope, scale) for image in qkv]))
     assert relative(out, expected) < 2e-6  # float32 sums of at most 128 products
 
 
 @BOTH
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("rotated", [True, False], ids=["rope", "no_rope"])
-def test_pictures_of_many_sizes(attend: Any, head_dim: int, rotated: bool) -> None:
-    """[T, 3, H, D] with cu_seqlens: attention stays within each sequence, whatever the order of their lengths."""
+def test_images_of_many_sizes(attend: Any, head_dim: int, rotated: bool) -> None:
+    """[T, 3, H, D] with cu_seqlens: attention stays within each sequence, in any order of lengths."""
     total = sum(LENGTHS)
     qkv = torch.randn(total, 3, 2, head_dim)
     rope = angles(total, head_dim) if rotated else None
@@ -78,8 +78,8 @@ def test_pictures_of_many_sizes(attend: Any, head_dim: int, rotated: bool) -> No
 
 
 @BOTH
-def test_packed_pictures_of_one_size_equal_a_batch(attend: Any) -> None:
-    """The same pictures, laid end to end or stacked, give the same numbers; `max_seqlen` is only a hint."""
+def test_packed_images_of_one_size_equal_a_batch(attend: Any) -> None:
+    """Packed or stacked, the same images give the same numbers; `max_seqlen` is only a hint."""
     qkv = torch.randn(4, 10, 3, 2, 16)
     cos, sin = angles(10, 16)
     packed = attend(qkv.flatten(0, 1), cos.repeat(4, 1), sin.repeat(4, 1), cu_seqlens=offsets([10] * 4), scale=0.5)
@@ -89,7 +89,7 @@ def test_packed_pictures_of_one_size_equal_a_batch(attend: Any) -> None:
 @BOTH
 @pytest.mark.parametrize("packed", [False, True], ids=["fixed", "packed"])
 def test_strided_views(attend: Any, packed: bool) -> None:
-    """A view into a larger buffer, and one whose dimensions were swapped, give what their copies give."""
+    """A view into a larger buffer, and one with swapped dimensions, give the results of their copies."""
     cos, sin = angles(20, 16)
     options: dict[str, Any] = dict(cu_seqlens=offsets([12, 8])) if packed else {}
     lead = (20,) if packed else (3, 20)
@@ -153,20 +153,20 @@ def test_the_names_of_implementations() -> None:
 
 
 def test_auto_on_a_cpu_is_sdpa() -> None:
-    """Bit for bit."""
+    """The results have the same bits."""
     qkv, rope = torch.randn(2, 10, 3, 2, 64), angles(10, 64)
     assert torch.equal(rope_attention(qkv, *rope), sdpa_attention(qkv, *rope))
 
 
 @pytest.mark.parametrize("name", ["flash", "", "SDPA"])
 def test_unknown_implementation_is_refused(name: str) -> None:
-    """The message lists the names there are."""
+    """The message lists the names."""
     with pytest.raises(InputError, match=f"{', '.join(IMPLEMENTATIONS)}; got {name!r}"):
         resolve_attention(name)
 
 
 def test_set_attention_reaches_every_block() -> None:
-    """All blocks take the implementation, the result stays, and a wrong name changes nothing."""
+    """All blocks use the new implementation, the result stays the same, and a wrong name changes nothing."""
     model = VisionTransformer(SMALL["dinov3"]).eval()
     pixels = torch.randn(1, 3, 32, 48)
     before = model(pixels).patch_tokens
@@ -179,7 +179,7 @@ def test_set_attention_reaches_every_block() -> None:
 
 
 def test_triton_on_a_cpu_is_refused_with_its_reason() -> None:
-    """One sentence that says why and what to use; the model stays as it was."""
+    """The error says why and what to use, and the model does not change."""
     model = VisionTransformer(SMALL["dinov3"])
     with pytest.raises(UnsupportedError, match=r"'triton' cannot run: it runs on GPUs, .* 'cpu'; use 'auto'") as caught:
         model.set_attention("triton")

@@ -1,4 +1,4 @@
-"""The attention operator: its CPU definition, gradient, shapes and FLOPs, and who is asked to compute it."""
+"""The attention operator: its CPU definition, gradient, shapes and FLOPs, and which implementation runs."""
 
 import sys
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ LENGTHS = [3, 1, 1, 2]
 
 
 def arguments(packed: bool, rotated: bool, dtype: torch.dtype = torch.float32, heads: int = 2, width: int = 8) -> Any:
-    """qkv with a gradient, and the rest of what the operator takes."""
+    """qkv with a gradient, and the other arguments of the operator."""
     total = sum(LENGTHS)
     lead = (total,) if packed else (3, total)
     qkv = torch.randn(*lead, 3, heads, width, dtype=dtype, requires_grad=True)
@@ -42,7 +42,7 @@ def arguments(packed: bool, rotated: bool, dtype: torch.dtype = torch.float32, h
 @ROTATED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_operator_equals_the_definition(packed: bool, rotated: bool, dtype: torch.dtype) -> None:
-    """Output and gradient, against the definition's in float64."""
+    """Output and gradient, against the definition in float64."""
     qkv, (cos, sin, cu_seqlens, longest, scale) = arguments(packed, rotated, dtype)
     wide = qkv.detach().double().requires_grad_()
     expected = sdpa_attention(wide, cos, sin, cu_seqlens=cu_seqlens, scale=scale)
@@ -58,7 +58,7 @@ def test_the_operator_equals_the_definition(packed: bool, rotated: bool, dtype: 
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_float16_tables_are_widened_first(packed: bool, dtype: torch.dtype) -> None:
-    """Output and gradient have the bits of the same table in float32, whatever the dtype of the tokens."""
+    """Output and gradient have the bits of the same table in float32, for any dtype of the tokens."""
     qkv, (cos, sin, *rest) = arguments(packed, True, dtype)
     halves, weights, results = (cos.half(), sin.half()), torch.randn_like(qkv[..., 0, :, :]).flatten(-2), []
     for table in (halves, [t.float() for t in halves]):
@@ -73,17 +73,17 @@ def test_float16_tables_are_widened_first(packed: bool, dtype: torch.dtype) -> N
 @FORMS
 @ROTATED
 def test_the_gradient_equals_finite_differences(packed: bool, rotated: bool) -> None:
-    """In float64."""
+    """Checked in float64."""
     qkv, rest = arguments(packed, rotated, torch.float64, width=4)
     assert torch.autograd.gradcheck(lambda x: OP(x, *rest)[0], qkv)
 
 
 @FORMS
 def test_the_second_result_is_the_logarithm_of_the_sum_of_weights(packed: bool) -> None:
-    """To base 2, [B, H, N] or [H, T], of scores that are scaled."""
+    """To base 2, [B, H, N] or [H, T], of scaled scores."""
     qkv, (cos, sin, cu_seqlens, longest, scale) = arguments(packed, False, torch.float64)
     _, lse = OP(qkv, cos, sin, cu_seqlens, longest, scale)
-    part = qkv[4:5] if packed else qkv[:1, 2:3]  # a picture of a single token, or the third query of the first picture
+    part = qkv[4:5] if packed else qkv[:1, 2:3]  # an image of a single token, or the third query of the first image
     if packed:
         scores = (part[:, 0] * part[:, 1]).sum(-1) * scale
         assert lse.shape == (2, 7)
@@ -97,7 +97,7 @@ def test_the_second_result_is_the_logarithm_of_the_sum_of_weights(packed: bool) 
 @FORMS
 @ROTATED
 def test_opcheck(packed: bool, rotated: bool) -> None:
-    """torch's own checks of schema, autograd registration, fake implementation and tracing, dynamic shapes too."""
+    """torch's checks of schema, autograd registration, fake implementation and tracing, with dynamic shapes."""
     qkv, rest = arguments(packed, rotated)
     torch.library.opcheck(OP, (qkv, *rest))
     out, lse = OP(qkv.detach(), *rest)
@@ -105,7 +105,7 @@ def test_opcheck(packed: bool, rotated: bool) -> None:
 
 
 def test_opcheck_of_the_rotation() -> None:
-    """The rotation alone has no gradient; all else is checked, and it is that of the definition."""
+    """The rotation alone has no gradient; all other checks pass, and the result equals the definition."""
     qkv, (cos, sin, *_) = arguments(False, True)
     torch.library.opcheck(ROTATE, (qkv.detach(), cos, sin))
     turned = ROTATE(qkv.detach(), cos, sin)
@@ -115,7 +115,7 @@ def test_opcheck_of_the_rotation() -> None:
 
 @FORMS
 def test_compile_and_export_keep_it_as_one_node(packed: bool) -> None:
-    """The whole function is one graph with one operator, and computes the same."""
+    """The whole function is one graph with one operator, with the same result."""
     qkv, rest = arguments(packed, True)
 
     class Module(torch.nn.Module):
@@ -135,7 +135,7 @@ def test_compile_and_export_keep_it_as_one_node(packed: bool) -> None:
 
 
 def test_flops_are_counted_like_those_of_sdpa() -> None:
-    """Forward 4 N^2 H D for each picture, backward 2.5 times that; packed pictures by their own lengths."""
+    """Forward 4 N^2 H D for each image, backward 2.5 times that; packed images by their own lengths."""
     count_flops()
     qkv, rest = arguments(False, True)
     with FlopCounterMode(display=False) as counter:
@@ -152,7 +152,7 @@ def test_flops_are_counted_like_those_of_sdpa() -> None:
     [
         ("cpu", torch.bfloat16, 64, "the model is on 'cpu'"),
         ("mps", torch.bfloat16, 64, "the model is on 'mps'"),
-        ("cuda", torch.float64, 64, "the tokens come in torch.float64"),
+        ("cuda", torch.float64, 64, "the tokens are torch.float64"),
         ("cuda", torch.bfloat16, 32, "heads of 64 and 128 channels, and these have 32"),
         ("cuda", torch.float32, 128, "float32 tiles of 128 channels"),
         ("cuda:1", torch.bfloat16, 64, None),
@@ -163,7 +163,7 @@ def test_flops_are_counted_like_those_of_sdpa() -> None:
 def test_why_not_triton(
     device: str, dtype: torch.dtype, head_dim: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pure function of what the tokens are; it needs no GPU to be asked."""
+    """A pure function of device, dtype and head width; it needs no GPU."""
     monkeypatch.setattr(attention, "_not_installed", lambda: None)
     answer = why_not_triton(torch.device(device), dtype, head_dim)
     assert answer is None if reason is None else reason in str(answer)
@@ -171,7 +171,7 @@ def test_why_not_triton(
 
 @pytest.fixture
 def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A GPU of this capability that stands in for none."""
+    """A pretended GPU of this capability."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: request.param)
     monkeypatch.setattr(attention, "_not_installed", lambda: None)
@@ -191,14 +191,14 @@ CHIPS = pytest.mark.parametrize(
 @CHIPS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_gpus_before_ampere_get_no_kernel(chip: None, old: bool, dtype: torch.dtype) -> None:
-    """Triton has no tensor cores for them."""
+    """Triton has no tensor cores for these GPUs."""
     answer = why_not_triton(torch.device("cuda"), dtype, 64)
     assert answer is not None and "8.0" in answer if old else answer is None
 
 
 @CHIPS
 def test_gpus_before_ampere_get_no_emulated_bfloat16(chip: None, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither for features nor in training, though torch says that bfloat16 is supported."""
+    """Neither features nor training use bfloat16 there, though torch reports support."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     weight = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
     network: Any = SimpleNamespace(main_weight=weight)
@@ -209,7 +209,7 @@ def test_gpus_before_ampere_get_no_emulated_bfloat16(chip: None, old: bool, monk
 
 
 def test_a_missing_triton_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked last is whether the launchers can be imported."""
+    """The import of the launchers is checked last."""
     for module in [name for name in sys.modules if name.startswith(("triton", "dinov3_infer_kernels"))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "triton", None)
@@ -217,14 +217,14 @@ def test_a_missing_triton_is_named_with_the_way_to_get_it(monkeypatch: pytest.Mo
     attention._import_error.cache_clear()
     try:
         answer = why_not_triton(torch.device("cuda"), torch.bfloat16, 64)
-        assert answer == "'triton' is not installed; on Linux pip install 'dinov3-infer[triton]' brings it"
+        assert answer == "'triton' is not installed; on Linux, pip install 'dinov3-infer[triton]'"
     finally:
         attention._kernels.cache_clear()
         attention._import_error.cache_clear()
 
 
 def test_the_dispatch_compiles_without_a_break() -> None:
-    """Questions about the installation and the table are answered while tracing, not traced."""
+    """Questions about installation and tables are evaluated while tracing, and not traced."""
     pytest.importorskip("triton")
     torch._dynamo.reset()
 
@@ -261,7 +261,7 @@ def test_who_computes_on_a_gpu(
     expected: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Tokens that pass for a GPU's show which operator is called (None: the definition), and the result is the same."""
+    """Pretended GPU tokens show which operator is called (None: the definition), with the same result."""
     monkeypatch.setattr(attention, "_not_installed", lambda: None)
     monkeypatch.setattr(attention, "why_not_triton", lambda _, *rest: why_not_triton(torch.device("cuda"), *rest))
     monkeypatch.setattr(attention, "_crossover", lambda *_: 20)
@@ -287,7 +287,7 @@ def test_who_computes_on_a_gpu(
 def test_tables_have_16_bits_where_a_kernel_reads_them(
     device: str, dtype: torch.dtype, attend: Any, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside tokens of 16 bits alone, by their weights or by autocast; what an own function gets is float32."""
+    """Only beside 16-bit tokens, by weights or autocast; a custom function gets float32 tables."""
     monkeypatch.setattr(attention, "_not_installed", lambda: None)
     autocasts = {(kind, d) for kind in [device] for d in (torch.bfloat16, torch.float16) if d == dtype}
     with FakeTensorMode():
@@ -300,7 +300,7 @@ def test_tables_have_16_bits_where_a_kernel_reads_them(
 
 
 def test_a_model_on_a_gpu_narrows_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In both passes: what a stand-in for the narrowing gives is what attention gets."""
+    """Both forward passes give the narrowed table to the attention."""
     model, seen = VisionTransformer(SMALL["dinov3"]), []
 
     def attend(qkv: Tensor, cos: Tensor, sin: Tensor, **rest: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""ConvNeXt against numbers that were computed with Meta's own code, and what it promises beside numbers."""
+"""ConvNeXt against numbers of Meta's code, and its other properties."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def small() -> ConvNeXtBackbone:
 
 
 def agrees(found: Tensor, total: float, size: float | None, *first: float) -> None:
-    """Sum, sum of absolute values and first values."""
+    """Compares sum, sum of absolute values and first values."""
     expected = torch.tensor([total, *([] if size is None else [size]), *first], dtype=torch.float64)
     sums = [found.sum(), *([] if size is None else [found.abs().sum()])]
     values = torch.stack([*sums, *found.flatten()[: len(first)]])
@@ -30,7 +30,7 @@ def agrees(found: Tensor, total: float, size: float | None, *first: float) -> No
 
 
 def test_forward_features_are_metas(small: ConvNeXtBackbone) -> None:
-    """Class token, patches and raw map of two images, to eight decimals."""
+    """Class token, patches and raw map of two images agree to eight decimals."""
     found = small.forward_features(noise(8, 2, 3, 64, 96))
     assert isinstance(found, dict)
     agrees(found["x_norm_clstoken"], -1.44865692, 50.71318511, -0.32373476, 1.91187793, -0.22056915, 0.70300935)
@@ -59,7 +59,7 @@ RESIZED = {  # with patch_size=16
 
 @pytest.mark.parametrize(("stage", "norm"), STAGES)
 def test_stages_are_metas(small: ConvNeXtBackbone, stage: int, norm: bool) -> None:
-    """`get_intermediate_layers`, and `layers=` where the last stage is normed."""
+    """`get_intermediate_layers`, and `layers=`, in which the last stage is normed."""
     ((dense, cls_token),) = small.get_intermediate_layers(
         noise(8, 2, 3, 64, 96), [stage], reshape=True, return_class_token=True, norm=norm
     )
@@ -74,7 +74,7 @@ def test_stages_are_metas(small: ConvNeXtBackbone, stage: int, norm: bool) -> No
 
 @pytest.mark.parametrize(("stage", "norm"), RESIZED)
 def test_stages_on_a_grid_that_was_asked_for(small: ConvNeXtBackbone, stage: int, norm: bool) -> None:
-    """Meta's `patch_size`: maps are resized before the norm."""
+    """With Meta's `patch_size` maps are resized before the norm."""
     pixels = noise(8, 2, 3, 64, 96)
     (dense,) = small.get_intermediate_layers(pixels, [stage], reshape=True, norm=norm, patch_size=16)
     agrees(dense, *RESIZED[stage, norm])
@@ -83,7 +83,7 @@ def test_stages_on_a_grid_that_was_asked_for(small: ConvNeXtBackbone, stage: int
 
 
 def test_a_size_of_no_whole_patches(small: ConvNeXtBackbone) -> None:
-    """Sides are rounded down to 4 pixels, which changes nothing, and by each stage after that, which does."""
+    """Rounding sides down to 4 pixels changes nothing; the rounding of each later stage changes the result."""
     pixels = noise(9, 1, 3, 70, 100)
     output = small(pixels)
     agrees(output.cls_token, -1.22567378, 23.50091293, -0.16849973, 0.402645, 0.17408991)
@@ -93,7 +93,7 @@ def test_a_size_of_no_whole_patches(small: ConvNeXtBackbone) -> None:
 
 
 def test_intermediates_are_timms(small: ConvNeXtBackbone) -> None:
-    """The raw maps, shallow to deep."""
+    """The raw maps, ordered from shallow to deep."""
     pixels = noise(8, 1, 3, 64, 96)
     raw = small.get_intermediate_layers(pixels, 4, reshape=True, norm=False)
     last, found = small.forward_intermediates(pixels)
@@ -105,7 +105,7 @@ def test_intermediates_are_timms(small: ConvNeXtBackbone) -> None:
 
 
 def test_the_contract_of_a_network(small: ConvNeXtBackbone) -> None:
-    """Layers are stages, each with a width, a stride and a grid of its own."""
+    """Layers are stages, each with its own width, stride and grid."""
     pixels = torch.zeros(1, 3, 100, 70)
     assert [small.stride(i) for i in range(4)] == [4, 8, 16, 32] and small.stride() == small.patch_size == 32
     assert [small.width(i) for i in range(4)] == [8, 16, 24, 32] and small.width() == small.embed_dim == 32
@@ -116,7 +116,7 @@ def test_the_contract_of_a_network(small: ConvNeXtBackbone) -> None:
 
 
 def test_every_tensor_is_noticed(small: ConvNeXtBackbone) -> None:
-    """1 % more of any one tensor changes the class token and the patches."""
+    """Adding 1 % to any tensor changes the class token and the patches."""
     pixels = noise(8, 1, 3, 64, 96)
     before = small(pixels)
     for name, tensor in small.state_dict().items():
@@ -129,17 +129,17 @@ def test_every_tensor_is_noticed(small: ConvNeXtBackbone) -> None:
 
 
 WRONG = [
-    (lambda bb: bb(torch.zeros(1, 3, 31, 64)), InputError, "input 31x64 is too small; a ConvNeXt takes 32 pixels"),
+    (lambda bb: bb(torch.zeros(1, 3, 31, 64)), InputError, "input 31x64 is too small; give at least 32 pixels"),
     (lambda bb: bb(torch.zeros(1, 4, 64, 64)), InputError, r"pixels of shape \[B, 3, height, width\], got \[1, 4,"),
     (lambda bb: bb(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)), InputTypeError, "normalised float pixels, got"),
     (lambda bb: bb(["a.jpg"]), InputTypeError, "got list; use extract_features"),
     (lambda bb: bb(torch.zeros(1, 3, 64, 64), layers=5), LayerError, "layers=5 asks for the last 5 blocks of 4"),
     (lambda bb: bb(torch.zeros(1, 3, 64, 64), masks=torch.zeros(1, 4).bool()), UnsupportedError, "mask token"),
     (lambda bb: bb.get_intermediate_layers(torch.zeros(1, 3, 64, 64), [0, 0]), InputError, "a stage twice"),
-    (lambda bb: bb.set_attention("sdpa"), UnsupportedError, "needs attention, which this network has not"),
+    (lambda bb: bb.set_attention("sdpa"), UnsupportedError, "needs attention, which this network does not have"),
     (lambda bb: bb.attention_maps(torch.zeros(3, 64, 64)), UnsupportedError, "an attention map needs attention"),
     (lambda bb: bb.extract_features(torch.zeros(3, 64, 64), layers=1, facet="key"), UnsupportedError, "facet='key'"),
-    (lambda bb: bb.extract_features(torch.zeros(3, 64, 64), fit="pad"), UnsupportedError, "fit='pad' is not for this"),
+    (lambda bb: bb.extract_features(torch.zeros(3, 64, 64), fit="pad"), UnsupportedError, "fit='pad' does not work"),
     (lambda bb: next(bb.iter_features([torch.zeros(3, 64, 64)], fit="pad")), UnsupportedError, "would see the padding"),
     (lambda bb: bb.embed([torch.zeros(3, 64, 64)], fit="pad"), UnsupportedError, "use 'native', 'crop' or 'squash'"),
     (lambda bb: ConvNeXtConfig((3, 3, 9), (8, 16, 24, 32)), InputError, r"depths is \(3, 3, 9\); give four"),
@@ -155,7 +155,7 @@ def test_what_it_cannot_do_is_one_sentence(small: ConvNeXtBackbone, call, kind, 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("side", [(32, 32), (96, 32), (70, 100), (224, 224)], ids=str)
 def test_an_image_is_the_same_alone_and_in_a_batch(side: tuple[int, int], threads: int) -> None:
-    """Bit for bit, class token and every stage, at the width of the smallest released one."""
+    """Class token and every stage have the same bits, at the width of the smallest released model."""
     model = filled(Backbone(ConvNeXtConfig((1, 1, 1, 1), (96, 192, 384, 768))), 1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""The fast path on a CPU: the numbers of the plain one, for every picture alone and in any company."""
+"""The fast path on a CPU: the numbers of the plain one, for every image alone and in any company."""
 
 import logging
 import random
@@ -48,10 +48,10 @@ def planned(bb: Backbone) -> CpuPlan | None:
         return bb.extractor.plan()  # type: ignore[return-value]
 
 
-def plain(bb: Backbone, picture: Any) -> Tensor:
-    """All tokens of one picture from the module as it is written."""
+def plain(bb: Backbone, image: Any) -> Tensor:
+    """All tokens of one image from the module as it is written."""
     with torch.no_grad():
-        output = bb(bb.preprocess.with_options(fit="native").batch([picture]).pixels)
+        output = bb(bb.preprocess.with_options(fit="native").batch([image]).pixels)
     return torch.cat((output.cls_token[:, None], output.register_tokens, output.patch_tokens), dim=1)
 
 
@@ -76,8 +76,8 @@ def test_a_loaded_model_runs_by_its_plan_and_by_the_compiled_kernels(mode: Any) 
     assert plan.fused is compiled and (compiled or expected != "exact" or shutil.which("cc") is None)
 
 
-def features(bb: Backbone, picture: Any) -> Tensor:
-    return bb.extract_features(picture, fit="native").last_hidden_state
+def features(bb: Backbone, image: Any) -> Tensor:
+    return bb.extract_features(image, fit="native").last_hidden_state
 
 
 # --- the numbers --------------------------------------------------------------------------------------------------
@@ -190,8 +190,8 @@ def test_fewer_bits_stay_near(name: str, mode: str, how: str, no_grad: None) -> 
         assert max(found) < 1.0 - 1e-9  # it did round
 
 
-def test_large_pictures_go_in_parts(monkeypatch: pytest.MonkeyPatch, no_grad: None) -> None:
-    """How many scores and pictures go at a time, where attention is made of products, changes nothing but rounding."""
+def test_large_images_go_in_parts(monkeypatch: pytest.MonkeyPatch, no_grad: None) -> None:
+    """How many scores and images go at a time, where attention is made of products, changes nothing but rounding."""
     monkeypatch.setattr(dinov3_infer.model.cpu.plan, "why_not_compiled", lambda *_: "no compiler")
     bb = backbone()
     pixels = torch.randn(3, 3, 80, 112)
@@ -217,12 +217,12 @@ def test_neighbours_do_not_matter(width: int, heads: int, gated: bool, mode: str
     """Bit for bit, at the widths of released models: any batch, order and mixture of sizes."""
     bb = backbone(ViTConfig(width, 1, heads, 4 * width, gated=gated), mode)
     bb.preprocess = replace(bb.preprocess, size=64)
-    pictures = [photo(*size, seed=i) for i, size in enumerate([(96, 224), (48, 80), (16, 16), (16, 32)])]
-    alone = [bb.extract_features(picture, fit="native").last_hidden_state for picture in pictures]
+    images = [photo(*size, seed=i) for i, size in enumerate([(96, 224), (48, 80), (16, 16), (16, 32)])]
+    alone = [bb.extract_features(image, fit="native").last_hidden_state for image in images]
     draw = random.Random(width)
     for _ in range(2):
-        order = draw.choices(range(len(pictures)), k=draw.randint(3, 7))
-        stream = bb.iter_features([pictures[i] for i in order], fit="native", batch_size=draw.randint(1, 7))
+        order = draw.choices(range(len(images)), k=draw.randint(3, 7))
+        stream = bb.iter_features([images[i] for i in order], fit="native", batch_size=draw.randint(1, 7))
         assert all(torch.equal(alone[i], f.last_hidden_state) for i, f in zip(order, stream, strict=True)), order
 
 
@@ -290,10 +290,10 @@ def test_modes_give_way_with_a_line(
     monkeypatch.setattr(dinov3_infer.model.dispatch, "why_not_packed", missing)
     monkeypatch.setattr(dinov3_infer.model.dispatch, "why_not_int8", lambda: "no such CPU")
     bb, exact = backbone(mode=mode), backbone()
-    found = [features(bb, picture) for picture in PICTURES[:2]]
+    found = [features(bb, image) for image in PICTURES[:2]]
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(lines) == (1 if mode == "fast" else 2)
-    assert "gives way to 'exact': no such CPU" in lines[-1]
+    assert lines[-1].endswith("is not available here: no such CPU; using mode='exact'")
     assert all(torch.equal(a, features(exact, p)) for a, p in zip(found, PICTURES, strict=False))
 
 
@@ -306,7 +306,8 @@ def test_int8_passes_a_gate(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     monkeypatch.setattr(dinov3_infer.model.dispatch, "_LEAST", (1.1, 1.1))
     bb.eval().to("cpu")
     features(bb, PICTURES[0])
-    assert "'int8' gives way to 'fast': class tokens have a cosine of" in caplog.records[0].getMessage()
+    line = caplog.records[0].getMessage()
+    assert "'int8' is not available here: class tokens have a cosine of" in line and line.endswith("mode='fast'")
 
 
 def test_an_unknown_mode_is_refused() -> None:
@@ -337,4 +338,4 @@ def test_real_weights(mode: str, tmp_path: Any, caplog: pytest.LogCaptureFixture
     print(mode, found)
     cls, patches = {"exact": (1 - 1e-6, 1 - 1e-6), "fast": (0.999, 0.998), "int8": (0.99, 0.98)}[mode]
     assert found.cls_mean >= cls and found.patch_percentile >= patches
-    assert planned(bb) is not None and "gives way" not in caplog.text
+    assert planned(bb) is not None and "not available" not in caplog.text

@@ -236,8 +236,9 @@ def test_a_mode_that_cannot_be_had_is_told_once(
     monkeypatch.setattr(dinov3_infer.model.dispatch, "why_not_packed", lambda *_: "no oneDNN")
     features(backbone(mode="int8"), PICTURES[0])
     hooked, off = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert hooked == "mode='fast' gives way to the model as it is written: 'blocks.0.mlp' has a hook"
-    assert off.startswith("mode='int8' gives way") and off.endswith("no oneDNN")
+    rest = "the model runs without a plan"
+    assert hooked == f"mode='fast' is not available here: 'blocks.0.mlp' has a hook; {rest}"
+    assert off == f"mode='int8' is not available here: no oneDNN; {rest}"
 
 
 def test_nan_in_what_is_not_needed_makes_no_new_plan() -> None:

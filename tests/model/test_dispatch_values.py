@@ -1,4 +1,4 @@
-"""Weights that are changed in a way that torch does not see: long calls see it, short ones after `refresh`."""
+"""Weight changes that torch does not count: long calls detect them, short calls need `refresh`."""
 
 import copy
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from dinov3_infer import Backbone
 from dinov3_infer.model.watch import checksums
 
 pytestmark = pytest.mark.planned
-PICTURE = photo(64, 64)
+IMAGE = photo(64, 64)
 
 
 def _swap(model: Backbone) -> None:
@@ -54,21 +54,21 @@ def test_any_change_shows_in_the_checksum(nano: Backbone, name: str) -> None:
 
 def _plain(model: Backbone) -> torch.Tensor:
     with torch.no_grad():
-        return model(model.preprocess.batch([PICTURE]).pixels).cls_token  # type: ignore[no-any-return]
+        return model(model.preprocess.batch([IMAGE]).pixels).cls_token  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", EDITS)
 def test_a_long_call_sees_a_change_and_a_short_one_after_refresh(nano: Backbone, name: str) -> None:
     model = copy.deepcopy(nano)
     count = 1 + torch.get_num_threads()  # images of 256 patches
-    model.extract_features([PICTURE] * count)
+    model.extract_features([IMAGE] * count)
     EDITS[name](model)
-    assert torch.allclose(model.extract_features([PICTURE] * count).cls_token, _plain(model), atol=1e-4)
-    model.extract_features(PICTURE, size=32)
+    assert torch.allclose(model.extract_features([IMAGE] * count).cls_token, _plain(model), atol=1e-4)
+    model.extract_features(IMAGE, size=32)
     EDITS["head"](model)
     model.refresh()
     want = _plain(model)
-    assert torch.allclose(model.extract_features(PICTURE).cls_token, want, atol=1e-4)
+    assert torch.allclose(model.extract_features(IMAGE).cls_token, want, atol=1e-4)
 
 
 def test_a_changed_config_ends_the_plan(nano: Backbone) -> None:
@@ -76,8 +76,8 @@ def test_a_changed_config_ends_the_plan(nano: Backbone) -> None:
 
     model = Backbone.from_config("dinov2_vits14", seed=0)
     model.blocks = model.blocks[:1]
-    before = model.extract_features(PICTURE, size=56).cls_token
+    before = model.extract_features(IMAGE, size=56).cls_token
     model.config = replace(model.config, position_resize="antialias")
-    after = model.extract_features(PICTURE, size=56).cls_token
+    after = model.extract_features(IMAGE, size=56).cls_token
     model.refresh()
-    assert not torch.equal(before, after) and torch.equal(model.extract_features(PICTURE, size=56).cls_token, after)
+    assert not torch.equal(before, after) and torch.equal(model.extract_features(IMAGE, size=56).cls_token, after)

@@ -1,4 +1,4 @@
-"""Methods with Meta's, timm's and transformers' names do what those do."""
+"""Methods with names of Meta, timm and transformers do what those do."""
 
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ FAMILIES = pytest.mark.parametrize("name", CONFIGS)
 
 
 def setup(name: str = "dinov3") -> tuple[Backbone, Tensor]:
-    """A model of four blocks and two pictures of 2x3 patches."""
+    """A model of four blocks and two images of 2x3 patches."""
     model = randomise(Backbone(CONFIGS[name]))
     return model, torch.randn(2, 3, 2 * model.patch_size, 3 * model.patch_size)  # type: ignore[return-value]
 
@@ -35,7 +35,7 @@ def as_map(patches: Tensor) -> Tensor:
 
 @FAMILIES
 def test_forward_features(name: str) -> None:
-    """Meta's keys and shapes; `x_prenorm` after the final norm gives all the others, which are those of forward."""
+    """Meta's keys and shapes; `x_prenorm` after the final norm gives the other entries, which equal forward's."""
     model, pixels = setup(name)
     found, output, prefix = model.forward_features(pixels), model(pixels), model.num_prefix_tokens
     assert isinstance(found, dict)
@@ -57,7 +57,7 @@ def test_forward_features(name: str) -> None:
 
 
 def test_forward_features_with_masks() -> None:
-    """The masks act, and come back as they were given."""
+    """The masks have an effect, and are returned unchanged."""
     model, pixels = setup()
     masks = torch.tensor([[True, False] * 3, [False] * 6])
     found = model.forward_features(pixels, masks)
@@ -68,7 +68,7 @@ def test_forward_features_with_masks() -> None:
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_forward_features_of_a_list(masked: bool) -> None:
-    """A list of crops gives a list of dictionaries, each that of its crop."""
+    """A list of crops gives one dictionary per crop."""
     model, pixels = setup()
     crops = [pixels, torch.randn(3, 3, 16, 32)]
     masks = [torch.tensor([[True] + [False] * 5] * 2), None] if masked else None
@@ -79,7 +79,7 @@ def test_forward_features_of_a_list(masked: bool) -> None:
 
 
 def test_forward_features_wants_one_mask_for_each_crop() -> None:
-    """Meta's code cuts the longer list; ours refuses, and so for a list of masks with a single tensor."""
+    """Meta's code cuts the longer list; ours refuses that, and a list of masks for a single tensor."""
     model, pixels = setup()
     with pytest.raises(InputError, match="2 crops and 1 masks"):
         model.forward_features([pixels, pixels], [None])
@@ -94,7 +94,7 @@ def test_forward_features_wants_one_mask_for_each_crop() -> None:
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "raw"])
 @pytest.mark.parametrize("reshape", [True, False], ids=["map", "list"])
 def test_get_intermediate_layers(name: str, n: Any, expected: list[int], norm: bool, reshape: bool) -> None:
-    """Patches of the blocks asked for, from shallow to deep; class token and registers come behind them on demand."""
+    """Patches of the requested blocks, ordered from shallow to deep, with class token and registers on request."""
     model, pixels = setup(name)
     prefix = model.num_prefix_tokens
     streams = model.run_blocks(pixels, indices=expected)[1]
@@ -140,7 +140,7 @@ def test_get_intermediate_layers_out_of_range(n: Any) -> None:
 
 @pytest.mark.parametrize("n", [[1, 1], [3, -1]], ids=str)
 def test_get_intermediate_layers_twice(n: list[int]) -> None:
-    """One block asked for twice is refused, also under two numbers, as the order of the result could not tell."""
+    """A block requested twice is refused, even under two numbers, since the result could not show its order."""
     model, pixels = setup()
     with pytest.raises(InputError, match="twice"):
         model.get_intermediate_layers(pixels, n)
@@ -153,7 +153,7 @@ def test_get_intermediate_layers_twice(n: list[int]) -> None:
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "raw"])
 @pytest.mark.parametrize("output_fmt", ["NCHW", "NLC"])
 def test_forward_intermediates(name: str, indices: Any, expected: list[int], norm: bool, output_fmt: str) -> None:
-    """timm's: all tokens after the final norm, and patches of blocks from shallow to deep, raw unless `norm`."""
+    """timm's: all tokens after the final norm, and patches of blocks from shallow to deep, normed only with `norm`."""
     model, pixels = setup(name)
     prefix = model.num_prefix_tokens
     last, streams = model.run_blocks(pixels, indices=expected)
@@ -172,7 +172,7 @@ def test_forward_intermediates(name: str, indices: Any, expected: list[int], nor
 
 
 def test_forward_intermediates_stops_early() -> None:
-    """With `stop_early` no block after the last one asked for runs, and the final tokens are those of that block."""
+    """With `stop_early` no block after the last requested one runs, and the final tokens are those of that block."""
     model, pixels = setup()
     streams = model.run_blocks(pixels, indices=[1])[1]
     ran: list[int] = []
@@ -198,7 +198,7 @@ def test_forward_intermediates_format() -> None:
 
 @pytest.mark.parametrize(("name", "registers"), [("dinov3", 4), ("dinov2", 0)])
 def test_attributes_that_other_code_reads(name: str, registers: int) -> None:
-    """Numbers under Meta's and timm's names."""
+    """Numbers under the names of Meta and timm."""
     model, _ = setup(name)
     assert model.embed_dim == model.num_features == 64
     assert model.patch_size == (16 if name == "dinov3" else 14)
@@ -238,7 +238,7 @@ def test_feature_info_is_timms() -> None:
 
 @FAMILIES
 def test_checkpointed_gradients_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer activations kept; not without gradients, nor under drop path."""
+    """Fewer activations are kept; not without gradients, nor with drop path."""
     model, pixels = setup(name)
     calls: list[Any] = []
     real = torch.utils.checkpoint.checkpoint

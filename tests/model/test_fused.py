@@ -66,6 +66,95 @@ def test_a_product_of_unfolded_patches_is_the_patch_embedding(patch: int, height
     assert half.dtype == torch.bfloat16 and torch.equal(half, columns.bfloat16())
 
 
+# --- gradients -----------------------------------------------------------------------------------------------------
+
+
+def leaves(width: int = 12) -> list[Tensor]:
+    """Stream, branch, LayerScale, weight and bias in float64, to be differentiated."""
+    return [t.double().requires_grad_() for t in norm_inputs(torch.float64, width)]
+
+
+@pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "unscaled"])
+def test_gradients_of_residual_and_norm(scaled: bool) -> None:
+    """Against differences in float64: of stream, branch, LayerScale, weight and bias, through both results."""
+    x, branch, scale, weight, bias = leaves()
+
+    def call(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, *scales: Tensor) -> Any:
+        return residual_norm(x, branch, scales[0] if scales else None, weight, bias, 1e-5, torch.float64)
+
+    assert torch.autograd.gradcheck(call, (x, branch, weight, bias, *([scale] if scaled else [])))
+
+
+def test_gradients_of_a_norm() -> None:
+    x, _, _, weight, bias = leaves()
+    call = lambda x, weight, bias: layer_norm(x, weight, bias, 1e-5, torch.float64)  # noqa: E731
+    assert torch.autograd.gradcheck(call, (x, weight, bias))
+
+
+@pytest.mark.parametrize("needs", range(5), ids=["stream", "branch", "scale", "weight", "bias"])
+def test_one_gradient_alone(needs: int) -> None:
+    """As where the rest is frozen, or the stream begins here."""
+    given = leaves()
+    for i, leaf in enumerate(given):
+        leaf.requires_grad_(i == needs)
+    x, branch, scale, weight, bias = given
+    outputs = residual_norm(x, branch, scale, weight, bias, 1e-5, torch.float64)
+    sum(out.square().sum() for out in outputs).backward()  # type: ignore[union-attr]
+    assert [leaf.grad is not None for leaf in given] == [i == needs for i in range(5)]
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("alone", [False, True], ids=["branch", "alone"])
+def test_the_error_of_gradients_is_at_most_that_of_the_steps(alone: bool, half: torch.dtype) -> None:
+    """Against float64, summed over seeds; dtypes are those of the leaves.  Sums in another order cost 1 % at most."""
+    squares = torch.zeros(2, 5, dtype=torch.float64)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        exact = leaves(width=48)
+        exact[1] = exact[1].detach().to(half).double().requires_grad_()
+        weights = torch.randn(2, *exact[0].shape, dtype=torch.float64).to(half).double()
+        found = [[t.detach().to(half if i == 1 else torch.float32).requires_grad_() for i, t in enumerate(exact)]]
+        found.append([t.detach().clone().requires_grad_() for t in found[0]])
+        for j, (x, branch, scale, weight, bias) in enumerate((*found, exact)):
+            out = half if j < 2 else torch.float64
+            if alone:
+                given = x, layer_norm(x, weight, bias, 1e-5, out)
+            elif j == 0:
+                given = residual_norm(x, branch, scale, weight, bias, 1e-5, out)
+            if j > 0:
+                total = x if alone else x + branch.to(x.dtype) * scale
+                given = total, F.layer_norm(total, (48,), weight, bias, 1e-5).to(out)
+            torch.autograd.backward(given, [w.to(t.dtype) for w, t in zip(weights, given, strict=True)])
+        for j, leaves_ in enumerate(found):
+            for i, (leaf, true) in enumerate(zip(leaves_, exact, strict=True)):
+                if leaf.grad is not None and true.grad is not None:
+                    assert leaf.grad.dtype == leaf.dtype
+                    squares[j, i] += relative(leaf.grad, true.grad) ** 2
+    ours, steps = squares.sqrt()
+    assert (ours <= 1.01 * steps + 1e-6).all(), (ours, steps)
+    assert ours[0] > 0 and (ours > 0).sum() >= (2 if alone else 4)  # a sum of few numbers may be exact
+
+
+def test_a_branch_without_layerscale_is_not_kept() -> None:
+    """Its gradient is that of the stream, so its numbers are not needed."""
+    x, branch, _, weight, bias = leaves()
+    kept: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        residual_norm(x, branch, None, weight, bias, 1e-5, torch.float64)
+    assert sum(t.numel() for t in kept) == x.numel() + weight.numel()
+
+
+def test_gradients_have_no_gradient() -> None:
+    """An error, and not a wrong number."""
+    x, _, _, weight, bias = leaves()
+    (grad,) = torch.autograd.grad(layer_norm(x, weight, bias, 1e-5, torch.float64).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# --- registration --------------------------------------------------------------------------------------------------
+
+
 def calls() -> dict[str, tuple[Any, ...]]:
     """Arguments of each operator."""
     x, branch, scale, weight, bias = norm_inputs(torch.bfloat16)
@@ -73,6 +162,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
     return {
         "layer_norm": (x, weight, bias, 1e-5, torch.bfloat16),
         "residual_norm": (x, branch, scale, weight, bias, 1e-5, torch.float16),
+        "norm_backward": (torch.randn(x.shape), branch, x, branch.clone(), scale, weight, 1e-5),
         "swiglu": (branch,),
         "unfold": (images, list(MEAN), list(STD), 14, torch.bfloat16),
     }
@@ -82,6 +172,13 @@ def calls() -> dict[str, tuple[Any, ...]]:
 def test_opcheck(name: str) -> None:
     """torch's own checks of schema, fake implementation and tracing, dynamic shapes too."""
     torch.library.opcheck(getattr(torch.ops.dinov3_infer, name), calls()[name])
+
+
+def test_opcheck_of_a_norm_alone() -> None:
+    """And of a branch without LayerScale, of which the dtype is given."""
+    grad, _, x, branch, _, weight, eps = calls()["norm_backward"]
+    for given in ((None, grad, x, None, None, weight, eps), (grad, grad, x, branch[:0], None, weight, eps)):
+        torch.library.opcheck(torch.ops.dinov3_infer.norm_backward, given)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -1,4 +1,4 @@
-"""Attention maps, queries, keys and values: those of transformers, those of a hook, and no matrix in memory."""
+"""Attention maps, queries, keys and values equal those of transformers and of a hook, without the whole matrix."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from dinov3_infer.model.rope import apply_rope
 
 DEPTH = 3
 CONFIGS = {name: replace(config, depth=DEPTH) for name, config in SMALL.items()}
-PICTURE = photo(90, 130)
+IMAGE = photo(90, 130)
 
 
 def backbone(name: str = "dinov3", dtype: torch.dtype = torch.float32) -> Backbone:
@@ -26,7 +26,7 @@ def backbone(name: str = "dinov3", dtype: torch.dtype = torch.float32) -> Backbo
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_rows_are_those_of_transformers(name: str, block: int) -> None:
-    """The class token's and two patches' rows of every head in float64, against `output_attentions` in eager mode."""
+    """Rows of the class token and two patches of every head, in float64, against `output_attentions` in eager mode."""
     theirs: Any = hf_model(CONFIGS[name]).double()
     theirs.set_attn_implementation("eager")
     ours = Backbone.adopt(theirs)
@@ -43,7 +43,7 @@ def test_rows_are_those_of_transformers(name: str, block: int) -> None:
 
 
 def full_matrix(bb: Backbone, pixels: Tensor, block: int) -> Tensor:
-    """[B, H, N, N] in float64 from what the attention of a block is called with."""
+    """[B, H, N, N] in float64, from the inputs of a block's attention."""
     seen: list[Any] = []
     attention: Any = bb.blocks[block].attn
     original = attention.attend
@@ -62,56 +62,52 @@ def full_matrix(bb: Backbone, pixels: Tensor, block: int) -> Tensor:
 @pytest.mark.parametrize("layer", [0, 1, -1])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_maps_are_rows_of_the_full_matrix(name: str, layer: int) -> None:
-    """Of pictures: the class token, and the patch under a point in pixels of the original."""
+    """Maps of the class token, and of the patch under a point in pixels of the original image."""
     bb = backbone(name)
-    pictures, side = [PICTURE, photo(90, 130, seed=1)], 6 * bb.patch_size
-    features = bb.extract_features(pictures, size=side, fit="native")
-    full = full_matrix(bb, bb.preprocess.with_options(side, "native").batch(pictures).pixels, layer % DEPTH)
+    images, side = [IMAGE, photo(90, 130, seed=1)], 6 * bb.patch_size
+    features = bb.extract_features(images, size=side, fit="native")
+    full = full_matrix(bb, bb.preprocess.with_options(side, "native").batch(images).pixels, layer % DEPTH)
     prefix, (h, w) = bb.num_prefix_tokens, features.grid
-    maps = bb.attention_maps(pictures, layer, size=side)
+    maps = bb.attention_maps(images, layer, size=side)
     assert maps.shape == (2, bb.num_heads, h, w) and maps.dtype == torch.float32
     assert relative(maps, full[:, :, 0, prefix:].unflatten(-1, (h, w))) < 1e-5
     for point in [(0, 0), (129.5, 89.5), (70, 20)]:
         row, column = features.to_patch(*point)
         expected = full[:, :, prefix + row * w + column, prefix:].unflatten(-1, (h, w))
-        assert relative(bb.attention_maps(pictures, layer, point, size=side), expected) < 1e-5
+        assert relative(bb.attention_maps(images, layer, point, size=side), expected) < 1e-5
 
 
 def test_a_map_is_what_the_prefix_leaves_of_one() -> None:
-    """The softmax runs over all tokens."""
+    """The softmax runs over all tokens, so a map sums to 1 minus the share of the prefix."""
     bb = backbone()
-    full = full_matrix(bb, bb.preprocess.with_options(96, "native").batch([PICTURE]).pixels, DEPTH - 1)
+    full = full_matrix(bb, bb.preprocess.with_options(96, "native").batch([IMAGE]).pixels, DEPTH - 1)
     left = 1 - full[:, :, 0, : bb.num_prefix_tokens].sum(-1)
-    assert (
-        torch.allclose(bb.attention_maps(PICTURE, size=96).sum((-1, -2)).double(), left, atol=1e-5) and left.max() < 1
-    )
+    assert torch.allclose(bb.attention_maps(IMAGE, size=96).sum((-1, -2)).double(), left, atol=1e-5) and left.max() < 1
 
 
-def test_points_are_those_of_the_original_picture() -> None:
-    """With a crop the same patch under the same point; outside of it, and outside of the picture, a sentence."""
+def test_points_are_those_of_the_original_image() -> None:
+    """A crop keeps the patch under a point; a point outside the crop or the image is an error."""
     bb = backbone()
-    middle = bb.attention_maps(PICTURE, query=(65, 45), size=64, fit="crop")
-    features = bb.extract_features(PICTURE, size=64, fit="crop")
-    pixels = bb.preprocess.with_options(64, "crop").batch([PICTURE]).pixels
+    middle = bb.attention_maps(IMAGE, query=(65, 45), size=64, fit="crop")
+    features = bb.extract_features(IMAGE, size=64, fit="crop")
+    pixels = bb.preprocess.with_options(64, "crop").batch([IMAGE]).pixels
     row, column = features.to_patch(65, 45)
     expected = attention_rows(bb, pixels, DEPTH - 1, torch.tensor([bb.num_prefix_tokens + row * 4 + column]))
     assert torch.equal(middle.flatten(2), expected[:, :, 0, bb.num_prefix_tokens :].detach())
-    assert "cropped away" in complaint(
-        InputError, lambda: bb.attention_maps(PICTURE, query=(2, 2), size=64, fit="crop")
-    )
-    assert "call it once for each" in complaint(InputTypeError, lambda: bb.attention_maps(PICTURE, [0, 1]))
-    assert "130 wide and 90 high" in complaint(InputError, lambda: bb.attention_maps(PICTURE, query=(130, 2)))
+    assert "cropped away" in complaint(InputError, lambda: bb.attention_maps(IMAGE, query=(2, 2), size=64, fit="crop"))
+    assert "once per block" in complaint(InputTypeError, lambda: bb.attention_maps(IMAGE, [0, 1]))
+    assert "130 wide and 90 high" in complaint(InputError, lambda: bb.attention_maps(IMAGE, query=(130, 2)))
 
 
 @pytest.mark.parametrize("query", ["patch", None, 5, (1, 2, 3), ("a", "b"), "ab"], ids=repr)
 def test_wrong_queries_are_said(query: Any) -> None:
-    text = complaint(InputError, lambda: backbone().attention_maps(PICTURE, query=query))
+    text = complaint(InputError, lambda: backbone().attention_maps(IMAGE, query=query))
     assert "'cls' or a point (x, y)" in text and repr(query) in text
 
 
 @pytest.mark.parametrize("layer", [DEPTH, -DEPTH - 1])
 def test_layers_that_do_not_exist_are_said(layer: int) -> None:
-    assert f"layer {layer} does not exist" in complaint(LayerError, lambda: backbone().attention_maps(PICTURE, layer))
+    assert f"layer {layer} does not exist" in complaint(LayerError, lambda: backbone().attention_maps(IMAGE, layer))
 
 
 def test_the_blocks_above_do_not_run() -> None:
@@ -119,12 +115,12 @@ def test_the_blocks_above_do_not_run() -> None:
     ran: list[int] = []
     for i, block in enumerate(bb.blocks):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
-    bb.attention_maps(PICTURE, layer=1, size=64)
+    bb.attention_maps(IMAGE, layer=1, size=64)
     assert ran == [0]
 
 
 def test_no_matrix_is_built() -> None:
-    """4,096 patches: the matrix of 4 heads would be 270 MB in float32; all that is allocated stays below a tenth."""
+    """4,096 patches: the matrix of 4 heads would take 270 MB in float32; all allocations stay below a tenth of that."""
     bb = Backbone.from_config(replace(CONFIGS["dinov3"], depth=1))
     pixels = torch.zeros(1, 3, 1024, 1024)
     with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
@@ -133,18 +129,18 @@ def test_no_matrix_is_built() -> None:
     assert rows.shape == (1, 4, 1, 4101) and 0 < largest < 27e6
 
 
-# --- queries, keys, values ------------------------------------------------------------------------------------------
+# Queries, keys, values
 
 
 @pytest.mark.parametrize("facet", ["query", "key", "value"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_facets_are_what_a_hook_on_qkv_sees(name: str, facet: Any) -> None:
-    """Heads side by side, all tokens, in the order asked for; the embedding stays what it was."""
+    """Heads are concatenated, for all tokens, in the requested order; the embedding does not change."""
     bb, seen = backbone(name), {}
     for i in range(DEPTH):
         bb.blocks[i].attn.qkv.register_forward_hook(lambda module, args, out, i=i: seen.__setitem__(i, out))
-    features = bb.extract_features([PICTURE, PICTURE], size=6 * bb.patch_size, layers=[-1, 0], facet=facet)
-    plain = bb.extract_features([PICTURE, PICTURE], size=6 * bb.patch_size)
+    features = bb.extract_features([IMAGE, IMAGE], size=6 * bb.patch_size, layers=[-1, 0], facet=facet)
+    plain = bb.extract_features([IMAGE, IMAGE], size=6 * bb.patch_size)
     assert torch.equal(features.last_hidden_state, plain.last_hidden_state)
     for layer, block in zip(features.layers, (DEPTH - 1, 0), strict=True):
         expected = seen[block].chunk(3, dim=-1)[["query", "key", "value"].index(facet)]
@@ -154,31 +150,29 @@ def test_facets_are_what_a_hook_on_qkv_sees(name: str, facet: Any) -> None:
 
 @pytest.mark.parametrize("part, facet", [("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")])
 def test_facets_are_the_projections_of_transformers(part: str, facet: Any) -> None:
-    """Before the rotation of DINOv3, by the names of another implementation."""
+    """Compared by the names of transformers, before the rotation of DINOv3."""
     theirs, seen = hf_model(CONFIGS["dinov3"]), []
     modules = [module for name, module in theirs.named_modules() if name.endswith(part)]
     modules[1].register_forward_hook(lambda module, args, out: seen.append(out))
     bb = Backbone.adopt(theirs)
     with torch.no_grad():
-        theirs(bb.preprocess.with_options(64).batch([PICTURE]).pixels)
-    (layer,) = bb.extract_features(PICTURE, size=64, layers=[1], facet=facet).layers
+        theirs(bb.preprocess.with_options(64).batch([IMAGE]).pixels)
+    (layer,) = bb.extract_features(IMAGE, size=64, layers=[1], facet=facet).layers
     assert relative(layer.patch_tokens, seen[0][:, bb.num_prefix_tokens :]) < 1e-5
 
 
 def test_facets_of_a_stream() -> None:
-    """Mixed sizes, as each picture alone."""
-    bb, pictures = backbone(), [PICTURE, photo(64, 64), PICTURE]
-    for features, picture in zip(
-        bb.iter_features(pictures, fit="native", layers=2, facet="key"), pictures, strict=True
-    ):
-        alone = bb.extract_features(picture, fit="native", layers=2, facet="key")
+    """Images of mixed sizes give the result of each image alone."""
+    bb, images = backbone(), [IMAGE, photo(64, 64), IMAGE]
+    for features, image in zip(bb.iter_features(images, fit="native", layers=2, facet="key"), images, strict=True):
+        alone = bb.extract_features(image, fit="native", layers=2, facet="key")
         for a, b in zip(features.layers, alone.layers, strict=True):
             assert torch.equal(a.patch_tokens, b.patch_tokens) and torch.equal(a.cls_token, b.cls_token)
 
 
 def test_a_facet_needs_layers() -> None:
     bb = backbone()
-    assert "layers=[-1]" in complaint(InputError, lambda: bb.extract_features(PICTURE, facet="key"))
-    assert "got 'keys'" in complaint(InputError, lambda: bb.extract_features(PICTURE, layers=1, facet="keys"))  # type: ignore[arg-type]
-    tokens = bb.extract_features(PICTURE, layers=1, facet="token")
+    assert "layers=[-1]" in complaint(InputError, lambda: bb.extract_features(IMAGE, facet="key"))
+    assert "got 'keys'" in complaint(InputError, lambda: bb.extract_features(IMAGE, layers=1, facet="keys"))  # type: ignore[arg-type]
+    tokens = bb.extract_features(IMAGE, layers=1, facet="token")
     assert torch.equal(tokens.layers[0].patch_tokens, tokens.patch_tokens)

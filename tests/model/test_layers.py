@@ -1,4 +1,4 @@
-"""The parts of a transformer under autocast: which casts are made, and that none of them changes a bit."""
+"""The parts of a transformer under autocast: which casts are made, and that none changes a bit."""
 
 from typing import Any
 
@@ -30,17 +30,17 @@ class Widenings(TorchDispatchMode):
 
 
 def widened_project(linear: nn.Module, x: Tensor) -> Tensor:
-    """A linear that is given activations in the dtype of its weights, whatever autocast does afterwards."""
+    """A linear layer whose input has the dtype of its weights, whatever autocast does then."""
     return linear(x.to(linear.weight.dtype))
 
 
 def plain_attention(qkv: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Without a cast of its own."""
+    """Attention without a cast."""
     return qkv[..., 2, :, :].flatten(-2)
 
 
 def case(name: str) -> tuple[VisionTransformer, Tensor]:
-    """A model, and pixels of 4x5 patches: more rows than `project` fills up."""
+    """A model, and pixels of 4x5 patches: more rows than `project` pads."""
     model = randomise(VisionTransformer(SMALL[name]))
     assert isinstance(model, VisionTransformer)
     return model, torch.randn(2, 3, 4 * model.patch_size, 5 * model.patch_size)
@@ -49,7 +49,7 @@ def case(name: str) -> tuple[VisionTransformer, Tensor]:
 @FAMILIES
 @NARROW
 def test_autocast_widens_only_what_joins_the_stream(name: str, narrow: torch.dtype, no_grad: None) -> None:
-    """The two branches of a block; activations between its products stay as autocast made them."""
+    """Only the two branches of a block are widened; activations between products keep the dtype of autocast."""
     model, pixels = case(name)
     model.set_attention(plain_attention)
     stream, _ = model.run_blocks(pixels)
@@ -63,7 +63,7 @@ def test_autocast_widens_only_what_joins_the_stream(name: str, narrow: torch.dty
 def test_autocast_has_the_bits_of_widened_activations(
     name: str, narrow: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Output and gradients of every parameter."""
+    """Output, and gradients of every parameter."""
     model, pixels = case(name)
     found = []
     for project in (layers.project, widened_project):
@@ -76,7 +76,7 @@ def test_autocast_has_the_bits_of_widened_activations(
 
 
 def test_autocast_leaves_float64_weights_alone(no_grad: None) -> None:
-    """torch's autocast does not narrow float64: a narrower activation is widened for such a linear."""
+    """torch's autocast does not narrow float64: a narrower activation is widened for a float64 layer."""
     linear = nn.Linear(8, 4).double()
     for x in (torch.randn(20, 8), torch.randn(20, 8).bfloat16()):
         with torch.autocast("cpu", torch.bfloat16):
@@ -84,6 +84,6 @@ def test_autocast_leaves_float64_weights_alone(no_grad: None) -> None:
 
 
 def test_devices_without_autocast(no_grad: None) -> None:
-    """Shapes on the meta device, whose autocast torch does not know."""
+    """Shapes on the meta device, for which torch has no autocast."""
     model, pixels = case("dinov3")
     assert model.to("meta").run_blocks(pixels.to("meta"))[0].is_meta

@@ -1,4 +1,4 @@
-"""`forward_packed`: pictures of several sizes in one pass, random coordinates, stochastic depth."""
+"""`forward_packed`: images of several sizes in one pass, random coordinates, stochastic depth."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +14,7 @@ from dinov3_infer import BackboneOutput, InputError, RopeAugmentation, VisionTra
 from dinov3_infer.model.attention import rope_attention
 from dinov3_infer.model.packing import Packing
 
-GROUPS = [(2, (4, 4)), (3, (2, 3)), (1, (2, 3)), (2, (1, 5))]  # (pictures, grid); two groups of one size among them
+GROUPS = [(2, (4, 4)), (3, (2, 3)), (1, (2, 3)), (2, (1, 5))]  # (images, grid); two groups of one size among them
 
 
 def model_of(config: ViTConfig) -> VisionTransformer:
@@ -36,7 +36,7 @@ def masks_of(model: VisionTransformer) -> list[Tensor | None] | None:
 
 
 def separately(model: VisionTransformer, crops: list[Tensor], masks: list[Tensor | None] | None) -> list[Tensor]:
-    """All tokens of each group, from one forward per picture."""
+    """All tokens of each group, from one forward pass per image."""
     each = masks or [None] * len(crops)
     return [
         torch.cat([
@@ -52,7 +52,7 @@ def equal(a: list[BackboneOutput], b: list[BackboneOutput]) -> bool:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_packed_equals_one_by_one(name: str) -> None:
-    """Every picture gives the tokens that it gives alone, with masks on some of the groups."""
+    """Every image gives the same tokens as alone, with masks on some of the groups."""
     model = model_of(SMALL[name])
     crops, masks = crops_of(model), masks_of(model)
     outputs = model.forward_packed(crops, masks)
@@ -63,7 +63,7 @@ def test_packed_equals_one_by_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_packed_gradients_equal_one_by_one(name: str) -> None:
-    """The same derivatives of every parameter and of the pixels, in float64."""
+    """The derivatives of every parameter and of the pixels are the same, in float64."""
     model = model_of(SMALL[name]).double()
     crops, masks = crops_of(model), masks_of(model)
     leaves = [*crops, *(p for n, p in model.named_parameters() if masks is not None or n != "mask_token")]
@@ -83,14 +83,14 @@ def test_packed_gradients_equal_one_by_one(name: str) -> None:
 
 
 def test_one_group_equals_forward() -> None:
-    """A single group is the plain batch."""
+    """A single group is a plain batch."""
     model = model_of(SMALL["dinov3_gated"])
     pixels = torch.randn(3, 3, 32, 48)
     assert relative(tokens(model.forward_packed([pixels])[0]), tokens(model(pixels))) < 2e-6  # as above
 
 
 def spied(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
-    """What a function returns from now on, call by call."""
+    """Records the results of a function, call by call."""
     results: list[Any] = []
     original: Callable[..., Any] = getattr(owner, name)
 
@@ -104,13 +104,13 @@ def spied(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
 def test_coordinates_are_drawn_for_every_block_and_group(monkeypatch: pytest.MonkeyPatch, drop_path: float) -> None:
-    """Three blocks and two groups of one size use six different tables; without augmentation they use one."""
+    """Three blocks and two groups of one size use six tables; without augmentation they use one."""
     model = model_of(replace(SMALL["dinov3"], depth=3))
     crops = crops_of(model, [(2, (2, 3)), (1, (2, 3))])
     used: list[tuple[float, ...]] = []
 
     def spy(qkv: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
-        for start in (0, options["cu_seqlens"][-2]):  # the first picture of either group
+        for start in (0, options["cu_seqlens"][-2]):  # the first image of either group
             used.append(tuple(cos[start + model.num_prefix_tokens].tolist()))
         return rope_attention(qkv, cos, sin, **options)
 
@@ -125,7 +125,7 @@ def test_coordinates_are_drawn_for_every_block_and_group(monkeypatch: pytest.Mon
 
 
 def test_augmentation_without_steps_equals_none() -> None:
-    """An augmentation whose steps are all left out changes no number."""
+    """An augmentation without steps changes no number."""
     model = model_of(SMALL["dinov3"])
     crops = crops_of(model)
     assert equal(model.forward_packed(crops, rope=RopeAugmentation()), model.forward_packed(crops))
@@ -141,7 +141,7 @@ def test_augmentation_without_steps_equals_none() -> None:
     ids=["rope", "drop_path", "both"],
 )
 def test_random_draws_follow_the_generator(options: dict[str, Any]) -> None:
-    """The same seed gives the same tokens, another seed others, and the global state is neither read nor moved."""
+    """The seed decides the tokens, and the global state is neither read nor changed."""
     model = model_of(SMALL["dinov3"])
     crops = crops_of(model, [(4, (3, 3)), (6, (2, 2))])
     state = torch.get_rng_state()
@@ -155,18 +155,18 @@ def test_random_draws_follow_the_generator(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("count", "kept"), [(1, 1), (2, 1), (3, 1), (5, 3), (8, 4), (16, 9)])
 def test_kept_counts(count: int, kept: int) -> None:
-    """A rate of 0.4 keeps max(1, floor(0.6 B)) pictures of a group, the counts of the reference implementation."""
+    """A rate of 0.4 keeps max(1, floor(0.6 B)) images of a group, the counts of the reference implementation."""
     rows, packing, factors = Packing(((count, 3), (2, 5)), torch.device("cpu")).draw(0.4, None)
     assert packing.groups == ((kept, 3), (1, 5))
     assert rows.unique().numel() == len(rows) == len(factors) == 3 * kept + 5
     first = rows[: 3 * kept].unflatten(0, (kept, 3))
-    assert (first % 3 == torch.arange(3)).all()  # whole pictures, tokens in order
+    assert (first % 3 == torch.arange(3)).all()  # whole images, tokens in order
     assert rows[: 3 * kept].max() < 3 * count <= rows[3 * kept :].min()
     assert factors.flatten().tolist() == pytest.approx([count / kept] * 3 * kept + [2.0] * 5)
 
 
 def test_dropping_keeps_the_mean() -> None:
-    """Over many draws every token is weighed by 1 on average, in every group."""
+    """Over many draws the mean weight of every token is 1, in every group."""
     packing, draws = Packing(((5, 1), (3, 1)), torch.device("cpu")), 4000
     weights = torch.zeros(8)
     for _ in range(draws):
@@ -178,8 +178,8 @@ def test_dropping_keeps_the_mean() -> None:
 
 
 @pytest.mark.parametrize("name", ["dinov3_gated", "dinov2_reg"])
-def test_dropped_pictures_skip_a_branch(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Each branch acts on its own subset, scaled by B / kept; the rest of the stream passes unchanged."""
+def test_dropped_images_skip_a_branch(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Each branch acts on its own subset, scaled by B / kept; the other images pass unchanged."""
     model = model_of(SMALL[name]).double()
     groups = [(5, (3, 3)), (4, (2, 3)), (1, (1, 2))]
     crops = crops_of(model, groups)
@@ -205,7 +205,7 @@ def test_dropped_pictures_skip_a_branch(monkeypatch: pytest.MonkeyPatch, name: s
 
 
 def test_each_block_may_drop_a_share_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block whose share is 0 draws nothing; the same share for all is one number; other lists are refused."""
+    """A block with share 0 draws nothing; one number is the share of all blocks; other lists are refused."""
     model = model_of(replace(SMALL["dinov3"], depth=3))
     crops = crops_of(model, [(8, (2, 3))])
     draws = spied(monkeypatch, Packing, "draw")
@@ -234,7 +234,7 @@ def test_no_dropping_equals_plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tables_are_made_once_without_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One table per group of pictures, not per block."""
+    """One table per group of images, not per block."""
     made = spied(monkeypatch, dinov3_infer.model.vit, "rope_table")
     model = model_of(SMALL["dinov3"])
     model.forward_packed(crops_of(model))
@@ -243,7 +243,7 @@ def test_tables_are_made_once_without_augmentation(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("prefix_norm", [False, True])
 def test_local_norm(prefix_norm: bool) -> None:
-    """In training, prefix tokens of the groups after the first take `local_cls_norm`; patches never, eval never."""
+    """In training, prefix tokens of later groups use `local_cls_norm`; patches never do, nor does eval mode."""
     model = model_of(replace(SMALL["dinov3"], local_cls_norm=True, prefix_norm=prefix_norm))
     crops = crops_of(model)
     evaluated = model.forward_packed(crops)
@@ -262,14 +262,14 @@ def test_local_norm(prefix_norm: bool) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_mask_for_each_group(count: int) -> None:
-    """Another number of masks than of crops is refused with both numbers."""
+    """If the numbers of masks and crops differ, the error has both."""
     model = model_of(SMALL["dinov3"])
     with pytest.raises(InputError, match=f"2 .*{count} masks"):
         model.forward_packed([torch.randn(1, 3, 16, 16)] * 2, [None] * count)
 
 
 def test_nothing_to_pack() -> None:
-    """No crops at all is an error with a sentence, not an empty list."""
+    """An empty list of crops is an error, and does not give an empty list."""
     with pytest.raises(InputError, match="at least one"):
         model_of(SMALL["dinov3"]).forward_packed([])
 

@@ -16,7 +16,7 @@ GOLDEN = 5e-6  # the published values come from float32 runs and are printed wit
 
 
 def angles_of(grid: tuple[int, int], head_dim: int) -> np.ndarray:
-    """The angle of every channel pair by its definition, one number at a time, [P, D/2] float64."""
+    """The angle of every channel pair by definition, one number at a time, [P, D/2] float64."""
     height, width = grid
     rows = []
     for y in range(height):
@@ -62,7 +62,7 @@ def test_coordinates(grid: tuple[int, int]) -> None:
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_table_is_its_definition(grid: tuple[int, int], head_dim: int) -> None:
-    """cos and sin of 2 pi c / 100^(4i/D), rows of the picture in the first half of the pairs, columns in the second."""
+    """cos and sin of 2 pi c / 100^(4i/D), with rows in the first half of the pairs and columns in the second."""
     cos, sin = rope_table(grid, rope_periods(head_dim))
     angles = angles_of(grid, head_dim)
     assert cos.dtype == sin.dtype == torch.float32
@@ -74,7 +74,7 @@ def test_table_is_its_definition(grid: tuple[int, int], head_dim: int) -> None:
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 def test_prefix_rows_are_the_identity(prefix: int) -> None:
-    """Class and register tokens do not turn, with or without augmentation, and do not change the patches' rows."""
+    """Class and register tokens do not rotate, with or without augmentation, and do not change the rows of patches."""
     periods = rope_periods(64)
     plain, changed = (
         rope_table((3, 4), periods, prefix, augmentation, seeded(1))
@@ -91,7 +91,7 @@ def test_prefix_rows_are_the_identity(prefix: int) -> None:
 
 @pytest.mark.parametrize(("head_dim", "second", "last"), [(64, 1.33352, 74.989), (128, 1.15478, 86.596)])
 def test_periods(head_dim: int, second: float, last: float) -> None:
-    """Powers of 100 from 1, D/4 of them, float32 whatever the default dtype is."""
+    """Powers of 100 from 1, D/4 of them, float32 for any default dtype."""
     periods = rope_periods(head_dim)
     expected = [100 ** (4 * i / head_dim) for i in range(head_dim // 4)]
     np.testing.assert_allclose(periods.numpy(), expected, rtol=5e-7)  # a few float32 steps of a power
@@ -107,7 +107,7 @@ def test_periods(head_dim: int, second: float, last: float) -> None:
 
 
 def test_another_base() -> None:
-    """The base is the period that the exponent 1 would have."""
+    """The base is the period for the exponent 1."""
     assert rope_periods(16, base=16.0).tolist() == [1.0, 2.0, 4.0, 8.0]
 
 
@@ -118,7 +118,7 @@ def test_bfloat16_periods_are_those_of_the_released_files() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_rotation(dtype: torch.dtype) -> None:
-    """Pair k is (channel k, channel k + D/2), turned as a complex number in float32 at least."""
+    """Pair k is (channel k, channel k + D/2), rotated as a complex number in float32 at least."""
     x = torch.randn(2, 11, 3, 16, dtype=torch.float64).to(dtype)
     cos, sin = rope_table((2, 5), rope_periods(16), 1)
     turned = apply_rope(x, cos, sin)
@@ -136,14 +136,14 @@ def test_rotation(dtype: torch.dtype) -> None:
 
 
 def test_rotation_leaves_prefix_tokens_untouched() -> None:
-    """Identity rows return the very same numbers, also in bfloat16."""
+    """Identity rows return the same bits, also in bfloat16."""
     x = torch.randn(1, 9, 2, 16).bfloat16()
     assert torch.equal(apply_rope(x, *rope_table((2, 2), rope_periods(16), 5))[:, :5], x[:, :5])
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 def test_rotation_preserves_norms(head_dim: int) -> None:
-    """A rotation changes no length, of the whole vector or of any pair."""
+    """A rotation changes no length, neither of the vector nor of a pair."""
     x = torch.randn(4, 30, 2, head_dim, dtype=torch.float64)
     turned = apply_rope(x, *rope_table((5, 6), rope_periods(head_dim)))
     pairs, turned_pairs = (t.unflatten(-1, (2, head_dim // 2)).norm(dim=-2) for t in (x, turned))
@@ -151,7 +151,7 @@ def test_rotation_preserves_norms(head_dim: int) -> None:
 
 
 def test_scores_depend_on_differences_only() -> None:
-    """One query and one key give the same score wherever they lie the same rows and columns apart."""
+    """A query and a key give the same score at all positions with the same difference of rows and columns."""
     height, width, head_dim = 4, 6, 64
     query, key = torch.randn(2, head_dim, dtype=torch.float64)
     cos, sin = rope_table((height, width), rope_periods(head_dim))
@@ -169,7 +169,7 @@ def test_scores_depend_on_differences_only() -> None:
 
 
 def test_axes_do_not_mix() -> None:
-    """The first half of the pairs does not see the column, the second does not see the row."""
+    """The first half of the pairs does not depend on the column, the second does not depend on the row."""
     for table in rope_table((4, 6), rope_periods(64)):
         grid = table.reshape(4, 6, 2, 16)
         assert torch.equal(grid[:, :, 0], grid[:, :1, 0].expand(4, 6, 16))
@@ -177,7 +177,7 @@ def test_axes_do_not_mix() -> None:
 
 
 def test_augmentation_without_steps_changes_nothing() -> None:
-    """All steps left out: the same table, and no number drawn."""
+    """Without steps the table is the same, and no number is drawn."""
     generator = seeded(3)
     before = generator.get_state()
     changed = rope_table((3, 5), rope_periods(64), 2, RopeAugmentation(), generator)
@@ -186,7 +186,7 @@ def test_augmentation_without_steps_changes_nothing() -> None:
 
 
 def test_augmentation_order_is_shift_jitter_rescale() -> None:
-    """Each step acts on the result of the one before: the same draws come out when later steps are left out."""
+    """Each step acts on the previous result: leaving out later steps does not change earlier draws."""
     coordinates = rope_coordinates((3, 5)).double()
     steps = [RopeAugmentation(0.3), RopeAugmentation(0.3, 1.5), RopeAugmentation(0.3, 1.5, 2.0)]
     shifted, jittered, rescaled = (augment_coordinates(coordinates, step, seeded(7)) for step in steps)
@@ -206,7 +206,7 @@ def test_augmentation_order_is_shift_jitter_rescale() -> None:
 
 @pytest.mark.parametrize("step", ["shift", "jitter", "rescale"])
 def test_augmentation_distribution(step: str) -> None:
-    """Shift is uniform in [-s, s], jitter and rescale log-uniform in [1/x, x]: mean 0, that spread, these bounds."""
+    """Shift is uniform in [-s, s], jitter and rescale log-uniform in [1/x, x]: mean 0, expected spread and bounds."""
     limit = {"shift": 0.4, "jitter": math.log(1.5), "rescale": math.log(2.0)}[step]
     augmentation = RopeAugmentation(**{step: 0.4 if step == "shift" else math.exp(limit)})
     generator, ones = seeded(11), torch.ones(1, 2)
@@ -222,7 +222,7 @@ def test_augmentation_distribution(step: str) -> None:
 
 
 def test_augmentation_follows_its_generator() -> None:
-    """The same seed draws the same table, another seed another, and one generator never the same twice."""
+    """The seed decides the table, and one generator never draws the same table twice."""
 
     def make(generator: torch.Generator) -> Tensor:
         return rope_table((3, 4), rope_periods(64), 1, RopeAugmentation(rescale=2.0), generator)[0]
@@ -235,7 +235,7 @@ def test_augmentation_follows_its_generator() -> None:
 
 
 def test_augmentation_without_generator_follows_the_global_seed() -> None:
-    """torch.manual_seed decides where no generator is given."""
+    """torch.manual_seed decides if no generator is given."""
     tables = []
     for _ in range(2):
         torch.manual_seed(4)

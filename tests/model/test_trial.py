@@ -12,6 +12,7 @@ from oracles import SMALL, randomise
 from pictures import photo
 from torch import Tensor, nn
 
+import dinov3_infer.features.extractor as extractor_module
 import dinov3_infer.model.cuda.cuda_plan
 from dinov3_infer import Backbone, PrecisionError, Store
 from dinov3_infer.features.extractor import Extractor
@@ -139,6 +140,26 @@ def test_trust_is_earned_once(name: str, device: Device, caplog: pytest.LogCaptu
     features(other)
     assert other.why_not_plan() is None
     assert (device.made, device.tried) == (2, 1) and not caplog.records
+
+
+@pytest.mark.parametrize("broken", [None, "few", "many"])
+def test_large_batches_with_another_kernel_are_tried_too(
+    broken: str | None, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the number of images from which it runs; either of the two is enough to refuse the plan."""
+    bb, seen = backbone(), []
+
+    def check(outputs: Any) -> Any:
+        seen.append(len(outputs[0].cls_token))
+        return wrong(outputs) if broken == ("few" if seen[-1] == 3 else "many") else outputs
+
+    device.after = check
+    monkeypatch.setattr(dispatch, "_large_batch", lambda model, request, patches: 5)
+    assert (bb.why_not_plan() is None) is (broken is None)
+    assert seen == [3] * 3 + ([] if broken == "few" else [6] * 3)
+    before = device.tried
+    features(bb)
+    assert device.tried == before
 
 
 def test_each_kind_of_kernels_is_tried(device: Device, events: list[str]) -> None:
@@ -343,7 +364,9 @@ def test_modes(device: Device, caplog: pytest.LogCaptureFixture) -> None:
     bb = backbone()
     bb.mode = "int8"
     features(bb)
-    assert warnings(caplog) == ["mode='int8' gives way to 'fast': products in 8 bits are made for CPUs"]
+    assert warnings(caplog) == [
+        "mode='int8' is not available here: products in 8 bits are made for CPUs; using mode='fast'"
+    ]
     plan = dispatch._PLANS[bb].plan
     assert plan.tanh and plan.mode == "fast"
     bb.mode = "exact"
@@ -545,3 +568,56 @@ def test_the_arithmetic_is_recorded(device: Device) -> None:
     bb = backbone().to(torch.float16)
     bb.mode = "fast"
     assert bb.extractor.arithmetic == "float16, by a plan, mode fast"
+
+
+# --- kernels that are compiled before a long run -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [None, "vectors.npy", "shards"])
+def test_embed_compiles_before_its_first_pass(
+    target: str | None, device: Device, events: list[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its size, or for any; single calls do not."""
+    bb, asked = backbone(), []
+    monkeypatch.setattr(extractor_module, "warm", lambda model, request: asked.append((request.sizes, device.ran)))
+    side = 4 * bb.patch_size
+    out = None if target is None else tmp_path / target
+    bb.embed(PICTURES, out)
+    (sizes, _) = asked.pop()
+    assert sizes == ((side, side),) and not asked
+    bb.embed([photo(48, 64), photo(64, 48)], fit="native")
+    assert [sizes for sizes, _ in asked] == [()]
+    asked.clear()
+    bb.extract_features(PICTURES)
+    list(bb.iter_features(PICTURES))
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("half", "tables"), [(torch.bfloat16, torch.float16), (torch.float16, torch.float32), (None, torch.float32)]
+)
+def test_what_is_compiled(half: Any, tables: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forms of the model's heads; a failure is no error yet; nothing off CUDA or for another attention."""
+    bb, asked = backbone(), []
+    request = dispatch.Request(bb.extractor.samples, half, sizes=((32, 48),))
+    monkeypatch.setattr(dispatch, "launch", lambda *given: asked.append(given))
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda *_: None)
+    dispatch.warm(bb, request)
+    assert not asked
+    monkeypatch.setattr(Backbone, "device", property(lambda self: torch.device("cuda")))
+    dispatch.warm(bb, request)
+    ((name, like, heads, width, kind, count),) = asked
+    assert (name, like.dtype, heads, width) == ("warm", half or torch.float32, bb.num_heads, bb.config.head_dim)
+    assert kind == tables and count == bb.config.num_prefix + 6
+    dispatch.warm(bb, request._replace(sizes=()))
+    assert asked.pop()[-1] is None
+    bb.set_attention("sdpa")
+    dispatch.warm(bb, request)
+    assert len(asked) == 1
+    bb.set_attention("auto")
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(dispatch, "launch", fails)
+    dispatch.warm(bb, request)

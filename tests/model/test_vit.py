@@ -30,7 +30,7 @@ def norm(x: Tensor, state: dict[str, Tensor], name: str, eps: float) -> Tensor:
 
 
 def naive_attention(x: Tensor, state: dict[str, Tensor], config: ViTConfig, angles: Tensor | None) -> Tensor:
-    """x: [N, C] of one picture; angles: [N, D/2]."""
+    """x: [N, C] of one image; angles: [N, D/2]."""
     weight, width = state["attn.qkv.weight"], config.embed_dim // config.num_heads
     bias = state.get("attn.qkv.bias", torch.zeros(len(weight), dtype=x.dtype)).clone()
     if not config.key_bias:
@@ -61,7 +61,7 @@ def naive_ffn(x: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 
 def naive_vit(model: VisionTransformer, pixels: Tensor, masks: Tensor | None = None) -> Tensor:
-    """The whole model in float64 from its parameters alone, one picture at a time, [B, N, C] after the final norm."""
+    """The whole model in float64 from its parameters, one image at a time, [B, N, C] after the final norm."""
     state = {name: tensor.double() for name, tensor in model.state_dict().items()}
     config, size, results = model.config, model.config.patch_size, []
     height, width = (side // size for side in pixels.shape[2:])
@@ -74,11 +74,11 @@ def naive_vit(model: VisionTransformer, pixels: Tensor, masks: Tensor | None = N
             for column in range(width):
                 place = torch.tensor([[(2 * row + 1) / height - 1], [(2 * column + 1) / width - 1]])
                 angles[prefix + row * width + column] = (2 * math.pi * place.double() / periods).flatten()
-    for b, picture in enumerate(pixels.double()):
+    for b, image in enumerate(pixels.double()):
         patches = []
         for row in range(height):
             for column in range(width):
-                window = picture[:, row * size : (row + 1) * size, column * size : (column + 1) * size].flatten()
+                window = image[:, row * size : (row + 1) * size, column * size : (column + 1) * size].flatten()
                 patch = state["patch_embed.proj.weight"].flatten(1) @ window + state["patch_embed.proj.bias"]
                 masked = masks is not None and bool(masks[b, row * width + column])
                 patches.append(state["mask_token"][0] if masked else patch)
@@ -102,7 +102,7 @@ def naive_vit(model: VisionTransformer, pixels: Tensor, masks: Tensor | None = N
     ("name", "masked"), [(name, masked) for name, c in NAIVE.items() for masked in (False, True)[: 1 + c.mask_token]]
 )
 def test_whole_model(name: str, masked: bool) -> None:
-    """Two blocks equal the formulas; with masks, the mask token stands in before positions are added, as in DINOv2."""
+    """Two blocks equal the formulas; the mask token replaces patches before positions are added, as in DINOv2."""
     model = model_of(NAIVE[name])
     grid = (3, 4) if model.config.position_grid is None else (model.config.position_grid,) * 2
     pixels = torch.randn(2, 3, *(n * model.patch_size for n in grid))
@@ -123,7 +123,7 @@ def cubic(x: float, a: float) -> float:
 
 
 def sampling(side: int, count: int, rule: str) -> Tensor:
-    """How one axis is resampled, [count, side]: a row of weights for each target position."""
+    """Resampling of one axis as a matrix [count, side]."""
     rows = torch.zeros(count, side, dtype=torch.float64)
     for i in range(count):
         if rule == "antialias":  # the kernel widens when shrinking, is cut off at the border and normalised
@@ -140,7 +140,7 @@ def sampling(side: int, count: int, rule: str) -> Tensor:
 @pytest.mark.parametrize("rule", ["offset", "size", "antialias"])
 @pytest.mark.parametrize("grid", [(3, 4), (9, 11), (5, 8)], ids=str)
 def test_positions_for_another_grid(rule: Any, grid: tuple[int, int]) -> None:
-    """The three rules equal bicubic sampling written out, for growing and for shrinking."""
+    """The three rules equal explicit bicubic sampling, for larger and smaller grids."""
     table = torch.randn(1, 49, 6)
     expected = torch.einsum(
         "ia,jb,abc->ijc", sampling(7, grid[0], rule), sampling(7, grid[1], rule), table[0].reshape(7, 7, 6).double()
@@ -152,7 +152,7 @@ def test_positions_for_another_grid(rule: Any, grid: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", ["dinov2_reg", "dino"])
 def test_resized_positions_are_used(name: str) -> None:
-    """On another grid the model adds the resized table to its patches, and the class token keeps its own position."""
+    """On another grid the resized table is added to the patches, and the class token keeps its position."""
     model = model_of(SMALL[name])
     pixels = torch.randn(1, 3, 4 * model.patch_size, 7 * model.patch_size)
     stream = model.embed_tokens(pixels)
@@ -168,14 +168,14 @@ def test_resized_positions_are_used(name: str) -> None:
     ids=["patches", "batch", "dtype", "dimensions"],
 )  # fmt: skip
 def test_wrong_masks_are_refused(masks: Tensor) -> None:
-    """The message holds the shape that fits and the shape and dtype given."""
+    """The error has the expected shape, and the given shape and dtype."""
     model = model_of(SMALL["dinov3"])
-    with pytest.raises(InputError, match=r"masks are bool \[2, 6\].*torch\.(bool|float32) \["):
+    with pytest.raises(InputError, match=r"masks must be bool \[2, 6\].*torch\.(bool|float32) \["):
         model(torch.randn(2, 3, 32, 48), masks=masks)
 
 
 def test_masks_need_a_mask_token() -> None:
-    """DINO v1 has none; and masks of False change nothing where there is one."""
+    """DINO v1 has no mask token; with a mask token, masks of False change nothing."""
     pixels = torch.randn(1, 3, 32, 32)
     with pytest.raises(InputError, match="no mask token"):
         model_of(SMALL["dino"])(pixels, masks=torch.zeros(1, 16, dtype=torch.bool))
@@ -190,7 +190,7 @@ def test_masks_need_a_mask_token() -> None:
     ids=str,
 )  # fmt: skip
 def test_layers(layers: Any, expected: list[int]) -> None:
-    """An int is the last n, a list keeps its order and its duplicates, -1 is the last; all after the final norm."""
+    """An int means the last n layers, a list keeps its order and duplicates, -1 is the last; all are normed."""
     model = model_of(replace(DINOV3_ALL, depth=4))
     pixels = torch.randn(2, 3, 32, 48)
     output = model(pixels, layers=layers)
@@ -204,14 +204,14 @@ def test_layers(layers: Any, expected: list[int]) -> None:
 
 @pytest.mark.parametrize("layers", [0, 3, -1, [2], [0, -3], [5, 0]], ids=str)
 def test_layers_that_do_not_exist(layers: Any) -> None:
-    """Refused with the depth of the model, as an IndexError too."""
+    """The error has the depth of the model, and is an IndexError too."""
     with pytest.raises(LayerError, match=r"\b2\b") as caught:
         model_of(SMALL["dinov3"])(torch.randn(1, 3, 32, 32), layers=layers)
     assert isinstance(caught.value, IndexError)
 
 
 def test_key_bias_of_dinov3_does_not_exist() -> None:
-    """The key third of the qkv bias has no effect and gets a gradient of zero; the thirds of q and v are live."""
+    """The key third of the qkv bias has no effect and a zero gradient; the other thirds have an effect."""
     model = model_of(SMALL["dinov3"])
     pixels = torch.randn(1, 3, 32, 48)
     before = tokens(model(pixels))
@@ -226,7 +226,7 @@ def test_key_bias_of_dinov3_does_not_exist() -> None:
 
 
 def test_key_bias_is_live_where_the_config_has_one() -> None:
-    """With key_bias and RoPE the key third matters; the counterpart of the test above."""
+    """With key_bias and RoPE the key third has an effect."""
     model = model_of(replace(SMALL["dinov3"], key_bias=True))
     pixels = torch.randn(1, 3, 32, 48)
     before = tokens(model(pixels))
@@ -247,13 +247,13 @@ def test_key_bias_is_live_where_the_config_has_one() -> None:
     ids=["remainder", "small", "empty", "grey", "no_batch", "uint8"],
 )  # fmt: skip
 def test_wrong_pixels_are_refused(shape: tuple[int, ...], dtype: torch.dtype, error: type, match: str) -> None:
-    """One sentence with the size given and the nearest that fits."""
+    """The error has the given size and the nearest that fits."""
     with pytest.raises(error, match=match):
         model_of(SMALL["dinov3"])(torch.zeros(shape, dtype=dtype))
 
 
 def test_initial_weights() -> None:
-    """Linears, tokens and positions N(0, 0.02), biases and mask token 0, norms 1 and 0, layer scales 1e-5."""
+    """Linear layers, tokens and positions N(0, 0.02), biases and mask token 0, norms 1 and 0, layer scales 1e-5."""
     config = replace(SMALL["dinov2_reg"], embed_dim=192, ffn_dim=768, position_grid=16, prefix_norm=True)
     for name, p in Backbone.from_config(config, seed=0).named_parameters():
         if "norm" in name:
@@ -272,7 +272,7 @@ def test_initial_weights() -> None:
 
 
 def test_seeds() -> None:
-    """The same seed gives the same weights, another one others, and torch's own generator is left where it was."""
+    """The seed decides the weights, and torch's global generator does not change."""
     before = torch.get_rng_state()
     a, b, c = (Backbone.from_config(SMALL["dinov3"], seed=seed).fingerprint() for seed in (1, 1, 2))
     assert a == b != c
@@ -282,7 +282,7 @@ def test_seeds() -> None:
 
 
 def test_names_of_parameters() -> None:
-    """Meta's names, but for the registers and the gated FFN; strict both ways."""
+    """Meta's names, except the registers and the gated FFN; strict both ways."""
     model = model_of(replace(DINOV3_ALL, local_cls_norm=True))
     names = set(model.state_dict())
     rest = {name for name in names if not name.startswith("blocks.")}
@@ -305,7 +305,7 @@ def test_names_of_parameters() -> None:
 
 
 def test_heads_must_divide_the_width() -> None:
-    """A config that cannot be built is refused when it is made."""
+    """An impossible config is refused at construction."""
     for width, heads, grid in ((64, 3, None), (60, 10, None), (64, 3, 5)):
         with pytest.raises(InputError, match=f"embed_dim {width} .* {heads} heads"):
             ViTConfig(width, 2, heads, 128, position_grid=grid)
@@ -314,7 +314,7 @@ def test_heads_must_divide_the_width() -> None:
 
 @pytest.mark.parametrize("name", ["dinov3", "dinov2_reg", "dino"])
 def test_a_model_from_the_meta_device_is_whole_after_init(name: str) -> None:
-    """`to_empty` leaves garbage everywhere; `init_weights` writes every tensor of the model."""
+    """`to_empty` leaves arbitrary values; `init_weights` writes every tensor of the model."""
     with torch.device("meta"):
         model = VisionTransformer(SMALL[name])
     model.to_empty(device="cpu")

@@ -166,7 +166,7 @@ def test_nyu_of_the_linear_head_is_in_metres(small: Backbone, tmp_path: Path) ->
     assert relative(F.interpolate(ours, size=(56, 56), mode="bilinear") * 8, theirs) < 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_dpt_of_transformers(dtype: torch.dtype, small: Backbone, tmp_path: Path) -> None:
     """Backbone and head in one folder; there is no 0.001 in it, no clamp and no resizing."""
     import transformers as t
@@ -235,6 +235,9 @@ def test_wrong_files(small: Backbone, tmp_path: Path) -> None:
         load_head("dinov2_vits14_dd", small, weights=tmp_path / "b.pth")
     again = load_head("dinov2_vits14_dd", small, weights=head.save(tmp_path / "c.safetensors"))
     assert all(torch.equal(t, again.head_state()[n]) for n, t in head.head_state().items())
+    for size in (0, -5, "56", 1.5, (1, 2, 3)):
+        with pytest.raises(InputError, match="size is a number of pixels or"):
+            again.predict(photo(30, 30), size)
     with pytest.raises(InputError, match="dinov2_vits14_dd goes on dinov2_vits14, and this backbone looks like"):
         load_head("dinov2_vits14_dd", Backbone.from_config("dinov2_vits14_reg"), weights=tmp_path / "b.pth")
     with pytest.raises(InputError, match=r"was released for 'NYU' or 'KITTI', not for 'nyu'"):

@@ -92,8 +92,9 @@ def test_logits_are_those_of_the_owner(
     assert guesses[0].probability == pytest.approx(float(logits.max()), rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("registers", [False, True])
-def test_a_model_of_transformers(registers: bool, tmp_path: Path) -> None:
+def test_a_model_of_transformers(registers: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     """Backbone and classifier in one folder, with the names of the classes that it states."""
     import transformers as t
 
@@ -108,8 +109,9 @@ def test_a_model_of_transformers(registers: bool, tmp_path: Path) -> None:
     name = f"dinov2_vits14{'_reg' if registers else ''}_lc"
     head = load_head(name, weights=tmp_path, variant=1, device="cpu")
     pixels = torch.randn(2, 3, 518, 518)  # its own grid, where all resize positions alike
-    assert relative(head(pixels), model(pixels).logits) < 5e-6
-    assert head.names[7] == "thing 7" and head.predict(photo(60, 60))[0][0].name.startswith("thing ")
+    head, model, pixels = head.to(dtype), model.to(dtype), pixels.to(dtype)
+    assert relative(head(pixels), model(pixels).logits) < (1e-9 if dtype == torch.float64 else 5e-6)
+    assert head.names[7] == "thing 7" and head.float().predict(photo(60, 60))[0][0].name.startswith("thing ")
 
 
 def test_the_classes_of_imagenet() -> None:

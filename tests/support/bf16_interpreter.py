@@ -1,7 +1,8 @@
-"""bfloat16 in Triton's interpreter as a GPU has it: products of numbers and not of bits, rounding to nearest even.
+"""Makes Triton's interpreter compute bfloat16 as a GPU does.
 
-The interpreter keeps bfloat16 as uint16, multiplies these in `tl.dot`, truncates float32 to bfloat16, and adds bits in
-arithmetic.  Here the first two are mended; arithmetic of bfloat16 raises, since our kernels have none.
+The interpreter stores bfloat16 as uint16.  It multiplies these integers in `tl.dot`, truncates when it converts float32
+to bfloat16, and adds bits in arithmetic.  This module repairs the products and the rounding (to nearest even).  Other
+arithmetic in bfloat16 raises, since our kernels have none.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the end of a test."""
+    """Installs the repairs until the end of a test."""
     dot, cast, binary, fp_to_fp = (
         getattr(InterpreterBuilder, name) for name in ("create_dot", "cast_impl", "binary_op", "create_fp_to_fp")
     )

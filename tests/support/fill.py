@@ -1,4 +1,4 @@
-"""Weights by one rule, the same in every version of every library: what recorded numbers were computed with."""
+"""Weights from a fixed rule, the same in every version of every library; recorded numbers were computed with them."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def filled(model: nn.Module, seed: int) -> nn.Module:
-    """Every tensor by one rule, in the order of Meta's names, from numpy's legacy generator."""
+    """Fills every tensor, in the order of Meta's names, from numpy's legacy generator."""
     draw = np.random.RandomState(seed)
     for name, tensor in sorted(model.state_dict().items()):
         if name.endswith("num_batches_tracked"):

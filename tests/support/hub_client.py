@@ -1,7 +1,6 @@
-"""dinov3_infer in a process of its own, with the environment that a test wants and the real client of the hub.
+"""Runs dinov3_infer in a separate process, with the environment of a test and the real hub client.
 
-What it says is searched for secrets after every call: the text of errors, and the log of every library at its most
-talkative.
+After every call the errors and the debug logs of all libraries are searched for secrets.
 """
 
 import atexit
@@ -33,7 +32,7 @@ ADDRESS = r"0x[0-9a-f]{6,}"
 
 @dataclass
 class Outcome:
-    """What a call gave, or its error; what the package said in its log; how long it took."""
+    """The result or the error of a call, the log of the package, and the time in seconds."""
 
     value: Any
     error: type[Exception] | None
@@ -76,7 +75,7 @@ class Client:
         return Outcome(answer["value"], error, answer["text"], answer["said"], answer["seconds"])
 
     def fails(self, kind: type[Exception], words: str, action: str, *arguments: Any, **options: Any) -> Outcome:
-        """Calls, and the call has to fail like that."""
+        """Makes a call that must fail with this error."""
         outcome = self(action, *arguments, **options)
         assert outcome.error is kind, f"{outcome.error}: {outcome.text}, value {outcome.value}"
         assert re.search(words, outcome.text), outcome.text
@@ -89,7 +88,7 @@ class Client:
         self.home.cleanup()
 
 
-# Starting one takes seconds, so that all tests share them.
+# All tests share these clients, since starting one takes seconds.
 _hub, _client = cache(Hub), cache(Client)
 
 
@@ -109,19 +108,19 @@ def client(hub: Hub) -> Client:
 
 @pytest.fixture
 def offline(hub: Hub) -> Client:
-    """One that is told not to ask."""
+    """A client with HF_HUB_OFFLINE=1."""
     return _client(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
 
 
 @pytest.fixture
 def cut_off() -> Client:
-    """One that has no network: what it asks for refuses the connection."""
+    """A client without a network: every connection is refused."""
     return _client(HF_ENDPOINT="http://127.0.0.1:9")
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of an architecture of its own, as a folder."""
+    """The folder of a model whose architecture has no name."""
     config = dinov3_infer.ViTConfig(64, 2, 1, 128)
     return dinov3_infer.Backbone.from_config(config, seed=1).save_pretrained(tmp_path_factory.mktemp("small"))
 
@@ -164,7 +163,7 @@ def refresh(name: str, cache_dir: str) -> str:
 
     from dinov3_infer.web import queries_cut
 
-    with queries_cut():  # it is not ours, and tells what it likes
+    with queries_cut():  # as the package does: the client's own log contains signed links
         return snapshot_download(name, cache_dir=cache_dir)
 
 
@@ -192,13 +191,13 @@ class Listener(logging.Handler):
 
 
 def serve() -> None:
-    """Reads calls as lines of JSON and answers them."""
+    """Reads calls as lines of JSON, and answers each with a line."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing else gets between the answers
+    os.dup2(2, 1)  # so that only answers go to stdout
     listener = Listener()
     logging.root.addHandler(listener)
     logging.root.setLevel(logging.DEBUG)
-    importlib.import_module("dinov3_infer.backbone")  # which takes seconds that are nobody's fault
+    importlib.import_module("dinov3_infer.backbone")  # it takes seconds, which would count as part of the first call
     importlib.import_module("huggingface_hub.file_download")
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,4 +1,4 @@
-"""A hub on this machine: what huggingface_hub's client asks for, plain links beside it, and what can go wrong."""
+"""A local hub: the requests of huggingface_hub's client, plain links, and failures on demand."""
 
 import base64
 import hashlib
@@ -13,14 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-SECRET = "s3cr3t"  # in every token and every signature: none of what is said may hold it
+SECRET = "s3cr3t"  # part of every token and signature; no message may contain it
 WRITER, READER, STRANGER = (f"hf_{who}{SECRET}" for who in ("writer", "reader", "stranger"))
-BIG = (".safetensors", ".bin", ".pth")  # which a hub keeps elsewhere
+BIG = (".safetensors", ".bin", ".pth")  # large files, which a hub serves from another host
 
 
 @dataclass
 class Repository:
-    """Commits by their hash, and branches and tags."""
+    """Commits by hash, branches and tags."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
@@ -39,21 +39,21 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves as long as the process lives.  `play` says what goes wrong at a path, `seen` is every request."""
+    """Serves until the process ends.  `play` sets the failures of a path, `seen` lists all requests."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.elsewhere = f"http://localhost:{self.server_port}"  # another host, to a client
+        self.elsewhere = f"http://localhost:{self.server_port}"  # a client takes it for another host
         self.reset()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def reset(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.files: dict[str, bytes] = {}  # behind plain links
-        self.after: dict[str, Callable[[], object]] = {}  # what happens once a path has been downloaded
+        self.after: dict[str, Callable[[], object]] = {}  # called after a path was downloaded
         self.blobs: dict[str, bytes] = {}
         self.troubles: dict[str, list[str]] = {}
         self.seen: list[tuple[str, str, dict[str, str]]] = []
@@ -65,20 +65,20 @@ class Hub(ThreadingHTTPServer):
         return repository
 
     def link(self, path: str, content: bytes, query: str = "") -> str:
-        """A link to a file on a host that is not the hub's; one that is signed works with its signature only."""
+        """A link to a file on another host than the hub; a signed one needs its signature."""
         self.files[path] = content
         return f"{self.elsewhere}{path}{'?' if query else ''}{query}"
 
     def play(self, path: str, *troubles: str) -> None:
-        """What happens at the next requests for a path; a last "..." goes on with the one before it."""
+        """Sets the answers to the next requests for a path; a final "..." repeats the one before it."""
         self.troubles[path] = list(troubles)
 
     def asked(self, method: str | None = None) -> list[str]:
-        """The paths that were asked for."""
+        """The requested paths."""
         return [path for verb, path, _ in self.seen if method in (None, verb)]
 
     def handle_error(self, *_: object) -> None:
-        """A client that hangs up is no news; anything else is a fault of this file."""
+        """Ignores a client that hangs up; any other error is a fault of this file."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             self.faults.append(traceback.format_exc())
 
@@ -139,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def send(self, status: int, content: bytes = b"", **headers: str) -> None:
-        """Header names are written with underscores."""
+        """Sends an answer; header names are given with underscores."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | named).items():
@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def send_file(self, content: bytes, **headers: str) -> None:
-        """The whole or, if asked for, a range."""
+        """Sends the file, or the requested range of it."""
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         start = start if self.headers.get("If-Range") in (None, quoted(content)) else 0
         if start:
@@ -165,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, json.dumps({"error": text}).encode(), Content_Type="application/json", **named)
 
     def admitted(self, name: str) -> Repository | None:
-        """The repository, if whoever asks may read it; else says why not, as the hub does."""
+        """The repository, if the client may read it; else answers with the reason, as the hub does."""
         repository = self.server.repositories.get(name)
         token = self.token
         if token not in (None, WRITER, READER, STRANGER):
@@ -201,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(302, Location=where, X_Repo_Commit=commit, ETag=quoted(content), **linked)
 
     def elsewhere(self, key: str, query: dict[str, list[str]]) -> None:
-        """Where the hub keeps big files: another host, a signed link, and no token may come along."""
+        """The host of large files: it needs a signed link, and refuses requests that carry a token."""
         if query.get("X-Amz-Signature") != [SECRET] or self.token is not None:
             return refuse(self, "")
         self.send_file(self.server.blobs[key])
@@ -283,11 +283,11 @@ def refuse(handler: Handler, _: str) -> None:
     handler.send(403, text, Content_Type="application/xml")
 
 
-# what can be played at a path
+# the failures that `play` knows
 TROUBLES: dict[str, Callable[[Handler, str], None]] = {
     "busy": lambda handler, _: handler.send(503, b"try later"),
     "html": page,
-    "html instead": page,  # HEAD knows nothing of it
+    "html instead": page,  # HEAD is answered as usual
     "garbled": lambda handler, path: handler.send(200, bytes(len(handler.server.blobs[path.rpartition("/")[2]]))),
     "untyped page": lambda handler, _: handler.send(200, PAGE),
     "gone": lambda handler, _: handler.send(404, b"nothing here", Content_Type="text/html"),

@@ -1,11 +1,11 @@
-"""Every shipped configuration of every kernel, as what a compiler is given: constants, types of arguments, a chip."""
+"""Every shipped configuration of every kernel as input of the compiler: constants, argument types, a chip."""
 
 import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.pop("TRITON_INTERPRET", None)  # what is interpreted is not compiled
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
 os.environ |= dict(TRITON_ALWAYS_COMPILE="1", TRITON_DUMP_PTXAS_LOG="1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from dinov3_infer_kernels.gpu.backward import delta_kernel, key_value_kernel, query_kernel
 from dinov3_infer_kernels.gpu.configs import ROTATION, SHORT, TABLE, Config
 from dinov3_infer_kernels.gpu.forward import forward_kernel
-from dinov3_infer_kernels.gpu.norms import norm_config, norm_kernel
+from dinov3_infer_kernels.gpu.norms import norm_backward_kernel, norm_config, norm_kernel
 from dinov3_infer_kernels.gpu.pointwise import SWIGLU, swiglu_kernel, unfold_config, unfold_kernel
 from dinov3_infer_kernels.gpu.rotation import rotate_kernel
 from dinov3_infer_kernels.gpu.short import segments, short_kernel
@@ -37,7 +37,7 @@ __all__ = [
     "whole",
 ]
 
-# chip -> compute capability, bytes of shared memory that a program may have
+# chip -> compute capability, bytes of shared memory per program
 CHIPS = {"sm80": (80, 163 << 10), "sm90": (90, 227 << 10), "sm100": (100, 227 << 10), "small": (86, 99 << 10)}
 KERNELS = {
     "forward": forward_kernel,
@@ -48,19 +48,24 @@ KERNELS = {
     "rotate": rotate_kernel,
     "norm": norm_kernel,
     "residual_norm": norm_kernel,
+    "norm_backward": norm_backward_kernel,
+    "residual_norm_backward": norm_backward_kernel,
     "swiglu": swiglu_kernel,
     "unfold": unfold_kernel,
 }
 PRODUCTS = ("forward", "short", "key_value", "query")  # kernels that multiply matrices
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
-SINGLE = {"LSE", "DELTA", "X", "SUM", "SCALE", "WEIGHT", "BIAS"}  # arguments that are float32 always
+# arguments that are always float32
+SINGLE = {"LSE", "DELTA", "X", "SUM", "SCALE", "WEIGHT", "BIAS", "GRAD_SUM", "GRAD_X", "PARTS"}
+# arguments that are absent from a norm without a branch
+ABSENT = {"norm": ("BRANCH", "SCALE"), "norm_backward": ("BRANCH", "SCALE", "GRAD_SUM", "GRAD_BRANCH")}
 
 
 class Case(NamedTuple):
     kind: str
     chip: str
-    width: int  # of a head; channels of a norm, hidden width of SwiGLU, side of a patch
+    width: int  # width of a head; channels of a norm, hidden width of SwiGLU, side of a patch
     dtype: torch.dtype  # of tokens
     config: Config
     packed: bool = False
@@ -72,9 +77,8 @@ class Case(NamedTuple):
 
     def constants(self) -> dict[str, Any]:
         c = self.config
-        if self.kind in ("norm", "residual_norm"):
-            absent = {} if self.kind == "residual_norm" else dict(BRANCH=None, SCALE=None)
-            return dict(C=self.width, BLOCK=c.block_n, ROWS=c.block_m) | absent
+        if "norm" in self.kind:
+            return dict(C=self.width, BLOCK=c.block_n, ROWS=c.block_m) | dict.fromkeys(ABSENT.get(self.kind, ()))
         if self.kind == "swiglu":
             return dict(BLOCK=c.block_n, ROWS=c.block_m)
         if self.kind == "unfold":
@@ -100,12 +104,12 @@ class Case(NamedTuple):
         return POINTERS[special.get(argument, self.dtype)]
 
     def aligned(self, argument: str) -> bool:
-        """Whether it is a multiple of 16 in models, which the compiler may use."""
+        """Whether an argument is a multiple of 16 in all models, which the compiler can use."""
         return argument.isupper() or argument.startswith(("stride", "qk_", "v_")) or argument == "width"
 
 
 def whole(chip: str) -> list[Case]:
-    """One program a head: every way to split the keys of an image, with both kinds of tables."""
+    """Kernels with one program per head: every split of the keys of an image, with both kinds of tables."""
     found, seen = [], set()
     for tokens in range(129, 289):
         for config in [c for limit, c in SHORT.get(chip, ()) if tokens <= limit][:1]:
@@ -116,17 +120,18 @@ def whole(chip: str) -> list[Case]:
 
 
 def between(chip: str) -> list[Case]:
-    """What stands between products, for the widths of the released models."""
+    """The kernels between matrix products, for the widths of the released models."""
     found = []
     for width in (384, 768, 1024, 1280, 1536, 4096):
         found += [Case(kind, chip, width, BF16, norm_config(width)) for kind in ("norm", "residual_norm")]
         found.append(Case("residual_norm", chip, width, BF16, norm_config(width), out=FP32))
+        found += [Case(f"{kind}_backward", chip, width, BF16, norm_config(width)) for kind in ("norm", "residual_norm")]
     found += [Case("swiglu", chip, 1536, dtype, SWIGLU) for dtype in (BF16, FP32)]
     return found + [Case("unfold", chip, p, dtype, unfold_config(p)) for p in (8, 14, 16) for dtype in (BF16, FP32)]
 
 
 def cases(chips: list[str]) -> list[Case]:
-    """Every row of the tables: fixed and packed input; more of the forms on one chip."""
+    """Every row of the tables, with fixed and packed input; on one chip, more variants."""
     found = []
     for (kind, width, size), columns in TABLE.items():
         for chip in chips:
@@ -148,7 +153,7 @@ def cases(chips: list[str]) -> list[Case]:
 
 
 def built(case: Case) -> Any:
-    """What Triton makes of it."""
+    """The kernel that Triton compiles."""
     kernel, constants = KERNELS[case.kind], case.constants()
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else case.type_of(name) for name in names}

@@ -1,4 +1,4 @@
-"""Small models of transformers as files of every layout, translated here without the tables of the package."""
+"""Small transformers models as files of every layout; the translation here does not use the package's tables."""
 
 import json
 import re
@@ -19,10 +19,10 @@ from dinov3_infer.checkpoints.loading import load_model
 from dinov3_infer.checkpoints.reading import Checkpoint, TensorsInMemory
 
 State = dict[str, Tensor]
-# transformers multiplies q, k and v one by one: float32 sums in another order, 5e-7 per token measured.
+# transformers multiplies q, k and v separately, so float32 sums have another order; measured: 5e-7 per token.
 SAME = 1e-5
-# DINO v1 with the epsilon of Meta's and timm's code; transformers' own (1e-12) has a test of its own.
-# The bias-free one gets a width of its own, so that shapes alone tell the rows of the zoo below apart.
+# DINO v1 with the epsilon of Meta's and timm's code; another test covers that of transformers (1e-12).
+# The model without biases has another width, so that the shapes alone identify the rows of the zoo below.
 SOURCES: dict[str, ViTConfig] = SMALL | {
     "dino": replace(SMALL["dino"], norm_eps=1e-6),
     "dinov3_no_bias": replace(SMALL["dinov3_no_bias"], ffn_dim=112),
@@ -34,7 +34,7 @@ def family_of(config: ViTConfig) -> str:
 
 
 def plain_named(hf: State, config: ViTConfig) -> State:
-    """transformers' names in memory -> those that Meta and timm share, with q, k, v and gate, up still apart."""
+    """Renames transformers' tensors to the names of Meta and timm, with q, k, v and gate, up still separate."""
     changes = (
         (r"^(model\.layer|encoder\.layer|layers)\.", "blocks."),
         (r"^embeddings\.patch_embeddings(\.projection)?\.", "patch_embed.proj."),
@@ -58,7 +58,7 @@ def plain_named(hf: State, config: ViTConfig) -> State:
 
 
 def fuse(state: State, new: str, olds: tuple[str, ...]) -> None:
-    """Joins blocks.N.<old>.{weight,bias} end to end under blocks.N.<new>; a part without bias counts as zero."""
+    """Concatenates blocks.N.<old>.{weight,bias} as blocks.N.<new>; a missing bias counts as zero."""
     for kind in ("weight", "bias"):
         for first in [n for n in state if n.endswith(f".{olds[0]}.{kind}")]:
             block = first[: -len(f"{olds[0]}.{kind}")]
@@ -73,7 +73,7 @@ def rename(state: State, pattern: str, replacement: str) -> None:
 
 
 def meta_named(hf: State, config: ViTConfig) -> State:
-    """A state dict of Meta's model; DINOv3 with exact periods and masks 1, 0, 1."""
+    """A state dict in Meta's layout; DINOv3 has exact periods and masks 1, 0, 1."""
     state = plain_named(hf, config)
     fuse(state, "attn.qkv", ("attn.q", "attn.k", "attn.v"))
     if family_of(config) == "dinov3":
@@ -81,7 +81,7 @@ def meta_named(hf: State, config: ViTConfig) -> State:
         rename(state, "^register_tokens$", "storage_tokens")
         for name in [n for n in state if n.endswith("qkv.bias") and not config.key_bias]:
             state[f"{name}_mask"] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(config.embed_dim)
-            state[name][config.embed_dim : 2 * config.embed_dim] = 5.0  # what lies under the mask must not matter
+            state[name][config.embed_dim : 2 * config.embed_dim] = 5.0  # values under the mask must not matter
         state["rope_embed.periods"] = 100.0 ** (torch.arange(config.head_dim // 4) * 4 / config.head_dim)
         for old, new in (("gate", "w1"), ("up", "w2")):
             rename(state, rf"mlp\.{old}_proj", f"mlp.{new}")
@@ -91,7 +91,7 @@ def meta_named(hf: State, config: ViTConfig) -> State:
 
 
 def timm_named(hf: State, config: ViTConfig) -> State:
-    """A state dict of timm's model, of the variant with query and value biases where the source has them."""
+    """A state dict in timm's layout; the variant with query and value biases if the source has them."""
     state = plain_named(hf, config)
     state.pop("mask_token", None)
     rename(state, "^register_tokens$", "reg_token")
@@ -114,7 +114,7 @@ def timm_name(key: str) -> str:
 
 
 def put(folder: Path, tensors: State, config: dict[str, Any] | None = None, file: str = "model.safetensors") -> Path:
-    """Writes tensors as the ending of `file` says; returns the file, or with a config.json beside it the folder."""
+    """Writes tensors in the format of the suffix; returns the file, or the folder if it has a config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file
     if path.suffix == ".safetensors":
@@ -128,7 +128,7 @@ def put(folder: Path, tensors: State, config: dict[str, Any] | None = None, file
 
 
 def hub(folder: Path, model: nn.Module) -> Path:
-    """As on the hub: transformers' own writer, which gives the blocks their old names."""
+    """A folder as on the hub: transformers writes it, with the old names of the blocks."""
     model.save_pretrained(folder)
     return folder
 
@@ -151,7 +151,7 @@ FORMS: dict[str, Callable[[Path, nn.Module, str], Path]] = {
 
 @pytest.fixture(autouse=True)
 def small_models_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of the zoo for the small models, so that what follows from a name is tested on them."""
+    """Adds rows for the small models to the zoo, so that they can be loaded by name."""
     for key, config in SOURCES.items():
         monkeypatch.setitem(zoo.ARCHITECTURES, f"small_{key}", config)
         row = zoo.ModelInfo(
@@ -169,7 +169,7 @@ def in_memory(tensors: State, config: dict[str, Any] | None = None) -> Backbone:
 
 
 def pixels_for(config: ViTConfig) -> Tensor:
-    """On the grid of the learned positions, where all resizing rules agree; not square with RoPE."""
+    """Pixels [2, 3, H_px, W_px] on the grid of learned positions, where all resizing rules agree; else not square."""
     side = (config.position_grid or 3) * config.patch_size
     return torch.randn(2, 3, side, side if config.position_grid else 4 * config.patch_size)
 

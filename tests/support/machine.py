@@ -1,4 +1,4 @@
-"""What this machine has, asked of the machine alone: a part of the package that fails here fails its tests, too."""
+"""Features of this machine, found without the package, so that a fault of the package cannot skip its tests."""
 
 import os
 import shutil
@@ -18,13 +18,13 @@ def _reason(has: bool, what: str) -> str | None:
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 
-# why a mode of the CPU plan cannot be had, or None if it has to work
+# the reason why a mode of the CPU plan is not available, or None if it must work
 WHY_NOT = {
     "exact": _reason(_ONEDNN, "oneDNN"),
     "fast": _reason(_ONEDNN and (_has("avx512_bf16") or _has("amx_tile")), "products in bfloat16"),
     "int8": _reason(_ONEDNN and _has("vnni"), "products in 8 bits"),
 }
-# the same of the compiled passes
+# the same for the compiled C code
 WHY_NOT_COMPILED = _reason(
     shutil.which("cc") is not None and "DINOV3_INFER_COMPILE" not in os.environ, "C compiler, or is not to use it"
 )

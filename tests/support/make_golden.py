@@ -1,8 +1,8 @@
-"""Writes what `dinov3-infer verify` and `doctor` compare with: three small pictures and the vectors of known weights.
+"""Writes the record of `dinov3-infer verify` and `doctor`: three small images and the vectors of known weights.
 
     python tests/support/make_golden.py
 
-It fetches the photographs and a real DINOv2 ViT-S/14 as the tests do (`fetch.py`), and wants `pip install onnx`.
+It downloads the photographs and a real DINOv2 ViT-S/14 as the tests do (`fetch.py`), and needs `pip install onnx`.
 """
 
 import json
@@ -35,7 +35,7 @@ def write_pictures() -> None:
 
 
 def models(folder: Path) -> list[tuple[str, str, Backbone]]:
-    """(what it is, name of the zoo if these are its weights, model)."""
+    """Each as (description, name in the zoo if these are its weights, model)."""
     hub, _ = fetch.write_dinov2_vits14(folder)
     found = [(FORMULA, "", by_formula()), (TUNED, "", Backbone.from_pretrained(hub, device="cpu"))]
     try:

@@ -1,4 +1,4 @@
-"""Models of transformers and timm with every parameter random, and how far ours is from them."""
+"""Models of transformers and timm with random parameters, and the distance of ours from them."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ from dinov3_infer.model.vit import ViTConfig
 _V2: dict[str, Any] = dict(patch_size=14, position_grid=5, key_bias=True, norm_eps=1e-6)
 _NO_REGISTERS: dict[str, Any] = dict(num_registers=0, position_resize="size")
 
-# A small config of each family as transformers has it: what a test takes when width and depth do not matter.
+# A small transformers config of each family, for tests in which width and depth do not matter.
 SMALL: dict[str, ViTConfig] = {
     "dinov3": ViTConfig(64, 2, 4, 128),
     "dinov3_gated": ViTConfig(64, 2, 4, 96, gated=True),
@@ -33,14 +33,14 @@ SMALL: dict[str, ViTConfig] = {
     ),
 }  # fmt: skip
 
-# RoPE periods of head width 64 and base 100 as the released files of DINOv3 hold them, rounded to bfloat16
+# RoPE periods of head width 64 and base 100, rounded to bfloat16 as in the released DINOv3 files
 PUBLISHED_PERIODS = (
     1, 1.3359375, 1.78125, 2.375, 3.15625, 4.21875, 5.625, 7.5, 10, 13.3125, 17.75, 23.75, 31.625, 42.25, 56.25, 75
 )  # fmt: skip
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter live, none at its initial value: a term that is left out or doubled shows."""
+    """Sets every parameter to random values, so that a missing or doubled term changes the result."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(module.named_parameters()):
@@ -58,7 +58,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def hf_model(config: ViTConfig, seed: int = 0) -> nn.Module:
-    """transformers' model of the same architecture, from its own config class, with random parameters."""
+    """A transformers model of the same architecture, from its config class, with random parameters."""
     import transformers as t
 
     common: dict[str, Any] = dict(
@@ -96,30 +96,30 @@ def hf_tokens(model: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def tokens(output: BackboneOutput) -> Tensor:
-    """All tokens of ours in the order of everyone, [B, N, C]."""
+    """All tokens of our output, in the order class, registers, patches: [B, N, C]."""
     return torch.cat((output.cls_token[:, None], output.register_tokens, output.patch_tokens), dim=1)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """Relative L2 distance of a from b, in float64."""
+    """Relative L2 distance of a from b, of any one shape, in float64."""
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm())
 
 
 def worst_token(a: Tensor, b: Tensor) -> float:
-    """The largest relative L2 distance of any single token, [..., C] each."""
+    """The largest relative L2 distance of a token, for tokens [..., C]."""
     a, b = a.detach().double(), b.detach().double()
     return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
 
 
 def hf_shapes(config: ViTConfig) -> nn.Module:
-    """`hf_model` on the meta device: names and shapes at any size, no numbers."""
+    """`hf_model` on the meta device: names and shapes without values, at any size."""
     with torch.device("meta"), mock.patch.dict(globals(), randomise=lambda module, seed: module.eval()):
         return hf_model(config)
 
 
 def hf_layers(model: nn.Module, pixels: Tensor, **options: Any) -> tuple[Tensor, list[Tensor]]:
-    """All tokens after the final norm, and before it: those of the embedding, then of each block, [B, N, C] each."""
+    """Tokens [B, N, C] after the final norm; and before it, of the embedding and of each block."""
     if type(model).__name__ == "ViTModel":
         options["interpolate_pos_encoding"] = True
     output = model(pixels, output_hidden_states=True, **options)
@@ -127,7 +127,7 @@ def hf_layers(model: nn.Module, pixels: Tensor, **options: Any) -> tuple[Tensor,
 
 
 def hf_norm(model: nn.Module) -> nn.Module:
-    """The final norm."""
+    """The final norm of a transformers model."""
     return model.norm if hasattr(model, "norm") else model.layernorm  # type: ignore[return-value]
 
 
@@ -137,7 +137,7 @@ BOUNDS = {torch.float64: (1e-7, 1e-6), torch.float32: (5e-6, 5e-5)}
 
 
 def assert_same(ours: Tensor, theirs: Tensor, what: str = "tokens") -> None:
-    """Same shape and dtype, and numbers within `BOUNDS`; [..., C] each."""
+    """Asserts equal shape and dtype, and values within `BOUNDS`, for tokens [..., C]."""
     assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), what
     if theirs.numel():
         found = relative(ours, theirs), worst_token(ours, theirs)
@@ -147,7 +147,7 @@ def assert_same(ours: Tensor, theirs: Tensor, what: str = "tokens") -> None:
 
 
 def assert_same_tokens(ours: BackboneOutput | LayerOutput, theirs: Tensor, what: str = "output") -> None:
-    """Class token, registers and patches each within `BOUNDS` of all tokens of theirs, [B, N, C]."""
+    """Asserts that class token, registers and patches are each within `BOUNDS` of theirs [B, N, C]."""
     prefix = 1 + ours.register_tokens.shape[1]
     assert_same(ours.cls_token, theirs[:, 0], f"{what}, class token")
     assert_same(ours.register_tokens, theirs[:, 1:prefix], f"{what}, registers")
@@ -155,21 +155,21 @@ def assert_same_tokens(ours: BackboneOutput | LayerOutput, theirs: Tensor, what:
 
 
 def pixels_of(config: ViTConfig, grid: tuple[int, int], batch: int = 1, seed: int = 1) -> Tensor:
-    """Noise of h x w patches, [B, 3, H_px, W_px] float32."""
+    """Noise of h x w patches: [B, 3, H_px, W_px] float32."""
     size = (batch, 3, *(side * config.patch_size for side in grid))
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass
 class Saved:
-    """A random model of a peer, the config that ours has to find in it, and the directory that the peer wrote."""
+    """A random model of a peer, the config that ours must find in it, and the folder that the peer wrote."""
 
     config: ViTConfig
     model: nn.Module
     directory: Path
 
     def pair(self, dtype: torch.dtype) -> tuple[Backbone, Any]:
-        """Ours from the directory, and theirs, in one dtype."""
+        """Our model, loaded from the folder, and theirs, in one dtype."""
         ours = Backbone.from_pretrained(self.directory, dtype=dtype, device="cpu")
         return ours, copy.deepcopy(self.model).to(dtype)
 
@@ -181,7 +181,7 @@ class Saved:
 def grid_cases(
     configs: Mapping[str, ViTConfig], *grids: tuple[int, int], slow: bool = False, native: bool = False
 ) -> list[Any]:
-    """(model, grid) pairs as parameters; `native` adds the grid of a model's own position table."""
+    """Test parameters (model, grid); `native` adds the grid of each model's position table."""
     marks = [pytest.mark.slow] if slow else []
     cases = []
     for name, config in configs.items():

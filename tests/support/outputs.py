@@ -1,4 +1,4 @@
-"""Outputs of `embed`: how tests make them, look at them and make them old."""
+"""Outputs of `embed` for tests: writing, checking, and rewriting them in the first format."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def fill(folder: Path, seed: int = 0, count: int = COUNT) -> Path:
 
 
 def rows(out: str | Path) -> np.ndarray:
-    """All vectors of an output, of length 1, after a look at every byte."""
+    """All vectors of an output, scaled to length 1, after a check of every file."""
     return np.concatenate([block for _, block in Store(out, verify=True).blocks()])
 
 
@@ -40,7 +40,7 @@ def files(out: str) -> list[Path]:
 
 
 def age(out: str) -> None:
-    """Makes an output one of the first format: records without seals, lists without sources."""
+    """Rewrites an output in the first format: records without checksums, lists without sources."""
 
     def record(text: str) -> str:
         found = json.loads(text)
@@ -72,4 +72,4 @@ def age(out: str) -> None:
 
 
 class Stop(BaseException):
-    """Like a kill: nothing is caught, nothing is written."""
+    """Acts like a kill: no code catches it or writes after it."""

@@ -1,4 +1,4 @@
-"""Pictures to test with, and what an error has to look like."""
+"""Test images, and a check of the form of an error."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +15,7 @@ by_fit = pytest.mark.parametrize(("fit", "size"), FITS, ids=[fit for fit, _ in F
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """[H, W, 3] uint8: smooth shades under strong noise, so that both kinds of content show a wrong filter."""
+    """An image [H, W, 3] uint8 of smooth shades and strong noise, in which a wrong filter shows."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     shades = 128 + 100 * np.sin(np.stack((x / 17, y / 23, (x + y) / 31), axis=-1))
@@ -23,12 +23,12 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def plain(size: int | tuple[int, int] | None, patch_size: int = 1, **options: Any) -> Preprocess:
-    """A transform that does not normalise: its pixels are grey levels / 255."""
+    """A transform without normalisation: its pixels are grey levels / 255."""
     return Preprocess((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), patch_size, size, **options)
 
 
 def complaint(error: type[Exception], call: Callable[[], object]) -> str:
-    """The one sentence of an error that we raise on purpose, without addresses of objects in it."""
+    """The message of the error that a call must raise: one sentence, without object addresses."""
     with pytest.raises(error) as caught:
         call()
     text = str(caught.value)

@@ -1,10 +1,10 @@
 """Runs the PTX that Triton compiles for sm_80 and sm_90a, without a GPU: all threads of a program at once, in NumPy.
 
-What a GPU would do, instruction by instruction: predicates, shuffles, ldmatrix, mma.sync, wgmma with its shared memory
-descriptors and swizzles, cp.async.  Beyond a GPU it refuses: a read or write outside of a tensor, a read of shared
-memory that nothing wrote, two warps at one address of shared memory without a barrier between them (one writing), a
-copy that is read before it was waited for, an operand of wgmma in shared memory that was not fenced, a branch that
-threads take differently.  Only instructions that Triton makes of our kernels are known; another one raises.
+It executes each instruction as a GPU does: predicates, shuffles, ldmatrix, mma.sync, wgmma with its shared memory
+descriptors and swizzles, cp.async.  Unlike a GPU it raises for an access outside of a tensor, a read of unwritten
+shared memory, two warps at one address of shared memory without a barrier (one of them writing), a read of a copy
+before the wait for it, an operand of wgmma without a fence, and a divergent branch.  It knows only the instructions
+that Triton emits for our kernels; another one raises.
 """
 
 import re
@@ -26,7 +26,7 @@ SPLIT = re.compile(r",(?![^{\[]*[}\]])")
 
 
 class Program:
-    """A kernel, read once; `run` executes one program of its grid."""
+    """A parsed kernel; `run` executes one program of its grid."""
 
     def __init__(self, ptx: str, shared: int, threads: int) -> None:
         self.shared_size, self.threads = shared, threads
@@ -83,11 +83,11 @@ class Run(Warps):
         self.special["global_smem"] = np.zeros(n, U32)
         self.values: dict[str, Any] = {}
         for (kind, name), value in zip(program.params, arguments + [0, 0], strict=True):
-            self.special[name] = np.full(n, len(self.values), U32)  # its address, which a select may choose
+            self.special[name] = np.full(n, len(self.values), U32)  # its address, which `select` may use
             self.values[name] = np.array(value, F32).view(U32) if kind == "f32" else np.array(value & (2**64 - 1), U64)
         self.groups: list[list[tuple[Any, ...]]] = []
         self.open: list[tuple[Any, ...]] = []
-        self.products: list[tuple[set[str], list[np.ndarray]]] = []  # groups of wgmma under way
+        self.products: list[tuple[set[str], list[np.ndarray]]] = []  # unfinished groups of wgmma
         self.issued: tuple[set[str], list[np.ndarray]] = (set(), [])
         self.pending: set[str] = set()  # registers that they write
         self.steps = 0
@@ -289,6 +289,9 @@ class Run(Warps):
         elif isinstance(o[1], tuple) and o[1][0] != "i":  # pack
             small, large = {"b32": (np.uint16, U32), "b64": (U32, U64)}[parts[-1]]
             self.set(o[0], np.stack([self.get(x, small) for x in o[1]], 1).view(large)[:, 0], mask)
+        elif o[1] in self.pending and mask is None:
+            self.set(o[0], self.r[o[1]], mask)
+            self._renamed(o[0], o[1])
         else:
             kind = UNSIGNED[int(parts[-1][1:]) // 8]
             self.set(o[0], self.get(o[1], kind), mask)

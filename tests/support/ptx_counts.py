@@ -1,11 +1,11 @@
-"""What a head of the forward pass costs on Hopper, counted while its PTX is executed, and the rate that this bounds.
+"""Counts the cost of a head of the forward pass on Hopper while its PTX is executed, and the bound on its speed.
 
     python tests/support/ptx_counts.py          # prints the table
-    python tests/support/ptx_counts.py --save   # and writes it to kernels/benchmarks/records/executed.json
+    python tests/support/ptx_counts.py --save   # and writes it to kernels/benchmarks/records/executed-<triton>.json
 
-Nothing here is a measurement: clocks are those that one resource would need if it were alone and never waited.  A
-multiprocessor of an H200 issues 4 instructions of a warp a clock, multiplies 4096 pairs of 16-bit numbers and moves 128
-bytes of shared memory; 26 bytes a clock are 6 TB/s from the L2 cache, for which published readings are 5.5 to 7.
+These numbers are computed, not measured: each is the number of clocks that one resource needs without any waiting.  A
+multiprocessor of an H200 issues 4 warp instructions, multiplies 4096 pairs of 16-bit numbers and moves 128 bytes of
+shared memory per clock; 26 bytes per clock are 6 TB/s from the L2 cache, published as 5.5 to 7.
 """
 
 import json
@@ -24,7 +24,7 @@ import triton
 from kernel_cases import BF16, FP16, FP32, Config, segments
 from ptx_runs import Executor, Image, between
 
-RECORD = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks" / "records" / "executed.json"
+RECORDS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks" / "records"
 PROCESSORS, CLOCK, L2_BYTES, SHARED_BYTES, PAIRS = 132, 1.755e9, 26, 128, 4096
 
 
@@ -47,7 +47,7 @@ def instructions(compiled: Any) -> tuple[int, int]:
 
 
 def attention(n: int, grid: tuple[int, int], config: Config, tables: torch.dtype) -> dict[str, Any]:
-    """Of one head of 64 channels in bfloat16."""
+    """The costs of one head of 64 channels in bfloat16."""
     image, run = Image(grid, 64, 1, BF16), Executor()
     out, _ = image.forward(run, "sm90", config, tables)
     kind = "short" if config.whole else "forward"
@@ -72,6 +72,7 @@ def attention(n: int, grid: tuple[int, int], config: Config, tables: torch.dtype
         "warps": config.warps,
         "tables": str(tables)[6:],
         "error": image.judged(out),
+        "instructions": {"loop": loop, "all": all_},  # of the compiled code, for a warp
         "bytes": read,
         "bytes_of_tables": counts["global, tensor 2"] + counts["global, tensor 3"],
         "clocks": {name: round(value) for name, value in clocks.items()},
@@ -80,7 +81,7 @@ def attention(n: int, grid: tuple[int, int], config: Config, tables: torch.dtype
 
 
 def steps() -> list[dict[str, Any]]:
-    """Bytes of the kernels between products, beside the least that there is to read."""
+    """Bytes that the kernels between products move, beside the smallest possible number."""
     found = []
     for case in kc.between("sm90"):
         if case.dtype != BF16 or case.out or case.width not in (384, 1024, 4096, 1536, 16):
@@ -109,7 +110,8 @@ def main() -> None:
     found = dict(triton=triton.__version__, chip="sm_90a, assumed to be an H200", attention=rows, steps=steps())
     print(*found["steps"], sep="\n")
     if "--save" in sys.argv:
-        RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path = RECORDS / f"executed-{triton.__version__}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

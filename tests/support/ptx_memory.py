@@ -1,4 +1,4 @@
-"""Memory of a GPU for the executor of PTX: tensors with nothing between them, and shared memory that finds races."""
+"""Memory of a GPU for the PTX executor: global memory that finds overruns, and shared memory that finds races."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ UNSIGNED = {2: np.uint16, 4: U32, 8: U64}
 
 
 class Fault(Exception):
-    """What a GPU would answer with wrong numbers, or not at all."""
+    """A fault that on a GPU gives wrong numbers or a crash."""
 
 
 def bf16(bits: np.ndarray) -> np.ndarray:
@@ -25,13 +25,13 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
 
 
 def halves(bits: np.ndarray, kind: str) -> np.ndarray:
-    """[..., n] registers of two 16-bit numbers -> [..., 2n] float32."""
+    """Registers [..., n] of two 16-bit numbers each, as float32 [..., 2n]."""
     parts = np.ascontiguousarray(bits).view(np.uint16)
     return bf16(parts) if kind == "bf16" else parts.view(np.float16).astype(F32)
 
 
 class Memory:
-    """Global memory: tensors at addresses of their own, with nothing between them."""
+    """Global memory: tensors with gaps between them; an access to a gap raises."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[int, np.ndarray]] = []
@@ -55,17 +55,17 @@ class Memory:
 
 
 class Shared:
-    """Shared memory that remembers who wrote, who read, and since which barrier."""
+    """Shared memory that records the writers and readers of each address since the last barrier."""
 
     def __init__(self, size: int, warps: np.ndarray) -> None:
         self.data = np.zeros(size, np.uint8)
         self.written = np.zeros(size, bool)
-        self.unfenced = np.zeros(size, bool)  # by ordinary stores, not yet seen by wgmma
+        self.unfenced = np.zeros(size, bool)  # written by ordinary stores, not yet fenced for wgmma
         self.writer, self.write_epoch = np.full(size, -1), np.full(size, -1)
         self.reader, self.read_epoch = np.full(size, -1), np.full(size, -1)
         self.epoch, self.warps = 0, warps
-        self.busy = np.zeros(size, np.int32)  # products under way that read it
-        self.landing = np.zeros(size, np.int32)  # copies under way that write it
+        self.busy = np.zeros(size, np.int32)  # unfinished products that read it
+        self.landing = np.zeros(size, np.int32)  # unfinished copies that write it
         self.tally: Callable[[str, int], None] = lambda what, amount: None
 
     def where(self, at: np.ndarray, size: int) -> np.ndarray:
@@ -77,8 +77,8 @@ class Shared:
         return at[:, None] + np.arange(size)
 
     def wavefronts(self, at: np.ndarray, size: int, threads: np.ndarray) -> None:
-        """Passes over the 32 banks that these accesses take, and how many they would take without conflicts."""
-        phase = threads * max(1, size // 4) // 32  # 16 bytes a thread: eight threads at a time
+        """Passes over the 32 banks for these accesses, and the number without bank conflicts."""
+        phase = threads * max(1, size // 4) // 32  # with 16 bytes per thread, eight threads at a time
         words = (at.astype(np.int64)[:, None] + np.arange(0, size, 4)) // 4
         phases = np.repeat(phase, words.shape[1])
         pairs = np.unique(phases * (1 << 32) + words.reshape(-1))
@@ -90,7 +90,7 @@ class Shared:
         self.tally("wavefronts at least", len(starts))
 
     def claim(self, at: np.ndarray, size: int, threads: np.ndarray) -> None:
-        """A copy sets out: it may write from now on, until it is waited for."""
+        """Starts a copy, which may write at any time until it is waited for."""
         place = self.where(at, size)
         if self.busy[place].any():
             raise Fault("race: copy to what a wgmma under way reads")
@@ -102,7 +102,7 @@ class Shared:
         np.add.at(self.landing, place, 1)
 
     def land(self, at: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
-        """It was waited for."""
+        """Ends a copy that was waited for."""
         np.subtract.at(self.landing, self.where(at, values.shape[1]), 1)
         self.write(at, values, threads)
 

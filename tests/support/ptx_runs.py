@@ -1,4 +1,4 @@
-"""Each kernel called as its launcher calls it, by the executor of PTX: what goes in, what comes out, how far off."""
+"""Runs each kernel in the PTX executor with the arguments of its launcher, and measures the error."""
 
 import collections
 import io
@@ -34,10 +34,10 @@ def built(case: Case) -> Any:
 
 
 class Executor:
-    """Compiles a kernel and executes all of its programs; `cut` is a line of the PTX that is left out."""
+    """Compiles a kernel and executes all of its programs; `cut` is a line of PTX to remove."""
 
     def __init__(self, kind: str = "", cut: int = -1) -> None:
-        self.kind, self.cut = kind, cut  # the kernel that loses a line
+        self.kind, self.cut = kind, cut  # the kernel from which the line is removed
         self.lines: dict[str, list[str]] = {}
         self.counts: dict[str, collections.Counter[str]] = {}  # see `ptx.Run.counts`
         self.compiled: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def error(found: Any, expected: Any) -> float:
 
 
 class Image:
-    """The attention of one image: what goes in, and what should come out."""
+    """The attention of one image: inputs and expected result."""
 
     def __init__(self, grid: tuple[int, int], width: int, heads: int, dtype: torch.dtype) -> None:
         self.n, self.d, self.h, self.dtype, self.scale = grid[0] * grid[1] + 5, width, heads, dtype, width**-0.5
@@ -81,12 +81,12 @@ class Image:
         self.exact, self.torchs = (exact.detach(), x.grad), (torchs.detach(), y.grad)
 
     def judged(self, found: Any, gradient: bool = False, parts: slice = slice(3)) -> tuple[float, float]:
-        """Its error, of some parts of qkv where it is a gradient, and that of torch in the same dtype."""
+        """The error of a result, or of parts of a gradient of qkv, and the error of torch in the same dtype."""
         some = [t[:, :, parts] if gradient else t for t in (found, self.torchs[gradient], self.exact[gradient])]
         return error(some[0], some[2]), error(some[1], some[2])
 
     def forward(self, run: Executor, chip: str, config: kc.Config, tables: torch.dtype = FP32) -> tuple[Any, Any]:
-        """Result and sums of weights, by one program a head or a tile."""
+        """Result and sums of weights, with one program per head or per tile."""
         out, lse = nans(1, self.n, self.h * self.d, dtype=self.dtype), nans(1, self.h, self.n, dtype=FP32)
         m, strides, kind = ptx.Memory(), self.qkv.stride()[:4], "short" if config.whole else "forward"
         tensors = [*(m.put(bits(t)) for t in (self.qkv, *(t.to(tables) for t in self.table))), m.put(out), m.put(lse)]
@@ -101,7 +101,7 @@ class Image:
     def backward(
         self, run: Executor, chip: str, rows: dict[str, kc.Config], out: Any, lse: Any, tables: torch.dtype = FP32
     ) -> Any:
-        """The gradient of qkv, by four kernels; NaN where a kernel of the last two has no row."""
+        """The gradient of qkv from four kernels; NaN in rows that the last two do not write."""
         n, d, h, m = self.n, self.d, self.h, ptx.Memory()
         delta, qk = nans(1, h, n, dtype=FP32), nans(1, n, 2, h, d, dtype=self.dtype)
         dqkv = nans(1, n, 3, h, d, dtype=self.dtype)
@@ -121,7 +121,7 @@ class Image:
 
 
 def between(run: Executor, case: Case, rows: int = 7) -> list[tuple[float, float]]:
-    """Errors of a kernel between products, and of its definition in the same dtypes; the same numbers every time."""
+    """Errors of a kernel between products, and of its definition in the same dtypes, on fixed inputs."""
     torch.manual_seed(0)
     m, config, dtype = ptx.Memory(), case.config, case.out or case.dtype
     if case.kind == "unfold":
@@ -140,6 +140,8 @@ def between(run: Executor, case: Case, rows: int = 7) -> list[tuple[float, float
         run(case, m, [m.put(bits(gate_up)), m.put(out), rows, case.width], programs)
         exact, torchs = ((OPERATORS["swiglu"][1](x),) for x in (gate_up.double(), gate_up))
         found = (out,)
+    elif case.kind.endswith("_backward"):
+        return _norm_backward(run, case, m, rows)
     else:
         x, branch = torch.randn(rows, case.width) * 3, torch.randn(rows, case.width).to(case.dtype)
         scale, weight, bias = torch.randn(3, case.width)
@@ -156,5 +158,38 @@ def between(run: Executor, case: Case, rows: int = 7) -> list[tuple[float, float
         )
         exact, torchs = ((e,) if alone else e for e in (exact, torchs))
         found = (out,) if alone else (total, out)
+    return _errors(found, exact, torchs)
+
+
+def _errors(found: Any, exact: Any, torchs: Any) -> list[tuple[float, float]]:
     pairs = zip(found, exact, torchs, strict=True)
     return [(error(torch.from_numpy(f).view(t.dtype), e), error(t, e)) for f, e, t in pairs]
+
+
+def _norm_backward(run: Executor, case: Case, m: ptx.Memory, rows: int) -> list[tuple[float, float]]:
+    """The gradient of a norm by two programs, and by torch's separate steps under autograd."""
+    alone, config, width = case.kind == "norm_backward", case.config, case.width
+    x, grad_sum = torch.randn(rows, width) * 3, torch.randn(rows, width)
+    branch, grad = (torch.randn(rows, width).to(case.dtype) for _ in range(2))
+    scale, weight, bias = torch.randn(3, width)
+    programs = min(2, triton.cdiv(rows, config.block_m))
+    grad_x, parts = nans(rows, width, dtype=FP32), nans(programs, 3, width, dtype=FP32)
+    grad_branch = nans(rows, width, dtype=case.dtype)
+    given = (x, weight, grad) if alone else (x, branch, scale, weight, grad_sum, grad)
+    tensors = [m.put(bits(t)) for t in given] + [m.put(grad_x)] + ([] if alone else [m.put(grad_branch)])
+    run(case, m, [*tensors, m.put(parts), rows, programs, 1e-5], programs)
+    sums = torch.from_numpy(parts).sum(0)
+    found = [grad_x, *(t.numpy() for t in (sums[:2] if alone else sums))] + ([] if alone else [grad_branch])
+
+    def steps(wide: torch.dtype | None) -> list[Any]:
+        """Of the stream, weight, bias, scale and branch; `x` is the stream after the branch."""
+        normed = (x if wide is None else x.to(wide)).requires_grad_()
+        leaves = [t.clone() if wide is None else t.to(wide) for t in (weight, bias, scale, branch)]
+        w, b, s, more = (t.requires_grad_() for t in leaves)
+        total = normed if alone else normed + (more.to(normed.dtype) * s - (more.to(normed.dtype) * s).detach())
+        out = torch.nn.functional.layer_norm(total, (width,), w, b, 1e-5).to(wide or case.dtype)
+        outputs = [(out, grad)] if alone else [(total, grad_sum), (out, grad)]
+        torch.autograd.backward([o for o, _ in outputs], [g.to(o.dtype) for o, g in outputs])
+        return [t.grad for t in ((normed, w, b) if alone else (normed, w, b, s, more))]
+
+    return _errors(found, steps(torch.float64), steps(None))

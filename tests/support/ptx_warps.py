@@ -1,4 +1,4 @@
-"""What reaches memory and what warps do together, for the executor of PTX: copies, shuffles, mma.sync, wgmma."""
+"""Memory and warp instructions of the PTX executor: copies, shuffles, mma.sync, wgmma."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ __all__ = ["Warps"]
 
 
 class Warps:
-    """Instructions of a warp or a warp group; what is left to the program is declared here."""
+    """Instructions of a warp or a warp group; the program implements the methods that are only declared here."""
 
     n: int
     all: np.ndarray
@@ -116,15 +116,15 @@ class Warps:
         self.set(o[0], value[self.warp * 32 + other], mask)
 
     def op_ldmatrix(self, parts, o, mask):
-        at = self._address(o[1], U32)
-        rows = self.shared.read(at, 16, self.all).reshape(-1, 4, 8, 16)  # [warps, matrices, rows, bytes]
-        if "x4" not in parts:
-            raise NotImplementedError(".".join(parts))
-        numbers = np.ascontiguousarray(rows).view(np.uint16)  # [W, 4, 8, 8]
+        count = next(int(x[1:]) for x in parts if re.fullmatch(r"x[124]", x))
+        at = self._address(o[1], U32).reshape(-1, 32)[:, : 8 * count].reshape(-1)  # of rows
+        threads = self.all.reshape(-1, 32)[:, : 8 * count].reshape(-1)
+        rows = self.shared.read(at, 16, threads).reshape(-1, count, 8, 16)  # [warps, matrices, rows, bytes]
+        numbers = np.ascontiguousarray(rows).view(np.uint16)  # [W, count, 8, 8]
         if "trans" in parts:
             numbers = numbers.transpose(0, 1, 3, 2)
-        pairs = np.ascontiguousarray(numbers).view(U32).reshape(-1, 4, 32)  # lane = 4 row + column pair
-        for i, name in enumerate(o[0]):
+        pairs = np.ascontiguousarray(numbers).view(U32).reshape(-1, count, 32)  # lane = 4 row + column pair
+        for i, name in enumerate(o[0] if isinstance(o[0], tuple) else (o[0],)):
             self.set(name, pairs[:, i].reshape(-1).copy(), mask)
 
     def op_stmatrix(self, parts, o, mask):
@@ -138,7 +138,7 @@ class Warps:
         self.shared.write(at, np.ascontiguousarray(numbers).view(np.uint8).reshape(-1, 16), threads)
 
     def _mma_tf32(self, o, mask):
-        """m16n8k8: numbers of 10 bits of mantissa, what lies below is ignored."""
+        """m16n8k8 on numbers with 10 bits of mantissa; lower bits are ignored."""
         group, pair = self.lane[:32] // 4, self.lane[:32] % 4
         cut = lambda name: (self.get(name) & U32(0xFFFFE000)).view(F32).reshape(-1, 32)  # noqa: E731
         a, b = np.zeros((self.n // 32, 16, 8), F32), np.zeros((self.n // 32, 8, 8), F32)
@@ -184,7 +184,7 @@ class Warps:
             self.pending = set().union(self.issued[0], *(names for names, _ in self.products))
         if parts[1] in ("fence", "commit_group", "wait_group"):
             return
-        self.pending -= set(o[0])  # may be the sum that the next one adds to
+        self.pending -= set(o[0])  # may be the accumulator of the next one
         n, deep = map(int, re.search(r"n(\d+)k(\d+)", parts[4]).groups())
         kind, groups = parts[-1], self.n // 128
         if kind == "tf32":
@@ -216,6 +216,13 @@ class Warps:
             self.set(name, (own + before).astype(F32), mask)
         self._under_way(o[0])
 
+    def _renamed(self, name: str, before: str) -> None:
+        """A copy of a result under way, which the assembler makes a name of the same register: it is under way too."""
+        for names, _ in (self.issued, *self.products):
+            if before in names:
+                names.add(name)
+        self.pending.add(name)
+
     def _under_way(self, names: tuple[str, ...]) -> None:
         self.issued[0].update(names)
         self.pending |= set(names)
@@ -244,7 +251,7 @@ class Warps:
         self._under_way(o[0])
 
     def _matrix(self, descriptor: int, rows: int, transposed: bool, kind: str) -> np.ndarray:
-        """[rows, 16] of an operand in shared memory: `rows` along M or N, 16 along K (8 of 32 bits)."""
+        """[rows, 16] of an operand in shared memory: `rows` along M or N, 16 along K (8 for 32 bits)."""
         size = 4 if kind == "b32" else 2
         deep = 32 // size
         start = (descriptor & 0x3FFF) << 4
@@ -252,9 +259,9 @@ class Warps:
         width = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62 & 3]
         m, k = np.arange(rows)[:, None], np.arange(deep)[None, :]
         per = width // size
-        if not transposed:  # K lies side by side
+        if not transposed:  # contiguous along K
             at = start + (m // 8) * stride + (m % 8) * width + (k % per) * size + (k // per) * leading
-        else:  # M or N lies side by side
+        else:  # contiguous along M or N
             at = start + (m // per) * leading + (k // 8) * stride + (k % 8) * width + (m % per) * size
         at = np.broadcast_to(at, (rows, deep)).astype(np.int64)
         if width > 16:

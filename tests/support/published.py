@@ -1,6 +1,4 @@
-"""What the sources of the recipes set, with file and line: values of the published configurations, in the units and
-under the names of our settings.
-"""
+"""Values of the published configurations, with file and line, in the units and under the names of our settings."""
 
 import math
 
@@ -95,7 +93,7 @@ DINOV3 = Recipe(
 
 
 def lines(of: dict[str, Row], **others: str) -> dict[str, Row]:
-    """The same values at other lines."""
+    """The same values with other line numbers."""
     return {name: (of[name][0], where) for name, where in others.items()}
 
 

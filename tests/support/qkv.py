@@ -1,4 +1,4 @@
-"""What the tests of attention and of its kernels share: rotations, lengths, and memory that is not zero by chance."""
+"""Helpers for the tests of attention and its kernels: rotations, lengths, and memory that is filled with NaN."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from dinov3_infer.model.rope import rope_periods, rope_table
 __all__ = ["GRIDS", "PREFIX", "angles", "grid_table", "offsets", "poison", "rms"]
 
 PREFIX = 5  # class token and four registers
-GRIDS = {6: (1, 1), 41: (4, 9), 68: (7, 9), 201: (7, 28), 261: (8, 32), 1029: (16, 64)}  # tokens: h x w, not square
+GRIDS = {6: (1, 1), 41: (4, 9), 68: (7, 9), 201: (7, 28), 261: (8, 32), 1029: (16, 64)}  # grids h x w, not square
 
 
 def angles(count: int, head_dim: int, prefix: int = 0) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def offsets(lengths: list[int]) -> Tensor:
 
 
 def grid_table(grids: list[tuple[int, int]], width: int) -> tuple[Tensor, Tensor]:
-    """The tables of pictures of these grids, one below the other."""
+    """The concatenated RoPE tables of images with these grids, [T, D/2] each."""
     tables = [rope_table(grid, rope_periods(width), PREFIX) for grid in grids]
     return torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables])
 
@@ -38,7 +38,7 @@ def rms(x: Tensor) -> float:
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel leaves unwritten is NaN, not by chance right."""
+    """Fills new memory with NaN, so that an unwritten value cannot be right by chance."""
 
     def poisoned(create: Any) -> Any:
         def filled(*arguments: Any, **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which operators were called."""
+"""Records the torch operators that are called."""
 
 from typing import Any
 

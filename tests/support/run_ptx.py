@@ -1,11 +1,11 @@
-"""Executes the compiled PTX of every shipped configuration without a GPU (see ptx.py), and judges what comes out.
+"""Executes the compiled PTX of every shipped configuration without a GPU (see ptx.py), and checks the results.
 
     python tests/support/run_ptx.py            # all rows, forward and backward, for sm_80, sm_86 and sm_90a: minutes
     python tests/support/run_ptx.py part       # some of them, in seconds
-    python tests/support/run_ptx.py mutants    # one barrier, fence or wait less at a time: is it noticed?
+    python tests/support/run_ptx.py mutants    # remove one barrier, fence or wait at a time: is a fault found?
 
-Judge: an error against float64 of at most twice that of torch's own attention in the same dtype, and of at most that of
-torch's separate steps for what stands between products.
+A result passes if its error against float64 is at most twice that of torch's attention in the same dtype, and for the
+kernels between products at most that of torch's separate steps.
 """
 
 import collections
@@ -25,12 +25,12 @@ from kernel_cases import BF16, FP16, FP32
 from ptx_runs import SYNCHRONISES, Executor, Image, between
 
 CHIPS = ("sm80", "sm90", "small")
-Pairs = list[tuple[float, float]]  # our error and torch's
-Judged = tuple[str, Callable[[Executor], Pairs], float]  # what, how to run it, the factor that is allowed
+Pairs = list[tuple[float, float]]  # (our error, torch's error)
+Judged = tuple[str, Callable[[Executor], Pairs], float]  # (name, function that runs it, allowed factor)
 
 
 def attention(chip: str, width: int, dtype: torch.dtype, tables: torch.dtype, gradient: bool, grid: Any) -> Any:
-    """Every tile of the forward pass for heads of this width, the first with the gradient behind it."""
+    """Every tile of the forward pass for heads of this width; the first one also with its gradient."""
     size, heads = dtype.itemsize, 1 if dtype == FP32 or not gradient else 2
     rows = {kind: kc.TABLE[kind, width, size][chip] for kind in ("forward", "key_value", "query")}
     image = Image(grid, width, heads, dtype)
@@ -53,7 +53,7 @@ def attention(chip: str, width: int, dtype: torch.dtype, tables: torch.dtype, gr
 
 
 def whole(chip: str, dtype: torch.dtype, tables: torch.dtype, grids: tuple[tuple[int, int], ...]) -> Iterator[Judged]:
-    """One program a head."""
+    """The kernels with one program per head."""
     for grid in grids:
         image = Image(grid, 64, 2, dtype)
         for config in [c for limit, c in kc.SHORT.get(chip, ()) if image.n <= limit][:1]:
@@ -62,9 +62,10 @@ def whole(chip: str, dtype: torch.dtype, tables: torch.dtype, grids: tuple[tuple
 
 
 def steps(chip: str, some: bool = False) -> Iterator[Judged]:
-    """What stands between products."""
+    """The kernels between products."""
+    few = ("residual_norm", "residual_norm_backward", "swiglu", "unfold")
     for case in kc.between(chip):
-        if not some or case.dtype == BF16 and case.width in (1024, 1536, 16) and not case.out and case.kind != "norm":
+        if not some or case.dtype == BF16 and case.width in (1024, 1536, 16) and not case.out and case.kind in few:
             name = f"{chip} {case.kind} {case.width} {str(case.dtype)[6:]}{' to float32' if case.out else ''}"
             yield name, lambda run, case=case: between(run, case), 1.01  # type: ignore[misc]
 
@@ -88,7 +89,7 @@ def part(chip: str) -> Iterator[Judged]:
 
 
 def wrong(name: str, run: Callable[[Executor], Pairs], factor: float) -> bool:
-    """Prints a line."""
+    """Prints a line of the table, and returns whether it fails."""
     try:
         pairs = run(Executor())
         bad = any(not ours <= factor * theirs + 1e-7 for ours, theirs in pairs)
@@ -101,9 +102,11 @@ def wrong(name: str, run: Callable[[Executor], Pairs], factor: float) -> bool:
 
 # --- mutants -------------------------------------------------------------------------------------------------------
 
+SUBJECTS = {("residual_norm", 1024), ("norm", 384), ("residual_norm_backward", 1024), ("unfold", 16)}
+
 
 def subjects(chip: str) -> Iterator[tuple[str, Callable[[Executor], Pairs], float]]:
-    """Kernels that synchronise: a name in the executor, a run that shows what it computes, the error that is right."""
+    """Kernels that synchronise: the name in the executor, a run that returns its error, and the correct error."""
     image = Image((8, 16), 64, 1, BF16)
     rows = {kind: kc.TABLE[kind, 64, 2][chip][0][1] for kind in ("forward", "key_value", "query")}
     out, lse = image.forward(Executor(), chip, rows["forward"])
@@ -118,12 +121,12 @@ def subjects(chip: str) -> Iterator[tuple[str, Callable[[Executor], Pairs], floa
     yield "key_value", gradient("key_value", slice(1, 3)), 8e-3
     yield "query", gradient("query", slice(1)), 8e-3
     for case in kc.between(chip):
-        if case.dtype == BF16 and (case.kind, case.width) in (("residual_norm", 1024), ("norm", 384), ("unfold", 16)):
+        if case.dtype == BF16 and (case.kind, case.width) in SUBJECTS:
             yield case.kind, lambda run, case=case: between(run, case), 5e-3  # type: ignore[misc]
 
 
-# Why a line can be left out without a fault and without another bit in the result.  In each case the executor has seen
-# that what the line would have ordered does not occur.
+# Lines whose removal changes nothing, and why: the executor has seen that the accesses which the line would order do
+# not occur.
 HARMLESS = {
     "bar.sync": "no warp touches what another one has touched since the barrier before",
     "cp.async.commit_group": "its copies join the next group, and are waited for before they are read",
@@ -134,7 +137,7 @@ HARMLESS = {
 
 
 def mutants(chip: str) -> tuple[int, int]:
-    """How many kernels without one line of synchronisation are noticed, and of how many."""
+    """(number of mutants whose fault is found, number of mutants); a mutant lacks one line of synchronisation."""
     found = collections.Counter[tuple[str, str, str]]()
     for kind, run, right in subjects(chip):
         untouched = Executor()

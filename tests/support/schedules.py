@@ -1,4 +1,4 @@
-"""The two forms of the published schedules, and what a table of a published recipe holds."""
+"""The two forms of the published schedules, and the table of a published recipe."""
 
 import math
 from collections.abc import Callable
@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 
-Row = tuple[Any, str]  # value, lines of the source
+Row = tuple[Any, str]  # (value, lines of the source)
 Schedules = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Recipe:
     name: str  # of a file in examples/configs, or of a preset
-    source: str  # what the numbers of lines are of, where no other file is named
+    source: str  # file of the line numbers, unless another one is named
     settings: dict[str, Row]
     model: dict[str, Row]  # fields of ViTConfig
-    others: dict[str, str]  # what no setting says, and where the source says it
+    others: dict[str, str]  # facts without a setting, with their lines in the source
     schedules: Callable[[], Schedules]
-    equal_from: int = 0  # the step from which the schedules are the source's; before, new heads learn by themselves
-    tolerance: dict[str, float] = field(default_factory=dict)  # of a schedule, in parts of its peak
+    equal_from: int = 0  # first step with the source's schedules; before it only the new heads are trained
+    tolerance: dict[str, float] = field(default_factory=dict)  # largest difference, as a share of the peak
 
 
 # --- the two forms of a schedule ---------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def cosine(first: float, last: float, angles: np.ndarray) -> np.ndarray:
 
 
 def v2(start: float, peak: float, end: float, warmup: int, total: int, falls: int | None = None) -> np.ndarray:
-    """DINOv3 with a block `schedules`: a line that leaves its last point out, a cosine with both ends, a constant.
+    """DINOv3 with a block `schedules`: a line without its last point, a cosine with both ends, a constant.
 
     dinov3/train/cosine_lr_scheduler.py (linear_warmup_cosine_decay) at 6876159.
     """
@@ -41,7 +41,7 @@ def v2(start: float, peak: float, end: float, warmup: int, total: int, falls: in
 
 
 def v1(base: float, final: float, total: int, warmup: int = 0, start: float = 0.0) -> np.ndarray:
-    """DINO, DINOv2 and DINOv3 without that block: a line with both ends, a cosine that does not reach its end.
+    """DINO, DINOv2 and DINOv3 without that block: a line with both ends, a cosine that stops before its end.
 
     dinov3/train/cosine_lr_scheduler.py (CosineScheduler) at 6876159; utils.py (cosine_scheduler) of dino.
     """
@@ -54,12 +54,12 @@ def held(rate: np.ndarray, steps: int) -> np.ndarray:
 
 
 def rising(start: float, end: float, warmup: int, total: int) -> np.ndarray:
-    """Of the teacher's temperature where the form is v1: constant after the line."""
+    """The teacher's temperature in the form v1: a line, then constant."""
     return np.concatenate([np.linspace(start, end, warmup), np.full(total - warmup, end)])
 
 
 def of_v1(rate: float, last: float, momentum: float, epoch: int, temperature: np.ndarray | None = None) -> Schedules:
-    """100 epochs: 10 of warm-up, 1 with the prototypes held, 30 until the temperature is 0.07."""
+    """100 epochs: 10 of warm-up, 1 with fixed prototypes, 30 until the temperature is 0.07."""
     total = 100 * epoch
     lr = v1(rate, last, total, 10 * epoch)
     return {
@@ -72,7 +72,7 @@ def of_v1(rate: float, last: float, momentum: float, epoch: int, temperature: np
 
 
 def of_7b(peak: float, momentum: float, first: int, last: int) -> Schedules:
-    """Steps of the run of the 7B from `first` on: warm-up until 100,000, prototypes held until 5,000."""
+    """Steps of the 7B's run from `first` on: warm-up until 100,000, fixed prototypes until 5,000."""
     lr = v2(0.0, peak, peak, 100_000, last)
     found = {
         "learning_rate": lr,

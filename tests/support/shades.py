@@ -1,4 +1,4 @@
-"""Pictures of one shade, by which they are known again."""
+"""Images of a single grey level, which identifies them."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from dinov3_infer.train.batches import Data
 
 
 def write(path: Path, shade: int, size: tuple[int, int] = (40, 30)) -> Path:
-    """A picture of one shade, by which it is known again."""
+    """Writes an image of one grey level, which identifies it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (shade,) * 3).save(path)
     return path
@@ -19,7 +19,7 @@ def shades(data: Data) -> list[int]:
 
 
 class Shades:
-    """A Dataset of grey pictures, the number of each is its shade."""
+    """A Dataset of grey images; the grey level of each is its number."""
 
     def __init__(self, count: int) -> None:
         self.count = count

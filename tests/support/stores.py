@@ -1,4 +1,4 @@
-"""Vectors on disk, as embed writes them."""
+"""Vectors on disk, in the form that embed writes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ RECIPE = Recipe(
 
 
 def made(path: Path, vectors: np.ndarray, broken: tuple[int, ...] = (), suffix: str = ".npy") -> Store:
-    """A folder of shards of five."""
+    """Writes vectors to a folder of shards with five rows each."""
     vectors = vectors.astype(np.float32)
     vectors[list(broken)] = np.nan
     path = path.with_suffix(suffix)

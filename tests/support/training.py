@@ -1,4 +1,4 @@
-"""A step of training on a tiny model, in float64."""
+"""A training step of a tiny model, in float64."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def settings(**changes) -> TrainConfig:
 
 
 def tiny(seed: int = 0, config: ViTConfig = TINY, layerscale: float = 0.5) -> Backbone:
-    """Random weights under which blocks do something."""
+    """A tiny model with random weights, large enough that each block changes the tokens."""
     backbone = Backbone.from_config(config, seed=seed).double()
     for name, parameter in backbone.named_parameters():
         if name.endswith("gamma"):
@@ -33,7 +33,7 @@ def tiny(seed: int = 0, config: ViTConfig = TINY, layerscale: float = 0.5) -> Ba
 def make(config: TrainConfig, teacher: Backbone | None = None) -> Method:
     torch.manual_seed(3)
     method = Method(config, tiny(), teacher).double().train()
-    with torch.no_grad():  # the average is not the student, as later in a run
+    with torch.no_grad():  # the moving average differs from the student, as it does later in a run
         for parameter in method.ema.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, dtype=parameter.dtype))
     return method

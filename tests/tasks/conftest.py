@@ -14,7 +14,7 @@ def bb() -> Backbone:
 
 @pytest.fixture(scope="module")
 def local() -> Backbone:
-    """A model whose patches do not see each other: what it says of one does not depend on the window around it."""
+    """A model whose patches do not attend to each other, so the output of a patch does not depend on its window."""
     model = randomise(Backbone.from_config(SMALL["dinov3"]))
     with torch.no_grad():
         for block in model.blocks:  # type: ignore[union-attr]

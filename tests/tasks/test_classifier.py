@@ -1,4 +1,4 @@
-"""Probes as estimators: class names, every container of rows, the interface of scikit-learn."""
+"""Probes as estimators: class names, all containers of rows, the interface of scikit-learn."""
 
 import json
 from collections.abc import Callable
@@ -111,9 +111,9 @@ def test_tables_of_pandas() -> None:
         (["a.jpg", "b.jpg"], "got str; make them with bb.embed(images)"),
         ([Path("a.jpg")], "Path; make them with bb.embed(images)"), ("photos/", "make them with bb.embed"),
         ([Image.new("RGB", (8, 8))], "got Image; make them with bb.embed"), ([b"x"], "got bytes"),
-        ([[1.0, 2.0], [3.0]], "one row for each"), ([], "one row for each, got torch.float64 [0]"),
+        ([[1.0, 2.0], [3.0]], "one row per example"), ([], "one row per example, got torch.float64 [0]"),
         (np.array([["a", "b"]]), "numbers [N, C]"), (X.astype(complex), "complex128"), (X > 0, "torch.bool"),
-        (None, "[N, C], one row for each"), ({"a": 1}, "numbers [N, C]"),
+        (None, "[N, C], one row per example"), ({"a": 1}, "numbers [N, C]"),
     ],
 )  # fmt: skip
 @by_vector_maker
@@ -128,8 +128,8 @@ def test_features_of_images_are_named(make: Callable[[], Probe]) -> None:
     found = Backbone.from_pretrained("nano").extract_features(np.zeros((64, 64, 3), np.uint8))
     probe = make()
     said = complaint(InputTypeError, lambda: probe.fit(found, [0, 1]))
-    assert ("give their .embedding" if probe.dims == 2 else "give their .patch_tokens") in said
-    assert "sparse input is not supported" in complaint(InputTypeError, lambda: probe.fit(Sparse(), [0, 1]))
+    assert ("give features.embedding" if probe.dims == 2 else "give features.patch_tokens") in said
+    assert "a sparse matrix is not supported" in complaint(InputTypeError, lambda: probe.fit(Sparse(), [0, 1]))
 
 
 class Sparse:

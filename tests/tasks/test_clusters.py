@@ -1,4 +1,4 @@
-"""Balanced samples and retrieval over vectors on disk, against plain definitions."""
+"""Balanced samples and retrieval over vectors on disk, compared with plain definitions."""
 
 from collections import Counter
 from pathlib import Path
@@ -16,7 +16,7 @@ from dinov3_infer.tasks.clusters import allocate, hierarchy, kmeans, retrieve
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks for a handful of rows."""
+    """Makes blocks small, so that a few rows fill several of them."""
     monkeypatch.setattr(store_module.Store.blocks, "__defaults__", (7,))
 
 
@@ -26,14 +26,14 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
      ([7], 0, [0]), ([0, 9], 4, [0, 4])],
 )  # fmt: skip
 def test_shares_are_as_equal_as_sizes_allow(sizes: list[int], count: int, least: list[int]) -> None:
-    """The sum is what was asked for, and nobody gets two more than another that has more to give."""
+    """The sum is `count`, and no set gives two more than another set that has more to give."""
     taken = allocate(np.array(sizes), count, np.random.default_rng(0))
     assert taken.sum() == min(count, sum(sizes)) and (taken <= sizes).all()
     assert (taken >= least).all() and (taken - least <= 1).all()
 
 
 def test_kmeans_finds_what_is_apart(tmp_path: Path) -> None:
-    """Blobs far from each other, in blocks; the centres are their means."""
+    """For well separated blobs, in blocks, the centres are the means of the blobs."""
     centres = 10 * directions(5)
     points = np.repeat(centres, 30, 0) + 0.1 * directions(150, seed=2)
     points = points[np.random.default_rng(0).permutation(150)].astype(np.float32)
@@ -48,7 +48,7 @@ def test_kmeans_finds_what_is_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("places, copies, k", [(150, 4, 150), (3, 40, 100)], ids=["many", "copies"])
 def test_kmeans_with_more_centres_than_steps(places: int, copies: int, k: int) -> None:
-    """Where several are drawn at a time, most places still get one of their own; of copies alone there are enough."""
+    """With several draws at a time most blobs still get a centre; copies of one point give enough centres too."""
     rows = torch.from_numpy(np.repeat(directions(places, 64), copies, 0)).float()
     found, cluster = kmeans(lambda: iter(rows.split(50)), k, torch.Generator().manual_seed(0), 5)
     assert found.shape == (k, 64) and found.isfinite().all()
@@ -57,7 +57,7 @@ def test_kmeans_with_more_centres_than_steps(places: int, copies: int, k: int) -
 
 
 def long_tailed(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Ten classes of 400 down to 4 around directions of their own, shuffled."""
+    """Ten shuffled classes of 400 down to 4 vectors, each around its own direction."""
     sizes = np.geomspace(400, 4, 10).round().astype(int)
     labels = np.repeat(np.arange(10), sizes)
     points = np.concatenate([d + 0.35 * directions(n, 32, 5 + i) for i, (d, n) in
@@ -72,7 +72,7 @@ def entropy(labels: np.ndarray) -> float:
 
 
 def test_a_balanced_sample_of_a_long_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nearly as many of each class as there are, where a random one repeats the tail."""
+    """The sample has nearly equal classes, where a random sample repeats the long tail."""
     monkeypatch.setattr(store_module.Store.blocks, "__defaults__", (512,))
     points, labels = long_tailed()
     store = made(tmp_path / "a", points)
@@ -88,7 +88,7 @@ def test_a_balanced_sample_of_a_long_tail(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_is_like_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many seeds give their nearest; few give the clusters that more than three of them fall into."""
+    """Many seeds return their nearest images; few seeds return the clusters that hold more than three of them."""
     monkeypatch.setattr(store_module.Store.blocks, "__defaults__", (512,))
     points, labels = long_tailed()
     store = made(tmp_path / "a", points, broken=(0,))
@@ -105,4 +105,4 @@ def test_what_is_like_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("clusters", [[10, 10], [5, 9], [10**4], [0]], ids=str)
 def test_clusters_that_cannot_be(clusters: list[int], tmp_path: Path) -> None:
     store = made(tmp_path / "a", directions(30))
-    assert "fewer on each level" in complaint(InputError, lambda: hierarchy(store, clusters))
+    assert "must decrease from level to level" in complaint(InputError, lambda: hierarchy(store, clusters))

@@ -1,4 +1,4 @@
-"""Tiles, scales, mirrors and upsamplers: the right number at the right place."""
+"""Tiles, scales, mirrored passes and upsamplers: right values at the right positions."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", [96, 160, None], ids=str)
 def test_in_one_pass_it_is_extract_features(size: int | None, bb: Backbone) -> None:
-    """Bit for bit, tokens and placement, also with a picture of its own size."""
+    """Tokens and placement are equal bit for bit, also at the size of the image."""
     dense = dense_features(bb, PHOTO, size=size)
     plain = bb.extract_features(PHOTO, size=size, fit="native")
     assert dense.grid == plain.grid and dense.placements == plain.placements and dense.valid is None
@@ -43,7 +43,7 @@ def test_layers_lie_side_by_side(bb: Backbone) -> None:
 @pytest.mark.parametrize("overlap", [0.0, 0.33, 0.5, 0.9])
 @pytest.mark.parametrize("tile", [16, 48, 64, 512])
 def test_tiles_meet_where_they_should(tile: int, overlap: float, local: Backbone) -> None:
-    """Of a model that is local, tiles give what the whole picture gives: no seam, no shift, no border left out."""
+    """With a local model, tiles give the same map as the whole image, without seams, shifts or missing borders."""
     whole = dense_features(local, PHOTO, size=224)
     tiled = dense_features(local, PHOTO, size=224, tile=tile, overlap=overlap)
     assert tiled.grid == whole.grid == (9, 14)
@@ -51,7 +51,7 @@ def test_tiles_meet_where_they_should(tile: int, overlap: float, local: Backbone
 
 
 def test_tiles_see_their_window_only(bb: Backbone) -> None:
-    """Without overlap each is the window alone; with overlap the middle of a tile counts more than its rim."""
+    """Without overlap each tile equals its window alone; with overlap its middle counts more than its rim."""
     pixels = torch.from_numpy(photo(64, 128)).permute(2, 0, 1)
     dense = dense_features(bb, pixels, size=None, tile=64, overlap=0.0)
     left, right = bb.extract_features([pixels[:, :, :64], pixels[:, :, 64:]], size=64)
@@ -67,7 +67,7 @@ def test_tiles_see_their_window_only(bb: Backbone) -> None:
 
 @pytest.mark.parametrize("length, side, overlap", [(10, 4, 0.5), (9, 4, 0.0), (4, 4, 0.5), (30, 7, 0.33), (5, 1, 0.9)])
 def test_tiles_cover_everything(length: int, side: int, overlap: float) -> None:
-    """As few as can be, each with at least the overlap asked for (to a patch), the last at the end."""
+    """There are as few tiles as possible with at least the overlap (to a patch); the last ends at the border."""
     starts = _starts(length, side, overlap)
     step = max(1, int(side * (1 - overlap)))
     assert starts[0] == 0 and starts[-1] == length - side and starts == sorted(set(starts))
@@ -76,7 +76,7 @@ def test_tiles_cover_everything(length: int, side: int, overlap: float) -> None:
 
 
 def test_a_mirrored_pass_is_turned_back(bb: Backbone) -> None:
-    """The mean of both is the same for the mirrored picture, mirrored."""
+    """The average for the mirrored image is the mirrored average."""
     picture = torch.from_numpy(PHOTO).permute(2, 0, 1)
     plain = dense_features(bb, picture, size=224, flip=True).feature_map
     mirrored = dense_features(bb, picture.flip(-1), size=224, flip=True).feature_map
@@ -85,7 +85,7 @@ def test_a_mirrored_pass_is_turned_back(bb: Backbone) -> None:
 
 
 def test_scales_are_averaged_on_the_grid_of_the_first(local: Backbone) -> None:
-    """Half and full: the mean of both; where the picture is smooth each says the same at the same place."""
+    """Half and full size are averaged; where the image is smooth, both agree at each position."""
     y, x = np.mgrid[:128, :192].astype(np.float32)
     smooth = np.stack((x / 192, y / 128, (x + y) / 320), axis=-1)
     one, two = (dense_features(local, smooth, size=192, scales=scales) for scales in ((1.0,), (1.0, 0.5)))
@@ -101,8 +101,8 @@ def test_a_filter_that_overshoots_does_no_harm(bb: Backbone) -> None:
     assert dense_features(model, edges, size=192).patch_tokens.isfinite().all()
 
 
-def test_an_upsampler_gets_the_map_and_the_picture_and_gives_a_finer_map(bb: Backbone) -> None:
-    """Everything that takes features takes its result, points still lead to the right place."""
+def test_an_upsampler_gets_the_map_and_the_image_and_gives_a_finer_map(bb: Backbone) -> None:
+    """Functions that take features accept the result, and points still lead to the right position."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def guided(features: Tensor, image: Tensor) -> Tensor:
@@ -126,10 +126,10 @@ def test_an_upsampler_gets_the_map_and_the_picture_and_gives_a_finer_map(bb: Bac
 
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "no tensor": (lambda f, i: None, "gave NoneType"),
-    "other channels": (lambda f, i: f[:, :7], "gave [1, 7, 3, 4]; it has to give [1, 64, h, w]"),
-    "coarser": (lambda f, i: f[..., :2], "gave [1, 64, 3, 2]"),
-    "no batch": (lambda f, i: f[0], "gave [64, 3, 4]"),
+    "no tensor": (lambda f, i: None, "returned NoneType"),
+    "other channels": (lambda f, i: f[:, :7], "returned [1, 7, 3, 4]; it has to return [1, 64, h, w]"),
+    "coarser": (lambda f, i: f[..., :2], "returned [1, 64, 3, 2]"),
+    "no batch": (lambda f, i: f[0], "returned [64, 3, 4]"),
     "not finite": (lambda f, i: f / 0, "not finite; run it in float32"),
 }
 
@@ -142,8 +142,8 @@ def test_what_an_upsampler_gets_wrong_is_said(wrong: Any, said: str, bb: Backbon
 @pytest.mark.parametrize(
     "options, said",
     [
-        (dict(tile=50), "give whole patches, such as 48"), (dict(tile=0), "such as 16"),
-        (dict(overlap=1.0), "overlap is a share of a tile, got 1.0"), (dict(overlap=-0.1), "give 0 to below 1"),
+        (dict(tile=50), "give a multiple of the patch, such as 48"), (dict(tile=0), "such as 16"),
+        (dict(overlap=1.0), "overlap is a share of a tile, at least 0 and below 1"), (dict(overlap=-0.1), "got -0.1"),
         (dict(scales=()), "multiples of size, got []"), (dict(scales=(1, 0)), "got [1, 0]"),
         (dict(scales=(float("nan"),)), "got [nan]"),
     ],

@@ -1,4 +1,4 @@
-"""The page of similar patches: stored cosines, escaped names, and what happens in a real browser."""
+"""The page of similar patches: stored cosines, escaped names, and its behaviour in a real browser."""
 
 import base64
 import json
@@ -36,7 +36,7 @@ def content(page: Path) -> dict[str, Any]:
 
 
 def stored_tokens(data: dict[str, Any]) -> np.ndarray:
-    """[N, C] int16, as the script of the page reads them."""
+    """The tokens [N, C] int16, as the script of the page reads them."""
     low, high = np.frombuffer(zlib.decompress(base64.b64decode(data["tokens"])), np.uint8).reshape(2, data["width"], -1)
     return (low.astype(np.uint16) | high.astype(np.uint16) << 8).view(np.int16).T
 
@@ -44,7 +44,7 @@ def stored_tokens(data: dict[str, Any]) -> np.ndarray:
 @pytest.mark.parametrize("width", [64, 192, 384, 1024])
 @pytest.mark.parametrize("kind", ["even", "one large channel", "nearly the same", "a zero"])
 def test_stored_cosines_are_near_the_exact_ones(width: int, kind: str) -> None:
-    """Over all pairs at most 0.01 from them for widths of models, whatever the channels are like."""
+    """Over all pairs they differ by at most 0.01, for the widths of models and different channel statistics."""
     generator = torch.Generator().manual_seed(width)
     tokens = torch.randn(600, width, generator=generator)
     if kind == "one large channel":
@@ -110,7 +110,7 @@ def test_the_image_is_the_part_that_was_seen(fit: Any, bb: Backbone, tmp_path: P
 
 def test_what_cannot_be_explored_is_said(bb: Backbone, tmp_path: Path) -> None:
     out = tmp_path / "e.html"
-    assert "no place for padding" in complaint(InputError, lambda: explore(bb, [CAT], out, fit="pad"))
+    assert "does not show padding" in complaint(InputError, lambda: explore(bb, [CAT], out, fit="pad"))
     assert "got no images" in complaint(InputError, lambda: explore(bb, [], out))
     assert "1 images and 2 names" in complaint(InputError, lambda: explore(bb, [CAT], out, names=["a", "b"]))
     assert not out.exists()
@@ -124,7 +124,7 @@ browser = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def pages(bb: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Opens the page of two images, offline, by a context of a headless Chromium."""
+    """Opens the page of two images, offline, in a headless Chromium."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("there is no Chromium on the path")
@@ -155,7 +155,7 @@ def hover(page: Any, image: int, x: float, y: float) -> None:
 
 
 def drawn(page: Any, image: int) -> np.ndarray:
-    """What the canvas over an image shows, [h, w, 4] uint8."""
+    """The pixels of the canvas over an image, [h, w, 4] uint8."""
     script = """n => { const c = document.querySelectorAll('.view canvas')[n];
         return [c.height, c.width, ...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; }"""
     height, width, *values = page.evaluate(script, image)

@@ -1,4 +1,4 @@
-"""Files of what was fitted: shapes, number formats and settings are those that `fit` and the constructor make."""
+"""Files of fitted objects: shapes, dtypes and settings have to be those that `fit` and the constructor make."""
 
 import json
 from collections.abc import Callable
@@ -49,7 +49,7 @@ FITTED: dict[str, Fitted] = {
 
 
 def changed(path: Path, change: Callable[[State], Any], **stored: Any) -> None:
-    """The same file with other tensors, or with other entries beside them."""
+    """The file with other tensors or other entries."""
     with safe_open(path, "pt") as file:
         beside = json.loads(file.metadata()["dinov3_infer"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -77,14 +77,14 @@ TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("kind", FITTED)
 @pytest.mark.parametrize("change", TENSORS)
 def test_tensors_are_those_that_fit_makes(change: str, kind: str, bb: Backbone, tmp_path: Path) -> None:
-    """Each tensor of each class by itself."""
+    """Each tensor of each class is changed separately."""
     learnt = FITTED[kind]
     single = len(learnt.names) == 1
     for name in learnt.names:
         path = learnt.save(tmp_path / "x", bb)
         assert type(learnt).load(path, bb).names == learnt.names
         if (single and change in ("turned", "one more", "wider")) or (change == "wider" and kind != "attentive"):
-            continue  # no other tensor says how long that axis is
+            continue  # no other tensor fixes the length of that axis
         changed(path, lambda tensors, name=name: tensors.update({name: TENSORS[change](tensors[name]).contiguous()}))
         text = complaint(CheckpointError, lambda path=path: type(learnt).load(path, bb))
         assert "which save() does not write" in text and name.split()[0] in text or len(learnt.names) > 1, text
@@ -122,5 +122,5 @@ def test_classes_are_as_many_as_the_tensors_have(classes: Any, bb: Backbone, tmp
         path = FITTED[kind].save(tmp_path / "x", bb)
         changed(path, lambda tensors: None, classes=classes)
         if kind == "knn" and classes == [0, 1, 2, 3]:
-            continue  # of the last there may be no example
+            continue  # the last class may have no example
         complaint(CheckpointError, lambda path=path: Fitted.load(path, bb))

@@ -1,4 +1,4 @@
-"""Search and near-duplicates over vectors on disk, against plain definitions."""
+"""Search and near-duplicates over vectors on disk, compared with plain definitions."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +18,13 @@ from dinov3_infer.tasks.neighbours import duplicates, search
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks and tiles for a handful of rows."""
+    """Makes blocks and tiles small, so that a few rows fill several of them."""
     monkeypatch.setattr(store_module.Store.blocks, "__defaults__", (7,))
     monkeypatch.setattr("dinov3_infer.tasks.neighbours.TILE", 3)
 
 
 def test_nearest_are_those_of_a_full_sort(tmp_path: Path) -> None:
-    """Across blocks, without pictures that failed."""
+    """The search covers all blocks and leaves out images that failed."""
     vectors, queries = directions(40), 2 * directions(3, seed=1)
     store = made(tmp_path / "a", vectors, broken=(3, 17))
     scores, numbers = search(store, queries.astype(np.float32), 6)
@@ -33,11 +33,11 @@ def test_nearest_are_those_of_a_full_sort(tmp_path: Path) -> None:
     expected = np.argsort(-cosines, axis=1)[:, :6]
     np.testing.assert_array_equal(numbers.numpy(), expected)
     np.testing.assert_allclose(scores.numpy(), np.take_along_axis(cosines, expected, 1), atol=1e-6)
-    assert "have 3 numbers" in complaint(InputError, lambda: search(store, np.zeros((1, 3), np.float32), 2))
+    assert "have width 3" in complaint(InputError, lambda: search(store, np.zeros((1, 3), np.float32), 2))
 
 
 def test_duplicates_are_connected_components(tmp_path: Path) -> None:
-    """Chains too, in any order; the first of a group stays."""
+    """Chains count too, in any order; the first image of a group is kept."""
     vectors = directions(60)
     for chain in ((40, 7, 22, 58), (3, 4), (50, 1, 30)):
         for a, b in zip(chain, chain[1:], strict=False):  # each a small step from the one before
@@ -53,7 +53,7 @@ def test_duplicates_are_connected_components(tmp_path: Path) -> None:
 
 
 def test_whitening_tells_duplicates_from_kin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Vectors that share most of their direction: what is left tells pictures apart, and copies from their likes."""
+    """The vectors share most of their direction; whitening separates copies from similar images."""
     monkeypatch.setattr("dinov3_infer.tasks.neighbours.BLOCK", 50)
     vectors = directions(1, 64, 5) + 0.2 * directions(300, 64)
     copies = vectors[:20] + 0.04 * directions(20, 64, 8)
@@ -87,7 +87,7 @@ def test_duplicates_of_a_test_set_go_with_their_group(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changed", [dict(pooling="mean"), dict(preprocess=dict(size=64))], ids=["pooling", "size"])
 def test_vectors_that_were_made_in_another_way(changed: dict[str, Any], tmp_path: Path) -> None:
-    """Their cosines would mean nothing, and nobody would see it."""
+    """Their cosines would be meaningless, and nothing would show it."""
     store, other = made(tmp_path / "a", directions(8)), made(tmp_path / "b", directions(8))
     (tmp_path / "b.npy" / "dinov3_infer.json").write_text(replace(other.recipe, **changed).to_json())
     other = Store(tmp_path / "b.npy")

@@ -1,4 +1,4 @@
-"""Overlays and sheets: right numbers at the right place."""
+"""Overlays and sheets: right values at the right positions."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ CAT = EXAMPLES / "cat.jpg"
 
 
 def oklab(colours: np.ndarray) -> np.ndarray:
-    """[..., 3] uint8 sRGB -> OKLab, by the matrices from sRGB (those in the package lead to it)."""
+    """[..., 3] uint8 sRGB to OKLab, by the matrices for linear sRGB."""
     c = colours / 255
     linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
     cones = linear @ np.array([[0.4122214708, 0.2119034982, 0.0883024619], [0.5363325363, 0.6806995451, 0.2817188376],
@@ -38,7 +38,7 @@ def oklab(colours: np.ndarray) -> np.ndarray:
 
 
 def test_colours_are_even_to_the_eye() -> None:
-    """Ever lighter, and no step of eight far from the mean one: the rest is rounding to bytes."""
+    """Lightness always rises, and steps of eight colours have nearly equal size."""
     lab = oklab(heat_colours())
     steps = np.linalg.norm(np.diff(lab[::8], axis=0), axis=1)
     assert heat_colours().shape == (256, 3) and (np.diff(lab[::4, 0]) > 0).all()
@@ -55,8 +55,8 @@ def test_values_at_pixels_are_cubic_between_patches() -> None:
 
 
 @by_fit
-def test_maps_lie_where_the_picture_is(fit: Any, size: int, bb: Backbone) -> None:
-    """The value at a pixel is that of the patch `to_patch` names, whatever the fit; cropped parts are NaN."""
+def test_maps_lie_where_the_image_is(fit: Any, size: int, bb: Backbone) -> None:
+    """The value at a pixel is that of the patch that `to_patch` names, for each fit; cropped parts are NaN."""
     features = bb.extract_features(photo(90, 130), size=size, fit=fit)
     h, w = features.grid
     rows = torch.arange(float(h))[:, None].expand(h, w)
@@ -95,7 +95,7 @@ def test_panels_are_of_a_size_to_look_at(size: tuple[int, int], shown: tuple[int
 
 
 def test_sheets() -> None:
-    """Few empty places, never too wide, captions below."""
+    """A sheet has few empty places, a limited width, and captions below the images."""
     picture = Image.new("RGB", (100, 60), "red")
     sizes = {n: sheet([picture] * n).size for n in (1, 2, 3, 4, 8, 14)}
     assert sizes == {1: (116, 76), 2: (224, 76), 3: (332, 76), 4: (224, 144), 8: (440, 144), 14: (548, 212)}
@@ -107,7 +107,7 @@ def test_sheets() -> None:
 
 
 def test_sheets_are_aligned_and_captions_fit() -> None:
-    """A narrow image stands in the middle of its place; a long caption keeps its ends."""
+    """A narrow image is centred in its place; a long caption keeps both ends."""
     wide, narrow = Image.new("RGB", (200, 100), "red"), Image.new("RGB", (50, 100), "blue")
     made = np.asarray(sheet([wide, narrow], ["a" * 300, "b"], columns=1))
     blue = np.flatnonzero((made[:, :, 2] > 200) & (made[:, :, 0] < 50))
@@ -118,8 +118,8 @@ def test_sheets_are_aligned_and_captions_fit() -> None:
     assert _without_middle("abcdefgh", 5) == "abc…gh" and _without_middle("abc", 5) == "abc"
 
 
-def test_pictures_of_every_kind(bb: Backbone) -> None:
-    """From a path, with what the model gives."""
+def test_images_of_every_kind(bb: Backbone) -> None:
+    """The image is a path, the maps come from the model."""
     features = bb.extract_features(CAT, size=96, fit="crop")
     picture = pca_picture(CAT, pca_rgb(features)[0], features.placements[0])
     assert picture.size == (1048, 357) and not np.asarray(picture)[100, 540:550].any()  # cropped away: black
@@ -131,7 +131,7 @@ def test_pictures_of_every_kind(bb: Backbone) -> None:
 
 @pytest.mark.parametrize("fit, size", [("native", 160), ("squash", 96), ("crop", 96), ("pad", 160)])
 def test_one_call_shows_an_image(fit: Any, size: int, bb: Backbone) -> None:
-    """`pca_picture` and `similarity_picture` take features and place them as they were made."""
+    """`pca_picture` and `similarity_picture` take features and use their placement."""
     found = bb.extract_features(CAT, size=size, fit=fit)
     by_hand = pca_picture(CAT, pca_rgb(found)[0], found.placements[0])
     assert (np.asarray(pca_picture(CAT, found)) == np.asarray(by_hand)).all()
@@ -148,9 +148,9 @@ def test_one_call_shows_an_image(fit: Any, size: int, bb: Backbone) -> None:
 def test_what_cannot_be_shown_is_said(bb: Backbone) -> None:
     found = bb.extract_features([CAT, CAT], size=64)
     for draw in (pca_picture, lambda image, features: similarity_picture(image, features, (1, 1))):
-        assert "features of 2 images, and one is drawn" in complaint(InputError, lambda d=draw: d(CAT, found))  # type: ignore[misc]
+        assert "got features of 2 images" in complaint(InputError, lambda d=draw: d(CAT, found))  # type: ignore[misc]
         said = complaint(InputError, lambda d=draw: d(photo(64, 96), found[0]))  # type: ignore[misc]
-        assert "the image is 96 wide and 64 high, and the features are of one" in said
+        assert "the image is 96 x 64 pixels, but the features are of an image of" in said
     assert "give exactly one" in complaint(InputError, lambda: similarity_picture(CAT, found[0]))
     both = lambda: similarity_picture(CAT, found[0], (1, 1), vector=found.cls_token[0])  # noqa: E731
     assert "give exactly one" in complaint(InputError, both)

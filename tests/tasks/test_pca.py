@@ -1,4 +1,4 @@
-"""Principal components: right numbers at the right place."""
+"""Principal components: right values at the right positions."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ CAT = EXAMPLES / "cat.jpg"
 
 
 def test_colours_are_joint_and_black_in_padding(bb: Backbone) -> None:
-    """The same patches seen in two batches get the same colours, since the components are fitted to both."""
+    """The same patches in two batches get the same colours, because the components are fitted to both."""
     padded, native = (bb.extract_features(CAT, fit=fit, size=224) for fit in ("pad", "native"))
     together, again = pca_rgb([padded, native]), pca_rgb([padded, native])
     assert [p.shape for p in together] == [(14, 14, 3), (9, 14, 3)]
@@ -27,7 +27,7 @@ def test_colours_are_joint_and_black_in_padding(bb: Backbone) -> None:
 
 
 def test_components_are_those_of_a_singular_value_decomposition() -> None:
-    """More tokens than channels, and fewer; by float64."""
+    """With more tokens than channels, and with fewer, compared in float64."""
     for shape in ((300, 40), (40, 300)):
         tokens = torch.randn(shape) @ torch.diag(torch.linspace(3, 0.1, shape[1]))
         u, s, _ = np.linalg.svd((tokens - tokens.mean(0)).double().numpy(), full_matrices=False)
@@ -38,7 +38,7 @@ def test_components_are_those_of_a_singular_value_decomposition() -> None:
 
 @pytest.mark.parametrize("shape", [(300, 40), (40, 300)], ids=str)
 def test_signs_do_not_depend_on_what_the_solver_gives(shape: tuple[int, int], monkeypatch: Any) -> None:
-    """Eigenvectors turned around give the same projection, and rows in another order the same rows."""
+    """Flipped eigenvectors give the same projection, and permuted rows give permuted results."""
     tokens = torch.randn(shape) @ torch.diag(torch.linspace(3, 0.1, shape[1]))
     plain, original = project(tokens, 3), torch.linalg.eigh
     order = torch.randperm(len(tokens))
@@ -53,7 +53,7 @@ def test_signs_do_not_depend_on_what_the_solver_gives(shape: tuple[int, int], mo
 
 
 def painted(tokens: torch.Tensor, placement: Placement | None = None) -> Features:
-    """Features that hold just these patches, [B, h, w, C]."""
+    """Features with exactly these patches, [B, h, w, C]."""
     b, h, w, c = tokens.shape
     placement = placement or Placement((h * 16, w * 16), (h * 16, w * 16), (0, 0, h * 16, w * 16))
     flat = tokens.flatten(1, 2)
@@ -61,7 +61,7 @@ def painted(tokens: torch.Tensor, placement: Placement | None = None) -> Feature
 
 
 def test_foreground_is_the_side_away_from_the_border() -> None:
-    """A square of one kind in the middle of another, at whatever sign; masks leave the others black."""
+    """A square of one kind lies inside another kind, for both signs; patches outside the masks are black."""
     for sign in (1.0, -1.0):
         tokens = 0.1 * torch.randn(2, 8, 10, 16)
         tokens[..., 3] -= sign
@@ -81,9 +81,7 @@ def test_foreground_is_the_side_away_from_the_border() -> None:
 def test_wrong_masks_and_too_few_patches_are_said(bb: Backbone) -> None:
     features = bb.extract_features(CAT, fit="native", size=96)
     for wrong in ([np.ones((4, 6))], [np.ones((5, 6), bool)], []):
-        assert "masks are bool, one for each of 1 pictures" in complaint(
-            InputError, lambda w=wrong: pca_rgb(features, w)
-        )
+        assert "masks are bool, one for each of 1 images" in complaint(InputError, lambda w=wrong: pca_rgb(features, w))
     nothing = [np.zeros((4, 6), bool)]
     assert "at least 3 patches, got 0" in complaint(InputError, lambda: pca_rgb(features, nothing))
     assert "no features; give" in complaint(InputError, lambda: pca_rgb([]))

@@ -1,4 +1,4 @@
-"""Neighbours and probes: the published rules, the exact minimum, files that refuse another backbone."""
+"""Neighbours and probes: the published rules, the exact minimum, and files that refuse another backbone."""
 
 import json
 import math
@@ -31,7 +31,7 @@ from dinov3_infer.tasks.probes import best
 
 
 def blobs(count: int, classes: int = 3, width: int = 16, spread: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Features around a centre for each class, [count, width], and the classes; centres are the same for every seed."""
+    """Features around one centre per class, [count, width], and the classes; all seeds share the centres."""
     centres = 1.5 * torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(classes, (count,), generator=generator)
@@ -48,7 +48,7 @@ by_probe = pytest.mark.parametrize("probe", PROBES.values(), ids=PROBES)
 
 
 def shaped(probe: Probe, features: Tensor) -> Tensor:
-    """[N, C], or for the attentive probe [N, 3, C]: each vector in one of three patches, the others noise."""
+    """[N, C], or for the attentive probe [N, 3, C]: each vector in one of three patches, noise in the others."""
     if probe.dims == 2:
         return features
     tokens = 0.5 * torch.randn(len(features), 3, features.shape[1], generator=torch.Generator().manual_seed(5))
@@ -58,7 +58,7 @@ def shaped(probe: Probe, features: Tensor) -> Tensor:
 
 @by_probe
 def test_every_probe_learns_what_can_be_told_apart(probe: Probe) -> None:
-    """On examples it has not seen; the same again from the same seed; numpy as well as torch."""
+    """Probes are right on unseen examples, give the same result for the same seed, and take numpy and torch."""
     (x, y), (asked, truth) = blobs(240), blobs(200, seed=1)
     x, asked = shaped(probe, x), shaped(probe, asked)
     score = probe.fit(x, y).score(asked, truth)
@@ -72,7 +72,7 @@ def test_every_probe_learns_what_can_be_told_apart(probe: Probe) -> None:
 
 @pytest.mark.parametrize("k", [1, 10, 20])
 def test_knn_is_the_published_vote(k: int) -> None:
-    """By loops: the softmax runs once over the neighbours of the largest k, and votes are its partial sums."""
+    """Compared with loops: one softmax over the neighbours of the largest k, and votes are its partial sums."""
     (x, y), (asked, _) = blobs(100, spread=4.0), blobs(40, spread=4.0, seed=1)
     found = KNN(k=k).fit(x, y).predict(asked)
     for query, label in zip(asked, found, strict=True):
@@ -96,7 +96,7 @@ def test_nearest_does_not_depend_on_its_chunks(monkeypatch: Any) -> None:
 
 
 def test_linear_probes_are_torchs_sgd() -> None:
-    """Each of several rates by itself, with its decay to 0 and its scale by the batch."""
+    """Each rate equals a separate run of torch's SGD, with decay to 0 and scaling by batch size."""
     x, y = blobs(90, width=6)
     probe = LinearProbe(learning_rates=(0.02, 0.5), steps=40, batch_size=32, seed=3)
     weight, bias = probe._train(x, y, 3, torch.tensor(probe.learning_rates))
@@ -109,7 +109,7 @@ def test_linear_probes_are_torchs_sgd() -> None:
         solver = torch.optim.SGD(layer.parameters(), lr=rate * 32 / 256, momentum=0.9)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(solver, 40)
         for step in range(40):
-            if step % 2 == 0:  # 90 examples are two batches of 32, the rest waits for the next order
+            if step % 2 == 0:  # 90 examples are two batches of 32; the rest is left out of this epoch
                 order = torch.randperm(90, generator=generator)
             rows = order[step % 2 * 32 :][:32]
             solver.zero_grad()
@@ -126,12 +126,12 @@ def test_a_rate_that_diverges_is_never_chosen() -> None:
     said = complaint(InputError, lambda: LinearProbe(learning_rates=(1e38, 2e38), steps=50).fit(100 * x, y))
     assert "no learning rate converged" in said
     logits = torch.stack((torch.full((5, 3), math.nan), -F.one_hot(torch.zeros(5).long(), 3).float()))
-    assert logits[0].argmax(-1).eq(0).all() and best(logits, torch.zeros(5).long()) == 1  # NaN would have it all right
+    assert logits[0].argmax(-1).eq(0).all() and best(logits, torch.zeros(5).long()) == 1  # all hits are NaN
 
 
 @pytest.mark.parametrize("strength", [1e-4, 1.0, 100.0])
 def test_logistic_regression_is_at_its_minimum(strength: float) -> None:
-    """The gradient of C * sum of losses + |weight|^2 / 2, by autograd in float64, is nothing."""
+    """The gradient of C * (sum of losses) + |weight|^2 / 2, by autograd in float64, is zero."""
     x, y = blobs(120, spread=3.0)
     probe = LogisticProbe(C=strength, tolerance=1e-9).fit(x, y)
     weight, bias = (probe.tensors[name].double().requires_grad_() for name in ("weight", "bias"))
@@ -162,7 +162,7 @@ def test_neighbours_are_scikit_learns() -> None:
 
 
 def test_the_penalty_is_chosen_on_what_was_held_out() -> None:
-    """Classes that overlap and few examples: the sweep does better than with next to no penalty, and than with all."""
+    """With overlapping classes and few examples, the sweep is better than nearly no penalty and than a huge one."""
     (x, y), (asked, truth) = blobs(300, width=60, spread=6.0), blobs(400, width=60, spread=6.0, seed=1)
     swept, weak, strong = (LogisticProbe(C=strength).fit(x, y) for strength in (None, 1e5, 1e-6))
     assert float(swept.tensors["strength"]) < 1
@@ -170,7 +170,7 @@ def test_the_penalty_is_chosen_on_what_was_held_out() -> None:
 
 
 def test_attention_is_that_of_torch() -> None:
-    """With the projections of query and keys taken apart again: nn.MultiheadAttention and one query."""
+    """With query and key projections separated, the probe equals nn.MultiheadAttention with one query."""
     width, heads = 12, 3
     head = width // heads
     theirs = nn.MultiheadAttention(width, heads, bias=False, batch_first=True)
@@ -193,7 +193,7 @@ def test_attention_is_that_of_torch() -> None:
 
 
 def test_the_attentive_probe_looks_at_the_patch_that_tells() -> None:
-    """Where the mean over patches is mostly noise, attention does better than a linear probe on the mean."""
+    """If the mean over patches is mostly noise, attention is better than a linear probe on the mean."""
 
     def sample(seed: int) -> tuple[Tensor, Tensor]:
         x, y = blobs(400, width=16, spread=0.7, seed=seed)
@@ -201,7 +201,7 @@ def test_the_attentive_probe_looks_at_the_patch_that_tells() -> None:
         tokens = 4 * torch.randn(400, 12, 16, generator=generator)
         tokens = torch.cat((tokens, torch.zeros(400, 12, 1)), dim=-1)
         place = torch.randint(12, (400,), generator=generator)
-        tokens[torch.arange(400), place] = torch.cat((x, torch.full((400, 1), 4.0)), dim=-1)  # marked by one number
+        tokens[torch.arange(400), place] = torch.cat((x, torch.full((400, 1), 4.0)), dim=-1)  # one channel marks it
         return tokens, y
 
     (tokens, y), (asked, truth) = sample(0), sample(1)
@@ -209,12 +209,12 @@ def test_the_attentive_probe_looks_at_the_patch_that_tells() -> None:
     probe = AttentiveProbe(num_heads=2, epochs=12, batch_size=32, learning_rates=(1e-2,)).fit(tokens, y)
     mean = LogisticProbe(C=1.0).fit(tokens.mean(1), y)
     assert probe.score(asked, truth) > mean.score(asked.mean(1), truth) + 0.2
-    half = AttentiveProbe(num_heads=2, epochs=1, learning_rates=(1e-3,)).fit(tokens.half(), y)  # as caches hold them
+    half = AttentiveProbe(num_heads=2, epochs=1, learning_rates=(1e-3,)).fit(tokens.half(), y)  # as in caches
     assert half.predict_proba(asked.half()).dtype == torch.float32
 
 
 def test_training_warms_up_and_decays() -> None:
-    """Where the loss says nothing, weights only shrink, each step by its rate times their decay."""
+    """With a constant loss, each step only shrinks the weights by rate times decay."""
     free, held = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
     descend([free, held], [0.5, 0.0], 40, 0.1, 0.25, lambda: (free.sum() + held.sum()) * 0)
     rates = [0.1 * min(1, (i + 1) / 10) * (1 + math.cos(math.pi * i / 40)) / 2 for i in range(40)]
@@ -231,7 +231,7 @@ def bb() -> Backbone:
 
 
 def fitted(kind: str, bb: Backbone) -> tuple[Fitted, Any]:
-    """Something that has learnt from features of this backbone, and what to ask it."""
+    """An object fitted to features of this backbone, and input for it."""
     if kind in PROBES:
         probe = type(PROBES[kind])(**PROBES[kind].settings())
         x, y = blobs(60, width=bb.embed_dim)
@@ -245,7 +245,7 @@ def fitted(kind: str, bb: Backbone) -> tuple[Fitted, Any]:
 
 @pytest.mark.parametrize("kind", [*PROBES, "one_shot", "head"])
 def test_what_was_learnt_comes_back(kind: str, bb: Backbone, tmp_path: Path) -> None:
-    """Bit for bit, with its settings and how features were made; another backbone is refused."""
+    """Results are equal bit for bit, settings and options are restored, and another backbone is refused."""
     learnt, asked = fitted(kind, bb)
     path = learnt.save(tmp_path / "head.safetensors", bb, pooling="mean", size=64)  # type: ignore[arg-type]
     back = type(learnt).load(path, bb)
@@ -261,14 +261,14 @@ def test_what_was_learnt_comes_back(kind: str, bb: Backbone, tmp_path: Path) -> 
     )
     assert type(Fitted.load(path, bb)) is type(learnt)
     (other_file := tmp_path / "any").touch()
-    assert path.stat().st_mode == other_file.stat().st_mode  # others may read it as they may read any new file
+    assert path.stat().st_mode == other_file.stat().st_mode  # the same permissions as any new file
 
 
 def test_files_of_others_are_refused(bb: Backbone, tmp_path: Path) -> None:
     learnt, _ = fitted("knn", bb)
     with pytest.raises(InputError, match="call fit"):
         KNN().save(tmp_path / "x", bb)
-    assert "options are numbers, words" in complaint(InputError, lambda: learnt.save(tmp_path / "x", bb, f=print))
+    assert "options are numbers, strings" in complaint(InputError, lambda: learnt.save(tmp_path / "x", bb, f=print))
     assert "no file at" in complaint(MissingFileError, lambda: KNN.load(tmp_path / "none", bb))
     damaged = tmp_path / "damaged.safetensors"
     whole = learnt.save(tmp_path / "whole.safetensors", bb).read_bytes()
@@ -297,7 +297,7 @@ NAN[7, 3] = math.nan
 @pytest.mark.parametrize(
     "features, targets, said",
     [
-        (X[0], Y, "features are float [N, C]"), (X[:0], Y[:0], "one row for each"), (X > 0, Y, "torch.bool"),
+        (X[0], Y, "features are float [N, C]"), (X[:0], Y[:0], "one row per example"), (X > 0, Y, "torch.bool"),
         (X[:, None], Y, "[30, 1, 16]"), (NAN, Y, "1 of 30 rows of the features are not finite, the first is number 7"),
         (X, Y[:20], "one for each of 30 rows, got int64 [20]"),
         (X, Y + 0.5, "targets are class names or whole numbers"),
@@ -311,12 +311,12 @@ def test_wrong_examples_are_said(features: Tensor, targets: Tensor, said: str) -
 
 def test_wrong_questions_are_said() -> None:
     probe = KNN(k=3).fit(X, Y)
-    assert "fitted to features of 16 numbers, got 15" in complaint(InputError, lambda: probe.predict(X[:, :15]))
+    assert "fitted to features of width 16, got 15" in complaint(InputError, lambda: probe.predict(X[:, :15]))
     assert "call fit() first" in complaint(InputError, lambda: LogisticProbe().predict(X))
     assert "k is 31 and there are 30 examples" in complaint(InputError, lambda: KNN(k=31).fit(X, Y))
     assert "[N, P, C]" in complaint(InputError, lambda: AttentiveProbe().fit(X, Y))
     assert "16 channels do not split into 5 heads" in complaint(
         InputError, lambda: AttentiveProbe(num_heads=5).fit(X[:, None], Y)
     )
-    assert "queries have 16 numbers and the bank 4" in complaint(InputError, lambda: nearest(X, X[:, :4], 1))
+    assert "queries have width 16 and the bank 4" in complaint(InputError, lambda: nearest(X, X[:, :4], 1))
     assert "k is 0 and the bank holds 30" in complaint(InputError, lambda: nearest(X, X, 0))

@@ -1,4 +1,4 @@
-"""Feature pyramids: the right number at the right place, and detectors that take them."""
+"""Feature pyramids: right values at the right positions, and detectors that take them."""
 
 import sys
 from typing import Any
@@ -22,7 +22,7 @@ from metrics import iou  # noqa: E402
 @pytest.mark.parametrize("family", ["dinov3", "dinov2", "dino"])
 @pytest.mark.parametrize("size", [(64, 96), (70, 100), (33, 31)], ids=str)
 def test_pyramids_have_the_maps_they_promise(size: tuple[int, int], family: str) -> None:
-    """Patches of 16, 14 and 8; sides that are whole numbers of the largest stride, and others."""
+    """Covers patches of 16, 14 and 8 pixels, and sides that are or are not multiples of the largest stride."""
     pyramid = Pyramid(randomise(Backbone.from_config(SMALL[family])), 12, names=("p2", "p3", "p4", "p5"))  # type: ignore[arg-type]
     maps = pyramid(torch.randn(2, 3, *size))
     assert list(maps) == ["p2", "p3", "p4", "p5"] == list(pyramid.output_shape())
@@ -34,7 +34,7 @@ def test_pyramids_have_the_maps_they_promise(size: tuple[int, int], family: str)
 
 
 def test_levels_lie_over_each_other(local: Backbone) -> None:
-    """A patch that is changed changes each level at its place."""
+    """Changing one patch changes each level at the position of that patch."""
     pyramid = Pyramid(local, 8).eval()
     plain = torch.randn(1, 3, 256, 256)
     changed = plain.clone()
@@ -62,7 +62,7 @@ def test_a_frozen_backbone_stays_as_it_is() -> None:
 def test_wrong_strides_are_said(bb: Backbone) -> None:
     for strides, names in (((4, 12), ("a", "b")), ((), ()), ((4, 8), ("a",)), ((4, 8), ("a", "a")), ((0,), ("a",))):
         said = complaint(InputError, lambda s=strides, n=names: Pyramid(bb, strides=s, names=n))  # type: ignore[misc]
-        assert "powers of 2 and a name for each" in said
+        assert "powers of 2 with one name each" in said
 
 
 def plain_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
@@ -79,7 +79,7 @@ def plain_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["FasterRCNN", "RetinaNet"])
 def test_a_detector_of_torchvision_takes_it_as_its_backbone(kind: str, monkeypatch: Any) -> None:
-    """Its anchors, proposals, pooling over levels and losses run, and the loss falls."""
+    """Anchors, proposals, pooling over levels and losses run, and the loss falls."""
     detection = pytest.importorskip("torchvision.models.detection")
     from torchvision import extension
     from torchvision.models.detection.anchor_utils import AnchorGenerator

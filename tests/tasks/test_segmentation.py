@@ -1,4 +1,4 @@
-"""Segmentation from a few marked pictures, and by a trained layer."""
+"""Segmentation from a few marked images, and by a trained layer."""
 
 import sys
 from typing import Any
@@ -25,7 +25,7 @@ CENTRES = F.normalize(torch.randn(4, 24, generator=torch.Generator().manual_seed
 def scene(
     seed: int, *, noise: float = 0.5, size: tuple[int, int] = (160, 224), classes: tuple[int, ...] = (1, 2, 3)
 ) -> tuple[Features, Tensor]:
-    """Features of a picture of blocks on a background, patches of 16, and its mask with their classes."""
+    """Features of an image of blocks on a background, with patches of 16 pixels, and its mask of classes."""
     generator = torch.Generator().manual_seed(seed)
     h, w = size[0] // 16, size[1] // 16
     coarse = torch.zeros(h, w, dtype=torch.long)
@@ -46,8 +46,8 @@ by_kind = pytest.mark.parametrize("segmenter", KINDS.values(), ids=KINDS)
 
 
 @by_kind
-def test_classes_are_found_on_other_pictures(segmenter: Any, monkeypatch: Any) -> None:
-    """One reference with all classes, or several with one each, marked by numbers; pixels of the original picture."""
+def test_classes_are_found_on_other_images(segmenter: Any, monkeypatch: Any) -> None:
+    """One reference has all classes, or several have one class each; masks are in pixels of the original image."""
     (one, mask), (asked, truth) = scene(0), scene(1)
     (found,) = segmenter.fit(one, mask).predict(asked)
     assert found.shape == (160, 224) and found.dtype == torch.int64 and found.device.type == "cpu"
@@ -63,15 +63,15 @@ def test_classes_are_found_on_other_pictures(segmenter: Any, monkeypatch: Any) -
 
 @by_kind
 def test_a_bool_mask_is_one_class(segmenter: Any) -> None:
-    """And lies where it is, to a quarter of a patch."""
+    """The object is found within a quarter of a patch."""
     (one, mask), (asked, truth) = (scene(seed, noise=0.3, classes=(2,)) for seed in (0, 1))
     (found,) = segmenter.fit(one, mask == 2).predict(asked)
-    assert found.unique().tolist() == [0, 1] and iou(found == 1, truth == 2) > 0.5  # corners are rounded off
+    assert found.unique().tolist() == [0, 1] and iou(found == 1, truth == 2) > 0.5  # corners are rounded
     middles = [(where.nonzero() + 0.5).median(dim=0).values for where in (found == 1, truth == 2)]
     assert (middles[0] - middles[1]).abs().max() <= 4
 
 
-def test_batches_are_pictures_and_sizes_may_differ() -> None:
+def test_batches_are_images_and_sizes_may_differ() -> None:
     features, masks = zip(*(scene(i) for i in range(3)), strict=True)
     tokens = torch.cat([f.patch_tokens for f in features])
     batch = Features(tokens[:, 0], tokens[:, 0], tokens[:, :0], tokens, (10, 14), (features[0].placements[0],) * 3)
@@ -83,7 +83,7 @@ def test_batches_are_pictures_and_sizes_may_differ() -> None:
 
 
 def test_prototypes_are_the_mean_patch_of_each_class() -> None:
-    """By a loop over patches, with one that is half of each class, and two of which less is known, and too little."""
+    """Compared with a loop; one patch is half of each class, and two patches have few labels."""
     one, mask = scene(0)
     mask = mask.clone()
     mask[:8, :16] = 1
@@ -111,11 +111,11 @@ def test_prototypes_are_the_mean_patch_of_each_class() -> None:
     ids=["native", "crop", "pad"],
 )
 def test_pixels_are_drawn_where_the_model_looked(place: Placement, grid: tuple[int, int]) -> None:
-    """Their patches are those around them: at each pixel the weights give its position back."""
+    """The four patches surround the pixel: their weights reproduce its position."""
     h, w = grid
     tokens = torch.zeros(1, h * w, 2)
     one = Features(tokens[:, 0], tokens[:, 0], tokens[:, :0], tokens, grid, (place,))
-    mask = torch.arange(40 * 60).view(40, 60) % 251  # tells each pixel from its neighbours
+    mask = torch.arange(40 * 60).view(40, 60) % 251  # differs between neighbouring pixels
     first = torch.zeros(16, 16, dtype=torch.long)
     other = Features(
         tokens[:, 0],
@@ -130,21 +130,21 @@ def test_pixels_are_drawn_where_the_model_looked(place: Placement, grid: tuple[i
     assert 0.4 < mine.double().mean() < 0.6 and (rows[~mine] == 0).all() and (labels[~mine] == 0).all()
     assert torch.allclose(weights.sum(1), torch.ones(4000)) and (weights >= 0).all()
     rows, weights, labels = rows[mine] - 1, weights[mine], labels[mine]
-    down = ((rows // w) * weights).sum(1) + 0.5  # in patches, as far as no border is in the way
+    down = ((rows // w) * weights).sum(1) + 0.5  # in patches, away from the borders
     across = ((rows % w) * weights).sum(1) + 0.5
     y = (down / h * place.window[2] + place.window[0]) / place.resized[0] * 40
     x = (across / w * place.window[3] + place.window[1]) / place.resized[1] * 60
     inner = (down > 0.501) & (down < h - 0.501) & (across > 0.501) & (across < w - 0.501)
     assert inner.sum() > 100
     same = (y[inner].long() * 60 + x[inner].long()) % 251 == labels[inner]
-    assert same.double().mean() > 0.998  # the others lie on the edge of a pixel, to a rounding
-    if place.window[3] == 48 and place.resized[1] == 72:  # of a crop: nothing from the parts that were cut away
+    assert same.double().mean() > 0.998  # the others lie on the edge of a pixel, up to rounding
+    if place.window[3] == 48 and place.resized[1] == 72:  # for a crop: no pixels from the removed parts
         seen = mask[:, 10:50].unique()
         assert set(labels.tolist()) <= set(seen.tolist())
 
 
 def test_the_head_minimises_the_loss_over_pixels() -> None:
-    """Its probabilities are right as often as they say, where features cannot tell two classes apart."""
+    """Where features cannot separate two classes, the probabilities match the frequencies."""
     (one, mask), (asked, truth) = scene(0, noise=0.3), scene(1, noise=0.3)
     half = mask.clone()
     half[80:][mask[80:] == 0] = 1  # background below is called class 1
@@ -169,12 +169,12 @@ def test_what_was_cropped_away_is_unknown() -> None:
 
 ONE, MASK = scene(0)
 WRONG: list[tuple[Any, Any, str]] = [
-    (ONE, MASK[:100], "mask 0 is [100, 224] and its picture [160, 224]"), (ONE, MASK.T, "turned upright like it"),
+    (ONE, MASK[:100], "mask 0 is [100, 224] and its image [160, 224]"), (ONE, MASK.T, "after EXIF rotation"),
     (ONE, MASK * 0, "the masks are 0 at every pixel; mark a part"),
     (ONE, MASK * 0 + 3, "the masks are 3 at every pixel"), (ONE, MASK * 0 + 255, "the masks are 255 at every pixel"),
     (ONE, MASK.float() / 3, "holds torch.float32 from 0 to 1"),
     (ONE, MASK - 1, "from -1 to 2; give bool, or whole numbers"), (ONE, MASK * 100, "from 0 to 300"),
-    (ONE, [MASK, MASK], "1 pictures and 2 masks"), ([], [], "0 pictures and 0 masks"),
+    (ONE, [MASK, MASK], "1 images and 2 masks"), ([], [], "0 images and 0 masks"),
 ]  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def test_wrong_questions_are_said() -> None:
     other = Features(
         *(torch.zeros(1, 8) for _ in range(2)), torch.zeros(1, 0, 8), torch.zeros(1, 140, 8), ONE.grid, ONE.placements
     )
-    assert "features of 24 numbers, got 8" in complaint(InputError, lambda: segmenter.predict(other))
+    assert "features of width 24, got 8" in complaint(InputError, lambda: segmenter.predict(other))
     place = Placement((160, 448), (160, 448), (0, 0, 160, 224))
     cut = Features(ONE.embedding, ONE.cls_token, ONE.register_tokens, ONE.patch_tokens, ONE.grid, (place,))
     right = torch.zeros(160, 448, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Batches of the trainer: their order, their parts, and what broken pictures do to them."""
+"""Batches of the trainer: their order, their parts, and the effect of broken images."""
 
 import contextlib
 import multiprocessing
@@ -27,8 +27,8 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_broken_pictures_cost_their_own_place(tmp_path: Path, workers: int) -> None:
-    """Another picture of the same source comes instead, always the same; all others stay; all broken ones are named."""
+def test_broken_images_cost_their_own_place(tmp_path: Path, workers: int) -> None:
+    """A fixed image of the same source replaces a broken one; no other image changes; every broken one is named."""
     for i in range(8):
         write(tmp_path / f"{i}.png", 20 * i)
     whole = next(batches(open_data(tmp_path), SMALL, batch_size=8))
@@ -48,17 +48,17 @@ def test_broken_pictures_cost_their_own_place(tmp_path: Path, workers: int) -> N
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_but_broken_pictures(tmp_path: Path, workers: int) -> None:
-    """Stops with the reason of one of them, in one sentence from a worker too."""
+def test_nothing_but_broken_images(tmp_path: Path, workers: int) -> None:
+    """The error is one sentence with the reason of one of them, also from a worker."""
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"")
     run = batches(open_data(tmp_path), SMALL, batch_size=2, workers=workers)
-    assert "3 pictures drawn one after the other" in complaint(ImageError, lambda: next(run))
+    assert "3 images in a row cannot be read" in complaint(ImageError, lambda: next(run))
 
 
 @pytest.mark.parametrize("end", ["closed", "failed"])
 def test_workers_end(tmp_path: Path, end: str) -> None:
-    """At once, also where somebody keeps the exception."""
+    """Workers end at once, even if someone keeps the exception."""
     write(tmp_path / "a.png", 1)
     data = open_data(tmp_path)
     if end == "failed":
@@ -74,8 +74,8 @@ def test_workers_end(tmp_path: Path, end: str) -> None:
 
 
 def test_wrong_batches() -> None:
-    """One sentence."""
-    assert "7 does not split over 2" in complaint(
+    """The error is one sentence."""
+    assert "batch_size=7 does not divide among 2" in complaint(
         InputError, lambda: batches(shaded(4), SMALL, batch_size=7, world_size=2)
     )
     assert "probability above 0" in complaint(InputError, lambda: batches(shaded(4), [(0.0, SMALL)], batch_size=2))
@@ -88,8 +88,8 @@ def indices(data: Data, steps: int, batch_size: int, seed: int = 0) -> list[list
     return [b.indices.tolist() for b in batches(data, SMALL, batch_size=batch_size, seed=seed, stop=steps)]
 
 
-def test_every_picture_once_before_any_comes_again() -> None:
-    """Also where batches and pictures do not go into each other; in another order each time and for each seed."""
+def test_every_image_once_before_any_comes_again() -> None:
+    """This holds if batches do not divide the images; each epoch and each seed has another order."""
     flat = sum(indices(shaded(10), 5, 6), [])
     epochs = [flat[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -99,7 +99,7 @@ def test_every_picture_once_before_any_comes_again() -> None:
 
 
 def test_pure_and_mixed_batches() -> None:
-    """A tenth of the batches from one source alone, without skipping any of it; the others from the rest by size."""
+    """A tenth of the batches is from one source, in full; the others mix the remaining sources by size."""
     data = open_data([(Shades(12), 0.25), Shades(30), Shades(10)])
     found = indices(data, 200, 4)
     pure = [batch for batch in found if max(batch) < 12]
@@ -125,7 +125,7 @@ def test_shares_of_paths(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers, world_size", [(0, 2), (2, 1), (1, 4)])
 def test_one_run_however_it_is_cut(workers: int, world_size: int) -> None:
-    """Workers, processes and a resume give the bits of one process that runs through."""
+    """Runs with workers, with several processes or with a resume give the same bits as one process without them."""
     state = torch.get_rng_state()
     rows = [(0.5, SMALL), (0.5, ViewConfig(48, 16, num_local=2, gram_px=32))]
     data = open_data([(Shades(5), 0.3), Shades(20)])
@@ -148,18 +148,18 @@ def test_one_run_however_it_is_cut(workers: int, world_size: int) -> None:
 
 
 def test_every_place_has_views_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one picture too, and in every step; pictures are asked for at the size that the views need."""
+    """Each position and step has different views of an image, which is read at the size that the views need."""
     asked: list[int] = []
     read = Data.read
     monkeypatch.setattr(Data, "read", lambda self, i, short_px=0: asked.append(short_px) or read(self, i, short_px))
     run = batches(open_data(photo(60, 60)[None]), SMALL, batch_size=6, stop=2)
     crops = torch.cat([batch.global_crops for batch in run])
     assert len({crop.sum().item() for crop in crops}) == 24
-    assert asked == [SMALL.picture_px] * 12
+    assert asked == [SMALL.image_px] * 12
 
 
 def test_threads_change_nothing() -> None:
-    """Prepared in this process, whatever the number of threads, which is left as it was."""
+    """Batches do not depend on the number of threads, and leave it unchanged."""
     data, before = open_data(np.stack([photo(200, 300, seed) for seed in range(4)])), torch.get_num_threads()
     found = []
     try:
@@ -173,7 +173,7 @@ def test_threads_change_nothing() -> None:
 
 
 def test_resolutions_are_drawn_as_told() -> None:
-    """Each by its probability, and independently of the mixture."""
+    """Each resolution is drawn with its probability, independently of the mixture."""
     rows = [(0.75, SMALL), (0.25, ViewConfig(48, 16, num_local=1))]
     data = open_data([(Shades(4), 0.5), (Shades(4), 0.5)])
     found = Counter((len(b.masks[0]), int(b.indices[0]) < 4) for b in batches(data, rows, batch_size=1, stop=300))
@@ -182,7 +182,7 @@ def test_resolutions_are_drawn_as_told() -> None:
 
 
 def test_masks_of_a_step_are_made_as_a_whole() -> None:
-    """The ladder runs over all crops of the step, whichever process has them; no two masks are the same."""
+    """The masked counts cover all crops of a step over all processes, and no two masks are equal."""
     wanted = [0] * 16 + sorted(int(196 * (0.1 + 0.4 * (i + 1) / 16)) for i in range(16))
     for ratio in ((0.1, 0.5), (0.5, 0.5)):
         config, masks = ViewConfig(224, num_local=0, mask_ratio=ratio), []

@@ -1,4 +1,4 @@
-"""The blocks of a training step: products and attention against their definitions, and whole backbones."""
+"""The blocks in training: products and attention against their definitions, and whole backbones."""
 
 import copy
 
@@ -45,7 +45,7 @@ def test_value_and_gradients(shape: tuple[int, ...], biased: bool, scaled: bool)
 
 @pytest.mark.parametrize("learning", range(4))
 def test_gradients_are_those_of_the_values(learning: int) -> None:
-    """Of one input alone, and of all."""
+    """Gradients of each input alone, and of all inputs, are right."""
     inputs = [torch.randn(s, dtype=torch.float64) for s in ((2, 3, 5), (4, 5), (4,), (4,))]
     inputs[learning].requires_grad_()
     assert torch.autograd.gradcheck(linear, inputs)
@@ -94,7 +94,7 @@ def case(mix: str, turned: bool, dtype: torch.dtype) -> tuple[Tensor, dict[str, 
     return (qkv if groups else qkv.unflatten(0, (3, 7))).requires_grad_(), {"cos": cos, "sin": sin, "cu_seqlens": where}
 
 
-@pytest.mark.parametrize("entries", [1, 300, 2**20], ids=["picture by picture", "some", "all at once"])
+@pytest.mark.parametrize("entries", [1, 300, 2**20], ids=["image by image", "some", "all at once"])
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("mix", MIXES)
 def test_attention_is_the_definition(mix: str, turned: bool, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_bfloat16_attention_rounds_as_the_eager_form_does() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_keeps_no_matrix_and_no_branch(dtype: torch.dtype) -> None:
-    """Two streams, qkv, the result of attention and the hidden layer: 2 + 3 + 1 + 4 times the width of a token."""
+    """A block keeps two streams, qkv, the attention result and the hidden layer: 2 + 3 + 1 + 4 token widths."""
     model = Backbone.from_config(ViTConfig(64, 1, 2, 256), seed=0).train()
     wrap_blocks(model, False, "cheap")
     x = torch.randn(2, 205, 64, requires_grad=True)
@@ -176,8 +176,93 @@ def test_a_wrapped_backbone_gives_what_a_plain_one_gives(recompute: str, adapter
         assert x is None or (x - y).abs().max() < 2e-5 * y.abs().max() + 1e-9
 
 
+@pytest.mark.parametrize("recompute", ["none", "cheap", "all"])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_norms_of_one_kernel_give_what_a_plain_backbone_gives(
+    recompute: str, adapters: bool, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; here by their definitions, and unrounded, so that the numbers can be compared."""
+    plain = Backbone.from_config(ViTConfig(48, 2, 2, 96, layerscale=scaled), seed=0)
+    plain.init_weights(layerscale=0.5)
+    if adapters:
+        add_adapters(plain, 3)
+    wrapped = copy.deepcopy(plain)
+    wrap_blocks(wrapped, False, recompute)  # type: ignore[arg-type]
+    called: list[str] = []
+    for name in ("layer_norm", "residual_norm"):
+        function = getattr(blocks, name)
+        monkeypatch.setattr(blocks, name, lambda *a, n=name, f=function: called.append(n) or f(*a))
+    monkeypatch.setattr(blocks, "_kernel_dtype", lambda x, norm: torch.float32)
+    (a, found), (b, meant) = taught(wrapped), taught(plain.double())
+    assert set(called) == ({"layer_norm", "residual_norm"} if recompute == "none" else {"layer_norm"})
+    assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    for x, y in zip(found, meant, strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or (x - y).abs().max() < 2e-5 * y.abs().max() + 1e-9
+
+
+def test_norms_of_one_kernel_with_stochastic_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same images skip the same branches; a norm runs on the rows that are left."""
+    plain = Backbone.from_config(ViTConfig(48, 2, 2, 96), seed=0)
+    plain.init_weights(layerscale=0.5)
+    wrapped, pixels = copy.deepcopy(plain), torch.randn(5, 3, 48, 32)
+    wrap_blocks(wrapped, False, "none")
+    monkeypatch.setattr(blocks, "_kernel_dtype", lambda x, norm: torch.float32)
+    found, meant = (
+        model.train().forward_packed([pixels], drop_path=0.4, generator=torch.Generator().manual_seed(1))[0]
+        for model in (wrapped, plain)
+    )
+    torch.testing.assert_close(found.patch_tokens, meant.patch_tokens)
+
+
+def test_the_error_of_norms_of_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all gradients together, under autocast, at most that of the separate steps: geometric mean over seeds."""
+    ratios = []
+    for seed in range(6):
+        plain = Backbone.from_config(ViTConfig(64, 2, 2, 128), seed=seed)
+        plain.init_weights(layerscale=0.5)
+        exact = [g for g in taught(copy.deepcopy(plain).double())[1] if g is not None]
+        errors = []
+        for fused in (True, False):
+            model = copy.deepcopy(plain)
+            wrap_blocks(model, False, "none")
+            dtype = torch.bfloat16 if fused else None
+            monkeypatch.setattr(blocks, "_kernel_dtype", lambda x, norm, dtype=dtype: dtype)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = [g for g in taught(model)[1] if g is not None]
+            pairs = [(a, b) for a, b in zip(found, exact, strict=True) if b.any()]
+            squares = [((a - b).norm() / b.norm()).square() for a, b in pairs]
+            errors.append(torch.stack(squares).mean().sqrt())
+        ratios.append((errors[0] / errors[1]).log())
+    assert torch.stack(ratios).mean().exp() <= 1.005, torch.stack(ratios).exp()
+
+
+def test_where_norms_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast on a GPU with Triton, for plain parameters and a float32 stream."""
+    norm = Backbone.from_config(ViTConfig(48, 1, 2, 96), seed=0).norm
+    x = torch.randn(2, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert blocks._kernel_dtype(x, norm) is None
+
+    class There:
+        """A tensor on a GPU, as far as it is looked at."""
+
+        device, dtype = torch.device("cuda", 0), torch.float32
+
+    reasons: list[str | None] = [None]
+    monkeypatch.setattr(blocks, "why_not_triton", lambda *_: reasons[0])
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
+    assert blocks._kernel_dtype(There(), norm) == torch.float16  # type: ignore[arg-type]
+    reasons[0] = "Triton is not installed"
+    assert blocks._kernel_dtype(There(), norm) is None  # type: ignore[arg-type]
+    reasons[0], There.dtype = None, torch.float64
+    assert blocks._kernel_dtype(There(), norm) is None  # type: ignore[arg-type]
+
+
 def test_names_and_parameters_stay() -> None:
-    """What a checkpoint, an adapter or an optimiser holds is still there; no method of a module is replaced."""
+    """State-dict keys, adapters and optimiser parameters remain; no method of a module is replaced."""
     model = Backbone.from_config(ViTConfig(48, 2, 2, 96), seed=0)
     before, modules = list(model.named_parameters()), [name for name, _ in model.named_modules()]
     for _ in range(2):  # a model that was trained can be trained again
@@ -188,7 +273,7 @@ def test_names_and_parameters_stay() -> None:
 
 
 def test_layers_of_others_compute_for_themselves() -> None:
-    """Such as peft's, which are no `nn.Linear`."""
+    """Layers that are no `nn.Linear`, such as peft's, keep their forward pass."""
 
     class Silent(torch.nn.Module):
         def __init__(self, layer: torch.nn.Linear) -> None:

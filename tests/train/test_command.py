@@ -13,7 +13,7 @@ from dinov3_infer.train.config import TrainConfig
 
 
 def test_preset_file_and_flags(tmp_path: Path) -> None:
-    """The preset, then the file, then the flags."""
+    """Flags override the file, which overrides the preset."""
     file = tmp_path / "mine.toml"
     file.write_text('preset = "dinov3"\nsteps = 7\nglobal_scale = [0.5, 1.0]\nsizes = ["512/112/768:0.3"]\n')
     config, given = parse(["--config", str(file), "--data", "a", "b:0.1:pure", "--batch-size", "8", "--no-distortions"])
@@ -26,20 +26,23 @@ def test_preset_file_and_flags(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_examples_are_configurations(path: Path) -> None:
-    """Each has its source in a comment."""
+    """Each example file parses, and names its source in a comment."""
     parse(["--config", str(path), "--data", "x"])
     assert path.read_text().startswith("# ")
 
 
 def test_help_says_what_the_fields_say(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every setting, below its heading, with its text and its default."""
+    """Help has every setting below its heading, with its text and its default."""
     with pytest.raises(SystemExit):
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert all(f"--{field.name.replace('_', '-')}" in said for field in fields(TrainConfig))
-    assert "optimiser (AdamW): --lr-at-1024 X times sqrt(batch_size / 1024)" in said
+    assert (
+        "optimiser (AdamW): --lr-at-1024 X learning rate for a batch of 1024, multiplied by sqrt(--batch-size / 1024)"
+        in said
+    )
     assert all(path.stem in said for path in (ROOT / "examples" / "configs").glob("*.toml"))  # and for what each is
-    assert "--global-scale X X share of the picture's area; v3 (0.32 1.0)" in said
+    assert "--global-scale X X share of the image's area in a global crop, as DINOv3 (default: 0.32 1.0)" in said
 
 
 def test_help_begins_with_what_most_runs_set(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +62,7 @@ def test_errors_name_options(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Settings, memory and the first batch as a picture; the folder is free for the run itself."""
+    """A dry run prints settings and memory and draws the first batch; a run can use the folder afterwards."""
     for i in range(4):
         Image.new("RGB", (60, 50), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
     argv = ["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--model", "nano", "--from-scratch", "--device",

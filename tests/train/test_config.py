@@ -11,7 +11,7 @@ from dinov3_infer.train.config import PRESETS, TrainConfig
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_presets_are_whole(name: str) -> None:
-    """Every preset is a configuration, once a distillation has a teacher."""
+    """Every preset is valid; distillation needs a teacher."""
     config = TrainConfig.preset(name, **({"teacher": "dinov2_vits14"} if name == "distill" else {}))
     assert TrainConfig(**{**vars(config)}) == config
 
@@ -30,10 +30,10 @@ def test_presets_are_whole(name: str) -> None:
         (dict(dino_weight=0.0, ibot_weight=0.0), "no objective"),
         (dict(mask_share=0.0), "nothing is masked"),
         (dict(feature_weight=1.0), "teacher="),
-        (dict(teacher="dinov2_vits14"), "no distillation weight"),
+        (dict(teacher="dinov2_vits14"), "feature_weight and relation_weight are 0"),
         (dict(tune="lora", engine="fsdp"), "ddp"),
-        (dict(gram="ema", gram_renewals=3), "gram='renew'"),
-        (dict(ibot_prototypes=0, ibot_hidden=8), "DINO's head"),
+        (dict(gram="ema", gram_renewals=3), "needs gram='renew'"),
+        (dict(ibot_prototypes=0, ibot_hidden=8), "shares the DINO head"),
         (dict(local_cls_norm=True, num_local=0), "num_local"),
         (dict(sizes=("512x112",)), "global/local/gram"),
         (dict(colour=1), "'colour' is not a setting"),
@@ -46,13 +46,13 @@ def test_settings_that_cannot_be_meant(changes: dict, words: str) -> None:
 
 
 def test_every_number_says_which_values_it_takes() -> None:
-    """In its type; any whole number is a seed, and `RopeAugmentation` and AdamW check their own."""
+    """The type gives the range; seed takes any integer, and `RopeAugmentation` and AdamW check the others."""
     bare = {field.name for field in fields(TrainConfig) if field.type in (int, float, tuple[float, float])}
     assert bare == {"seed", "rope_rescale", "betas"}
 
 
 def test_views_follow_the_patches() -> None:
-    """Sides are rounded to whole patches; a teacher of another patch size gets the same grid."""
+    """Sides are rounded to whole patches; a teacher with another patch size gets the same grid."""
     config = TrainConfig.preset("distill", teacher="dinov2_vits14")
     [(probability, views)] = config.view_configs(16, 14, (0, 0, 0), (1, 1, 1))
     assert (probability, views.global_px, views.gram_px, views.num_local) == (1.0, 128, 112, 0)

@@ -1,4 +1,4 @@
-"""What stands on the backbone in training."""
+"""The heads of the trainer."""
 
 import torch
 
@@ -6,14 +6,14 @@ from dinov3_infer.train.heads import ProjectionHead, Standardise
 
 
 def test_sizes_of_the_published_heads() -> None:
-    """Numbers of parameters of the 7B's DINO head and of the default one."""
+    """The DINO heads of the 7B and of the default have the published numbers of parameters."""
     with torch.device("meta"):
         heads = [ProjectionHead(4096, 8192, 512, 262_144), ProjectionHead(1024, 2048, 256, 65_536)]
     assert [sum(p.numel() for p in head.parameters()) for head in heads] == [239_092_224, 23_597_312]
 
 
 def test_scores_are_dot_products_with_a_direction() -> None:
-    """The bottleneck has length 1; DINO v1's prototypes have too, DINOv3's have not."""
+    """The bottleneck has length 1, and so have DINO v1's prototypes, unlike DINOv3's."""
     for unit in (False, True):
         head = ProjectionHead(6, 8, 4, 5, unit_prototypes=unit)
         with torch.no_grad():
@@ -23,7 +23,7 @@ def test_scores_are_dot_products_with_a_direction() -> None:
 
 
 def test_heads_see_standardised_tokens() -> None:
-    """Exactly so for as long as the window grows; then what is new replaces what is old.  Rounding is not magnified."""
+    """Standardisation is exact within the window; later tokens replace earlier ones; rounding is not magnified."""
     scale, endless = Standardise(5, window=100).double(), Standardise(5).double()
     steps = [(step % 7) + torch.randn(6, 2, 5, dtype=torch.float64) for step in range(100)]
     for step, tokens in enumerate(steps):

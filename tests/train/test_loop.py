@@ -1,4 +1,4 @@
-"""Whole runs: the same numbers however they are computed, interrupted or spread over processes."""
+"""Whole runs: the numbers do not depend on how they are computed, interrupted or distributed."""
 
 import json
 import math
@@ -33,15 +33,15 @@ SMALL = dict(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with pictures in two classes and a saved model to start from."""
+    """A folder with images in two classes and a saved model to start from."""
     folder = tmp_path_factory.mktemp("training")
     rng = np.random.default_rng(0)
     for i in range(16):
-        (folder / "pictures" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (folder / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 255, (6, 8, 3), np.uint8).repeat(10, 0).repeat(10, 1)
-        Image.fromarray(pixels).save(folder / "pictures" / "ab"[i % 2] / f"{i}.png")
+        Image.fromarray(pixels).save(folder / "images" / "ab"[i % 2] / f"{i}.png")
     start = Backbone.from_config(ViTConfig(24, 2, 2, 48), seed=0)
-    for name, parameter in start.named_parameters():  # weights under which pictures differ
+    for name, parameter in start.named_parameters():  # weights under which images differ
         if name.endswith("gamma"):
             torch.nn.init.constant_(parameter, 0.5)
         elif name.endswith("weight") and parameter.ndim == 2:
@@ -51,12 +51,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(world: Path, name: str, **changes) -> TrainConfig:
-    places = dict(data=(str(world / "pictures"),), model=str(world / "start"), out=str(world / name))
+    places = dict(data=(str(world / "images"),), model=str(world / "start"), out=str(world / name))
     return TrainConfig(**(SMALL | places | changes))
 
 
 def metrics(folder: Path) -> list[dict]:
-    """What a run recorded, but for the clock."""
+    """The metrics of a run, without times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
 
@@ -126,7 +126,7 @@ OTHER_RECIPE = dict(
 def test_two_processes_change_nothing(
     world: Path, engine: str, precision: str, tolerance: float, changes: dict
 ) -> None:
-    """torchrun with gloo; weights, average and moments are the same too, in one file for all."""
+    """torchrun with gloo gives the same weights, average and moments, in one file."""
     alone, together = (f"{engine}-{precision}-{len(changes)}-{n}" for n in (1, 2))
     run(settings(world, alone, precision=precision, accumulate=2, **changes))
     run(settings(world, together, precision=precision, engine=engine, **changes), processes=2)
@@ -145,7 +145,7 @@ def test_drop_path_is_recomputed_with_the_same_draws(world: Path) -> None:
 
 
 def test_the_average_follows_the_weights_after_the_step(world: Path) -> None:
-    """With a momentum of 0 it is the student of this step, not of the one before."""
+    """With momentum 0 the average equals the student after the step, not before it."""
     config = settings(world, "average", ema_momentum=0.0, ema_momentum_end=0.0, warmup_share=0.0, freeze_share=0.0,
                       ramp_share=0.0)  # fmt: skip
     run = Run(config, torch.device("cpu"))
@@ -162,7 +162,7 @@ def test_the_average_follows_the_weights_after_the_step(world: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["after a step", "while writing a checkpoint"])
 def test_killed_and_resumed_is_the_same_bit_for_bit(world: Path, moment: str, tmp_path: Path) -> None:
-    """SIGKILL, then --resume: metrics, checkpoint and model equal those of a run that was left alone."""
+    """After SIGKILL and --resume, metrics, checkpoint and model equal those of an undisturbed run."""
     whole, killed = settings(world, "whole"), settings(world, f"killed-{moment.split()[0]}")
     if not (world / "whole").exists():
         run(whole)
@@ -193,7 +193,7 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(world: Path, moment: str, tm
 
 
 def test_resumed_in_process(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupted run goes on to the same metrics and weights."""
+    """An interrupted run continues to the same metrics and weights."""
     expected = train(settings(world, "uninterrupted"))
     taken, plain = [], Run.take_step
 
@@ -216,7 +216,7 @@ def test_resumed_in_process(world: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_result_loads_and_has_moved(world: Path) -> None:
-    """`out` holds a model in Hugging Face's layout, curves, the first batch, and the settings."""
+    """`out` holds a model in Hugging Face's layout, the curves, the first batch and the settings."""
     made = train(settings(world, "result"))
     loaded = Backbone.from_pretrained(world / "result" / "backbone", device="cpu")
     assert loaded.fingerprint() == made.fingerprint()
@@ -237,7 +237,7 @@ def test_a_result_that_transformers_cannot_hold_is_written_all_the_same(world: P
 
 
 def test_a_norm_for_local_crops_leaves_a_plain_model(world: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It has learnt, and transformers' layout says that it has no place for it; the features are all there."""
+    """The norm is trained; transformers' layout cannot hold it and the log says so; the features are complete."""
     made = train(settings(world, "local-norm", local_cls_norm=True))
     assert made.config.local_cls_norm and not torch.equal(made.local_cls_norm.weight, made.norm.weight)
     loaded = Backbone.from_pretrained(world / "local-norm" / "backbone", device="cpu")
@@ -246,7 +246,7 @@ def test_a_norm_for_local_crops_leaves_a_plain_model(world: Path, caplog: pytest
 
 
 def test_adapters_are_merged_into_the_result(world: Path) -> None:
-    """LoRA leaves a plain model whose linears have moved and whose norms have not."""
+    """LoRA gives a plain model with changed linear layers and unchanged norms."""
     train(settings(world, "lora", tune="lora", lora_rank=2))
     state, start = (load_file(world / n / "model.safetensors") for n in ("lora/backbone", "start"))
     assert state.keys() == start.keys()
@@ -255,7 +255,7 @@ def test_adapters_are_merged_into_the_result(world: Path) -> None:
 
 
 def test_a_dataset_and_a_live_model(world: Path) -> None:
-    """From Python: any torch Dataset, any float32 backbone."""
+    """From Python, any torch Dataset and any float32 backbone can be used."""
     data = TensorDataset(torch.randint(0, 255, (9, 3, 60, 80), dtype=torch.uint8))
     backbone = Backbone.from_config(ViTConfig(24, 2, 2, 48), seed=1)
     made = train(settings(world, "live", steps=2), data=data, backbone=backbone)
@@ -266,17 +266,17 @@ def test_a_dataset_and_a_live_model(world: Path) -> None:
 
 @pytest.mark.slow
 def test_the_example_of_a_fine_tune(world: Path, tmp_path: Path) -> None:
-    """The script runs as its first lines say."""
+    """The script runs as its first lines describe."""
     script = [sys.executable, str(ROOT / "examples" / "finetune.py")]
-    argv = [str(world / "pictures"), str(tmp_path / "run"), str(world / "start"), "2"]
+    argv = [str(world / "images"), str(tmp_path / "run"), str(world / "start"), "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*script, *argv], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "16 pictures, 2 steps of 16" in done.stdout and "20-NN" in done.stdout and "width 24" in done.stdout
 
 
-def test_new_heads_soon_tell_pictures_apart(tmp_path: Path) -> None:
-    """Cuts of a photograph, the backbone held: DINO's loss leaves that of a uniform guess within 40 steps."""
+def test_new_heads_soon_tell_images_apart(tmp_path: Path) -> None:
+    """On crops of a photograph with a frozen backbone, the DINO loss falls below a uniform guess within 40 steps."""
     photo = torch.from_numpy(np.array(Image.open(ROOT / "examples" / "cat.jpg").convert("RGB"))).permute(2, 0, 1)
     height, width = photo.shape[1:]
     places = [(y, x) for y in range(0, height - 64, 32) for x in range(0, width - 64, 32)]
@@ -302,7 +302,7 @@ def test_new_heads_soon_tell_pictures_apart(tmp_path: Path) -> None:
     ids=["from scratch", "from released weights", "from a teacher"],
 )
 def test_the_licence_of_what_came_out(changes: dict, licence: str, world: Path, tmp_path: Path) -> None:
-    """Weights that began as random ones are their author's, in the folder too; a teacher may have a say."""
+    """Weights from random ones belong to their author, also in the folder, unless there was a teacher."""
     result = train(settings(world, str(tmp_path), model="nano", steps=1, **changes))
     for bb in (result, Backbone.from_pretrained(tmp_path / "backbone", device="cpu")):
         assert bb.info is not None and (bb.info.name, bb.info.licence) == ("nano", licence)

@@ -1,4 +1,4 @@
-"""What goes wrong in training: the right sentence, nothing lost, and never a bad number in a checkpoint."""
+"""Failures in training give the right sentence, lose nothing, and never put a bad number into a checkpoint."""
 
 import errno
 import json
@@ -31,17 +31,17 @@ SMALL = dict(
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(8):
         pixels = rng.integers(0, 255, (5, 6, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
-    return tmp_path / "pictures"
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path / "images"
 
 
 def start() -> Backbone:
-    """Weights under which pictures differ."""
+    """A model whose features differ between images."""
     backbone = Backbone.from_config(ViTConfig(24, 2, 2, 48), seed=0)
     for name, parameter in backbone.named_parameters():
         if name.endswith("gamma"):
@@ -51,8 +51,8 @@ def start() -> Backbone:
     return backbone
 
 
-def settings(pictures: Path, **changes) -> TrainConfig:
-    return TrainConfig(**(SMALL | dict(data=(str(pictures),), out=str(pictures.parent / "run")) | changes))
+def settings(images: Path, **changes) -> TrainConfig:
+    return TrainConfig(**(SMALL | dict(data=(str(images),), out=str(images.parent / "run")) | changes))
 
 
 def go(config: TrainConfig, resume: bool = False) -> Backbone:
@@ -65,9 +65,9 @@ def finite(folder: Path) -> bool:
     return all(bool(tensor.isfinite().all()) for tensors in found for tensor in tensors.values())
 
 
-def rows(pictures: Path) -> list[dict]:
-    """What was recorded after steps."""
-    found = [json.loads(line) for line in (pictures.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+def rows(images: Path) -> list[dict]:
+    """The records after each step."""
+    found = [json.loads(line) for line in (images.parent / "run" / "metrics.jsonl").read_text().splitlines()]
     assert found[0]["step"] == 0 and found[0]["verdict"] == "start"
     return found[1:]
 
@@ -76,7 +76,7 @@ def rows(pictures: Path) -> list[dict]:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """The loss of these steps is NaN."""
+    """Makes the loss of these steps NaN."""
     plain = Method.forward
 
     def forward(self, batch, targets, step):
@@ -88,26 +88,26 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(Method, "forward", forward)
 
 
-def test_one_infinite_loss_is_left_out(pictures: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_one_infinite_loss_is_left_out(images: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     poison(monkeypatch, {2})
-    go(settings(pictures))
-    assert [row["loss"] is not None for row in rows(pictures)] == [True, True, False, True, True, True]
-    assert "step 2 left out" in caplog.text
-    assert finite(pictures.parent / "run")
+    go(settings(images))
+    assert [row["loss"] is not None for row in rows(images)] == [True, True, False, True, True, True]
+    assert "skipped step 2" in caplog.text
+    assert finite(images.parent / "run")
 
 
-def test_a_diverged_run_stops_with_the_last_good_weights(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverged_run_stops_with_the_last_good_weights(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, {3, 4, 5})
-    said = complaint(TrainingStopped, lambda: go(settings(pictures)))
+    said = complaint(TrainingStopped, lambda: go(settings(images)))
     assert "diverged" in said and "lr_at_1024" in said and "weights of step 2" in said
-    assert finite(pictures.parent / "run")
-    kept = load_file(pictures.parent / "run" / "checkpoints" / "00000002" / "tensors.safetensors")
-    saved = Backbone.from_pretrained(pictures.parent / "run" / "backbone", device="cpu")
+    assert finite(images.parent / "run")
+    kept = load_file(images.parent / "run" / "checkpoints" / "00000002" / "tensors.safetensors")
+    saved = Backbone.from_pretrained(images.parent / "run" / "backbone", device="cpu")
     assert torch.equal(saved.cls_token, kept["ema.backbone.cls_token"])
 
 
-def test_a_collapsed_run_stops(pictures: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    """Weights under which all pictures are alike are seen, said, and not kept."""
+def test_a_collapsed_run_stops(images: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """Weights that give all images the same features are noticed, reported and not kept."""
     plain = Method.update_ema
 
     def flat(self, step):
@@ -116,16 +116,16 @@ def test_a_collapsed_run_stops(pictures: Path, monkeypatch: pytest.MonkeyPatch, 
             self.average.norm.weight.data.zero_()
 
     monkeypatch.setattr(Method, "update_ema", flat)
-    said = complaint(TrainingStopped, lambda: go(settings(pictures, health_steps=1)))
+    said = complaint(TrainingStopped, lambda: go(settings(images, health_steps=1)))
     assert "collapsed" in said and "weights of step 2" in said
     assert "collapsing" in caplog.text
-    saved = Backbone.from_pretrained(pictures.parent / "run" / "backbone", device="cpu")
+    saved = Backbone.from_pretrained(images.parent / "run" / "backbone", device="cpu")
     assert saved.norm.weight.any()
 
 
-def test_verdicts(pictures: Path) -> None:
-    """The words follow the numbers."""
-    run = Run(settings(pictures), torch.device("cpu"), backbone=start())
+def test_verdicts(images: Path) -> None:
+    """The verdicts follow the measures."""
+    run = Run(settings(images), torch.device("cpu"), backbone=start())
     health, first = run.health, run.health.first
     health.first = first | {"knn": 0.8}
     cases = [
@@ -156,48 +156,48 @@ def test_measures_of_health() -> None:
 # --- data --------------------------------------------------------------------------------------------------------
 
 
-def test_half_broken_folder(pictures: Path, caplog: Any) -> None:
-    """Broken pictures are replaced and counted, and each has its reason in a file, once, over a run that goes on."""
+def test_half_broken_folder(images: Path, caplog: Any) -> None:
+    """Broken images are replaced and counted, and reported once, with the reason, also over a resume."""
     for i in range(3):
-        (pictures / f"{i}.png").write_bytes(b"no picture")
+        (images / f"{i}.png").write_bytes(b"no picture")
     caplog.clear()
-    go(settings(pictures))
-    assert rows(pictures)[-1]["broken_pictures"] == 3
-    told = [line for line in caplog.messages if "is left out" in line]
+    go(settings(images))
+    assert rows(images)[-1]["broken_pictures"] == 3
+    told = [line for line in caplog.messages if line.startswith("skipped an image")]
     assert len(told) == 3 and all("is a text and no image" in line for line in told)
-    go(settings(pictures, steps=settings(pictures).steps + 2), resume=True)
-    lines = (pictures.parent / "run" / "left_out.jsonl").read_text().splitlines()
+    go(settings(images, steps=settings(images).steps + 2), resume=True)
+    lines = (images.parent / "run" / "left_out.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     assert sorted(one["picture"] for one in found) == [0, 1, 2]
     assert all(f"{one['picture']}.png" in one["error"] for one in found)
 
 
-def test_broken_and_empty_folders(pictures: Path) -> None:
-    for path in pictures.iterdir():
+def test_broken_and_empty_folders(images: Path) -> None:
+    for path in images.iterdir():
         path.write_bytes(b"no picture")
-    text = complaint(InputError, lambda: go(settings(pictures)))
-    assert "0 can be read" in text and "is a text and no image" in text
-    shutil.rmtree(pictures)
-    pictures.mkdir()
-    assert "no pictures" in complaint(InputError, lambda: go(settings(pictures)))
-    assert "no data" in complaint(MissingFileError, lambda: go(settings(pictures / "nowhere")))
-    assert not (pictures.parent / "run").exists()
+    text = complaint(InputError, lambda: go(settings(images)))
+    assert "0 of 4 images tried can be read" in text and "is a text and no image" in text
+    shutil.rmtree(images)
+    images.mkdir()
+    assert "holds no files" in complaint(InputError, lambda: go(settings(images)))
+    assert "does not exist" in complaint(MissingFileError, lambda: go(settings(images / "nowhere")))
+    assert not (images.parent / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         (dict(batch_size=1), "at least 2"),
-        (dict(batch_size=16), "there are 8 pictures"),
-        (dict(batch_size=4, accumulate=4), "KoLeo"),
-        (dict(batch_size=6, spread_group=4), "KoLeo"),
-        (dict(out=""), "set out (--out RUN)"),
+        (dict(batch_size=16), "there are 8 images"),
+        (dict(batch_size=4, accumulate=4), "spread_group"),
+        (dict(batch_size=6, spread_group=4), "spread_group"),
+        (dict(out=""), "out is empty; set it"),
         (dict(batch_size=4, accumulate=3), "equal parts"),
     ],
     ids=lambda value: "" if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()),
 )
-def test_batches_that_cannot_be(pictures: Path, changes: dict, words: str) -> None:
-    assert words in complaint(InputError, lambda: go(settings(pictures, **changes)))
+def test_batches_that_cannot_be(images: Path, changes: dict, words: str) -> None:
+    assert words in complaint(InputError, lambda: go(settings(images, **changes)))
 
 
 # --- disk and resume ---------------------------------------------------------------------------------------------
@@ -207,8 +207,8 @@ def refuse(*args, **kwargs) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_for_a_while(pictures: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    """The run goes on, earlier checkpoints stay whole, no metric is lost."""
+def test_a_full_disk_for_a_while(images: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """The run continues, earlier checkpoints stay complete, no metric is lost."""
     plain, calls = run_state.save_file, []
 
     def full_once(*args, **kwargs):
@@ -216,15 +216,15 @@ def test_a_full_disk_for_a_while(pictures: Path, monkeypatch: pytest.MonkeyPatch
         refuse() if len(calls) == 2 else plain(*args, **kwargs)
 
     monkeypatch.setattr(run_state, "save_file", full_once)
-    go(settings(pictures))
+    go(settings(images))
     assert "No space left" in caplog.text
-    folder = pictures.parent / "run" / "checkpoints"
+    folder = images.parent / "run" / "checkpoints"
     assert [path.name for path in sorted(folder.iterdir())] == ["00000002", "00000006"]
-    assert len(rows(pictures)) == 6
+    assert len(rows(images)) == 6
 
 
-def test_a_disk_that_stays_full(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of a run on a full disk is an error, and once there is room the run can be resumed."""
+def test_a_disk_that_stays_full(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk at the end of a run is an error; once there is space, the run can be resumed."""
     plain, calls = run_state.save_file, []
 
     def full_later(*args, **kwargs):
@@ -232,29 +232,29 @@ def test_a_disk_that_stays_full(pictures: Path, monkeypatch: pytest.MonkeyPatch)
         plain(*args, **kwargs) if len(calls) == 1 else refuse()
 
     monkeypatch.setattr(run_state, "save_file", full_later)
-    assert "No space left" in complaint(DiskError, lambda: go(settings(pictures)))
+    assert "No space left" in complaint(DiskError, lambda: go(settings(images)))
     monkeypatch.undo()
-    assert run_state.latest(pictures.parent / "run" / "checkpoints").name == "00000002"
-    go(settings(pictures), resume=True)
-    assert [row["step"] for row in rows(pictures)] == [1, 2, 3, 4, 5, 6]
+    assert run_state.latest(images.parent / "run" / "checkpoints").name == "00000002"
+    go(settings(images), resume=True)
+    assert [row["step"] for row in rows(images)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_wrong_resume_folder(pictures: Path) -> None:
-    config = settings(pictures)
+def test_wrong_resume_folder(images: Path) -> None:
+    config = settings(images)
     assert "no checkpoint" in complaint(InputError, lambda: go(config, resume=True))
     go(config)
-    assert "holds a run already" in complaint(InputError, lambda: go(config))
-    other = settings(pictures, ibot_prototypes=8)
+    assert "already holds a run" in complaint(InputError, lambda: go(config))
+    other = settings(images, ibot_prototypes=8)
     assert "ibot_head" in complaint(CheckpointError, lambda: go(other, resume=True))
-    other = settings(pictures, ibot_weight=0.0)
-    assert "another model or objective" in complaint(CheckpointError, lambda: go(other, resume=True))
-    tensors = pictures.parent / "run" / "checkpoints" / "00000006" / "tensors.safetensors"
+    other = settings(images, ibot_weight=0.0)
+    assert "another model or other losses" in complaint(CheckpointError, lambda: go(other, resume=True))
+    tensors = images.parent / "run" / "checkpoints" / "00000006" / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:1000])
-    assert "cannot be read" in complaint(CheckpointError, lambda: go(config, resume=True))
+    assert "checksum differs" in complaint(CheckpointError, lambda: go(config, resume=True))
 
 
-def test_the_command_says_what_is_wrong(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit status 2 and one sentence."""
-    assert main(["--data", str(pictures), "--out", str(pictures.parent / "new"), "--resume"]) == 2
+def test_the_command_says_what_is_wrong(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit status is 2, with one sentence."""
+    assert main(["--data", str(images), "--out", str(images.parent / "new"), "--resume"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("dinov3-infer: error: ") and said.count("\n") == 1

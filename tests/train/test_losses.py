@@ -1,4 +1,4 @@
-"""Every objective against a double loop written from its formula, and against values of the published code."""
+"""Every loss against a double loop written from its formula, and against values of the published code."""
 
 import math
 
@@ -168,7 +168,7 @@ CASES = [
 
 @pytest.mark.parametrize(("x", "ours", "naive"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_against_a_double_loop(x: Tensor, ours, naive) -> None:
-    """float64: value and gradient to 1e-9; float32: value to 1e-5 relative."""
+    """Values and gradients agree to 1e-9 in float64; values to 1e-5 relative in float32."""
     values = []
     for function in (ours, naive):
         leaf = x.clone().requires_grad_()
@@ -183,7 +183,7 @@ def test_against_a_double_loop(x: Tensor, ours, naive) -> None:
 
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_sinkhorn_against_a_loop(iterations: int) -> None:
-    """Equal to repeated division in float64; every row is a distribution."""
+    """It equals repeated division in float64, and every row is a distribution."""
     logits = draw(6, 4, scale=0.3)
     ours = losses.sinkhorn_knopp(logits, 0.07, iterations)
     assert float((ours - naive_sinkhorn(logits, 0.07, iterations)).abs().max()) < 1e-9
@@ -202,7 +202,7 @@ def test_centred_softmax_is_a_softmax_of_differences() -> None:
 
 
 def test_share_of_entropy() -> None:
-    """1 for the uniform distribution, 0 for certainty, and the mean between them."""
+    """It is 1 for the uniform distribution, 0 for certainty, and the mean for a mixture."""
     uniform, certain = torch.full((8,), 1 / 8), torch.eye(8)[0]
     assert float(losses.share_of_entropy(uniform)) == pytest.approx(1.0)
     assert float(losses.share_of_entropy(certain)) == 0.0
@@ -210,7 +210,7 @@ def test_share_of_entropy() -> None:
 
 
 def test_sinkhorn_does_not_overflow() -> None:
-    """Logits of a few units at a small temperature are far beyond exp in float32."""
+    """Logits of a few units at a small temperature exceed exp in float32 by far."""
     assert losses.sinkhorn_knopp(draw(6, 4, scale=50.0).float(), 0.04).isfinite().all()
 
 
@@ -269,7 +269,7 @@ def test_golden_sinkhorn() -> None:
 
 @pytest.mark.parametrize(("x", "ours"), [case[1:3] for case in CASES], ids=[case[0] for case in CASES])
 def test_half_inputs_are_computed_in_float32(x: Tensor, ours) -> None:
-    """A bfloat16 input gives the float32 value of the same numbers, inside autocast too."""
+    """A bfloat16 input gives the float32 value of the same numbers, also inside autocast."""
     rounded = x.bfloat16()
     expected = ours(rounded.float())
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""One step of training, term by term, against a computation that shares the backbone's forward pass alone."""
+"""One training step, term by term, against a computation that shares only the backbone's forward pass."""
 
 import math
 
@@ -96,7 +96,7 @@ def expected_terms(method: Method, batch: Batch, temperature: float) -> dict[str
     ids=["adapt", "v3", "one group", "one head", "two sizes", "local norm"],
 )
 def test_every_term_of_a_step(changes: dict) -> None:
-    """DINO global and local, iBOT, KoLeo and their sum, value and gradient, in float64."""
+    """DINO global and local, iBOT, KoLeo and their sum are right in value and gradient, in float64."""
     method, batch = make(settings(**changes)), batch_of()
     if method.backbone.local_cls_norm is not None:  # which begins as the other norm
         torch.nn.init.normal_(method.backbone.local_cls_norm.weight)
@@ -112,7 +112,7 @@ def test_every_term_of_a_step(changes: dict) -> None:
 
 
 def test_drop_path_grows_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of two blocks sees all images; each branch of the second sees half of them."""
+    """The first of two blocks computes all images; each branch of the second computes half of them."""
     drawn, plain = [], Packing.draw
     monkeypatch.setattr(Packing, "draw", lambda self, share, draw: drawn.append(share) or plain(self, share, draw))
     for grows, expected in ((False, [0.5] * 4), (True, [0.5] * 2)):
@@ -122,7 +122,7 @@ def test_drop_path_grows_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_whole_step_of_the_optimiser_and_the_average() -> None:
-    """Clipping per part, AdamW with its rates, and the moving average, from their formulas."""
+    """Clipping per part, AdamW with its rates, and the moving average follow their formulas."""
     config = settings(clip=0.05, warmup_share=0.0)
     method, batch = make(config), batch_of()
     optimizer = make_optimizer(method.student, config)
@@ -149,7 +149,7 @@ def test_a_whole_step_of_the_optimiser_and_the_average() -> None:
 
 
 def expected_rate(name: str) -> float:
-    """layer_decay 0.98 in a model of two blocks, patch embedding at a fifth, heads at five times."""
+    """The factor with layer_decay 0.98 in a model of two blocks, patch embedding at a fifth, heads at five times."""
     if not name.startswith("backbone."):
         return 5.0
     if ".blocks." in name:
@@ -183,7 +183,7 @@ def gradients_of(method: Method, parts: list[Batch]) -> tuple[Tensor, dict[str, 
     ids=str,
 )
 def test_parts_of_a_batch_add_up_to_the_whole(changes: dict) -> None:
-    """Accumulated gradients are those of the batch at once, Sinkhorn-Knopp and KoLeo included."""
+    """Accumulated gradients equal those of the whole batch, with Sinkhorn-Knopp and KoLeo."""
     config, batch = settings(**changes), batch_of()
     whole, expected = gradients_of(make(config), [batch])
     parts, found = gradients_of(make(config), split_batch(batch, 2))
@@ -191,10 +191,10 @@ def test_parts_of_a_batch_add_up_to_the_whole(changes: dict) -> None:
     assert all(torch.allclose(found[n], expected[n], rtol=1e-8, atol=1e-11) for n in expected)
 
 
-def test_parts_hold_the_same_pictures() -> None:
-    """Crops, masks and indices of a part belong to the same pictures, crop-major."""
+def test_parts_hold_the_same_images() -> None:
+    """Crops, masks and indices of a part belong to the same images, crop-major."""
     batch = batch_of(gram_px=32)
-    number = torch.arange(4.0, dtype=torch.float64).repeat(2)  # of the picture, crop-major
+    number = torch.arange(4.0, dtype=torch.float64).repeat(2)  # of the image, crop-major
     crop = torch.tensor([0.0, 0.5]).repeat_interleave(4)
 
     def mark(crops: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Schedules, and groups of parameters."""
+"""Schedules and parameter groups."""
 
 import math
 
@@ -24,7 +24,7 @@ TINY = ViTConfig(8, 1, 2, 8)
 
 
 def test_golden_schedule() -> None:
-    """Values of the published code (dinov3 at 6876159)."""
+    """The values equal those of the published code (dinov3 at 6876159)."""
     expected = [0, 0.25, 0.5, 0.75, 1, 0.9554, 0.8306, 0.6501, 0.4499, 0.2694, 0.1446, 0.1, 0.1]
     found = [warmup_cosine(step, start=0, peak=1, end=0.1, warmup=4, total=12) for step in range(13)]
     assert found == pytest.approx(expected, abs=5e-5)
@@ -36,7 +36,7 @@ def test_ramp() -> None:
 
 
 def test_ramps_by_half_a_cosine() -> None:
-    """Gram anchoring's weight, that of the local crops with it, and a warm-up: from its first step to its last."""
+    """The Gram weight, the weight of local crops and a warm-up follow half a cosine from first to last step."""
     half = [0, 0.25, 0.75, 1]  # (1 - cos(pi k / 3)) / 2
     config = TrainConfig(steps=10, gram="start", gram_begin_share=0.2, gram_ramp_share=0.4, gram_local_weight=0.5,
                          local_weight=0.8)  # fmt: skip
@@ -53,7 +53,7 @@ def test_ramps_by_half_a_cosine() -> None:
 
 
 def test_adamw_has_the_betas_of_the_settings() -> None:
-    """Three steps from their formulas; the first of a run does not depend on the betas."""
+    """Three steps follow their formulas; the first step of a run does not depend on the betas."""
     betas, rate, decay = (0.5, 0.7), 0.1, 0.04
     config = TrainConfig(betas=betas, batch_size=1024, lr_at_1024=rate, warmup_share=0.0, head_lr=1.0, freeze_share=0.0,
                          ramp_share=0.0)  # fmt: skip
@@ -80,7 +80,7 @@ def student() -> nn.ModuleDict:
 
 
 def test_rates_of_a_vit_small() -> None:
-    """Layer-wise decay 0.9, patch embedding at a fifth; no decay of biases, norms and gammas."""
+    """Layer decay is 0.9, the patch embedding has a fifth; biases, norms and gammas do not decay."""
     config, model = TrainConfig(layer_decay=0.9), student()
     groups = parameter_groups(model, config)
     found = {p: group for group in groups for p in group["params"]}
@@ -99,7 +99,7 @@ def test_rates_of_a_vit_small() -> None:
 
 
 def test_rates_in_the_course_of_a_run() -> None:
-    """Warm-up, freeze and ramp of the backbone, heads at a rate of their own, prototypes held at first."""
+    """Warm-up, freeze and ramp of the backbone; heads with another rate; fixed prototypes at first."""
     config = TrainConfig(steps=100, warmup_share=0.1, freeze_share=0.2, ramp_share=0.09, freeze_prototypes_share=0.05,
                          weight_decay_end=0.4, batch_size=1024, lr_at_1024=1.0, layer_decay=1.0,
                          head_lr=2.0)  # fmt: skip

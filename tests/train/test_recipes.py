@@ -31,7 +31,7 @@ by_name = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.n
 
 
 def text_of(recipe: Recipe) -> str:
-    """The file, or the comment above the preset."""
+    """The file of a recipe, or the comment above the preset."""
     if recipe.name not in PRESETS:
         return (CONFIGS / f"{recipe.name}.toml").read_text(encoding="utf-8")
     code = (ROOT / "dinov3_infer" / "train" / "config.py").read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def said(recipe: Recipe) -> dict[str, tuple[str, str]]:
 
 
 def shown(value: Any) -> str:
-    """As a line has it."""
+    """A value as the lines of a recipe write it."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, int | float) else str(value)
@@ -68,7 +68,7 @@ def same(ours: Any, source: Any) -> bool:
 
 
 def unused(config: TrainConfig) -> set[str]:
-    """Settings that change nothing in a run with these others."""
+    """Settings that have no effect beside these others."""
     known = {field.name for field in fields(config)}
     return (
         {name for name in known if name.startswith("gram_") and config.gram == "off"} - {"gram_px"}
@@ -83,7 +83,7 @@ def unused(config: TrainConfig) -> set[str]:
 
 
 def in_effect(config: TrainConfig, name: str) -> Any:
-    """A setting, where 0 stands for another one's value."""
+    """The value of a setting; 0 may stand for that of another setting."""
     other = {"ibot_hidden": config.head_hidden, "ibot_bottleneck": config.head_bottleneck}
     return getattr(config, name) or other.get(name, getattr(config, name))
 
@@ -101,7 +101,7 @@ def test_settings_are_the_sources_or_the_difference_is_said(recipe: Recipe) -> N
 
 @by_name
 def test_no_setting_is_left_out(recipe: Recipe) -> None:
-    """Whatever changes the numbers of a run has a value of the source, and a place where it stands."""
+    """Each setting that changes the numbers of a run has a value of the source, with its line."""
     config = config_of(recipe)
     known = {field.name for field in fields(TrainConfig)}
     assert known - MACHINE - unused(config) == set(recipe.settings) - unused(config)
@@ -117,7 +117,7 @@ def test_every_recipe_with_a_source_is_compared() -> None:
 
 
 def rates(config: TrainConfig, step: int) -> tuple[float, float]:
-    """Learning rates of the final norm and of the prototypes."""
+    """Learning rates of the final norm and of the prototypes, by step."""
     groups = [dict(rate=1.0, decays=False, backbone=True, prototypes=False),
               dict(rate=config.head_lr, decays=False, backbone=False, prototypes=True)]  # fmt: skip
     optim.set_rates(SimpleNamespace(param_groups=groups), config, step)  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ def rates(config: TrainConfig, step: int) -> tuple[float, float]:
 
 
 def looked_at(total: int) -> list[int]:
-    """All along a run, and every step near its ends and near what happens at a whole part of it."""
+    """Steps all along a run, and each step near its ends and near changes of a schedule."""
     edges = [0, *(round(total * share) for share in (0.005, 0.01, 0.05, 0.1, 1 / 3, 0.3)), 1000, 11_000, total - 1]
     near = {step for edge in edges for step in range(edge - 60, edge + 61)}
     return sorted(step for step in near | set(range(0, total, max(1, total // 20_000))) if 0 <= step < total)
@@ -150,7 +150,7 @@ def test_schedules_over_their_whole_length(recipe: Recipe) -> None:
 
 
 def test_gram_anchoring_has_the_published_form_once_it_begins() -> None:
-    """Weights step by step, and when the teacher is renewed, counted from its beginning."""
+    """Weights step by step, and renewals of the teacher, counted from the beginning of anchoring."""
     [recipe] = [recipe for recipe in RECIPES if recipe.name == "dinov3_gram"]
     config, source = config_of(recipe), recipe.schedules()
     begin = config.share(config.gram_begin_share)
@@ -164,7 +164,7 @@ def test_gram_anchoring_has_the_published_form_once_it_begins() -> None:
 
 @pytest.mark.parametrize("name", [*PRESETS, *(path.stem for path in sorted(CONFIGS.glob("*.toml")))])
 def test_new_heads_do_not_move_released_weights_at_once(name: str) -> None:
-    """Where a run starts from weights, which have no heads, these learn by themselves at first."""
+    """A run from released weights, which have no heads, trains only the heads at first."""
     given = ["--preset", name] if name in PRESETS else ["--config", str(CONFIGS / f"{name}.toml")]
     config, _ = parse([*given, *(["--teacher", "dinov2_vits14"] if name == "distill" else [])])
     if config.from_scratch or not (config.dino_weight or config.ibot_weight):
@@ -176,7 +176,7 @@ def test_new_heads_do_not_move_released_weights_at_once(name: str) -> None:
 
 
 def test_the_short_run_is_the_recorded_one() -> None:
-    """Whose minutes and 20-NN its comment quotes."""
+    """The comment of the recipe quotes the minutes and 20-NN of the record."""
     record = json.loads((ROOT / "tests" / "benchmarks" / "records" / "adaptation.json").read_text(encoding="utf-8"))
     config, recorded = parse(["--config", str(CONFIGS / "short_cpu.toml")])[0], record["plain"]["settings"]
     ours = {field.name: getattr(config, field.name) for field in fields(config)}
@@ -190,9 +190,9 @@ def test_the_short_run_is_the_recorded_one() -> None:
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
 def test_what_is_marked_as_published_is(name: str) -> None:
-    """A default whose text ends with "v3" is a value of at least one of the published configurations."""
+    """A default whose text ends with "as DINOv3" is a value of at least one of the published configurations."""
     [field] = [field for field in fields(TrainConfig) if field.name == name]
-    if not field.metadata.get("text", "").endswith("v3"):
+    if not field.metadata.get("text", "").endswith("as DINOv3"):
         return
     values = [recipe.settings[name][0] for recipe in RECIPES[:4] if name in recipe.settings]
     assert any(same(field.default, value) for value in values), values

@@ -1,4 +1,4 @@
-"""A run that is resumed is the one that was begun: its images, settings, checkpoints and records are looked at."""
+"""A resumed run must have the images, settings, checkpoints and records of the run that was started."""
 
 import json
 import multiprocessing
@@ -23,8 +23,8 @@ from dinov3_infer.errors import CheckpointError, InputError
 from dinov3_infer.locks import locked
 from dinov3_infer.train.command import main, parse
 from dinov3_infer.train.config import TrainConfig
+from dinov3_infer.train.datasets import open_data
 from dinov3_infer.train.loop import train
-from dinov3_infer.train.pictures import open_data
 
 SMALL: dict[str, Any] = dict(
     steps=4, batch_size=4, num_local=0, global_px=32, dino_prototypes=16, ibot_prototypes=16, head_hidden=16,
@@ -59,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(finished: Path, tmp_path: Path) -> Path:
-    """A folder with images, and the run of them."""
+    """A folder with images and a finished run on them."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -87,11 +87,11 @@ def rewritten(images: Path) -> None:
 def test_other_images_are_refused(change: Callable[[Path], None], place: Path) -> None:
     change(place / "images")
     text = complaint(InputError, lambda: go(settings(place, steps=6), resume=True))
-    assert "began with other images" in text and str(place / "run") in text
+    assert "started with other images" in text and str(place / "run") in text
 
 
 def test_a_folder_may_be_moved(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all that is in it, and be named in another way."""
+    """The folder of a run may be moved with its contents, and be named by another path."""
     before = open_data(place / "images").digest()
     monkeypatch.chdir(place)
     assert open_data("images").digest() == before
@@ -107,7 +107,7 @@ def test_another_seed_or_batch_size_is_refused(change: dict[str, Any], place: Pa
 
 def test_other_settings_are_named(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     go(settings(place, steps=6, workers=1), resume=True)
-    assert "going on with other settings than before: steps 4 -> 6" in caplog.text
+    assert "settings changed since the checkpoint: steps 4 -> 6" in caplog.text
 
 
 # --- records --------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ STATE, TENSORS = "checkpoints/00000004/state.json", "checkpoints/00000004/tensor
 def test_damage_is_one_sentence(
     name: str, change: Callable[[bytes], bytes], place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It names the file, or what is other than before, and the way on; the run is not touched."""
+    """The error names the file or the difference, and the remedy; the run is unchanged."""
     path = place / "run" / name
     path.write_bytes(change(path.read_bytes()))
     before = {p: p.read_bytes() for p in (place / "run").rglob("*") if p.is_file()}
@@ -156,7 +156,7 @@ def test_damage_is_one_sentence(
         [] if name == "config.json" else ["--data", str(place / "images")]
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dinov3_infer.train.loop._build", _never)
+        patch.setattr("dinov3_infer.train.loop.build_method", _never)
         status = main(argv)
     said = capsys.readouterr().err
     if "never" in said:  # what a checkpoint says is looked at after the model is there
@@ -164,7 +164,7 @@ def test_damage_is_one_sentence(
         said = complaint((InputError, CheckpointError), lambda: go(config, resume=True))  # type: ignore[arg-type]
         status = 2
     assert status == 2 and said.count("\n") <= 1
-    assert path.name in said or path.parent.name in said or "began with" in said or "the run in" in said
+    assert path.name in said or path.parent.name in said or "started with" in said or "the run in" in said
     assert {p: p.read_bytes() for p in (place / "run").rglob("*") if p.is_file()} == before
 
 
@@ -173,10 +173,10 @@ def _never(*_: Any) -> None:
 
 
 def test_a_damaged_checkpoint_may_be_removed(place: Path) -> None:
-    """The one before it is whole."""
+    """The checkpoint before it is complete."""
     (place / "run" / TENSORS).write_bytes(b"")
     said = complaint(CheckpointError, lambda: go(settings(place), resume=True))
-    assert "remove that folder, and --resume goes on from the one before" in said
+    assert "remove that folder and --resume, which continues from the checkpoint before" in said
     shutil.rmtree(place / "run" / "checkpoints" / "00000004")
     go(settings(place), resume=True)
 
@@ -184,15 +184,15 @@ def test_a_damaged_checkpoint_may_be_removed(place: Path) -> None:
 def test_a_checkpoint_without_a_state_is_named(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     (place / "run" / STATE).unlink()
     go(settings(place), resume=True)
-    assert "00000004' has no state.json and is left out" in caplog.text
+    assert "00000004', which has no state.json" in caplog.text
 
 
 def test_old_checkpoints_are_resumed(place: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of a version without checksums and digests of images; a line says what could not be checked."""
+    """Older versions wrote no checksums and digests; the log names what was not checked."""
     path = place / "run" / STATE
     path.write_bytes(without("sha256")(without("data")(path.read_bytes())))
     go(settings(place, steps=6), resume=True)
-    assert "its tensors are taken unchecked" in caplog.text and "so these are taken unchecked" in caplog.text
+    assert "its tensors are not checked" in caplog.text and "does not record its images" in caplog.text
 
 
 @pytest.mark.parametrize("line", ['{"a": 1}', "[]", "{", '{"step": "x"}', "\xff", '{"step": null}'], ids=ascii)
@@ -201,7 +201,7 @@ def test_damaged_metrics_are_named_and_left_out(line: str, place: Path, caplog: 
     whole = path.read_bytes()
     path.write_bytes(line.encode("latin-1") + b"\n" + whole + b'{"step": 5, "lo')
     go(settings(place), resume=True)
-    assert "metrics.jsonl': 1 damaged lines are left out" in caplog.text
+    assert "metrics.jsonl': removed 1 damaged lines" in caplog.text
     assert path.read_bytes() == whole
 
 
@@ -217,7 +217,7 @@ def _hold(folder: Path, ready: Any, done: Any) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="locks")
 @pytest.mark.parametrize("resume", [False, True], ids=["new", "resumed"])
 def test_a_second_run_into_a_folder_is_refused(resume: bool, place: Path) -> None:
-    """Also before the first one has a checkpoint; the lock ends with its process."""
+    """This holds before the first checkpoint too; the lock ends with its process."""
     if not resume:
         shutil.rmtree(place / "run")
         (place / "run").mkdir()
@@ -234,7 +234,7 @@ def test_a_second_run_into_a_folder_is_refused(resume: bool, place: Path) -> Non
 
 
 def test_an_unwell_run_goes_on_saving(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is not to stop."""
+    """A collapsed run continues to write checkpoints with stop_on_collapse=False."""
     from dinov3_infer.train.health import Health
 
     shutil.rmtree(place / "run")
@@ -247,7 +247,7 @@ def test_an_unwell_run_goes_on_saving(place: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)], ids=str)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_that_is_told_to_stop_keeps_its_steps(number: int, status: int, workers: int, place: Path) -> None:
-    """A checkpoint of the step it is at; what goes on from there is the run that was not stopped."""
+    """It writes a checkpoint of its step; the resumed run equals an undisturbed one."""
     given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items()
                      if name not in ("workers", "steps", "checkpoint_steps", "stop_on_collapse"))  # fmt: skip
     argv = ["train", "--data", str(place / "images"), "--out", str(place / "new"), "--model", "nano", *given.split(),
@@ -265,4 +265,4 @@ def test_a_run_that_is_told_to_stop_keeps_its_steps(number: int, status: int, wo
     assert started.returncode == status and "Traceback" not in said, said
     (kept,) = (place / "new" / "checkpoints").iterdir()
     step = int(kept.name)
-    assert 3 <= step < 200 and f"stopped at step {step} of 400; --resume goes on from there" in said
+    assert 3 <= step < 200 and f"stopped at step {step} of 400; --resume continues from there" in said

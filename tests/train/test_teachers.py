@@ -1,4 +1,4 @@
-"""The teachers of Gram anchoring and distillation, the heads, and which parts of a model learn."""
+"""The teachers of Gram anchoring and distillation, the heads, and the trained parts of a model."""
 
 import copy
 from dataclasses import replace
@@ -15,7 +15,7 @@ from dinov3_infer.train.method import Method
 
 
 def test_gram_holds_on_to_the_start() -> None:
-    """The anchor looks at larger crops, is resized to the student's grid, and stays as it was."""
+    """The Gram teacher sees larger crops, is resized to the student's grid, and does not change."""
     method = make(settings(gram="start"))
     batch = batch_of(gram_px=128)
     anchor = copy.deepcopy(method.gram_teacher)
@@ -31,7 +31,7 @@ def test_gram_holds_on_to_the_start() -> None:
 
 
 def test_gram_begins_and_weighs_as_its_schedule_says() -> None:
-    """No term before its time; then it and the local crops' part have the weights of the step."""
+    """There is no term before anchoring begins; then it and the local part have the weights of the step."""
     method = make(settings(gram="renew", gram_begin_share=0.2, gram_ramp_share=0.4, gram_local_weight=0.5))
     assert "gram" not in terms_of(method, batch_of(), step=1)
     for step, gram, local in ((1, 0.0, 1.0), (3, 0.5, 0.875), (5, 2.0, 0.5), (9, 2.0, 0.5)):
@@ -43,7 +43,7 @@ def test_gram_begins_and_weighs_as_its_schedule_says() -> None:
 
 @pytest.mark.parametrize(("renewals", "expected"), [(0, [2, 4, 6, 8]), (1, [2, 4]), (2, [2, 4, 6])])
 def test_the_gram_teacher_is_renewed_from_the_average(renewals: int, expected: list[int]) -> None:
-    """After these steps, so many times after the copy with which anchoring begins; never from the student."""
+    """It is copied at the steps of the renewals, as often as set, and never from the student."""
     config = settings(gram="renew", gram_begin_share=0.2, gram_renew_steps=2, gram_renewals=renewals, steps=9)
     method = make(config)
     changed = []
@@ -61,7 +61,7 @@ def test_the_gram_teacher_is_renewed_from_the_average(renewals: int, expected: l
 
 
 def test_distillation_by_features() -> None:
-    """Standardised teacher features over all steps so far; student and teacher may differ in patch and width."""
+    """Teacher features are standardised over all steps; student and teacher may differ in patch and width."""
     teacher = tiny(1, replace(TINY, embed_dim=32, patch_size=14))
     config = settings(teacher="given", num_local=0, dino_weight=0.0, ibot_weight=0.0, koleo_weight=0.0,
                       feature_weight=1.0, relation_weight=1.0)  # fmt: skip
@@ -100,7 +100,7 @@ def test_grids_that_differ_are_refused() -> None:
 
 
 def test_the_backbone_is_frozen_at_first() -> None:
-    """Heads learn from the start, the backbone from freeze_share on."""
+    """Heads are trained from the start, the backbone from freeze_share on."""
     method, batch = make(settings(freeze_share=0.5)), batch_of()
     for step, learns in ((0, False), (4, False), (5, True)):
         method.zero_grad(set_to_none=True)
@@ -126,7 +126,7 @@ def test_parts_of_the_backbone_learn(changes: dict, learning: set[str]) -> None:
 
 
 def test_a_norm_for_local_crops_is_made_once() -> None:
-    """It begins as the final norm, so that no feature changes; student and average have it, and weights keep theirs."""
+    """It starts as the final norm, so features do not change; student and average have it; loaded ones are kept."""
 
     def made(**changes: bool) -> Method:
         torch.manual_seed(3)
@@ -147,7 +147,7 @@ def test_a_norm_for_local_crops_is_made_once() -> None:
 
 @pytest.mark.parametrize("changes", [{}, dict(dino_weight=0.0)], ids=str)
 def test_one_head_keeps_two_centres(changes: dict) -> None:
-    """Those of class tokens and of masked patches; the head is there where only one of the two is asked for, too."""
+    """Class tokens and masked patches have separate centres, also if only one of the losses is on."""
     method, batch = make(settings(ibot_prototypes=0, centring="centre", standardise=False, **changes)), batch_of()
     assert [name for name in method.student if name.endswith("head")] == ["dino_head"]
     seen = method.average(batch.global_crops)
@@ -177,7 +177,7 @@ def test_registers_and_teachers_get_no_gradient() -> None:
     ids=str,
 )
 def test_sizes_of_the_heads(changes: dict, expected: dict[str, tuple[int, int, int]]) -> None:
-    """Hidden width, bottleneck and prototypes, in the student and in its average."""
+    """Hidden width, bottleneck and prototypes are right in student and moving average."""
     method = make(settings(**changes))
     for model in (method.student, method.ema):
         heads = {name: head for name, head in model.items() if name.endswith("head")}

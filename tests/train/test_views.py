@@ -1,4 +1,4 @@
-"""Crops, distortions and masks of the trainer."""
+"""Crops, augmentations and masks of the trainer."""
 
 import colorsys
 import math
@@ -19,18 +19,18 @@ from dinov3_infer.train.views import ViewConfig, block_mask, collate, make_views
 PLAIN = dict(jitter_probability=0.0, grey=0.0, global_blur=(0.0, 0.0), local_blur=0.0, solarize=0.0)
 
 
-def picture(height: int = 300, width: int = 400) -> Tensor:
+def sample(height: int = 300, width: int = 400) -> Tensor:
     return torch.from_numpy(photo(height, width).transpose(2, 0, 1).copy())
 
 
 def ramps(side: int = 240) -> Tensor:
-    """Red grows from left to right, green from top to bottom: a crop shows where it was."""
+    """An image whose red grows to the right and green to the bottom, so that a crop shows its region."""
     ramp = torch.linspace(0, 240, side).round().to(torch.uint8).expand(side, side)
     return torch.stack((ramp, ramp.T, torch.zeros_like(ramp)))
 
 
 def region(crop: Tensor) -> tuple[float, float, bool]:
-    """Height and width of a crop of `ramps` as shares of the picture, and whether it was flipped."""
+    """Height and width of a crop of `ramps` as shares of the image, and whether it was flipped."""
     red, green = crop[0].float().mean(0), crop[1].float().mean(1)
     inner = slice(len(red) // 4, 3 * len(red) // 4)  # the filter bends the ends
     scale = len(red) / (inner.stop - inner.start - 1) / 240
@@ -42,17 +42,17 @@ def region(crop: Tensor) -> tuple[float, float, bool]:
 
 
 def test_shapes() -> None:
-    """Two global crops, L local ones, and the gram crops if they are asked for; always uint8."""
-    made = make_views(picture(), ViewConfig(64, 32, gram_px=48, num_local=3), generator(0, 0, "views"))
+    """Two global crops, L local ones, and Gram crops if requested; all uint8."""
+    made = make_views(sample(), ViewConfig(64, 32, gram_px=48, num_local=3), generator(0, 0, "views"))
     assert [tuple(crops.shape) for crops in made] == [(2, 3, 64, 64), (3, 3, 32, 32), (2, 3, 48, 48)]
     assert {crops.dtype for crops in made} == {torch.uint8}
-    bare = make_views(picture(), ViewConfig(64, num_local=0), generator(0, 0, "views"))
+    bare = make_views(sample(), ViewConfig(64, num_local=0), generator(0, 0, "views"))
     assert bare.gram_crops is None and len(bare.local_crops) == 0
 
 
 @pytest.mark.parametrize("kind", ["global_crops", "local_crops"])
 def test_regions_and_flips(kind: str) -> None:
-    """Areas fill their range evenly, aspects lie in 3/4 to 4/3, half of the crops are flipped."""
+    """Areas are uniform in their range, aspects lie in 3/4 to 4/3, half of the crops are mirrored."""
     config = ViewConfig(96, 96, num_local=2, **PLAIN)
     crops = [crop for i in range(150) for crop in getattr(make_views(ramps(), config, generator(0, i, "v")), kind)]
     found = [region(crop) for crop in crops]
@@ -69,21 +69,21 @@ def test_regions_and_flips(kind: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(7, 900), (900, 7), (1, 1), (3, 4)], ids=str)
-def test_odd_pictures(size: tuple[int, int]) -> None:
-    """Strips and single pixels give crops as well."""
-    made = make_views(picture(*size), ViewConfig(64, 32, gram_px=32), generator(0, 0, "views"))
+def test_odd_images(size: tuple[int, int]) -> None:
+    """Strips and single pixels give crops too."""
+    made = make_views(sample(*size), ViewConfig(64, 32, gram_px=32), generator(0, 0, "views"))
     assert made.global_crops.float().std() > 0 or size == (1, 1)
 
 
 def test_a_strip_gives_what_fits_in_its_middle() -> None:
-    """Where no crop of the asked area fits, the largest of a permitted aspect in the middle counts."""
-    assert views._region(picture(6, 900), (0.9, 1.0), iter([0.5] * 99)) == (0, 446, 6, 8)
-    assert views._region(picture(900, 6), (0.9, 1.0), iter([0.5] * 99)) == (446, 0, 8, 6)
+    """If no crop of the requested area fits, the crop is the largest permitted one in the middle."""
+    assert views._region(sample(6, 900), (0.9, 1.0), iter([0.5] * 99)) == (0, 446, 6, 8)
+    assert views._region(sample(900, 6), (0.9, 1.0), iter([0.5] * 99)) == (446, 0, 8, 6)
 
 
 def test_resizing_is_pillows() -> None:
-    """An antialiased bicubic cut of a region, as Pillow cuts it."""
-    image = picture()
+    """A crop equals Pillow's antialiased bicubic resize of its region."""
+    image = sample()
     ours = views._cut(image, (20, 30, 200, 260), False, 96)
     theirs = (
         Image.fromarray(image.permute(1, 2, 0).numpy())
@@ -95,16 +95,16 @@ def test_resizing_is_pillows() -> None:
 
 
 def test_size_from_which_nothing_is_blown_up() -> None:
-    """The smallest crop of each kind still has as many pixels in the picture as in the view."""
-    assert ViewConfig().picture_px == 430  # 96 / sqrt(0.05)
-    assert ViewConfig(num_local=0).picture_px == 396  # 224 / sqrt(0.32)
-    assert ViewConfig(gram_px=512).picture_px == 906
+    """The smallest crop of each kind has at least as many pixels in the image as in the view."""
+    assert ViewConfig().image_px == 430  # 96 / sqrt(0.05)
+    assert ViewConfig(num_local=0).image_px == 396  # 224 / sqrt(0.32)
+    assert ViewConfig(gram_px=512).image_px == 906
 
 
 @pytest.mark.parametrize("distorted", [False, True], ids=["clean", "distorted"])
 def test_gram_crops_show_the_same_regions(distorted: bool) -> None:
-    """They are the global crops at another size, without or with their colours."""
-    smooth = torch.nn.functional.interpolate(picture(12, 16)[None], size=(300, 400), mode="bicubic", antialias=True)[0]
+    """They are the global crops at another size, with or without their colours."""
+    smooth = torch.nn.functional.interpolate(sample(12, 16)[None], size=(300, 400), mode="bicubic", antialias=True)[0]
     config = ViewConfig(96, 32, gram_px=192, num_local=0, gram_distortions=distorted, solarize=1.0)
     made = make_views(smooth, config, generator(1, 0, "views"))
     assert made.gram_crops is not None
@@ -121,8 +121,8 @@ def test_gram_crops_show_the_same_regions(distorted: bool) -> None:
 
 
 def test_views_depend_on_the_generator_alone() -> None:
-    """Not on threads, on the order of bytes in memory or on torch's own generator."""
-    image, config = picture(), ViewConfig(64, 32)
+    """Threads, memory layout and torch's global generator have no effect."""
+    image, config = sample(), ViewConfig(64, 32)
     first = make_views(image, config, generator(0, 3, "views", 5))
     torch.rand(7)
     packed = image[None].contiguous(memory_format=torch.channels_last)[0]
@@ -133,7 +133,7 @@ def test_views_depend_on_the_generator_alone() -> None:
 
 
 def test_generators_differ_in_every_argument() -> None:
-    """Seed, step, purpose and index each count, and equal arguments draw equally."""
+    """Seed, step, purpose and index each change the draws; equal arguments give equal draws."""
     keys = [(s, t, p, i) for s in (0, 1, 11) for t in (0, 1, 11) for p in ("views", "mask") for i in (0, 1, 11)]
     drawn = {key: float(torch.rand((), generator=generator(*key), dtype=torch.float64)) for key in keys}
     assert len(set(drawn.values())) == len(keys)
@@ -144,7 +144,7 @@ def test_generators_differ_in_every_argument() -> None:
 
 
 def test_probabilities_are_those_of_the_released_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every distortion leaves a mark on a grey picture: which crops got it, and how often.
+    """Every distortion leaves a mark on a grey image: which crops got it, and how often.
 
     The published code says 1.0 and 0.1 for the blur of crops 1 and 2, and does 0 and 0.9.
     """
@@ -163,7 +163,7 @@ def test_probabilities_are_those_of_the_released_models(monkeypatch: pytest.Monk
 
 
 def test_jitter_amounts_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each amount fills its range, as the blur's does, and the four come in any order."""
+    """Each amount fills its range, as does the blur's, and the four come in all orders."""
     orders, amounts = [], []
     sigmas: list[float] = []
     monkeypatch.setattr(views, "blur", lambda pixels, sigma: sigmas.append(sigma) or pixels)
@@ -172,7 +172,7 @@ def test_jitter_amounts_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
         jitters = [lambda _, amount, k=k, done=done: done.append((k, amount)) for k in range(4)]
         monkeypatch.setattr(views, "JITTERS", jitters)
         config = ViewConfig(16, num_local=0, jitter_probability=1.0)
-        make_views(picture(32, 32), config, generator(0, i, "views"))
+        make_views(sample(32, 32), config, generator(0, i, "views"))
         orders.append(tuple(k for k, _ in done[:4]))
         amounts.append([amount for _, amount in sorted(done[:4])])
     assert len(set(orders)) == 24
@@ -183,7 +183,7 @@ def test_jitter_amounts_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_distorted_pixels_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the nearest grey level, white and black included."""
+    """Pixels are rounded to the nearest grey level, including white and black."""
     config = ViewConfig(16, num_local=0, **{**PLAIN, "global_blur": (1.0, 1.0)})
     for level, change, wanted in ((100, 0.6, 101), (100, 0.4, 100), (255, 0.0, 255), (0, 0.0, 0)):
         monkeypatch.setattr(views, "blur", lambda pixels, _, change=change: pixels.add_(change))
@@ -195,7 +195,7 @@ def test_distorted_pixels_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_masked_counts_are_the_published_ladder() -> None:
-    """DINOv3 at 6876159 with 4 pictures of 256 patches: half of the 8 crops, from 0.2 to 0.5 in equal steps."""
+    """As DINOv3 at 6876159 for 4 images of 256 patches: half of 8 crops, from 0.2 to 0.5 in equal steps."""
     counts = masked_counts(8, 256, generator(0, 0, "masked"))
     assert sorted(counts) == [0, 0, 0, 0, 51, 76, 102, 128]
     orders = {tuple(masked_counts(8, 256, generator(0, step, "masked"))) for step in range(20)}
@@ -206,7 +206,7 @@ def test_masked_counts_are_the_published_ladder() -> None:
 @pytest.mark.parametrize("grid", [(16, 16), (14, 14), (8, 12), (2, 2), (1, 1)], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.11, 0.5, 1.0])
 def test_masks_have_the_exact_count(grid: tuple[int, int], share: float) -> None:
-    """Whatever the rectangles leave over is filled up."""
+    """Single patches fill up the rectangles to the exact count."""
     count = int(share * grid[0] * grid[1])
     for seed in range(10):
         assert int(block_mask(grid, count, generator(seed, 0, "mask")).sum()) == count
@@ -226,9 +226,9 @@ def test_masks_are_made_of_rectangles() -> None:
 
 
 def test_collate_is_crop_major_and_normalises() -> None:
-    """Crop 1 of all pictures, then crop 2; pixels are (value / 255 - mean) / std."""
+    """Crop 1 of all images, then crop 2; pixels are (value / 255 - mean) / std."""
     config = ViewConfig(32, 16, num_local=3, gram_px=16)
-    made = [make_views(picture(), config, generator(0, 0, "views", i)) for i in range(3)]
+    made = [make_views(sample(), config, generator(0, 0, "views", i)) for i in range(3)]
     parts = [views.Views(*(torch.stack(crops) for crops in zip(*some, strict=True))) for some in (made[:2], made[2:])]
     masks = torch.stack([torch.full((2, 4), i < 1) for i in range(3)])
     batch = collate(parts, masks, torch.arange(3), config)
@@ -248,13 +248,13 @@ def test_collate_is_crop_major_and_normalises() -> None:
         (dict(local_px=96, patch_size=14, global_px=112), "the nearest is 98"),
         (dict(global_scale=(0.5, 0.3)), "global_scale=(0.5, 0.3)"),
         (dict(mask_ratio=(0.0, 0.5)), "mask_ratio"),
-        (dict(global_blur=(0.0, 1.5)), "global_blur=1.5 is a probability"),
+        (dict(global_blur=(0.0, 1.5)), "global_blur=1.5 is no probability"),
         (dict(flip=-0.1), "flip=-0.1"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_wrong_settings(options: dict[str, object], said: str) -> None:
-    """One sentence that names the setting."""
+    """The error is one sentence that names the setting."""
     assert said in complaint(InputError, lambda: ViewConfig(**options))
 
 
@@ -276,7 +276,7 @@ def turned(x: np.ndarray, amount: float) -> np.ndarray:
 
 
 def blurred(x: np.ndarray, sigma: float) -> np.ndarray:
-    """A double loop over the 81 taps."""
+    """A crop blurred by a double loop over the 81 taps."""
     offsets = range(-4, 5)
     weight = {i: math.exp(-(i**2) / (2 * sigma**2)) for i in offsets}
     padded = np.pad(x, ((4, 4), (4, 4), (0, 0)), mode="reflect")
@@ -325,7 +325,7 @@ def distorted(name: str, pixels: Tensor, amount: float) -> Tensor:
 
 @pytest.mark.parametrize("name, amount", CASES, ids=str)
 def test_distortions_are_their_definitions(name: str, amount: float) -> None:
-    """Within a hundredth of a grey level of the definition in float64 (the blur: a tenth, it leaves out far taps)."""
+    """They agree within 0.01 grey levels with the definition in float64, the blur within 0.1."""
     pixels = colours()
     ours = distorted(name, torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)), amount)
     wanted = DEFINITIONS[name](pixels / 255.0, amount) * 255.0
@@ -335,7 +335,7 @@ def test_distortions_are_their_definitions(name: str, amount: float) -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("name, amount", CASES, ids=str)
 def test_distortions_are_torchvisions(name: str, amount: float) -> None:
-    """torchvision's v2 functionals on float pixels, from which the published recipes are made."""
+    """They agree with torchvision's v2 functionals on float pixels, which the published recipes use."""
     v2 = pytest.importorskip("torchvision.transforms.v2.functional")
     pixels = torch.from_numpy(colours().transpose(2, 0, 1).astype(np.float32))
     peer = {

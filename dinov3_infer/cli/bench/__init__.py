@@ -1,4 +1,4 @@
-"""`dinov3-infer bench`: this package against everything else that is installed."""
+"""`dinov3-infer bench`: the speed of this package against the other libraries that are installed."""
 
 from .report import run
 

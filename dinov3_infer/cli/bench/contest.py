@@ -1,6 +1,7 @@
-"""The method: contestants are judged first, then timed in interleaved rounds over rotating inputs.
+"""The method: each contestant's result is checked first, then all are timed in interleaved rounds.
 
-A wrong contestant is reported and not timed.  On a GPU time is that between CUDA events, on a CPU a plain clock.
+A contestant with a wrong result is reported and not timed.  Times come from CUDA events on a GPU, from the wall clock
+on a CPU.
 """
 
 import random
@@ -16,45 +17,53 @@ import torch
 __all__ = ["Cell", "Run", "Settings", "contest", "interleaved", "ratios", "reason", "spread"]
 
 Run = Callable[[], Any]
-Entry = dict[str, Any]  # what is recorded of a contestant
+Entry = dict[str, Any]  # the record of a contestant
 Prepare = Callable[[Run, Entry], Run]
-Keep = Callable[[Entry], None]  # given the record of a cell each time that it has grown
+Keep = Callable[[Entry], None]  # called with the record of a cell whenever it grows
 
 
 def say_nothing(what: str) -> None:
-    """A function with a name, since settings go to other processes."""
+    """Reports no progress.  A named function, since settings are pickled for other processes."""
 
 
 @dataclass(frozen=True)
 class Settings:
     device: torch.device
     rounds: int = 9
-    least_ms: float = 6.0  # of one measurement
-    tell: Callable[[str], None] = say_nothing  # of progress
+    least_ms: float = 6.0  # shortest measurement; faster runs are repeated
+    tell: Callable[[str], None] = say_nothing  # reports progress
 
     @property
     def cuda(self) -> bool:
+        """Whether the device is a CUDA GPU."""
         return self.device.type == "cuda"
 
 
 @dataclass
 class Cell:
-    """One row of a table: the same inputs for all."""
+    """One row of a table: contestants with the same inputs."""
 
-    what: dict[str, Any]  # tokens, heads and so on: names the row
+    what: dict[str, Any]  # name of the row, such as tokens and heads
     inputs: Sequence[Any]
     contestants: Mapping[str, Callable[[Any], Any]]
-    judge: Callable[[Any], float]  # relative error of what the first input gave
-    limit: float | Mapping[str, float]  # of that error, for all or for each
+    judge: Callable[[Any], float]  # error of the output for the first input
+    limit: float | Mapping[str, float]  # largest error allowed, for all contestants or by name
 
 
 def contest(
     cell: Cell, settings: Settings, prepare: Prepare | None = None, keep: Keep = lambda record: None
 ) -> dict[str, Any]:
-    """The record of a cell: error, memory and times of each contestant, or why it has none.
+    """Checks and times the contestants of a cell.
 
-    `rounds_ms` are the milliseconds of one input in each round.  `prepare` is given a run over all inputs and the entry
-    of its contestant, and gives what is timed.  `keep` is called after each contestant and after each round.
+    Args:
+        cell: the contestants and their inputs.
+        settings: device, rounds and shortest measurement.
+        prepare: turns a run over all inputs, and the entry of its contestant, into the run that is timed.
+        keep: called with the record after each contestant and after each round.
+
+    Returns:
+        The record: for each contestant its error, its memory and `rounds_ms` (milliseconds per input in each round), or
+        the reason why it was refused.
     """
     found: dict[str, Entry] = {}
     runs: dict[str, Run] = {}
@@ -84,7 +93,7 @@ def contest(
 
 
 def _judged(call: Callable[[Any], Any], cell: Cell, limit: float, settings: Settings) -> Entry:
-    """Error and memory; the first call compiles, the second is looked at."""
+    """Error and memory of a contestant; the first call may compile, the second one is measured."""
     error = cell.judge(call(cell.inputs[0]))
     if not error <= limit:
         return {"error": error, "refused": f"wrong: error {error:.2g}, {limit:.2g} is allowed"}
@@ -110,9 +119,13 @@ def interleaved(
     seed: int = 0,
     after_round: Callable[[Mapping[str, list[float]]], None] = lambda times: None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of one run in each round; within a round the order is drawn anew.
+    """Milliseconds of one run in each round, by name; each round has another random order.
 
-    `after_round` is given those up to then.
+    Args:
+        runs: functions to time, by name.
+        settings: device, rounds and shortest measurement.
+        seed: of the order.
+        after_round: called with the times so far.
     """
     repeats = {}
     for name, run in runs.items():
@@ -146,12 +159,12 @@ def elapsed(run: Run, repeats: int, settings: Settings) -> float:
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
-    """Of the times of each round."""
+    """Their time divided by ours, for each round."""
     return [a / b for a, b in zip(theirs, ours, strict=True)]
 
 
 def spread(values: Sequence[float]) -> float:
-    """Half the distance between the quartiles."""
+    """Half the interquartile range."""
     if len(values) < 2:
         return 0.0
     low, _, high = quantiles(values, n=4, method="inclusive")
@@ -159,6 +172,6 @@ def spread(values: Sequence[float]) -> float:
 
 
 def reason(error: Exception) -> str:
-    """One line of an exception."""
+    """The first line of an exception, with its type."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:240]

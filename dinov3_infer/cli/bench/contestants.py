@@ -1,7 +1,7 @@
-"""Who takes part in `dinov3-infer bench`: whatever is installed, in each of the ways in which it can be run.
+"""The contestants of `dinov3-infer bench`: each installed library, in each of its modes.
 
-All have the weights of one model of ours and are given the same pixels.  A library is imported when its first
-contestant is called; one that cannot be built or run is refused with the reason, and the others go on.
+All have the same weights and get the same pixels.  A library is imported when its first contestant is called.  A
+contestant that cannot be built or run is refused with the reason; the others continue.
 """
 
 import copy
@@ -31,17 +31,17 @@ from .setup import Call, Contestant, Precision, Setup, quiet
 
 __all__ = ["cell_of", "contestants", "timm_model"]
 
-# 1 - cosine of the worst token, in each class of arithmetic; what computes something else is far beyond
+# largest 1 - cosine of the worst token, by precision; a wrong computation exceeds it by far
 LIMITS: dict[Precision, float] = {"float32": 1e-5, "bfloat16": 3e-2, "int8": 2e-1}
-OTHER_RULE = 5e-2  # of float32 where positions are resized: everyone has a rule of their own for that
-MODES: dict[Precision, str] = {"float32": "exact", "bfloat16": "fast", "int8": "int8"}  # of ours on a CPU
+OTHER_RULE = 5e-2  # the same where positions are resized, which each library does in another way
+MODES: dict[Precision, str] = {"float32": "exact", "bfloat16": "fast", "int8": "int8"}  # our modes on a CPU
 WAYS: tuple[tuple[Precision, str], ...] = (("float32", ""), ("bfloat16", "cast"), ("bfloat16", "autocast"))
-# reduce-overhead is about CUDA graphs, and on a CPU the same as default
+# reduce-overhead uses CUDA graphs; on a CPU it equals default
 COMPILE = {"cpu": ("default", "max-autotune"), "cuda": ("default", "reduce-overhead", "max-autotune")}
 
 
 def contestants(setup: Setup) -> list[Contestant]:
-    """Those of all libraries that are installed, ours first."""
+    """The contestants of all installed libraries, ours first."""
     found = [*_ours(setup), *_transformers(setup), *_timm(setup), *_reference(setup)]
     if setup.device.type == "cpu":
         found += [*of_onnxruntime(setup), *of_openvino(setup)]
@@ -49,7 +49,7 @@ def contestants(setup: Setup) -> list[Contestant]:
 
 
 def cell_of(setup: Setup, taking_part: list[Contestant]) -> Cell:
-    """The contest.  The error of a contestant is 1 - cosine of its worst class or patch token."""
+    """The contest as a cell; the error of a contestant is 1 - cosine of its worst class or patch token."""
     pixels = torch.rand(setup.batch, 3, *setup.size, generator=torch.Generator().manual_seed(0)).to(setup.device)
     prefix = setup.model.num_prefix_tokens
     judge = copy.deepcopy(setup.model)
@@ -72,7 +72,7 @@ def cell_of(setup: Setup, taking_part: list[Contestant]) -> Cell:
 
 
 def _lazy(build: Callable[[], Call]) -> Call:
-    """Built at its first call, without gradients at all of them."""
+    """A contestant that is built at its first call, and runs without gradients."""
     built = cache(build)
 
     def call(pixels: Tensor) -> Any:
@@ -83,10 +83,10 @@ def _lazy(build: Callable[[], Call]) -> Call:
 
 
 def _tokens(output: Any, prefix: int) -> Tensor:
-    """Class token and patches on the CPU, [B, 1 + P, C], from whatever a library returns."""
+    """Class token and patch tokens on the CPU, [B, 1 + P, C], from the output of any library."""
     if isinstance(output, Mapping) and "x_norm_patchtokens" in output:  # Meta's names
         found = torch.cat((output["x_norm_clstoken"][:, None], output["x_norm_patchtokens"]), dim=1)
-    elif isinstance(output, Mapping) and "patch_tokens" in output:  # of an engine
+    elif isinstance(output, Mapping) and "patch_tokens" in output:  # an engine's names
         found = torch.cat((torch.as_tensor(output["cls_token"])[:, None], torch.as_tensor(output["patch_tokens"])), 1)
     elif hasattr(output, "patch_tokens"):
         found = torch.cat((output.cls_token[:, None], output.patch_tokens), dim=1)
@@ -102,9 +102,9 @@ def _tokens(output: Any, prefix: int) -> Tensor:
 def _ways(
     setup: Setup, library: str, kind: str, module: Callable[[], Any], compiles: bool = True
 ) -> Iterator[Contestant]:
-    """A module in float32, cast to bfloat16 and under autocast, each as it is and compiled.
+    """A module in float32, cast to bfloat16, and under autocast; each of them eager and compiled.
 
-    `module` makes it in float32; it is called with pixels.
+    `module` builds it in float32; the module is called with pixels [B, 3, H_px, W_px].
     """
     once = cache(module)
     for precision, way in WAYS:
@@ -118,10 +118,10 @@ def _prepared(module: Callable[[], Any], way: str, mode: str | None, device: tor
     dtype = torch.bfloat16 if way == "cast" else torch.float32
     if way == "cast":
         model = copy.deepcopy(model).to(dtype)
-    if mode is not None:  # torch compiles a function 8 times and then runs it as it is, without an error
+    if mode is not None:  # by default torch stops compiling a function after 8 variants, without an error
         importlib.import_module("torch._dynamo").config.recompile_limit = 64
     run = model if mode is None else torch.compile(model, dynamic=False, mode=mode)
-    freeze = device.type == "cpu" and mode == "max-autotune"  # or weights are packed anew in every call
+    freeze = device.type == "cpu" and mode == "max-autotune"  # else each call packs the weights again
 
     def call(pixels: Tensor) -> Any:
         arithmetic = torch.autocast(device.type, torch.bfloat16) if way == "autocast" else nullcontext()
@@ -139,14 +139,14 @@ def _prepared(module: Callable[[], Any], way: str, mode: str | None, device: tor
 
 
 def _ours(setup: Setup) -> Iterator[Contestant]:
-    """The plain module, and on a CPU as users call it, from the picture on, in each mode."""
+    """The plain module, and on a CPU also `extract_features` in each mode."""
     for precision, mode in MODES.items() if setup.device.type == "cpu" else ():
         yield Contestant("ours", f"extract_features {mode}", precision, partial(_extracting, setup, mode))
     yield from _ways(setup, "ours", "module", lambda: setup.model)
 
 
 def _extracting(setup: Setup, mode: Any) -> Call:
-    """`extract_features`; its normalisation is computed and changes nothing, so that all are given the same pixels."""
+    """`extract_features` with mean 0 and std 1, so that all contestants get the same pixels."""
     model = Backbone.from_pretrained(setup.written("hf"), device=setup.device, dtype="float32", mode=mode)
     model.preprocess = replace(model.preprocess, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     handler = _Refusal(logging.WARNING)
@@ -159,7 +159,7 @@ def _extracting(setup: Setup, mode: Any) -> Call:
 
 
 class _Refusal(logging.Handler):
-    """A mode that gives way to another one is not timed as what it is not."""
+    """Raises if a mode is replaced by another one, so that no time is recorded under a wrong name."""
 
     def emit(self, record: logging.LogRecord) -> None:
         raise UnsupportedError(record.getMessage())
@@ -173,7 +173,7 @@ def _transformers(setup: Setup) -> Iterator[Contestant]:
         mend_torchvision()
         import transformers
 
-        with quiet("transformers"):  # it speaks of a pooler that nobody asked for
+        with quiet("transformers"):  # it warns about a missing pooler
             model = transformers.AutoModel.from_pretrained(
                 setup.written("hf"), attn_implementation=attention, dtype=torch.float32
             )
@@ -188,7 +188,7 @@ def _transformers(setup: Setup) -> Iterator[Contestant]:
 
 
 class _Called(nn.Module):
-    """A module with options of its call."""
+    """A module that is called with fixed options."""
 
     def __init__(self, model: nn.Module, options: dict[str, Any]) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def timm_model(written: Path, device: torch.device, size: tuple[int, int] | None
 
 
 def _timm_tokens(model: Any, pixels: Tensor) -> dict[str, Tensor]:
-    """Class token and patches of timm's ConvNeXt, which norms the former only."""
+    """Class token and patch tokens of timm's ConvNeXt, which normalises only the class token."""
     last = model.forward_features(pixels)
     patches = model.head.norm(last).flatten(2).mT
     return {"cls_token": model.forward_head(last, pre_logits=True), "patch_tokens": patches}
@@ -229,19 +229,19 @@ def _timm(setup: Setup) -> Iterator[Contestant]:
 
 
 def _reference(setup: Setup) -> Iterator[Contestant]:
-    """Meta's own code, from the checkout of whoever asks."""
+    """Meta's code, from the checkout of the user."""
     if setup.reference is None:
         return
     info = setup.model.info
     if info is None or not (setup.reference / "hubconf.py").is_file():
         raise InputError(
-            f"--reference is the folder of a checkout with a hubconf.py, and goes with a model that it knows; got "
-            f"'{setup.reference}' and {info.name if info else 'an architecture of its own'}"
+            f"--reference needs a checkout of Meta's code with a hubconf.py, and a model that this code has; got "
+            f"'{setup.reference}' and {info.name if info else 'a model without a name'}"
         )
 
     def load() -> Any:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what it would like to have installed
+            warnings.simplefilter("ignore")  # about optional packages
             model = torch.hub.load(str(setup.reference), info.architecture, source="local", pretrained=False)
         model.load_state_dict(torch.load(setup.written("meta"), map_location="cpu", weights_only=True), strict=True)
         model.forward = model.forward_features

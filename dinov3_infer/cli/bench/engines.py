@@ -1,4 +1,4 @@
-"""Engines that run an exported file: onnxruntime and OpenVINO, on a CPU."""
+"""Contestants that run an exported ONNX file on a CPU: ONNX Runtime and OpenVINO."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +15,8 @@ __all__ = ["of_onnxruntime", "of_openvino"]
 
 
 def of_onnxruntime(setup: Setup) -> Iterator[Contestant]:
+    """ONNX Runtime with its default optimisations, if it is installed."""
+
     def load() -> Call:
         import onnxruntime
 
@@ -29,7 +31,7 @@ def of_onnxruntime(setup: Setup) -> Iterator[Contestant]:
 
 
 class _Compiled:
-    """A model of OpenVINO, which does not go without leaving something behind."""
+    """A model of OpenVINO; when it is freed, a fault of OpenVINO is repaired, see `mend_signal_stack`."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -43,6 +45,8 @@ class _Compiled:
 
 
 def of_openvino(setup: Setup) -> Iterator[Contestant]:
+    """OpenVINO in float32 and bfloat16, and in int8 with nncf, as far as they are installed."""
+
     def load(precision: str, quantised: bool = False) -> Call:
         import openvino
 

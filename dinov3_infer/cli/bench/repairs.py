@@ -1,4 +1,4 @@
-"""Two faults of other libraries that would keep them from taking part, mended."""
+"""Repairs of two faults of other libraries, without which they could not be measured."""
 
 import ctypes
 import importlib
@@ -10,27 +10,27 @@ import torch
 
 __all__ = ["mend_signal_stack", "mend_torchvision"]
 
-_KEPT: list[Any] = []  # what a library defines goes with it
+_KEPT: list[Any] = []  # a library's definitions end with it
 
 
 def mend_torchvision() -> None:
-    """Makes a torchvision importable whose own library does not fit this torch, and so transformers and timm."""
+    """Makes a torchvision built for another torch importable, and with it transformers and timm."""
     try:
         importlib.import_module("torchvision")
-    except RuntimeError:  # it describes two operators that the library should have brought
+    except RuntimeError:  # it describes two operators that its binary should have defined
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _KEPT.append(library)
-    except ImportError:  # whoever needs it says so
+    except ImportError:  # a library that needs it reports that
         return
 
 
 def mend_signal_stack() -> None:
-    """Lets signal handlers run on the ordinary stack of this thread.
+    """Makes signal handlers run on the ordinary stack of this thread.
 
-    OpenVINO 2026.4 gives them one of its own when a model is freed, and frees that too: the next signal, such as that a
-    worker has ended, would end the process.
+    When a model is freed, OpenVINO 2026.4 sets a separate signal stack for this thread, and then frees that stack.
+    Without this function the next signal, such as the end of a worker, would kill the process.
     """
     if sys.platform == "linux":
         none = struct.pack("@Pi4xN", 0, 2, 0)  # stack_t with SS_DISABLE

@@ -1,4 +1,4 @@
-"""`dinov3-infer bench`: this package against everything else that is installed here."""
+"""`dinov3-infer bench`: measures this package against the other installed libraries and prints a table."""
 
 import argparse
 import json
@@ -25,18 +25,19 @@ from .setup import Precision, Setup
 
 __all__ = ["run"]
 
-LEAST_MS = 100.0  # of one measurement: shorter ones are repeated
+LEAST_MS = 100.0  # shortest measurement; faster runs are repeated
 _LIBRARIES = ("dinov3-infer", "torch", "transformers", "timm", "onnxruntime", "openvino", "nncf")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Prints the table; returns the exit status, 1 if no contestant of this package could be timed."""
     out = None if args.json is None else check_file(args.json, args.overwrite, (".json",))
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     try:
         model, weights = _model(args)
         size = (args.size, args.size) if isinstance(args.size, int) else args.size
-        model.grid_of(torch.empty(1, 3, *size, device="meta"))  # which says what is wrong with a size
+        model.grid_of(torch.empty(1, 3, *size, device="meta"))  # raises for a wrong size
         with tempfile.TemporaryDirectory(prefix="dinov3_infer_bench_") as folder:
             setup = Setup(
                 model, size, args.batch, Path(folder), torch.get_num_threads(),
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     for line in _lines(record):
         say(line)
     if not args.compile:
-        tell("torch.compile took no part: --compile adds it, which takes minutes")
+        tell("torch.compile was not measured; add --compile, which takes minutes")
     if out is not None:
         with whole(out) as beside:
             beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace) -> tuple[Backbone, str]:
-    """In float32, with its weights if they are here, else with random ones; and which it was."""
+    """The model in float32, and its weights: "as given", "as published" if they are cached, else "random"."""
     options: dict[str, Any] = dict(device=args.device, dtype="float32")
     if os.path.exists(args.model):
         return Backbone.from_pretrained(args.model, **options), "as given"
@@ -70,13 +71,13 @@ def _model(args: argparse.Namespace) -> tuple[Backbone, str]:
         model = Backbone.from_config(name, seed=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model.init_weights(layerscale=1.0)  # so that every block counts when tokens are compared
+        model.init_weights(layerscale=1.0)  # so that every block changes the tokens
     where = options["device"]
     return model.to(("cuda" if torch.cuda.is_available() else "cpu") if where == "auto" else where), "random"
 
 
 def _measured(setup: Setup, rounds: int) -> dict[str, Any]:
-    """The record of the contest, each contestant with what it is."""
+    """The record of the contest, with library, setting and precision of each contestant."""
     taking_part = contestants(setup)
     with tqdm(bar_format="{desc}", disable=None) as bar:
         settings = Settings(setup.device, rounds, LEAST_MS, bar.set_description_str)
@@ -97,7 +98,7 @@ def _environment(setup: Setup) -> dict[str, Any]:
 
 
 def _lines(record: dict[str, Any]) -> list[str]:
-    """A table for each class of precision, the fastest first, then who is how much slower than ours."""
+    """A table for each precision, fastest first, with the ratio of each library's best time to ours."""
     where, cell = record["environment"], record["cell"]
     size = "x".join(str(side) for side in cell["pixels"])
     said = " (speed does not depend on them)" if record["weights"] == "random" else ""

@@ -1,4 +1,4 @@
-"""What contestants have in common: a model, pixels, and its weights in every layout."""
+"""The setup that all contestants share: a model, an input size, and the weights in every layout."""
 
 import io
 import logging
@@ -21,58 +21,60 @@ Call = Callable[[Tensor], Any]
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to compute the tokens."""
+    """A library in one of its modes."""
 
     library: str
-    setting: str  # of that library
-    precision: Precision  # the class it competes in
-    build: Callable[[], Call] = field(compare=False)  # gives what is timed: pixels [B, 3, H_px, W_px] to tokens
+    setting: str  # mode of the library
+    precision: Precision  # contestants of one precision are compared
+    build: Callable[[], Call] = field(compare=False)  # the function to time: pixels [B, 3, H_px, W_px] to tokens
 
     @property
     def label(self) -> str:
+        """The name in the table."""
         return ", ".join(part for part in (self.library, self.setting, self.precision) if part)
 
 
 @dataclass
 class Setup:
-    """What all have in common."""
+    """Model, input and files of a contest."""
 
     model: Backbone  # float32, on the device
     size: tuple[int, int]
     batch: int
-    folder: Path  # for files of the model; as large as the weights, several times
+    folder: Path  # for files of the model, each as large as the weights
     threads: int
     precisions: tuple[Precision, ...] = get_args(Precision)
-    compile: bool = False  # minutes
+    compile: bool = False  # also measure torch.compile
     reference: Path | None = None  # a checkout of Meta's code
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         return self.model.device
 
     @property
     def resized(self) -> bool:
-        """Whether learned positions are needed for another grid than their own."""
+        """Whether the input size makes the model resize its learned positions."""
         side, patch = self.model.config.position_grid, self.model.patch_size
         return side is not None and (side * patch, side * patch) != self.size
 
     def written(self, layout: Literal["hf", "meta", "timm"]) -> Path:
-        """The weights in the layout of a library."""
+        """Writes the weights in a layout, once; returns the path."""
         path = self.folder / (layout + (".pth" if layout == "meta" else ""))
         if not path.exists():
-            with quiet("dinov3_infer"):  # it tells what a layout has no place for, which nothing here needs
+            with quiet("dinov3_infer"):  # it logs what a layout cannot hold
                 self.model.save_pretrained(path, layout)
         return path
 
     def onnx(self) -> Path:
-        """The model as a file for engines; `Backbone.export` has checked it."""
+        """Exports the model to ONNX, once; returns the path."""
         path = self.folder / "model.onnx"
         return path if path.exists() else self.model.export(path, size=self.size)
 
 
 @contextmanager
 def quiet(name: str) -> Iterator[None]:
-    """No warnings of this library, and no bars; what goes wrong is raised."""
+    """Silences the warnings and progress bars of a library; exceptions pass."""
     log = logging.getLogger(name)
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A shard that is being computed: what is there of it, what has come, and how both are kept when a run ends early."""
+"""One shard while it is computed: the rows on disk, the new rows, and how both are kept when a run stops early."""
 
 from dataclasses import replace
 
@@ -14,22 +14,23 @@ __all__ = ["Filling"]
 
 
 class Filling:
-    """Takes rows in the order of `work.numbers`.
+    """Collects the rows of one shard, in the order of `work.numbers`.
 
-    A shard that is whole is read and written again with its new rows when all have come, or the run ends.  The rows of
-    one that is not are written in parts, each from where the last one ends, until all are there.
+    A complete shard that needs new rows is read and written again when all of them are computed, or when the run stops.
+    The rows of an incomplete shard are written in parts, each of which starts where the last one ends, until the shard
+    is complete.
     """
 
     def __init__(self, target: Target, recipe: Recipe, work: Work) -> None:
         self.target, self.recipe, self.work = target, recipe, work
         self.number = work.images.start // (recipe.plan.shard_size or 1)
-        self.patches: dict[int, tuple[Array | None, Line]] = {}  # by number of the image
-        self.came = self.stored = 0  # rows that were computed, and those of them on the disk
+        self.patches: dict[int, tuple[Array | None, Line]] = {}  # new rows of a complete shard, by image number
+        self.came = self.stored = 0  # rows computed, and how many of them are on disk
         self.rows = None if work.there else self._loaded()
-        self._whole = self._on_disk = len(self.rows or ())  # rows in passes that have ended, rows in parts
+        self._whole = self._on_disk = len(self.rows or ())  # rows of finished passes, rows in parts
 
     def _loaded(self) -> Rows:
-        """Room for the whole shard, with what is there of it."""
+        """Allocates the whole shard and loads the rows of its parts."""
         recipe, images, form = self.recipe, self.work.images, self.target.format
         if recipe.shape is None:
             rows = Rows(images.start, [], recipe.out_dtype)
@@ -47,10 +48,11 @@ class Filling:
 
     @property
     def is_full(self) -> bool:
+        """Whether all rows to compute are there."""
         return self.came == len(self.work.numbers)
 
     def put(self, number: int, vector: Array | None, line: Line) -> None:
-        """`vector`: None for an image that could not be read."""
+        """`vector`: the row of one image, [C], [P, C] or [C, h, w]; None for an image that could not be read."""
         if self.rows is None:
             self.patches[number] = vector, line
         else:
@@ -58,11 +60,14 @@ class Filling:
         self.came += 1
 
     def end_pass(self) -> None:
-        """What has come may be kept: what is computed next does not depend on where a run began."""
+        """Marks the rows up to now as rows of finished passes, which can be kept.
+
+        A run that continues after them groups the remaining images into the same passes.
+        """
         self._whole = len(self.rows or ())
 
     def keep(self) -> int:
-        """Writes what has come, of a shard that is not whole yet; says how many rows are new on the disk."""
+        """Writes the rows up to now of an incomplete shard; returns the number of rows that are new on disk."""
         before = self.stored
         if self.rows is None:
             self._patch()
@@ -75,7 +80,7 @@ class Filling:
         return self.stored - before
 
     def write(self, batch_size: int) -> int:
-        """Writes the shard; says how many rows are new on the disk."""
+        """Writes the shard; returns the number of rows that are new on disk."""
         target, before = self.target, self.stored
         if self.rows is None:
             self._patch()
@@ -88,7 +93,7 @@ class Filling:
         return self.stored - before
 
     def _patch(self) -> None:
-        """Nothing is written where all that failed has failed again."""
+        """Writes the new rows into a complete shard, unless the same images failed again with the same errors."""
         there, form = self.work.there, self.target.format
         assert there is not None
         first = self.work.images.start

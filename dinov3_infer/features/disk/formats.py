@@ -1,12 +1,12 @@
-"""Rows of vectors in files: .npy, .safetensors, .parquet.
+"""Files of vectors: .npy, .safetensors, .parquet.
 
-One schema: path, embedding, grid, error, source (see `Source.identity`).  In Parquet these are columns; beside the
-other two a .jsonl holds a line with row, path, grid, error and source for each.  An image that could not be read has a
-row of NaN.  Every file says how it was made and what its bytes are, see `seals`: Parquet and safetensors inside, .npy
-in a .json beside it.
+All have one schema: path, embedding, grid, error, source (see `Source.identity`).  In Parquet these are columns.
+Beside .npy and .safetensors a .jsonl holds row, path, grid, error and source of each row.  An image that could not be
+read has a row of NaN.  Each file has a record of its settings and checksums (see `seals`), which lies inside .parquet
+and .safetensors, and in a .json beside .npy.
 
-What is read again is the name of the file, whatever bytes it has.  JSON escapes those that are not UTF-8; in Parquet
-each of them is written as \\x and two digits, and in such a path, or one that holds \\x itself, so is the backslash.
+A file name is read back exactly, whatever bytes it has.  JSON escapes bytes that are not UTF-8.  In Parquet such a byte
+becomes \\x and two digits; in a path with such bytes, or with \\x itself, each backslash is escaped too.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ from .seals import Seal, stamp
 
 __all__ = ["FORMATS", "Format", "Line", "Piece", "Rows"]
 
-KEY = "dinov3_infer"  # of the record in a file's metadata
+KEY = "dinov3_infer"  # key of the record in a file's metadata
 _Put = Callable[..., None]
-together = partial(_together, flush=True)  # a run goes on with the shards that it finds
+together = partial(_together, flush=True)  # flushed, because a later run relies on the shards on disk
 
 
 def _write_lines(rows: Rows, target: Path) -> None:
@@ -54,14 +54,14 @@ def _join_lines(pieces: Sequence[Piece], target: Path) -> None:
 
 
 def _append(stream: BinaryIO, vectors: Array) -> None:
-    """In pieces: a mapped array goes through memory without staying there."""
+    """Writes in blocks, so that a mapped array is not loaded as a whole."""
     step = max(1, (1 << 24) // max(1, vectors[:1].nbytes))
     for first in range(0, len(vectors), step):
         stream.write(np.ascontiguousarray(vectors[first : first + step]).data)
 
 
 class _Listed(Format):
-    """Vectors in one file, and a list beside it."""
+    """Vectors in one file, and a list of rows in a .jsonl beside it."""
 
     def write(self, target: Path, rows: Rows, recipe: Recipe) -> None:
         vectors = np.ascontiguousarray(rows.vectors)
@@ -79,10 +79,12 @@ class _Listed(Format):
 
     @abstractmethod
     def _put(self, parts: Any, like: Array, target: Path, count: int, record: str) -> None:
-        """Writes arrays end to end; `like`: one of their dtype and shape of rows."""
+        """Writes arrays one after the other; `like`: an array with their dtype and row shape."""
 
 
 class Npy(_Listed):
+    """A .npy file with its record in a .json and its list in a .jsonl."""
+
     suffix, sides, sealed = ".npy", (".jsonl", ".json"), (".json", ".npy", ".jsonl")
 
     def _make(self, target: Path, recipe: Recipe, images: range, lines: _Put, vectors: _Put) -> None:
@@ -102,12 +104,13 @@ class Npy(_Listed):
                 _append(stream, part)
 
     def vectors(self, path: Path) -> Array:
+        """[n, *shape], memory-mapped.  Raises: InputError for a damaged file."""
         try:
             found: Array = np.load(path, mmap_mode="r", allow_pickle=False)
             if not isinstance(found, np.ndarray) or not found.ndim:
                 raise ValueError
         except (ValueError, EOFError, OSError, SyntaxError, TypeError, OverflowError, MemoryError):
-            raise InputError(f"'{path}' is no whole .npy file; remove it and run embed again") from None
+            raise InputError(f"'{path}' is not a complete .npy file; remove it and run embed again") from None
         return found
 
     def count(self, path: Path) -> int:
@@ -122,6 +125,8 @@ class Npy(_Listed):
 
 
 class Safetensors(_Listed):
+    """A .safetensors file with its record inside and its list in a .jsonl."""
+
     suffix, sides, sealed = ".safetensors", (".jsonl",), (".safetensors", ".jsonl")
 
     def _make(self, target: Path, recipe: Recipe, images: range, lines: _Put, vectors: _Put) -> None:
@@ -145,16 +150,17 @@ class Safetensors(_Listed):
                 _append(stream, part)
 
     def _opened(self, path: Path) -> tuple[list[int], Any, str | None]:
-        """Shape and dtype of the vectors, and the record."""
+        """Shape and dtype of the vectors, and the text of the record."""
         try:
             with safe_open(path, "np") as content:
                 found, metadata = content.get_slice("embedding"), content.metadata() or {}
                 kind = {"F16": np.float16, "F32": np.float32}[found.get_dtype()]
                 return list(found.get_shape()), kind, metadata.get(KEY)
         except (SafetensorError, OSError, LookupError, ValueError):
-            raise InputError(f"'{path}' holds no vectors of embed; give what it has written") from None
+            raise InputError(f"'{path}' was not written by embed; give a file that embed wrote") from None
 
     def vectors(self, path: Path) -> Array:
+        """[n, *shape], memory-mapped.  Raises: InputError for a damaged file."""
         shape, kind, _ = self._opened(path)
         offset = 8 + len(self.region(path)[1])
         return np.memmap(path, kind, "r", offset, tuple(shape)) if shape[0] else np.zeros(shape, kind)
@@ -172,6 +178,8 @@ class Safetensors(_Listed):
 
 
 class Parquet(Format):
+    """A .parquet file with its record and its list inside.  Raises: UnsupportedError without pyarrow."""
+
     suffix, sealed, ragged = ".parquet", (".parquet",), True
 
     def __init__(self) -> None:
@@ -181,31 +189,32 @@ class Parquet(Format):
         table = self._table(rows)
         with together(target) as (made,):
             schema = table.schema.with_metadata(self._metadata(recipe, range(rows.first, rows.first + len(rows))))
-            options = dict(row_group_size=max(1, len(rows))) | _AS_IT_IS
+            options = dict(row_group_size=max(1, len(rows))) | _OPTIONS
             self._arrow.parquet.write_table(table.cast(schema), made, **options)
             stamp(made, self.region(made))
 
     def join(self, target: Path, pieces: Sequence[Piece], recipe: Recipe) -> None:
         arrow, count = self._arrow, sum(stop - start for _, start, stop in pieces)
         first = self._opened(pieces[0].path).schema_arrow
-        if "source" not in first.names:  # of a shard from before there were sources
+        if "source" not in first.names:  # an old shard without sources
             first = first.append(arrow.field("source", arrow.string()))
         schema = first.with_metadata(self._metadata(recipe, range(count)))
         with together(target) as (made,):
-            with arrow.parquet.ParquetWriter(made, schema, **_AS_IT_IS) as writer:
+            with arrow.parquet.ParquetWriter(made, schema, **_OPTIONS) as writer:
                 for piece in pieces:
                     for table in self._tables(piece):
                         writer.write_table(table.cast(schema))
             stamp(made, self.region(made))
 
     def vectors(self, path: Path) -> Array:
+        """[n, C], in memory.  Raises: InputError for a damaged file, and for rows that differ in shape."""
         content = self._opened(path)
         try:
             column = content.read(columns=["embedding"]).column(0).combine_chunks()
         except (OSError, ValueError, LookupError, self._arrow.ArrowException):
             raise _damaged(path) from None
         if not self._arrow.types.is_fixed_size_list(column.type):
-            raise InputError(f"the rows of '{path}' differ in shape; give vectors of kind 'embedding'")
+            raise InputError(f"the rows of '{path}' differ in shape; give a file of kind 'embedding'")
         flat: Array = column.flatten().to_numpy(zero_copy_only=False)
         return flat.reshape(len(column), -1)
 
@@ -259,7 +268,7 @@ class Parquet(Format):
         return found
 
     def _tables(self, piece: Piece, columns: list[str] | None = None) -> Iterator[Any]:
-        """The rows of a piece, a group of rows at a time."""
+        """Yields the rows of a piece, one row group at a time."""
         content, first = self._opened(piece.path), 0
         try:
             for group in range(content.metadata.num_row_groups):
@@ -268,7 +277,7 @@ class Parquet(Format):
                 first += count
                 if start < stop:
                     table = content.read_row_group(group, columns=columns).slice(start, stop - start)
-                    if "source" not in table.column_names:  # of a version that kept none
+                    if "source" not in table.column_names:  # an old file without sources
                         table = table.append_column("source", self._arrow.nulls(len(table), self._arrow.string()))
                     yield table
         except (OSError, ValueError, LookupError, self._arrow.ArrowException):
@@ -280,7 +289,7 @@ class Parquet(Format):
             flat = [np.zeros(0, rows.dtype) if v is None else v.ravel() for v in (*vectors, None)]
             ends = np.cumsum([0, *(v.size for v in flat[:-1])], dtype=np.int64)
             column = arrow.LargeListArray.from_arrays(ends, np.concatenate(flat))
-        else:  # from the flat buffer: through Python's lists it takes ten times as long
+        else:  # from the flat buffer, which is ten times as fast as Python lists
             width = int(np.prod(vectors.shape[1:]))
             column = arrow.FixedSizeListArray.from_arrays(arrow.array(vectors.reshape(-1)), width)
         errors = [line.error.encode("utf-8", "backslashreplace").decode() or None for line in lines]
@@ -295,21 +304,21 @@ class Parquet(Format):
         )
 
 
-# vectors do not compress, and looking them up in a dictionary takes longer than reading them
-_AS_IT_IS: dict[str, Any] = dict(use_dictionary=["path", "source"], compression="none")
+# Vectors do not compress, and a dictionary makes reading them slower.
+_OPTIONS: dict[str, Any] = dict(use_dictionary=["path", "source"], compression="none")
 
 
 def _damaged(path: Path) -> InputError:
-    return InputError(f"'{path}' is no whole .parquet file; remove it and run embed again")
+    return InputError(f"'{path}' is not a complete .parquet file; remove it and run embed again")
 
 
 def _spelled(path: str | None) -> str | None:
-    """As UTF-8, which Parquet wants."""
+    """The path as UTF-8, which Parquet needs."""
     if path is None:
         return None
     try:
         content = os.fsencode(path)
-    except UnicodeEncodeError:  # no file is called that
+    except UnicodeEncodeError:  # a name that no file can have
         content = path.encode("utf-8", "surrogatepass")
     with contextlib.suppress(UnicodeDecodeError):
         if b"\\x" not in content:
@@ -318,6 +327,7 @@ def _spelled(path: str | None) -> str | None:
 
 
 def _path(spelled: str | None) -> str | None:
+    """The inverse of `_spelled`."""
     if spelled is None or "\\x" not in spelled:
         return spelled
     found = re.sub(rb"\\x([0-9a-f]{2})", lambda match: bytes.fromhex(match[1].decode()), spelled.encode())

@@ -1,4 +1,4 @@
-"""Lists of pictures for `train --data` and for embed, and a look at what they name."""
+"""Lists of images, for `train --data` and for embed."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -15,13 +15,17 @@ __all__ = ["listed_in", "write_list"]
 
 
 def write_list(path: Path, names: Iterable[str]) -> int:
-    """One absolute path a line, or between zero bytes where one holds a line break or a tab; how many there are.
+    """Writes absolute paths, one per line, or separated by zero bytes if a path holds a line break or a tab.
 
-    Raises: InputError where a picture came as an object and has no name.
+    Returns the number of paths.
+
+    Raises: InputError if no image has a name.
     """
     found = [name if address_scheme(name) else os.path.abspath(name) for name in names if name]
     if not found:
-        raise InputError(f"no names of pictures for '{path}': there are none, or the pictures came as objects")
+        raise InputError(
+            f"there is nothing to write to '{path}': no image has a path; give images from files or web addresses"
+        )
     separator = b"\0" if any(c in name for name in found for c in "\n\r\t") else b"\n"
     with whole(path) as beside:
         beside.write_bytes(b"".join(os.fsencode(name) + separator for name in found))
@@ -29,16 +33,16 @@ def write_list(path: Path, names: Iterable[str]) -> int:
 
 
 def listed_in(store: Store, path: str | os.PathLike[str]) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
-    """[N] bool: pictures of a store that a list file names.
+    """[N] bool: the images of a store that a list file names.
 
-    Raises: MissingFileError, InputError for a list that names none of them.
+    Raises: MissingFileError if there is no list, InputError if it names no image of the store.
     """
     names = set(read_list(path))
     paths: Sequence[str] = store.paths
     found = np.array([p in names or os.path.abspath(p) in names for p in paths], bool)
     if len(found) and not found.any():
         raise InputError(
-            f"the list '{path}' names none of the {len(found)} pictures of '{store.path}'; give one that dedup or "
-            "curate has made of them"
+            f"the list '{path}' names none of the {len(found)} images of '{store.path}'; give a list that dedup or "
+            "curate wrote for it"
         )
     return found

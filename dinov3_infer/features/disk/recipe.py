@@ -1,4 +1,4 @@
-"""How vectors were made: written beside them, and compared before any others are put there."""
+"""The recipe of vectors: all settings that they depend on, stored beside them and compared before rows are added."""
 
 import hashlib
 import json
@@ -21,16 +21,16 @@ from .seals import OWN, Seal
 
 __all__ = ["BatchPlan", "Recipe", "Record", "State", "check_asked", "checked_json", "difference", "recipe_of"]
 
-# Of a folder of shards: what a run that overwrites, or joins shards, was doing; "" for one that adds what is missing.
+# State of a folder of shards: the step of a run that overwrites or joins shards; "" for a run that adds missing rows.
 State = Literal["", "clearing", "overwriting", "joined"]
-FORMATS = (1, 2)  # of what is stored: without checksums and sources, and with them
+FORMATS = (1, 2)  # versions of the record: without and with checksums and sources
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which pictures run together.  A shard is `shard_size` neighbours, and no pass reaches into two shards."""
+    """Decides which images run together: a shard has `shard_size` neighbours, and a pass stays inside one shard."""
 
-    shard_size: int | None = None  # pictures; None: not decided yet
+    shard_size: int | None = None  # images; None: not decided yet
     batch_size: int | None = None
     max_tokens: int | None = None
 
@@ -42,41 +42,42 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that the vectors of a list of pictures depend on."""
+    """All that the vectors of a list of images depend on."""
 
     version: str  # of this package
-    model: str | None  # its name in the zoo
-    fingerprint: str  # of its weights
+    model: str | None  # name in the model table
+    fingerprint: str  # of the weights
     architecture: dict[str, Any]
     preprocess: dict[str, Any]
     decode: str
-    dtype: str  # of the arithmetic
+    dtype: str  # see `Extractor.arithmetic`
     kind: str
     pooling: str
     normalize: bool
     out_dtype: str
-    shape: tuple[int, ...] | None  # of a row; None where each has its own
-    count: int | None  # pictures; None for a stream that has not ended
-    inputs: str | None  # SHA-256 of their names; None for pictures without
+    shape: tuple[int, ...] | None  # of a row; None if rows differ in shape
+    count: int | None  # images; None for a stream that has not ended
+    inputs: str | None  # SHA-256 of the image names; None if an image has no name
     plan: BatchPlan
-    origin: str | None = None  # where the weights came from, which is not compared
+    origin: str | None = None  # where the weights came from; not compared
 
     def to_json(self, seal: Seal | None = None, state: str = "") -> str:
+        """The text of a record, with the seal and state if given."""
         more: dict[str, Any] = {} if seal is None else asdict(seal)
         return json.dumps({"format": FORMATS[-1]} | asdict(self) | more | (dict(state=state) if state else {}))
 
     def planned(self, found: BatchPlan) -> Self:
-        """The same with what is not decided yet taken from `found`."""
+        """The same recipe; what its plan leaves open is taken from `found`."""
         mine = asdict(self.plan)
         return replace(self, plan=BatchPlan(**{k: asdict(found)[k] if v is None else v for k, v in mine.items()}))
 
     def check_continues(self, there: "Recipe", origin: object) -> None:
-        """Raises InputError, in one sentence, where these vectors do not belong beside those that are there."""
+        """Raises: InputError if rows of this recipe do not fit those at `origin`, whose recipe is `there`."""
         if said := self.differs(there):
             raise InputError(f"'{origin}' exists already and was made {said}; give another name, or overwrite it")
 
     def differs(self, there: "Recipe") -> str | None:
-        """The first difference to what is there, as `difference` says it; None where there is none."""
+        """The first difference from the recipe `there`, as a clause to follow "was made", or None."""
         mine, theirs = (json.loads(replace(r, origin=None).to_json()) for r in (self.planned(there.plan), there))
         for name, value in theirs.items():
             if not _same(value, mine[name]) or (name == "inputs" and value is None):
@@ -84,7 +85,7 @@ class Recipe:
         return None
 
     def is_like(self, other: Self) -> bool:
-        """The same but for the number of images in a pass, which a shard may have of its own, and their count, which
+        """Whether two recipes are equal except for `batch_size`, which may differ between shards, and `count`, which
         the shards of a stream do not know.
         """
         plan = replace(self.plan, batch_size=other.plan.batch_size)
@@ -93,13 +94,13 @@ class Recipe:
         return _same(mine, theirs)
 
     def shards(self) -> Iterator[range]:
-        """Numbers of the pictures of each."""
+        """Yields the range of image numbers of each shard."""
         size, count = self.plan.shard_size or 1, self.count or 0
         return (range(first, min(first + size, count)) for first in range(0, count, size))
 
 
 def checked_json(recipe: Recipe, state: State) -> str:
-    """Of a folder of shards: with a SHA-256 of the text itself, computed with zeros in its place."""
+    """The record of a folder of shards with a SHA-256 of its own text, computed with zeros in its place."""
     text = json.dumps(json.loads(recipe.to_json(state=state)) | dict(own=OWN))
     return text.replace(OWN, f"own:{hashlib.sha256(text.encode()).hexdigest()}")
 
@@ -109,21 +110,23 @@ def _is_whole(text: bytes, own: str | None) -> bool:
 
 
 class Record(NamedTuple):
-    """What a file, or a folder of shards, says of itself."""
+    """The record of a file or of a folder of shards."""
 
     recipe: Recipe
-    seal: Seal | None = None  # None for a folder, and for files of a version that had no checksums
+    seal: Seal | None = None  # None for a folder, and for an old file without checksums
     state: State = ""
-    old: bool = False  # of a version that had no checksums
+    old: bool = False  # whether it was written without checksums
 
     @classmethod
     def from_json(cls, text: str | bytes, origin: object) -> Self:
-        """Raises: InputError for what is no such record."""
+        """Reads a record.  Raises: InputError if the text is not a record, or has another format."""
         try:
             stored = json.loads(text)
             number = stored.pop("format")
             if number not in FORMATS:
-                raise InputError(f"'{origin}' was written by a version of dinov3_infer with another format; use that")
+                raise InputError(
+                    f"'{origin}' was written by a version of dinov3_infer with another format; use that version"
+                )
             *sealed, state, own = (stored.pop(name, None) for name in ("first", "rows", "files", "state", "own"))
             if not _is_whole(text if isinstance(text, bytes) else text.encode(), own):
                 raise ValueError
@@ -139,7 +142,7 @@ class Record(NamedTuple):
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, InputError) and "another format" in str(error):
                 raise
-            raise InputError(f"the record in '{origin}' is damaged; remove it with what lies beside it") from None
+            raise InputError(f"the record in '{origin}' is damaged; remove it and the files beside it") from None
 
 
 _KINDS: dict[str, tuple[type, ...]] = dict(
@@ -156,7 +159,7 @@ def _whole(value: Any) -> int:
 
 
 def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], options: EmbedOptions) -> Recipe:
-    """What the vectors of these images will depend on.  It takes a while: all weights and all names are hashed."""
+    """The recipe for the vectors of these images.  It takes a while, because it hashes all weights and names."""
     model, transform = extractor.network, extractor.transform(options.size, options.fit, options.levels)
     width = pooled_width(model.embed_dim, options.pooling) if options.kind == "embedding" else model.embed_dim
     info = getattr(model, "info", None)
@@ -174,7 +177,7 @@ def recipe_of(extractor: Extractor, images: Source | Iterable[ImageLike], option
 
 
 def _asked(images: Source | Iterable[ImageLike], options: EmbedOptions) -> dict[str, Any]:
-    """What does not depend on the model."""
+    """The fields that do not depend on the model."""
     return dict(
         decode=options.decode,
         kind=options.kind,
@@ -188,12 +191,12 @@ def _asked(images: Source | Iterable[ImageLike], options: EmbedOptions) -> dict[
 
 
 def check_asked(images: Source, options: EmbedOptions, there: Recipe, origin: object) -> None:
-    """As `check_continues`, before a model is loaded.  Raises: InputError."""
+    """As `Recipe.check_continues`, before a model is loaded.  Raises: InputError."""
     replace(there, **_asked(images, options)).check_continues(there, origin)
 
 
 def row_shape(transform: Preprocess, kind: str, width: int) -> tuple[int, ...] | None:
-    """[C], [P, C] or [C, h, w], known before a picture is read; None where each picture has its own."""
+    """Shape of a row, [C], [P, C] or [C, h, w], before an image is read; None if rows differ in shape."""
     if kind == "embedding":
         return (width,)
     size = transform.size
@@ -204,7 +207,7 @@ def row_shape(transform: Preprocess, kind: str, width: int) -> tuple[int, ...] |
 
 
 def digest(source: Source) -> str | None:
-    """Of the names of pictures, in order; None where one came as an object, which nobody can tell from another."""
+    """SHA-256 of the image names, in order; None if an image is an object in memory and has no name."""
     found = hashlib.sha256()
     for i in range(len(source)):
         if (key := source.key(i)) is None:
@@ -214,18 +217,18 @@ def digest(source: Source) -> str | None:
 
 
 def _same(there: Any, here: Any) -> bool:
-    """None is the same as a field that a version did not have."""
+    """Equality, where None equals a field that an old version did not have."""
     if isinstance(there, dict) and isinstance(here, dict):
         return all(_same(there.get(key), here.get(key)) for key in there.keys() | here.keys())
     return bool(there == here)
 
 
 def difference(name: str, there: Any, here: Any) -> str:
-    """How a field of two recipes differs, for a sentence that ends in "was made ..."."""
+    """The difference of a field of two recipes, worded to follow "was made"."""
     if name in ("inputs", "count") and None in (there, here):
-        return "of pictures that came as objects or as a stream, which cannot be told from others"
+        return "from in-memory images or a stream, so a rerun cannot check that they are the same"
     if name == "inputs":
-        return "from other pictures, or from these in another order"
+        return "from other images, or from the same images in another order"
     if isinstance(there, dict) and isinstance(here, dict):
         part = next(key for key in (*there, *here) if not _same(there.get(key), here.get(key)))
         name, there, here = f"{name}.{part}", there.get(part), here.get(part)

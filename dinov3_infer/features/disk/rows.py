@@ -1,4 +1,4 @@
-"""What every format of files holds: rows of vectors, and a line for each in a list."""
+"""The base of the file formats: rows of vectors, and a line of the list for each."""
 
 import json
 from abc import ABC, abstractmethod
@@ -19,16 +19,16 @@ __all__ = ["Format", "Line", "Piece", "Rows"]
 
 
 class Line(NamedTuple):
-    """What a list says of a row."""
+    """The entry of one row in the list."""
 
     path: str | None
     error: str = ""
     grid: tuple[int, int] | None = None  # (h, w) in patches
-    source: str | None = None  # None: nothing tells it from another one of its name
+    source: str | None = None  # identity of the image; None: not known
 
 
 class Piece(NamedTuple):
-    """Neighbouring rows of a file."""
+    """Consecutive rows of a file."""
 
     path: Path
     start: int
@@ -37,10 +37,10 @@ class Piece(NamedTuple):
 
 @dataclass
 class Rows:
-    """Neighbours, of which the first is image number `first`."""
+    """Consecutive rows; the first one belongs to image number `first`."""
 
     first: int
-    vectors: Array | list[Array | None]  # [n, *shape]; a list where each row has a shape of its own
+    vectors: Array | list[Array | None]  # [n, *shape]; a list if the rows differ in shape
     dtype: str
     lines: list[Line] = field(default_factory=list)
 
@@ -52,7 +52,7 @@ class Rows:
         return Rows(self.first + start, self.vectors[start:stop], self.dtype, self.lines[start:stop])
 
     def put(self, number: int, vector: Array | None, line: Line) -> None:
-        """The row of an image, behind the last one or in place of one; without a vector it is NaN."""
+        """Sets or appends the row of an image; `vector`: [C], [P, C] or [C, h, w], or None, which leaves NaN."""
         at = number - self.first
         if isinstance(self.vectors, list):
             self.vectors[at : at + 1] = [vector]
@@ -62,56 +62,57 @@ class Rows:
 
 
 class Format(ABC):
-    """A kind of file.  The file with the vectors appears last, so that where it is, all is."""
+    """A file format.  The file with the vectors is renamed into place last, so its presence means that all is there."""
 
     suffix: str
-    sides: tuple[str, ...] = ()  # suffixes of what lies beside a file
-    sealed: tuple[str, ...]  # suffixes of what has a checksum
+    sides: tuple[str, ...] = ()  # suffixes of the files beside it
+    sealed: tuple[str, ...]  # suffixes of the files with a checksum
     ragged = False  # whether rows may differ in shape
 
     @abstractmethod
-    def write(self, target: Path, rows: Rows, recipe: Recipe) -> None: ...
+    def write(self, target: Path, rows: Rows, recipe: Recipe) -> None:
+        """Writes one file of these rows, with its record."""
 
     @abstractmethod
     def join(self, target: Path, pieces: Sequence[Piece], recipe: Recipe) -> None:
-        """One file of all rows."""
+        """Writes one file with the rows of all pieces."""
 
     @abstractmethod
     def vectors(self, path: Path) -> Array:
-        """[n, *shape], mapped and not read where the format allows it.  Raises: InputError for a damaged file."""
+        """[n, *shape], memory-mapped if the format allows it.  Raises: InputError for a damaged file."""
 
     @abstractmethod
     def count(self, path: Path) -> int:
-        """Rows, without reading them.  Raises: InputError for a damaged file."""
+        """Number of rows, without reading them.  Raises: InputError for a damaged file."""
 
     @abstractmethod
     def stated(self, path: Path) -> bytes | None:
-        """The record of a file; None where there is none.  Raises: InputError for a damaged file."""
+        """Text of the record of a file, or None.  Raises: InputError for a damaged file."""
 
     @abstractmethod
     def region(self, path: Path) -> tuple[int, bytes]:
         """(offset, content) of the part of a file that holds its record."""
 
     def record(self, path: Path) -> Record | None:
-        """What a file says of itself; None where it says nothing.  Raises: InputError for a damaged file."""
+        """The record of a file, or None.  Raises: InputError for a damaged file."""
         text = self.stated(path)
         return None if text is None else Record.from_json(text, path)
 
     def damage(self, path: Path, seal: Seal | None, deep: bool = True) -> str | None:
-        """What is wrong with a file, for a sentence; None where nothing is.  Without a seal rows are counted only."""
+        """The damage of a file, as a clause, or None.  Without a seal only the rows are counted."""
         try:
             if seal is None:
                 there, listed = self.count(path), sum(1 for _ in self.lines(path))
-                return None if there == listed else f"'{path}' has {there} rows, and its list has {listed}"
+                return None if there == listed else f"'{path}' has {there} rows, but its list has {listed}"
             if wrong := damage(path, seal, self.sealed, self.region, deep):
                 return wrong
             there = self.count(path)
-            return None if there == seal.rows else f"'{path}' has {there} rows, and {seal.rows} were written"
+            return None if there == seal.rows else f"'{path}' has {there} rows, but {seal.rows} were written"
         except (InputError, OSError, ValueError) as error:
             return str(error) if isinstance(error, InputError) else f"'{path}' cannot be read"
 
     def lines(self, path: Path, start: int = 0, stop: int | None = None) -> Iterator[Line]:
-        """Of these rows.  Raises: InputError for a damaged list."""
+        """Yields the lines of these rows.  Raises: InputError for a damaged list."""
         beside = path.with_suffix(".jsonl")
         try:
             with open(beside, encoding="utf-8") as lines:
@@ -128,10 +129,11 @@ class Format(ABC):
             ) from None
 
     def read(self, path: Path, start: int, stop: int) -> Rows:
-        """These rows, in memory.  Raises: InputError for a damaged file."""
+        """Loads these rows into memory.  Raises: InputError for a damaged file."""
         vectors = self.vectors(path)[start:stop]
         return Rows(start, np.array(vectors), str(vectors.dtype), list(self.lines(path, start, stop)))
 
     def remove(self, path: Path) -> None:
+        """Removes a file and the files beside it."""
         for name in (path, *(path.with_suffix(side) for side in self.sides)):
             name.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""What a file of vectors was when it was written: its rows, and the size and SHA-256 of it and of the list beside it.
+"""The seal of a file of vectors: its number of rows, and the sizes and SHA-256 of the file and of those beside it.
 
-A file that holds its own record holds its own SHA-256 too, which is that of the file with zeros in its place.
+A file that holds its own record also holds its own SHA-256, computed with zeros in the place of that SHA-256.
 """
 
 import hashlib
@@ -14,28 +14,28 @@ from ...system import sha256
 
 __all__ = ["OWN", "Seal", "damage", "stamp"]
 
-OWN = "own:" + "0" * 64  # until the file is whole
+OWN = "own:" + "0" * 64  # placeholder until the file is complete
 _STAMP = re.compile(rb"own:([0-9a-f]{64})")
 _HEX = re.compile(r"(own:)?[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Seal:
-    """As it stands in a record."""
+    """The seal as it is stored in a record."""
 
     first: int  # number of the image of the first row
     rows: int
-    files: Mapping[str, tuple[int, str]]  # suffix -> bytes (0 for a file that holds this itself), SHA-256
+    files: Mapping[str, tuple[int, str]]  # suffix -> size in bytes (0 for the file that holds this seal), SHA-256
 
     @classmethod
     def of(cls, images: range, files: Mapping[str, Path], own: str) -> Self:
-        """Of files that are whole, by the suffix that each will have; `own`: of the one that will hold this."""
+        """The seal of complete files, by their later suffixes; `own`: suffix of the file that will hold the seal."""
         found = {suffix: (path.stat().st_size, sha256(path)) for suffix, path in files.items()}
         return cls(images.start, len(images), found | {own: (0, OWN)})
 
     @classmethod
     def read(cls, first: Any, rows: Any, files: Any) -> Self:
-        """Raises: ValueError, TypeError, AttributeError for what is none."""
+        """The seal with these stored fields.  Raises: ValueError, TypeError, AttributeError for other content."""
         found = {str(suffix): (size, digest) for suffix, (size, digest) in files.items()}
         numbers = [first, rows, *(size for size, _ in found.values())]
         if any(type(n) is not int or n < 0 for n in numbers) or not all(_HEX.fullmatch(d) for _, d in found.values()):
@@ -44,7 +44,7 @@ class Seal:
 
 
 def stamp(path: Path, region: tuple[int, bytes]) -> None:
-    """Puts a file's own SHA-256 into its record.  `region`: (offset, content) of the part that holds the record."""
+    """Writes a file's own SHA-256 into its record.  `region`: (offset, content) of the record."""
     digest = sha256(path)
     with open(path, "r+b") as stream:
         stream.seek(_hole(region))
@@ -54,9 +54,9 @@ def stamp(path: Path, region: tuple[int, bytes]) -> None:
 def damage(
     path: Path, seal: Seal, suffixes: tuple[str, ...], region: Callable[[Path], tuple[int, bytes]], deep: bool
 ) -> str | None:
-    """What is wrong with a file and those beside it, for a sentence; None where nothing is.
+    """The damage of a file or of those beside it, as a clause, or None.
 
-    `deep`: looks at the bytes, not only at the sizes.
+    `deep`: compares the bytes, not only the sizes.
     """
     for suffix in suffixes:
         file = path.with_suffix(suffix)
@@ -67,9 +67,9 @@ def damage(
         size, digest = seal.files[suffix]
         own = digest.startswith("own:")
         if not own and file.stat().st_size != size:
-            return f"'{file}' has {file.stat().st_size} bytes, and {size} were written"
+            return f"'{file}' has {file.stat().st_size} bytes, but {size} were written"
         if deep and (_own(file, region(file)) if own else sha256(file)) != digest.removeprefix("own:"):
-            return f"the bytes of '{file}' are not those that were written"
+            return f"the bytes of '{file}' differ from those that were written"
     return None
 
 
@@ -81,7 +81,7 @@ def _hole(region: tuple[int, bytes]) -> int:
 
 
 def _own(path: Path, region: tuple[int, bytes]) -> str:
-    """SHA-256 of a file with zeros for what it says that is."""
+    """SHA-256 of a file, with zeros in the place of the SHA-256 that it holds."""
     hole, found = _hole(region), hashlib.sha256()
     with open(path, "rb") as stream:
         while chunk := stream.read(1 << 20):

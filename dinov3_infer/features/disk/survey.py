@@ -1,4 +1,4 @@
-"""What a run finds on the disk: which rows are there, which of them are kept, and which are to be computed."""
+"""Looks at the rows on disk and decides which are kept and which are computed."""
 
 import logging
 from collections.abc import Sequence
@@ -18,34 +18,34 @@ log = logging.getLogger("dinov3_infer")
 
 @dataclass
 class Work:
-    """What is to be computed of a shard."""
+    """The rows to compute of one shard."""
 
-    images: range  # of the shard
-    numbers: Sequence[int]  # of those to compute, rising
-    there: Piece | None = None  # all rows of the shard, of which these are computed again
-    parts: tuple[Piece, ...] = ()  # the first rows of a shard that is not whole
+    images: range  # image numbers of the shard
+    numbers: Sequence[int]  # images to compute, in rising order
+    there: Piece | None = None  # all rows of a complete shard, some of which are computed again
+    parts: tuple[Piece, ...] = ()  # the first rows of an incomplete shard
 
 
 @dataclass
 class Found:
-    """Counts, for what is said and for the report."""
+    """Counts for the log and the report."""
 
-    changed: int = 0  # rows whose source is another one now
+    changed: int = 0  # rows whose source changed
     retried: int = 0  # rows that had failed
-    damaged: int = 0  # files that are made again
+    damaged: int = 0  # files that are written again
     unsealed: int = 0  # files without a checksum
     unknown: int = 0  # rows whose source cannot be compared
 
 
 class _Unusable(Exception):
-    """A file whose rows cannot be kept."""
+    """The rows of a file cannot be kept."""
 
 
 class Survey:
     """Looks at shards one by one.
 
-    `base`: there is a finished file of the same recipe, whose rows are taken where there is no shard.
-    `trusted`: whatever has the name of an image is that image.
+    `base`: whether a finished file of the same recipe exists; its rows are used for shards that do not exist.
+    `trusted`: take a file of the same name for the same image.
 
     Raises: InputError for a finished file that is damaged.
     """
@@ -54,17 +54,18 @@ class Survey:
         self.target, self.recipe, self.images, self.trusted, self.base = target, recipe, images, trusted, base
         self.found = Found()
         there = target.unfinished()
-        self.old = there is None or there.old  # whether files without a record are to be expected
+        self.old = there is None or there.old  # whether files without a record are valid
         if base:
             try:
                 self._check(target.path, 0, recipe.count or 0)
             except _Unusable as error:
-                raise InputError(f"{error}; bring back a copy, or overwrite it, which makes it again") from None
+                raise InputError(f"{error}; restore a copy, or overwrite it") from None
 
     def work(self, shard: int, images: range) -> Work | None:
-        """What is to be computed of a shard; None where nothing is.  A damaged file is removed.
+        """The rows to compute of a shard, or None.  A damaged file is removed.
 
-        Raises: InputError for a whole file of other rows, and for images that cannot be told from others.
+        Raises: InputError for a complete file with another number of rows, and for in-memory images, because a rerun
+        cannot notice their changes.
         """
         path, parts = self.target.shard(shard), self.target.parts_of(shard)
         if path.exists():
@@ -97,14 +98,14 @@ class Survey:
         return Work(images, [*numbers, *images[offset:]] if numbers else images[offset:], parts=tuple(kept))
 
     def say(self) -> None:
-        """One line for what could not be checked, and one for what was damaged."""
+        """Logs one line for rows that could not be checked and one for files that were damaged."""
         found, shown = self.found, self.target.path
         what = [f"the bytes of {found.unsealed} files, which have no checksums"] if found.unsealed else []
         what += [f"the sources of {found.unknown} images, which were not recorded or are gone"] if found.unknown else []
         if what:
-            log.warning("'%s': taken unchecked are %s; overwrite makes all anew", shown, ", and ".join(what))
+            log.warning("'%s': not checked: %s; overwrite to compute all again", shown, ", and ".join(what))
         if found.damaged:
-            log.warning("'%s': damaged, and made again: %d files of shards", shown, found.damaged)
+            log.warning("'%s': %d damaged shard files are computed again", shown, found.damaged)
 
     # --- one file -----------------------------------------------------------------------------------------------------
 
@@ -113,9 +114,9 @@ class Survey:
         self.target.format.remove(path)
 
     def _check(self, path: Path, first: int, rows: int | None = None) -> int:
-        """Rows of a file, of which the first is that of this image.
+        """Counts the rows of a file whose first row is that of image `first`.
 
-        Raises: _Unusable; InputError for a whole file of another number of rows.
+        Raises: _Unusable; InputError for a complete file with another number of rows.
         """
         form = self.target.format
         try:
@@ -123,16 +124,13 @@ class Survey:
         except InputError as error:
             raise _Unusable(str(error)) from None
         if rows is not None and there != rows:
-            raise InputError(
-                f"'{path}' holds {there} rows, and {rows} belong there: embed has not written it like that; remove it, "
-                "and the same call makes it again"
-            )
+            raise InputError(f"'{path}' holds {there} rows, but embed wrote {rows}; remove it and repeat the call")
         seal = None if record is None else record.seal
         lacks = seal is None and not (self.old if record is None else record.old)
         if lacks or (record is not None and not record.old and not record.recipe.is_like(self.recipe)):
             raise _Unusable(f"the record of '{path}' is damaged")
         if seal is not None and seal.first != first:
-            raise _Unusable(f"'{path}' has another place")
+            raise _Unusable(f"'{path}' belongs to another shard")
         if wrong := form.damage(path, seal):
             raise _Unusable(wrong)
         self.found.unsealed += seal is None
@@ -159,8 +157,8 @@ class Survey:
         now = self.images.identity(number)
         if now is None:
             raise InputError(
-                f"'{self.target.path}' exists already, and {self.images.label(number)} cannot be told from another "
-                "image: set trust_names=True if the images are the same, give another name, or overwrite it"
+                f"'{self.target.path}' exists already, and a rerun cannot check whether {self.images.label(number)} "
+                "changed; set trust_names=True if the images are the same, give another name, or overwrite it"
             )
         if not now or not line.source:
             self.found.unknown += 1

@@ -1,4 +1,4 @@
-"""Writes vectors of any number of pictures: whole shards only, going on where a run before has ended."""
+"""Writes vectors of any number of images as complete shards; a rerun continues after the last one."""
 
 import itertools
 import logging
@@ -31,13 +31,16 @@ __all__ = ["Writer", "best_batch_size"]
 
 log = logging.getLogger("dinov3_infer")
 
-MOST_PICTURES, MOST_BYTES = 10_000, 1 << 28  # of a shard, which is kept in memory until it is whole
-FEW = 256  # pictures, for which looking for the best batch size takes longer than it gains
-SECONDS = 120.0  # after which what has come of a shard is written
+MOST_IMAGES, MOST_BYTES = 10_000, 1 << 28  # limits of a shard, which stays in memory until it is complete
+FEW = 256  # images; below this, measuring the best batch size takes longer than it saves
+SECONDS = 120.0  # time after which the rows of an incomplete shard are written
 
 
 class Writer:
-    """Writes the vectors of some images to a target: those that are missing, have failed or have another source now."""
+    """Writes the vectors of images to a target: those that are missing, that failed, or whose source changed.
+
+    Raises: InputError if rows differ in shape and the format cannot hold them.
+    """
 
     def __init__(
         self, target: Target, images: Source | Iterable[ImageLike], extractor: Extractor, options: EmbedOptions
@@ -46,8 +49,8 @@ class Writer:
         self.recipe = recipe_of(extractor, images, options)
         self.transform = extractor.transform(options.size, options.fit, options.levels)
         self.filling: Filling | None = None
-        self.works: dict[int, Work] = {}  # by number of the shard
-        self.sources: dict[int, str | None] = {}  # of images that are being read
+        self.works: dict[int, Work] = {}  # by shard number
+        self.sources: dict[int, str | None] = {}  # identities of images that are being read
         self.failed = 0
         if self.recipe.shape is None and not target.format.ragged:
             raise InputError(
@@ -56,12 +59,13 @@ class Writer:
             )
 
     def run(self, only: Sequence[int] | None = None, run: str | None = None) -> EmbedReport:
-        """Writes what is missing.  A stream, which has no length, is written once and cannot be gone on with.
+        """Writes the missing rows.  A stream, which has no length, is written once and cannot be continued.
 
-        `only`: the shards of a folder to write, where others write the rest; under torchrun each process has its part.
-        `run`: a name that all processes of this run share; None for that of torchrun.
+        `only`: the shards of a folder to write, if other processes write the rest; under torchrun each process has a
+        part.
+        `run`: a name that all processes of this run share (default: from torchrun's environment).
 
-        Raises: InputError where what is there was made in another way, or another run is writing it; with
+        Raises: InputError if the vectors on disk have another recipe, or another run is writing them; with
         on_error="raise" the error of the first image that cannot be read.
         """
         target = self.target
@@ -69,11 +73,13 @@ class Writer:
         shared = ranks > 1 or only is not None
         if shared and (not target.is_folder or self.options.overwrite or self.recipe.count is None):
             what = (
-                "give a folder, which is a name without suffix" if not target.is_folder
+                "write to a name without suffix" if not target.is_folder
                 else "leave overwrite out, or run one process" if self.options.overwrite
-                else "give a folder, a list of files or an archive in place of a stream"
+                else "give a folder, a list of files or an archive instead of a stream"
             )  # fmt: skip
-            raise InputError(f"several processes can only write a folder of shards, of images with a count; {what}")
+            raise InputError(
+                f"several processes can only write a folder of shards, of a known number of images; {what}"
+            )
         with target.locked((run or _launch()) if shared else None):
             try:
                 self.recipe, self.state, base = target.enter(self.recipe, self._plan, self.options.overwrite, shared)
@@ -99,6 +105,8 @@ class Writer:
             found = survey.found
         total = None if self.recipe.count is None else sum(len(shards[k]) for k in mine)
         before = self.kept = (total or 0) - sum(len(work.numbers) for work in self.works.values())
+        if self.works or not isinstance(self.images, Source):
+            self.extractor.warm(self.transform)
         try:
             with told_to_stop(), self._shown(total, before, self.options.progress if rank == 0 else False):
                 if isinstance(self.images, Source):
@@ -110,7 +118,7 @@ class Writer:
             if not isinstance(error, Exception):
                 self._stopped(total)
             raise
-        if not target.is_folder and not mine:  # of no images there is a file too
+        if not target.is_folder and not mine:  # without images the file has no rows
             Filling(target, self.recipe, Work(range(0), ())).write(self.batch_size)
             mine = range(1)
         pieces = [self._piece(k, shards) for k in mine]
@@ -133,28 +141,28 @@ class Writer:
         return Piece(self.target.path, shards[shard].start, shards[shard].stop)
 
     def _check(self, pieces: list[Piece]) -> None:
-        """Raises InputError for what was damaged since it was written."""
+        """Raises InputError for files that were damaged since they were written."""
         form = self.target.format
         for path in dict.fromkeys(piece.path for piece in pieces):
             record = form.record(path)
             if wrong := form.damage(path, None if record is None else record.seal):
-                raise InputError(f"{wrong}; call the same again, which makes it again")
+                raise InputError(f"{wrong}; repeat the call, which writes it again")
 
     def _stopped(self, total: int | None) -> None:
-        """Keeps what has come when a run is told to stop."""
+        """Writes the rows up to now when a run is stopped."""
         if self.filling is not None:
             self.kept += self.filling.keep()
         if total is not None and self.kept:
-            log.warning("%d of %d images are kept; the same call goes on from there", self.kept, total)
+            log.warning("%d of %d images are kept; the same call continues from there", self.kept, total)
 
     # --- batches --------------------------------------------------------------------------------------------------
 
     def _plan(self, plan: BatchPlan) -> BatchPlan:
-        """What was asked for or recorded, and the rest decided."""
+        """Completes a plan: recorded and given values stay, the rest is decided."""
         if plan.batch_size and plan.max_tokens:
             return plan
         row = np.dtype(self.recipe.out_dtype).itemsize * int(np.prod(self.recipe.shape or (2304, 1024)))
-        size = plan.shard_size or max(1, min(MOST_PICTURES, MOST_BYTES // row))
+        size = plan.shard_size or max(1, min(MOST_IMAGES, MOST_BYTES // row))
         batch_size = plan.batch_size
         if batch_size is None:
             most = max(1, self.extractor.max_tokens // (self._example[0][0].numel() // self.transform.patch_size**2))
@@ -163,7 +171,7 @@ class Writer:
         return BatchPlan(size, batch_size, self.extractor.max_tokens)
 
     def _try(self, batch_size: int) -> None:
-        """Runs a pass of images of the size to come, to see whether it fits and how long it takes."""
+        """Runs a pass of zeros, to test its memory and time."""
         self._vectors([self.transform.collate([self._example] * batch_size, self.extractor.on_gpu)])()
 
     @property
@@ -195,8 +203,8 @@ class Writer:
     # --- shards ---------------------------------------------------------------------------------------------------
 
     def _source(self, images: Source) -> None:
-        """A shard for which the memory does not do is begun again with half the batch, so that one number tells what
-        ran together in it.
+        """Computes the shards of a source.  A shard that does not fit in memory starts again with half the batch size,
+        so that one number tells which images ran together.
         """
         todo = dict(self.works)
         while todo:
@@ -216,10 +224,10 @@ class Writer:
                         todo[number] = self.works[number] = Work(whole, whole)
                     self.filling = None
                 self.batch_size //= 2
-                log.warning("out of memory; going on with %d pictures in one pass", self.batch_size)
+                log.warning("out of memory; continuing with %d images per pass", self.batch_size)
 
     def _items(self, images: Source, numbers: Iterable[int]) -> Iterator[Item]:
-        """What tells an image from others is noted before it is read, so that a change meanwhile is seen next time."""
+        """Records the identity of an image before reading it, so the next run notices a change during this run."""
         for item in items_of(images, numbers):
             self.sources[item.number] = images.identity(item.number)
             yield item
@@ -233,7 +241,7 @@ class Writer:
         self.target.rewrite(self.recipe, "overwriting" if self.state else "")
 
     def _filled(self, batcher: Batcher[Vector], items: Iterator[Item]) -> Iterator[int]:
-        """Numbers of the shards as they are written."""
+        """Yields the number of each shard when it is written."""
         written = time.monotonic()
         for result in batcher(items):
             if self.filling is None:
@@ -274,21 +282,21 @@ class Writer:
 
 def _fitting(vector: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
     if dtype == "float16" and float(np.abs(vector).max(initial=0)) > 65504:
-        raise PrecisionError("a vector holds numbers above 65504, which float16 has not; store float32")
+        raise PrecisionError("a vector holds numbers above 65504, the largest of float16; store float32 instead")
     return vector.astype(dtype, copy=False)
 
 
 def best_batch_size(
     run: Callable[[int], None], most: int, seconds: float = 10.0, clock: Callable[[], float] = time.perf_counter
 ) -> int:
-    """The number of pictures in a pass, a power of two up to `most`, that takes the least time per picture.
+    """The batch size, a power of two up to `most`, with the least time per image.
 
-    Doubled until a step gains less than a twentieth, the memory does not do, or the time is over.
+    Sizes are doubled until a step gains less than 5 %, memory runs out, or `seconds` have passed.
     """
     best, best_time, size, started = 1, float("inf"), 1, clock()
     while size <= most:
         try:
-            run(size)  # the first one sets things up
+            run(size)  # the first run also compiles and allocates
             begun = clock()
             run(size)
         except torch.OutOfMemoryError:
@@ -301,12 +309,12 @@ def best_batch_size(
         if clock() - started > seconds:
             break
         size *= 2
-    log.info("%d pictures in one pass, found by trying", best)
+    log.info("%d images per pass (measured)", best)
     return best
 
 
 def _launch() -> str:
-    """The same for all processes that torchrun has started together."""
+    """A name that all processes of one torchrun launch share."""
     names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
     return "torchrun " + " ".join(os.environ.get(name, "") for name in names)
 

@@ -1,1 +1,1 @@
-"""The same forward pass for CPUs, with packed weights and compiled passes."""
+"""The forward pass on CPUs, with packed weights and compiled passes."""

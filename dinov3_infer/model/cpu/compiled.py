@@ -1,4 +1,4 @@
-"""The compiled passes of a plan: found in the package of kernels, or not used for a reason."""
+"""The compiled passes of the CPU plan, from the kernel package, or the reason why they are not used."""
 
 from functools import cache
 from types import ModuleType
@@ -10,7 +10,7 @@ __all__ = ["passes", "start_compiler", "why_not_compiled"]
 
 @cache
 def passes() -> ModuleType | None:
-    """The module of the kernels for CPUs; None where this package lies without them."""
+    """The CPU kernel module; None if the kernel package is not installed."""
     try:
         from dinov3_infer_kernels import cpu
     except ModuleNotFoundError:
@@ -19,7 +19,7 @@ def passes() -> ModuleType | None:
 
 
 def why_not_compiled(dtype: torch.dtype = torch.float32, head_dim: int = 64) -> str | None:
-    """Why the compiled passes cannot be used here, or None if they can."""
+    """Why the compiled passes cannot be used here; None if they can."""
     found = passes()
     if found is None:
         return "the package dinov3_infer_kernels is not installed"
@@ -28,6 +28,6 @@ def why_not_compiled(dtype: torch.dtype = torch.float32, head_dim: int = 64) -> 
 
 
 def start_compiler() -> None:
-    """Has the passes compiled while something else is done, where they are not there yet; nobody has to call this."""
+    """Compile the passes in the background if needed; calling this is optional."""
     if (found := passes()) is not None:
         found.start_compiler()

@@ -1,4 +1,4 @@
-"""The forward pass of a ConvNeXt with weights packed for a CPU, as `plan` has it for vision transformers."""
+"""The forward pass of a ConvNeXt with weights packed for a CPU; see `plan` for vision transformers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,14 +14,14 @@ from .linear import PackedLinear
 
 __all__ = ["ConvNeXtPlan"]
 
-_ROWS = 512  # at a time for each thread: their hidden values stay in the cache
-_FEW_ROWS = 16  # a single row goes to another kernel, which rounds differently
+_ROWS = 512  # rows per thread at a time, so that their hidden values stay in the cache
+_FEW_ROWS = 16  # fewer rows would use another kernel with other rounding
 
 
 class ConvNeXtPlan:
-    """What a model computes of float32 pixels, without gradients; a second copy of its weights.
+    """The computation of a model on float32 pixels, without gradients; holds a second copy of the weights.
 
-    `dtype`: float32 or bfloat16, of the products; norms, depthwise convolutions and the stream are float32.
+    `dtype`: float32 or bfloat16, for matrix products; norms, depthwise convolutions and the stream are float32.
     """
 
     def __init__(self, model: ConvNeXt, dtype: torch.dtype) -> None:
@@ -35,13 +35,13 @@ class ConvNeXtPlan:
 
     def __call__(
         self,
-        model: ConvNeXt,  # whose plan this is
+        model: ConvNeXt,  # the model of this plan
         pixels: Sequence[Tensor],  # [B_i, 3, H_i, W_i] float32, normalised: one tensor per size
         indices: Sequence[int] = (),  # stages to keep
-        scale: Scale = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # of images that come as uint8
-        class_only: bool = False,  # which saves nothing here
+        scale: Scale = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # mean and std for uint8 pixels
+        class_only: bool = False,  # no effect for a ConvNeXt
     ) -> list[BackboneOutput]:
-        """What the model gives for each tensor, with the stages asked for as its layers."""
+        """The output of the model for each tensor, with the stages `indices` as its layers."""
         return [model.output(self._stages(model, normalised(batch, scale)), indices) for batch in pixels]
 
     def _stages(self, model: ConvNeXt, pixels: Tensor) -> list[Tensor]:
@@ -62,7 +62,7 @@ class ConvNeXtPlan:
 
 
 class _Mlp:
-    """The two linears of a block, with LayerScale in the second."""
+    """The two linear layers of a block, with LayerScale folded into the second."""
 
     def __init__(self, block: ConvBlock, dtype: torch.dtype) -> None:
         gamma, second = block.gamma.detach(), block.pwconv2
@@ -70,7 +70,7 @@ class _Mlp:
         self.contract = PackedLinear(second.weight.detach() * gamma[:, None], second.bias.detach() * gamma, dtype)
 
     def add_to(self, x: Tensor, normed: Tensor) -> None:  # [B, h, w, C] each
-        """A few rows at a time."""
+        """Add the MLP of `normed` to x in place, a few rows at a time."""
         stream, rows = x.flatten(0, -2), normed.flatten(0, -2)
         count = max(1, len(rows) // (_ROWS * torch.get_num_threads()))
         for target, some in zip(stream.tensor_split(count), rows.tensor_split(count), strict=True):
@@ -78,7 +78,7 @@ class _Mlp:
 
 
 def _rows(linear: Any, x: Tensor) -> Tensor:
-    """A packed linear of the last dimension, in float32."""
+    """Apply a packed linear layer to the last dimension; the result is float32."""
     rows = x.flatten(0, -2)
     if isinstance(linear, PackedLinear):
         rows = linear.taken(rows)

@@ -1,11 +1,11 @@
-"""Linear layers with the weights packed as oneDNN computes with them, for inference on a CPU.
+"""Linear layers with weights packed for oneDNN, for inference on a CPU.
 
-torch's own `linear` repacks its weights in every call, and in float32 hands them to a library that on many CPUs uses
-half of their vectors.  Here they are packed once, and the activation is part of the product.  A row of the
-result depends on its own row of the input alone, bit for bit, whatever rows are beside it.
+torch's `linear` repacks its weights in every call, and in float32 uses a library that on many CPUs runs at half of the
+vector width.  Here weights are packed once, and the activation is part of the product.  Each row of the result depends
+only on its own row of the input, bit for bit.
 
-The operators are those that torch's compiler calls.  They are no public interface of torch, so each is tried once
-against the plain form, and is not used where it is missing, raises or differs.
+The operators are those that torch's compiler calls.  They are no public interface of torch, so each is first tested
+against the plain form, and not used if it is missing, raises or differs.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["PackedLinear", "QuantisedLinear", "runs_bfloat16", "smoothed", "why_not_int8", "why_not_packed"]
 
-Activation = Literal["none", "gelu", "swish"]  # gelu: by the error function
+Activation = Literal["none", "gelu", "swish"]  # gelu: the exact form with erf
 
 
 class PackedLinear:
@@ -32,27 +32,28 @@ class PackedLinear:
         self.joined: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.binary
 
     def __call__(self, x: Tensor, activation: Activation = "none") -> Tensor:
-        """[T, K] as `taken` gives it -> [T, C]."""
+        """[T, K] from `taken` -> [T, C]."""
         return self.product(x, self.weight, self.bias, activation, [], "none")
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """(x W^T + b) * other."""
+        """(x W^T + b) * other, for x [T, K] and other [T, C]."""
         return self.joined(x, other, self.weight, self.bias, "mul")
 
     def entering(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight [K, ...] and bias [K] of the affine step before, so that it gives what `taken` takes."""
+        """Weight [K, ...] and bias [K] of the preceding affine step, adapted so that `taken` accepts its result."""
         return weight, bias
 
     def taken(self, x: Tensor) -> Tensor:
+        """x [T, K] in the input dtype of this layer."""
         return x.to(self.dtype)
 
 
 class QuantisedLinear:
     """x W^T + b in 8 bits.
 
-    Channel k of x lies on the grid middle[k] + size[k] (n - 128), n from 0 to 255, and what is beyond it is clipped.
-    Each row of W, times these sizes, has one scale.  The bias holds the rest of the grid, and what W loses by rounding
-    times the mean of x.
+    Channel k of x is quantised to the grid middle[k] + size[k] (n - 128), n from 0 to 255, and clipped.  Each row of W,
+    times these sizes, has one scale.  The bias absorbs the offset of the grid, and the rounding error of W times the
+    mean of x.
     """
 
     def __init__(
@@ -84,21 +85,28 @@ class QuantisedLinear:
         )
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """(x W^T + b) * other, for x [T, K] uint8 and other [T, C]."""
         return self(x).mul_(other)
 
     def entering(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight [K, ...] and bias [K] of the preceding affine step, adapted so that its result is in grid steps."""
         size = self.size if weight.ndim == 1 else self.size[:, None]
         return weight / size, ((0.0 if bias is None else bias) - self.middle) / self.size
 
     def taken(self, x: Tensor) -> Tensor:
-        """Conversion cuts what is behind the point, so half a step more rounds."""
+        """Round x [T, K], in steps of the grid, to uint8; adding half a step rounds, since the conversion truncates."""
         if x.dtype == torch.uint8:
             return x
         return (x.float() + 128.5).clamp_(0, 255).to(torch.uint8)
 
 
 def smoothed(low: Tensor, high: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Middle and size of each channel's grid: differences of range are shared between x and the columns of W.
+    """Middle and size of each channel's grid, [K] each; x and the columns of W share differences of range.
+
+    Args:
+        low: Smallest input of each channel, [K].
+        high: Largest input of each channel, [K].
+        weight: [C, K].
 
     Source: SmoothQuant (arXiv 2211.10438), equation 4 with alpha 0.5, about the middle of each channel.
     """
@@ -107,12 +115,9 @@ def smoothed(low: Tensor, high: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
     return (low + high) / 2, share * (reach / share).amax() / 127
 
 
-# --- what runs here ------------------------------------------------------------------------------------------------
-
-
 @cache
 def why_not_packed(dtype: torch.dtype = torch.float32) -> str | None:
-    """Why `PackedLinear` cannot be used here, or None if it can."""
+    """Why `PackedLinear` cannot be used here; None if it can."""
     if not torch.backends.mkldnn.is_available():
         return "this torch is built without oneDNN"
     if dtype == torch.bfloat16 and not runs_bfloat16():
@@ -132,7 +137,7 @@ def why_not_packed(dtype: torch.dtype = torch.float32) -> str | None:
 
 @cache
 def why_not_int8() -> str | None:
-    """Why `QuantisedLinear` cannot be used here, or None if it can."""
+    """Why `QuantisedLinear` cannot be used here; None if it can."""
     test: Any = getattr(torch.cpu, "_is_vnni_supported", None)
     if test is None or not test():
         return "this CPU has no products in 8 bits"
@@ -165,6 +170,6 @@ def _why_not(pairs: Callable[[], list[tuple[Tensor, Tensor]]], limit: float) -> 
 
 @cache
 def runs_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16, rather than imitating it."""
+    """Whether this CPU has bfloat16 instructions, so that torch need not emulate them."""
     tests: list[Any] = [getattr(torch.cpu, f"_is_{what}_supported", None) for what in ("avx512_bf16", "amx_tile")]
     return any(test is not None and test() for test in tests)

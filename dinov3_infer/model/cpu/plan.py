@@ -1,9 +1,9 @@
-"""The forward pass of a model with weights of its own, in the form that a CPU computes with fastest.
+"""The forward pass of a vision transformer in the form that a CPU computes fastest, with its own packed weights.
 
-The weights are packed once (see `linear`) with LayerScale and the softmax scale in them, and a few pictures at a time
-go through a block.  What lies between two products is one pass of compiled C (see `compiled`); where that cannot be, q
-and k are turned by one complex product, for which the channels of a pair lie side by side, and attention is made of
-packed products.  What each step brings is in tests/benchmarks/records/plan_steps.md.
+Weights are packed once (see `linear`), with LayerScale and the softmax scale folded in, and a few images at a time go
+through a block.  One pass of compiled C does the work between two products (see `compiled`).  Without it one complex
+product rotates q and k, for which the channels of a pair are adjacent, and packed products compute attention.  The gain
+of each step is in tests/benchmarks/records/plan_steps.md.
 """
 
 from collections import OrderedDict
@@ -24,21 +24,21 @@ from .linear import PackedLinear, QuantisedLinear, smoothed
 
 __all__ = ["CpuPlan", "Spans", "spans_of"]
 
-Spans: TypeAlias = dict[str, tuple[Tensor, Tensor, Tensor]]  # least, largest and mean input of each channel of a linear
-_ROWS = 512  # at a time for each thread: what is computed of them stays in the cache
-_SCORES = 1 << 20  # of q k^T at a time: for the cache too, and so that large pictures need no more memory
-_FEW_ROWS = 16  # a single row goes to another kernel, which rounds differently
-_GRIDS = 32  # sizes of pictures whose tables are kept
-# x W^T with W as it is: torch's own products in float32 have the fault that `linear` speaks of
+Spans: TypeAlias = dict[str, tuple[Tensor, Tensor, Tensor]]  # linear -> smallest, largest and mean input, [K] each
+_ROWS = 512  # rows per thread at a time, so that intermediate values stay in the cache
+_SCORES = 1 << 20  # elements of q k^T at a time: fits the cache, and bounds the memory of large images
+_FEW_ROWS = 16  # fewer rows would use another kernel with other rounding
+_GRIDS = 32  # image sizes whose tables are cached
+# x W^T with W unpacked: torch's own float32 products are slow, see `linear`
 _PRODUCT: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _REST: tuple[Any, ...] = (None, "none", [], "")
 
 
 class CpuPlan:
-    """What a model computes of float32 pixels, without gradients; a second copy of its weights.
+    """The computation of a model on float32 pixels, without gradients; holds a second copy of the weights.
 
-    `dtype`: float32 or bfloat16, of the products; the stream, norms and RoPE are float32.
-    `spans`: of every block, see `spans_of`; with them the linears of the blocks are in 8 bits.
+    `dtype`: float32 or bfloat16, for matrix products; the stream, norms and RoPE are float32.
+    `spans`: input ranges of every block, see `spans_of`; with them the linear layers of the blocks use 8 bits.
     """
 
     def __init__(self, model: VisionTransformer, dtype: torch.dtype, spans: Sequence[Spans] | None = None) -> None:
@@ -55,16 +55,16 @@ class CpuPlan:
 
     def __call__(
         self,
-        model: VisionTransformer,  # whose plan this is
+        model: VisionTransformer,  # the model of this plan
         pixels: Sequence[Tensor],  # [B_i, 3, H_i, W_i] float32, normalised: one tensor per size
         indices: Sequence[int] = (),  # blocks to keep
-        scale: Scale | None = None,  # of uint8, which is not given to a CPU
-        class_only: bool = False,  # no other tokens are wanted, nor layers
+        scale: Scale | None = None,  # unused: a CPU gets no uint8 pixels
+        class_only: bool = False,  # only class tokens are needed, and no layers
     ) -> list[BackboneOutput]:
-        """What the model gives for each tensor, with the blocks asked for as its layers.
+        """The output of the model for each tensor, with the blocks `indices` as its layers.
 
-        With `class_only` registers and patches have no rows, and the last block computes class tokens alone, whose bits
-        are the same, since no row of a product depends on another.
+        With `class_only` registers and patches have no rows, and the last block computes class tokens alone.  Their
+        bits are the same, since no row of a product depends on another.
         """
         parts = [list(self._entered(model, batch)) for batch in pixels]
         kept: dict[int, list[list[Tensor]]] = {}
@@ -75,7 +75,7 @@ class CpuPlan:
                 kept[i] = [[part.tokens() for part in own] for own in parts]
 
         def named(streams: list[Tensor], count: int) -> tuple[Tensor, Tensor, Tensor]:
-            """Without the pictures that were repeated."""
+            """Drop repeated images, and name the tokens."""
             return model.split(model.normed(torch.cat(streams)[:count]))
 
         return [
@@ -87,7 +87,7 @@ class CpuPlan:
         ]
 
     def _entered(self, model: VisionTransformer, batch: Tensor) -> Iterator["_Part"]:
-        """The tokens before the first block, as many pictures at a time as the caches are good for."""
+        """Yield the tokens before the first block, as many images at a time as fit the caches."""
         template, turns = self._tables(model, model.grid_of(batch))
         length, prefix = template.shape[1], self.config.num_prefix
         if (rows := len(batch) * (length - prefix)) < _FEW_ROWS:
@@ -104,7 +104,7 @@ class CpuPlan:
         return parts.to(self.dtype).reshape(-1, self.config.in_chans * size * size)  # type: ignore[no-any-return]
 
     def _tables(self, model: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """Of one picture: its tokens before the first block with all patches zero, [1, N, C], and its turns."""
+        """The tokens of one image before the first block with all patches zero, [1, N, C], and its rotations."""
         found = self.grids.get(grid)
         if found is None:
             rope = model.rope(grid)
@@ -123,22 +123,22 @@ class CpuPlan:
 
 @dataclass
 class _Part:
-    """Some pictures of one size on their way through the blocks."""
+    """Some images of one size on their way through the blocks."""
 
     x: Tensor  # [T, C] float32: the stream
-    more: Tensor | None  # [T, C] to be added to it
-    count: int  # pictures
-    turns: Tensor | None  # of a picture
+    more: Tensor | None  # [T, C], not yet added to the stream
+    count: int  # images
+    turns: Tensor | None  # rotations of one image
 
-    alone: bool = False  # the first rows are the class tokens, and what follows is not needed
+    alone: bool = False  # True: the first rows are the class tokens, and the others are not needed
 
     def tokens(self) -> Tensor:
-        """[B, N, C], as they are now."""
+        """The stream as [B, N, C]."""
         x = self.x if self.more is None else self.x + self.more
         return (x[: self.count] if self.alone else x).view(self.count, -1, x.shape[1])
 
     def class_rows(self, tokens: Tensor) -> Tensor:
-        """Those of the class tokens, filled up to as many as the products want."""
+        """Rows of the class tokens, repeated to the number that the products need."""
         rows = tokens.view(self.count, -1, tokens.shape[1])[:, 0]
         return rows.repeat(-(-_FEW_ROWS // self.count), 1)
 
@@ -167,7 +167,7 @@ class _Block:
             weight, bias = _scaled(mlp.fc2, block.ls2)
             if spans is None:
                 self.down = PackedLinear(weight, bias, dtype)
-            else:  # GELU gives it on one grid for all channels, which is part of the product before it
+            else:  # the product before it applies GELU and quantises to one grid for all channels
                 low, high, mean = spans["down"]
                 size = (high.amax() - low.amin()).clamp_min(1e-6) / 255
                 zero = int((-low.amin() / size).round().clamp(0, 255))
@@ -188,7 +188,7 @@ class _Block:
         part.more = self.down(self.down.taken(wide))
 
     def _normed(self, part: _Part, number: int) -> Tensor:
-        """What the next linear takes, after what was computed has been added to the stream."""
+        """Add the pending result to the stream, and return the normed input of the next linear layer."""
         linear = (self.qkv, self.up if self.gate is None else self.gate)[number]
         weight, bias, eps = self.norms[number]
         if self.passes is not None:
@@ -199,7 +199,7 @@ class _Block:
 
 
 def _attended(qkv: Tensor, turns: Tensor | None, count: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """`passes().attended` by operators of torch, and not yet in the dtype that is asked for."""
+    """`passes().attended` with operators of torch; the result is not yet in the requested dtype."""
     length = len(qkv) // count
     parts = qkv.view(count, length, 3, heads, -1).permute(2, 0, 3, 1, 4)  # [3, B, H, N, D]
     if turns is None:
@@ -211,7 +211,7 @@ def _attended(qkv: Tensor, turns: Tensor | None, count: int, heads: int, dtype: 
         q, k = turned.view(2, count * heads, length, -1).to(qkv.dtype)
         v = parts[2].contiguous().flatten(0, 1)
     few = length**2 <= _SCORES
-    if few and qkv.dtype == torch.bfloat16:  # torch's own product of matrices is oneDNN's then
+    if few and qkv.dtype == torch.bfloat16:  # torch's bfloat16 products use oneDNN
         each = _SCORES // length**2
         some = zip(q.split(each), k.mT.split(each), v.split(each), strict=True)
         found = _joined([torch.bmm(torch.bmm(a, b).softmax(-1), c) for a, b, c in some])
@@ -232,13 +232,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _norm(norm: Any, linear: Any) -> tuple[Any, ...]:
-    """Arguments of a layer norm that gives what a linear takes."""
+    """Arguments of a layer norm whose result `linear.taken` accepts."""
     weight, bias = linear.entering(norm.weight.detach(), norm.bias.detach())
     return weight.clone(), bias.clone(), norm.eps
 
 
 def _qkv(attn: Any, pairs: bool, proj: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias with the softmax scale in q, pairs side by side where they turn, and v as `proj` takes it."""
+    """Weight and bias with the softmax scale in q, adjacent channel pairs for rotation, and v adapted to `proj`."""
     weight, bias = attn.qkv.weight, attn.qkv.bias
     if isinstance(attn.qkv, MaskedKeyLinear):
         bias = attn.qkv.masked_bias
@@ -257,20 +257,17 @@ def _qkv(attn: Any, pairs: bool, proj: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _scaled(linear: Any, residual: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias with LayerScale in them."""
+    """Weight and bias with LayerScale folded in."""
     weight, bias, gamma = linear.weight, linear.bias, residual.gamma
     return (weight, bias) if gamma is None else (weight * gamma[:, None], None if bias is None else bias * gamma)
 
 
-# --- 8 bits --------------------------------------------------------------------------------------------------------
-
-
 class _Watched:
-    """A linear that remembers what goes in."""
+    """A linear layer that records the range of its inputs."""
 
     def __init__(self, linear: PackedLinear) -> None:
         self.linear, self.taken, self.takes = linear, linear.taken, linear.takes
-        self.seen: list[Tensor] = []  # [3, K] of each part: least, largest, sum
+        self.seen: list[Tensor] = []  # [3, K] per part: smallest, largest, sum
         self.count = 0
 
     def __call__(self, x: Tensor, *rest: Any) -> Tensor:
@@ -294,7 +291,7 @@ def spans_of(
     model: VisionTransformer,
     pixels: Sequence[Tensor],  # [B_i, 3, H_i, W_i] float32, normalised: one tensor per size
 ) -> list[Spans]:
-    """What the linears of each block are given for some images."""
+    """The input ranges of the linear layers of each block, measured on some images."""
     plan, spans = CpuPlan(model, torch.float32), list[Spans]()
     for block in plan.blocks:
         for name in ("qkv", "proj", "up", "down"):
@@ -302,7 +299,7 @@ def spans_of(
     plan(model, pixels)
     for block in plan.blocks:
         found: Spans = {name: getattr(block, name).span for name in ("qkv", "proj", "up", "down")}
-        if block.gate is not None:  # a product of two has no middle that could be part of a bias
+        if block.gate is not None:  # the middle of a product of two cannot be folded into a bias
             low, high, mean = found["down"]
             reach = torch.maximum(high, -low)
             found["down"] = (-reach, reach, mean)

@@ -1,1 +1,1 @@
-"""The same forward pass for NVIDIA GPUs: 16-bit weights kept, one kernel between two products, CUDA graphs."""
+"""The forward pass for NVIDIA GPUs: a copy of the weights in 16 bits, one kernel between products, CUDA graphs."""

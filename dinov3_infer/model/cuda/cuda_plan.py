@@ -1,7 +1,7 @@
-"""The forward pass of a model with 16-bit weights of its own, in the fewest kernels.
+"""The forward pass of a model with its own copy of the weights in 16 bits, in few kernels.
 
 A block is a norm, four products, attention and an activation; LayerScale, the residual and the norm after them are one
-kernel (see `fused`).  The stream stays float32, as in the plain path.  Nothing here reads a tensor of the GPU.
+kernel (see `fused`).  The stream stays float32, as in the plain path.  No tensor of the GPU is read on the host.
 """
 
 from collections import OrderedDict
@@ -23,58 +23,62 @@ from ..rope import RopeTable
 from ..vit import VisionTransformer
 from .graphs import Graphs
 
-__all__ = ["CudaPlan"]
+__all__ = ["TABLES", "CudaPlan"]
 
 _GRIDS = 32  # sizes of images whose tables are kept
-_TABLES = torch.float16  # of cosines: the rounding of the tokens that they turn is 2 to 16 times as large
+# Of cosines and sines, by the dtype of the tokens that they turn: bfloat16 rounds eight times as coarsely as float16.
+TABLES = {torch.bfloat16: torch.float16, torch.float16: torch.float32}
 _AS_GIVEN: Scale = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # of pixels that are normalised
+_MIDDLE, _STEP = 128.0, 64.0  # (x - 128) / 64 of a whole number x from 0 to 255 is exact in 16 bits
+_EXACT: Scale = ((_MIDDLE / 255,) * 3, (_STEP / 255,) * 3)
 Linear: TypeAlias = tuple[Tensor, Tensor | None]  # weight [C_out, C_in], bias [C_out]
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """What all images of one grid share."""
+    """Tensors that all images of one grid and one scale share."""
 
     prefix: Tensor  # [1 + R, C] float32: class token and registers as they enter the first block
-    positions: Tensor | None  # [P, C] float32, learned; None with RoPE
-    rope: RopeTable | None  # [N, D/2] float16 each
+    weight: Tensor  # [C, 3 p^2] of the patch embedding, in 16 bits
+    offset: Tensor  # [C] float32, added to each patch; with learned positions [P, C]
+    scale: Scale  # with which pixels become the input of `weight`
+    rope: RopeTable | None  # [N, D/2] each
 
 
 class CudaPlan:
-    """What a model computes of images, without gradients; a second copy of float32 weights, none of 16-bit ones.
+    """The forward pass of a model, without gradients, with a 16-bit copy of float32 weights.
 
-    `dtype`: bfloat16 or float16, of the products and what goes in and out of them.
-    `tanh`: GELU by its tanh form, which a product can apply to what it gives; off by 5e-4 at most.
+    `dtype`: bfloat16 or float16, of the products, their inputs and outputs.
+    `tanh`: GELU by its tanh form, which a product applies to its result; it differs by 5e-4 at most.
     """
 
     def __init__(self, model: VisionTransformer, dtype: torch.dtype, tanh: bool = False) -> None:
         self.config, self.dtype, self.tanh = model.config, dtype, tanh
         self.mode = "fast" if tanh else "exact"
-        embed: Any = model.patch_embed.proj
-        self.patches: Linear = (_kept(embed.weight, dtype).flatten(1), _kept(embed.bias, dtype))
+        self.patches: dict[Scale, tuple[Tensor, Tensor, Scale]] = {}  # see `_embedding`
         self.blocks = [_Block(block, dtype, tanh) for block in model.blocks]
         self.norm = _Norm(model.norm)
         self.prefix_norm = None if model.cls_norm is None else _Norm(model.cls_norm)
-        self.grids: OrderedDict[tuple[int, int], _Tables] = OrderedDict()
+        self.grids: OrderedDict[tuple[tuple[int, int], Scale], _Tables] = OrderedDict()
         self.graphs = Graphs()
 
     def __call__(
         self,
-        model: VisionTransformer,  # whose plan this is
+        model: VisionTransformer,  # of which the plan was made
         pixels: Sequence[Tensor],  # [B_i, 3, H_i, W_i]: uint8, or float32 and normalised; one tensor per size
         indices: Sequence[int] = (),  # blocks to keep
-        scale: Scale = _AS_GIVEN,  # mean and standard deviation of what is uint8
-        class_only: bool = False,  # no other tokens are wanted, nor layers
+        scale: Scale = _AS_GIVEN,  # mean and standard deviation of uint8 images
+        class_only: bool = False,  # no other tokens are needed, nor layers
     ) -> Outputs:
-        """What the model gives for each tensor, with the blocks asked for as its layers.
+        """The outputs of the model for each tensor, with the blocks asked for as layers.
 
         With `class_only` registers and patches have no rows, and the last block computes class tokens alone.
         """
-        tables = [self._tables(model, _grid(batch, self.config.patch_size)) for batch in pixels]
+        tables = [self._tables(model, batch, scale if batch.dtype == torch.uint8 else _AS_GIVEN) for batch in pixels]
         key = (tuple(indices), scale, class_only)
 
         def run(given: Sequence[Tensor]) -> Outputs:
-            return self._run(model, given, tables, *key)
+            return self._run(model, given, tables, tuple(indices), class_only)
 
         with torch.autocast(pixels[0].device.type, enabled=False):
             return self.graphs(run, pixels, key) if len(pixels) == 1 else run(pixels)
@@ -85,10 +89,9 @@ class CudaPlan:
         pixels: Sequence[Tensor],
         tables: list[_Tables],
         indices: tuple[int, ...],
-        scale: Scale,
         class_only: bool,
     ) -> Outputs:
-        streams = [self._entered(*both, scale) for both in zip(pixels, tables, strict=True)]
+        streams = [self._entered(*both) for both in zip(pixels, tables, strict=True)]
         packing = Packing(tuple((s.shape[0], s.shape[1]) for s in streams), streams[0].device)
         where = _where(packing, [t.rope for t in tables])
         x = streams[0] if len(streams) == 1 else torch.cat([s.flatten(0, 1) for s in streams])
@@ -133,34 +136,54 @@ class CudaPlan:
                 out.narrow(1, 0, self.config.num_prefix).copy_(own(prefix.contiguous(), torch.float32))
         return x, h
 
-    def _entered(self, batch: Tensor, tables: _Tables, scale: Scale) -> Tensor:
+    def _entered(self, batch: Tensor, tables: _Tables) -> Tensor:
         """Class token, registers and patches before the first block, [B, N, C] float32."""
-        rows = unfold(batch, *(scale if batch.dtype == torch.uint8 else _AS_GIVEN), self.config.patch_size, self.dtype)
-        patches = F.linear(rows, *self.patches)
+        rows = unfold(batch, *tables.scale, self.config.patch_size, self.dtype)
+        patches = F.linear(rows, tables.weight)
         prefix = len(tables.prefix)
         x = patches.new_empty(len(batch), prefix + patches.shape[1], patches.shape[2], dtype=torch.float32)
         x.narrow(1, 0, prefix).copy_(tables.prefix)
-        inner = x.narrow(1, prefix, patches.shape[1])
-        if tables.positions is None:
-            inner.copy_(patches)
-        else:
-            torch.add(patches, tables.positions, out=inner)
+        torch.add(patches, tables.offset, out=x.narrow(1, prefix, patches.shape[1]))
         return x
 
-    def _tables(self, model: VisionTransformer, grid: tuple[int, int]) -> _Tables:
-        found = self.grids.get(grid)
+    def _tables(self, model: VisionTransformer, batch: Tensor, scale: Scale) -> _Tables:
+        grid = _grid(batch, self.config.patch_size)
+        found = self.grids.get((grid, scale))
         if found is None:
+            weight, bias, way = self._embedding(model, scale)
             prefix = self.config.num_prefix
             empty = torch.zeros(1, grid[0] * grid[1], self.config.embed_dim, dtype=torch.float32, device=model.device)
             template = model.with_prefix(empty, grid).squeeze(0)
             rope = model.rope(grid)
-            found = self.grids[grid] = _Tables(
+            found = self.grids[grid, scale] = _Tables(
                 template.narrow(0, 0, prefix).clone(),
-                template.narrow(0, prefix, len(template) - prefix).clone() if rope is None else None,
-                None if rope is None else (rope[0].to(_TABLES), rope[1].to(_TABLES)),
+                weight,
+                bias if rope is not None else template.narrow(0, prefix, len(template) - prefix) + bias,
+                way,
+                None if rope is None else (rope[0].to(TABLES[self.dtype]), rope[1].to(TABLES[self.dtype])),
             )
             if len(self.grids) > _GRIDS:
                 self.grids.popitem(last=False)
+        return found
+
+    def _embedding(self, model: VisionTransformer, scale: Scale) -> tuple[Tensor, Tensor, Scale]:
+        """Weight [C, 3 p^2] and float32 bias [C] of the patch embedding, and the scale of the pixels that it takes.
+
+        uint8 goes in as whole numbers that 16 bits hold exactly: mean and standard deviation become part of float32
+        weights before these are rounded, so that the pixels are not.
+        """
+        if (found := self.patches.get(scale)) is None:
+            embed: Any = model.patch_embed.proj
+            weight, bias = embed.weight.detach(), embed.bias.detach().to(torch.float32)
+            way = scale
+            if scale != _AS_GIVEN and weight.dtype == torch.float32:
+                way = _EXACT
+                vectors = (torch.tensor(v, dtype=torch.float64, device="cpu").view(3, 1, 1) for v in scale)
+                mean, std = (vector.to(weight.device) for vector in vectors)
+                wide = weight.to(torch.float64)
+                bias = (bias + (wide * ((_MIDDLE / 255 - mean) / std)).sum((1, 2, 3))).to(torch.float32)
+                weight = wide * (_STEP / 255 / std)
+            found = self.patches[scale] = (weight.to(self.dtype).flatten(1), bias, way)
         return found
 
 
@@ -191,13 +214,13 @@ class _Block:
         self.up, self.down = _linear(up, dtype), _linear(down, dtype)
 
     def attended(self, h: Tensor, where: "_Where") -> Tensor:
-        """What attention gives before its last product, in the shape of h."""
+        """The output of attention before its last product, in the shape of h."""
         cos, sin, cu_seqlens, longest = where
         qkv = F.linear(h, *self.qkv).unflatten(-1, (3, self.heads, -1))
         return rope_attention(qkv, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=longest)
 
     def branch(self, h: Tensor) -> Tensor:
-        """The MLP of what its norm gave."""
+        """The output of the MLP."""
         if self.gated:
             return F.linear(swiglu(F.linear(h, *self.up)), *self.down)
         if self.tanh:
@@ -211,7 +234,7 @@ _Where: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, int]  # c
 
 
 def _where(packing: Packing, tables: list[RopeTable | None]) -> _Where:
-    """What attention has to know of the images beside their q, k and v."""
+    """The arguments of attention beside q, k and v."""
     known = [table for table in tables if table is not None]
     if len(packing.groups) == 1:
         cos, sin = known[0] if known else (None, None)
@@ -229,7 +252,7 @@ def _parts(tokens: Tensor, packing: Packing) -> list[Tensor]:
 
 
 def _class_rows(tokens: Tensor, packing: Packing) -> Tensor:
-    """Those of the class tokens alone, [B, C]."""
+    """The rows of the class tokens, [B, C]."""
     return torch.cat([part.select(1, 0) for part in _parts(tokens, packing)])
 
 
@@ -244,7 +267,7 @@ def _linear(linear: Any, dtype: torch.dtype) -> Linear:
 
 
 def _kept(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the dtype wanted; the memory of the model where it has that already."""
+    """In this dtype; a tensor that has it already shares its memory with the model."""
     return tensor.detach().to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of passes so small that the host would take longer to launch their kernels than the GPU to run them."""
+"""CUDA graphs of small passes, whose kernels the host launches more slowly than the GPU runs them."""
 
 import threading
 from collections import OrderedDict
@@ -15,24 +15,24 @@ __all__ = ["Graphs"]
 
 Run = Callable[[Sequence[Tensor]], Outputs]
 
-_SHAPES = 8  # whose graphs are kept
-_PATCH_PIXELS = 8 * 3 * 518 * 518  # numbers of the images of a pass; above, the GPU takes longer than the host
+_SHAPES = 8  # of kept graphs
+_MOST = 8 * 3 * 518 * 518  # numbers of the images of a pass; with more the GPU takes longer than the host
 
 
 class Recorder(Protocol):
-    """What records the kernels of a call and runs them again, in the memory that they had."""
+    """Records the kernels of a call and runs them again, on the same memory."""
 
     def stream(self) -> int:
-        """Which stream is in use now."""
+        """The stream in use."""
         ...
 
     def capture(self, call: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        """What replays the call, and its outputs, which each replay writes again."""
+        """A function that replays the call, and its outputs, which each replay writes again."""
         ...
 
 
 class CudaRecorder:
-    """torch's own, one pool of memory for all graphs."""
+    """By torch, with one pool of memory for all graphs."""
 
     def __init__(self) -> None:
         self.pool: Any = None
@@ -50,18 +50,18 @@ class CudaRecorder:
 
 @dataclass
 class _Graph:
-    given: Tensor  # what is copied in
+    given: Tensor  # the input is copied into it
     replay: Callable[[], None]
-    found: Outputs  # what is copied out
+    found: Outputs  # the results are copied from it
     run: Run  # holds the tables that the kernels read
 
 
 class Graphs:
-    """The graphs of a plan, by shape of the images and what is wanted of them.
+    """The graphs of a plan, by shape and dtype of the images and by the outputs asked for.
 
-    The first pass of a shape runs as it is written, which compiles what has to be compiled; the second is captured.  A
-    graph writes where it wrote before, so its input is copied in and its results are copied out before anyone else may
-    replay it: one thread at a time, and on the stream of the first capture alone.
+    The first pass of a shape runs without a graph and compiles its kernels; the second is captured.  A replay writes to
+    the same memory as the one before, so its input is copied in and its results are copied out under a lock, and on no
+    other stream than that of the first capture.
     """
 
     def __init__(self, recorder: Recorder | None = None) -> None:
@@ -73,7 +73,7 @@ class Graphs:
     def __call__(self, run: Run, pixels: Sequence[Tensor], what: Hashable) -> Outputs:
         """`run` of one tensor of images, [B, 3, H_px, W_px]."""
         (images,) = pixels
-        if self.recorder is None or images.numel() > _PATCH_PIXELS:
+        if self.recorder is None or images.numel() > _MOST:
             return run(pixels)
         with self.lock:
             stream = self.recorder.stream()
@@ -86,7 +86,7 @@ class Graphs:
                 if key not in self.kept:
                     self._keep(key, None)
                     return run(pixels)
-                with torch.inference_mode(False), torch.no_grad():  # whose tensors no call outside could write to
+                with torch.inference_mode(False), torch.no_grad():  # writable outside of inference mode
                     given = images.clone()
                     graph = _Graph(given, *self.recorder.capture(lambda: run([given])), run)
                 self._keep(key, graph)
@@ -102,7 +102,7 @@ class Graphs:
 
 
 def _copied(found: Outputs) -> Outputs:
-    """With memory of its own, and one copy for tokens that lie in one tensor."""
+    """A copy, in one kernel for tokens that lie in one tensor."""
 
     def whole(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         first, registers, patches = parts

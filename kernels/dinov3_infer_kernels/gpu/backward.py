@@ -1,7 +1,7 @@
-"""Backward: gradients of q, k and v straight into one packed tensor, the rotation undone before they are stored.
+"""Backward: gradients of q, k and v in one packed tensor, the rotation undone before they are stored.
 
-Weights are computed once more from scores and their sums.  One kernel walks over queries for the gradient of k and v,
-one over keys for that of q: every element is summed by one program in a fixed order, so runs are equal bit for bit.
+Weights are recomputed from scores and their saved sums.  One kernel walks over queries for the gradients of k and v,
+another over keys for that of q.  One program sums each element in a fixed order, so that two runs have equal bits.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
 """
@@ -29,19 +29,19 @@ def delta_kernel(
     blocks = tl.cdiv(tokens, BLOCK)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % heads
-    picture = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    image = (tl.program_id(0) // blocks // heads).to(tl.int64)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     inside = rows[:, None] < tokens
-    at = ((picture * tokens + rows[:, None]) * heads + head) * D + tl.arange(0, D)[None, :]
+    at = ((image * tokens + rows[:, None]) * heads + head) * D + tl.arange(0, D)[None, :]
     grad = tl.load(GRAD + at, mask=inside, other=0.0).to(tl.float32)
     out = tl.load(OUT + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(DELTA + (picture * heads + head) * tokens + rows, tl.sum(grad * out, 1), mask=rows < tokens)
+    tl.store(DELTA + (image * heads + head) * tokens + rows, tl.sum(grad * out, 1), mask=rows < tokens)
 
 
 @triton.jit
 def _store_gradient(DQKV, COS, SIN, part, x, rows, count, heads, dtype: tl.constexpr, TURN_BACK: tl.constexpr,
                     BLOCK: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    """[BLOCK, D] to its third of the packed gradient; the inverse of a rotation is that by the opposite angle."""
+    """Stores [BLOCK, D] to its third of the packed gradient, rotated by the opposite angle."""
     inside = rows[:, None] < count
     if TURN_BACK:
         at = rows[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
@@ -55,7 +55,7 @@ def _store_gradient(DQKV, COS, SIN, part, x, rows, count, heads, dtype: tl.const
 @triton.jit(do_not_specialize=["tokens", "longest"])
 def key_value_kernel(
     QK, V, COS, SIN, CU_SEQLENS, GRAD, LSE, DELTA, DQKV,
-    tokens, longest, heads, qk_picture, qk_token, qk_part, qk_head, v_picture, v_token, v_head, scale, log_scale,
+    tokens, longest, heads, qk_image, qk_token, qk_part, qk_head, v_image, v_token, v_head, scale, log_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACKED: tl.constexpr, ROTATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -63,14 +63,14 @@ def key_value_kernel(
     blocks = tl.cdiv(longest, BLOCK_N)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % heads
-    picture = tl.program_id(0) // blocks // heads
-    count, first, offset, table = sequence(CU_SEQLENS, picture, tokens, qk_picture, qk_token, PACKED)
+    image = tl.program_id(0) // blocks // heads
+    count, first, offset, table = sequence(CU_SEQLENS, image, tokens, qk_image, qk_token, PACKED)
     if block * BLOCK_N >= count:
         return
     QK += offset + head.to(tl.int64) * qk_head
-    V += (first * v_token if PACKED else picture.to(tl.int64) * v_picture) + head.to(tl.int64) * v_head
+    V += (first * v_token if PACKED else image.to(tl.int64) * v_image) + head.to(tl.int64) * v_head
     GRAD += first * heads * D + head * D
-    sums = head * tokens + first if PACKED else (picture * heads + head).to(tl.int64) * tokens
+    sums = head * tokens + first if PACKED else (image * heads + head).to(tl.int64) * tokens
     LSE += sums
     DELTA += sums
 
@@ -103,7 +103,7 @@ def key_value_kernel(
 @triton.jit(do_not_specialize=["tokens", "longest"])
 def query_kernel(
     QK, V, COS, SIN, CU_SEQLENS, GRAD, LSE, DELTA, DQKV,
-    tokens, longest, heads, qk_picture, qk_token, qk_part, qk_head, v_picture, v_token, v_head, scale, log_scale,
+    tokens, longest, heads, qk_image, qk_token, qk_part, qk_head, v_image, v_token, v_head, scale, log_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACKED: tl.constexpr, ROTATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -111,14 +111,14 @@ def query_kernel(
     blocks = tl.cdiv(longest, BLOCK_M)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % heads
-    picture = tl.program_id(0) // blocks // heads
-    count, first, offset, table = sequence(CU_SEQLENS, picture, tokens, qk_picture, qk_token, PACKED)
+    image = tl.program_id(0) // blocks // heads
+    count, first, offset, table = sequence(CU_SEQLENS, image, tokens, qk_image, qk_token, PACKED)
     if block * BLOCK_M >= count:
         return
     QK += offset + head.to(tl.int64) * qk_head
-    V += (first * v_token if PACKED else picture.to(tl.int64) * v_picture) + head.to(tl.int64) * v_head
+    V += (first * v_token if PACKED else image.to(tl.int64) * v_image) + head.to(tl.int64) * v_head
     GRAD += first * heads * D + head * D
-    sums = head * tokens + first if PACKED else (picture * heads + head).to(tl.int64) * tokens
+    sums = head * tokens + first if PACKED else (image * heads + head).to(tl.int64) * tokens
 
     channels = tl.arange(0, D)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -169,7 +169,7 @@ def backward(
         return dqkv
     grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
-    leading = shape.rows // shape.tokens  # B, or 1 for packed pictures: their rows are one run
+    leading = shape.rows // shape.tokens  # B, or 1 for packed images: their rows are one run
     programs = triton.cdiv(shape.tokens, ROTATION.block_m) * leading * shape.heads
     launch(
         delta_kernel, programs, ROTATION, grad, out, delta, shape.tokens, shape.heads,
@@ -182,7 +182,7 @@ def backward(
 
     def run(kernel: object, block: int, config: Config) -> None:
         launch(
-            kernel, triton.cdiv(shape.longest, block) * shape.pictures * shape.heads, config,
+            kernel, triton.cdiv(shape.longest, block) * shape.images * shape.heads, config,
             qk, v, cos, sin, cu_seqlens, grad, lse, delta, dqkv,
             shape.tokens, shape.longest, shape.heads, *qk_strides, *v_strides, scale, scale * LOG2_E,
             D=shape.width, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PACKED=shape.packed, ROTATE=cos is not None,

@@ -1,8 +1,8 @@
 """Launch configurations: a static table by pass, chip, width of a head and dtype, and then by length.
 
-The rows were chosen by compiling for each chip (no spilled registers, shared memory within the chip's limit) and for
-Hopper by what the compiled code reads and executes, see tests/support/ptx_counts.py.  They are not tuned by time yet;
-DINOV3_INFER_AUTOTUNE=1 measures the candidates of a call once and takes the fastest.
+The rows were chosen by compiling for each chip (no spilled registers, shared memory within the chip's limit), and for
+Hopper by what the compiled code reads and executes, see tests/support/ptx_counts.py.  None was timed on a GPU yet.
+DINOV3_INFER_AUTOTUNE=1 times the candidates of a call once and takes the fastest.
 """
 
 import os
@@ -23,8 +23,10 @@ __all__ = [
     "Config",
     "chip_of",
     "crossover",
+    "large_batch",
     "precision",
     "select",
+    "whole_head",
     "whole_heads",
 ]
 
@@ -39,10 +41,10 @@ class Config:
     warps: int
     stages: int  # tiles in flight
     max_registers: int | None = None  # of a thread, on NVIDIA: fewer registers, more programs at a time
-    whole: bool = False  # a program owns a whole head, see `short`; block_n is the most keys that it has room for
+    whole: bool = False  # a program owns a whole head, see `short`; block_n is the largest number of keys
 
     def options(self) -> dict[str, Any]:
-        """What a launch is given.  Newer versions of Triton fuse no multiplication with an addition unless asked."""
+        """Options of a launch.  Newer versions of Triton fuse a multiplication with an addition only on request."""
         options: dict[str, Any] = dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
         return options if self.max_registers is None else options | dict(maxnreg=self.max_registers)
 
@@ -50,7 +52,7 @@ class Config:
 ROTATION = Config(64, 64, 4, 1)  # of kernels without a product: bound by memory
 ANY = 2**31  # tokens
 
-# (pass, width, bytes of an element) -> chip -> rows of a length in tokens (of the mean picture, if they differ) and the
+# (pass, width, bytes of an element) -> chip -> rows of a length in tokens (of the mean image, if they differ) and the
 # configuration.
 # "small" is every chip with 64 to 100 KiB of shared memory: sm_86, sm_89, sm_120, AMD, Intel.
 # fmt: off
@@ -113,21 +115,27 @@ TABLE: dict[tuple[str, int, int], dict[str, tuple[tuple[int, Config], ...]]] = {
 # fmt: on
 
 # Chip -> rows of tokens and configuration of one program a head, forward: 16-bit tokens, heads of 64 channels.
-# Smaller chips, among them those of other vendors, lack the shared memory.
+# "small" stands for sm_86 and sm_89 here: other small chips have less shared memory, or were never compiled for.
+# fmt: off
 SHORT: dict[str, tuple[tuple[int, Config], ...]] = {
     "sm80": ((224, Config(64, 224, 4, 1, whole=True)), (288, Config(32, 288, 4, 1, whole=True))),
     "sm90": ((272, Config(64, 272, 4, 1, whole=True)),),  # above it Triton 3.6 spills
     "sm100": ((288, Config(64, 288, 4, 1, whole=True)),),
+    "small": (  # 129 to 144 tokens, and 256, spill with 32 rows
+        (144, Config(16, 288, 4, 1, whole=True)), (255, Config(32, 288, 4, 1, whole=True)),
+        (256, Config(16, 288, 4, 1, whole=True)), (288, Config(32, 288, 4, 1, whole=True)),
+    ),
 }
-LEAST = 129  # tokens: shorter images are two tiles or one, which the other kernel reads no more often
+# fmt: on
+LEAST = 129  # tokens: of shorter images, two tiles or one, the other kernel reads as little
 
-# float32 tiles of 128 channels do not fit the registers of any chip: this row is for the interpreter
+# float32 tiles of 128 channels do not fit the registers of any chip; the interpreter uses this row
 _WIDE_SINGLE = Config(32, 32, 8, 1)
 
 
 @cache
 def chip_of(device: torch.device) -> str:
-    """The column of the table.  Triton's interpreter, on a CPU, takes that of sm_90."""
+    """The column of the table.  Triton's interpreter, on a CPU, uses that of sm_90."""
     if device.type == "cpu":
         return "sm90"
     if device.type != "cuda" or torch.version.hip:
@@ -138,7 +146,7 @@ def chip_of(device: torch.device) -> str:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Programs that run at a time, at the least; the interpreter takes those of an H100."""
+    """Multiprocessors, each of which runs at least one program at a time; for the interpreter those of an H100."""
     if device.type == "cpu":
         return 132
     properties = torch.get_device_module(device).get_device_properties(device)
@@ -147,11 +155,31 @@ def processors(device: torch.device) -> int:
 
 def whole_heads(qkv: Tensor, tokens: int, heads: int) -> Config | None:
     """The configuration of one program a head, where it can run and keeps the chip busy.  `heads`: of all images."""
-    if qkv.element_size() != 2 or qkv.shape[-1] != 64 or tokens < LEAST:
+    if qkv.element_size() != 2 or qkv.shape[-1] != 64:
         return None
-    rows = SHORT.get(chip_of(qkv.device), ())
-    fitting = (config for limit, config in rows if tokens <= limit and heads >= processors(qkv.device))
-    return next(fitting, None)
+    return whole_head(qkv.device, tokens) if heads >= processors(qkv.device) else None
+
+
+def whole_head(device: torch.device, tokens: int) -> Config | None:
+    """The configuration of one program a head for 16-bit heads of 64 channels, where the chip has room for it."""
+    if tokens < LEAST or not _has_room(device):
+        return None
+    return next((config for limit, config in SHORT.get(chip_of(device), ()) if tokens <= limit), None)
+
+
+def large_batch(device: torch.device, dtype: torch.dtype, width: int, tokens: int, heads: int) -> int:
+    """Images from which a program owns a whole head, see `whole_heads`; 0: it never does."""
+    if dtype.itemsize != 2 or width != 64 or whole_head(device, tokens) is None:
+        return 0
+    return -(-processors(device) // heads)
+
+
+@cache
+def _has_room(device: torch.device) -> bool:
+    """Whether a head fits the shared memory: of the small chips, on those of NVIDIA with capability 8.6 and 8.9."""
+    return chip_of(device) != "small" or (
+        device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) in ((8, 6), (8, 9))
+    )
 
 
 def select(
@@ -164,9 +192,9 @@ def select(
     rotated: bool,
     whole: Config | None = None,
 ) -> Config:
-    """`whole`, else the row of the table; the fastest of them and all rows where DINOV3_INFER_AUTOTUNE=1 asks for it.
+    """`whole`, else the row of the table; with DINOV3_INFER_AUTOTUNE=1 the fastest of these and all other rows.
 
-    While a CUDA graph is captured nothing can be measured: there it is what was measured before, or the first of them.
+    Nothing can be timed while a CUDA graph is captured: then it is the one that was the fastest before, or the first.
     """
     key = (kind, qkv.shape[-1], qkv.element_size())
     chips = TABLE.get(key)
@@ -184,7 +212,7 @@ def select(
 
 
 # By kind, width, bytes and dtype of an element, packed, rotated, whole, device and the length's power of two; each is
-# measured once in a process.
+# timed once in a process.
 _fastest: dict[tuple[Any, ...], Config] = {}
 
 
@@ -193,7 +221,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _measured(configs: Iterable[Config], run: Callable[[Config], None]) -> Config:
-    """The fastest.  Raises what the last one raised where none of them runs."""
+    """The fastest.  If none of them runs, raises the exception of the last one."""
     from triton.errors import TritonError
     from triton.testing import do_bench
 
@@ -205,7 +233,7 @@ def _measured(configs: Iterable[Config], run: Callable[[Config], None]) -> Confi
         except (
             TritonError,
             RuntimeError,
-        ) as error:  # a row of a larger chip
+        ) as error:  # a row for a larger chip
             failure = error
     if failure is not None and not times:
         raise failure
@@ -218,10 +246,10 @@ def precision(qkv: Tensor) -> str:
 
 
 def crossover(device: torch.device, dtype: torch.dtype, width: int) -> int:
-    """Tokens above which one rotation and torch's own attention are taken to be faster, without a gradient.
+    """Tokens above which a rotation and torch's own attention are used, without a gradient.
 
-    Estimated, not measured yet: from published speeds, and off Hopper and Blackwell from what the compiled kernel
-    reads and executes, which bounds it below FlashAttention-2 from a few hundred tokens on.
+    An estimate, not a measurement: from published speeds, and for chips other than Hopper and Blackwell from what the
+    compiled kernel reads and executes, which bounds it below FlashAttention-2 from a few hundred tokens on.
     """
     large = chip_of(device) in ("sm90", "sm100")
     return {64: 1600, 128: 1000}[width] if large else 500

@@ -1,7 +1,7 @@
 """Forward: rotation and attention in one pass over the packed qkv projection.
 
-A program owns BLOCK_M queries of one head of one picture.  It turns them once, walks over the keys, turns each tile on
-the way, and keeps a running softmax, so that neither rotated q and k nor scores exist in memory.
+A program owns BLOCK_M queries of one head of one image.  It rotates them once, walks over the keys, rotates each tile
+on the way, and keeps a running softmax, so that rotated q and k and scores are never written to memory.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 """
@@ -57,7 +57,7 @@ def _step(
 @triton.jit(do_not_specialize=["tokens", "longest"])
 def forward_kernel(
     QKV, COS, SIN, CU_SEQLENS, OUT, LSE,
-    tokens, longest, heads, stride_picture, stride_token, stride_part, stride_head, scale,
+    tokens, longest, heads, stride_image, stride_token, stride_part, stride_head, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     PACKED: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +65,8 @@ def forward_kernel(
     blocks = tl.cdiv(longest, BLOCK_M)
     block = tl.program_id(0) % blocks  # queries of one head are neighbours: they share its keys in the cache
     head = tl.program_id(0) // blocks % heads
-    picture = tl.program_id(0) // blocks // heads
-    count, first, offset, table = sequence(CU_SEQLENS, picture, tokens, stride_picture, stride_token, PACKED)
+    image = tl.program_id(0) // blocks // heads
+    count, first, offset, table = sequence(CU_SEQLENS, image, tokens, stride_image, stride_token, PACKED)
     if block * BLOCK_M >= count:
         return
     QKV += offset + head.to(tl.int64) * stride_head
@@ -104,7 +104,7 @@ def forward_kernel(
 
     OUT += first * heads * D + head * D
     tl.store(OUT + rows[:, None] * (heads * D) + channels[None, :], (out / total[:, None]).to(q.dtype), mask=inside)
-    LSE += head * tokens + first if PACKED else (picture * heads + head).to(tl.int64) * tokens
+    LSE += head * tokens + first if PACKED else (image * heads + head).to(tl.int64) * tokens
     tl.store(LSE + rows, top + tl.log2(total), mask=rows < count)
 
 
@@ -125,7 +125,7 @@ def forward(
     qkv, shape = near(qkv, check(qkv, cos, sin, cu_seqlens, max_seqlen, scale))
     out = qkv.new_empty((*shape.lead, shape.heads * shape.width))
     lse = qkv.new_empty((*shape.lead[:-1], shape.heads, shape.tokens), dtype=torch.float32)
-    heads = shape.pictures * shape.heads
+    heads = shape.images * shape.heads
 
     def run(config: Config) -> None:
         if config.whole:

@@ -1,4 +1,4 @@
-"""Checks of what a launcher is given, and the launch itself."""
+"""Checks of the arguments of a launcher, and the launch itself."""
 
 import math
 from contextlib import nullcontext
@@ -16,22 +16,22 @@ LOG2_E = 1.0 / math.log(2.0)
 
 
 class Shape(NamedTuple):
-    """What a qkv tensor holds."""
+    """The shape of a qkv tensor."""
 
     lead: tuple[int, ...]  # (B, N), or (T,)
-    pictures: int  # B, or S
+    images: int  # B, or S
     tokens: int  # N, or T
     rows: int  # B N, or T
     longest: int
     heads: int
     width: int  # D
     packed: bool
-    strides: tuple[int, int, int, int]  # of pictures (0 for packed), tokens, the three parts, heads
+    strides: tuple[int, int, int, int]  # of images (0 for packed), tokens, the three parts, heads
 
     @property
     def length(self) -> int:
-        """Tokens of the mean picture: tiles for one large picture would be mostly empty for many small ones."""
-        return -(-self.rows // max(1, self.pictures))
+        """Tokens of the mean image: tiles for one large image would be mostly empty for many small ones."""
+        return -(-self.rows // max(1, self.images))
 
 
 def check(
@@ -43,7 +43,7 @@ def check(
     scale: float = 1.0,
     parts: int = 3,
 ) -> Shape:
-    """What the tensors hold.  Raises ValueError for what the kernels are not made for: they would read past the end."""
+    """The shape of the tensors.  Raises ValueError for those that a kernel would read past the end of."""
     if qkv.ndim not in (4, 5) or (qkv.ndim == 5 and cu_seqlens is not None) or qkv.shape[-3] != parts:
         raise ValueError(f"qkv is [B, N, 3, H, D], or [T, 3, H, D] with cu_seqlens; got {list(qkv.shape)}")
     if qkv.dtype not in DTYPES or qkv.shape[-1] not in WIDTHS:
@@ -71,15 +71,15 @@ def check(
     if scale <= 0.0:
         raise ValueError(f"scale is above 0, got {scale}")
     packed = cu_seqlens is not None
-    pictures = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else math.prod(lead[:-1])
+    images = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else math.prod(lead[:-1])
     longest = max_seqlen if packed and max_seqlen is not None else lead[-1]
-    return Shape(tuple(lead), pictures, lead[-1], math.prod(lead), longest, heads, width, packed, _strides(qkv))
+    return Shape(tuple(lead), images, lead[-1], math.prod(lead), longest, heads, width, packed, _strides(qkv))
 
 
 def near(qkv: Tensor, shape: Shape) -> tuple[Tensor, Shape]:
-    """qkv, or a contiguous copy where its tokens lie too far apart: within an image the kernels count in int32.
+    """qkv, or a contiguous copy if its tokens lie too far apart for the int32 offsets of the kernels.
 
-    Raises: ValueError for an image that is too long for that even so.
+    Raises: ValueError for an image whose contiguous copy is too long for them as well.
     """
     if shape.longest * 3 * shape.heads * shape.width >= 2**31:
         raise ValueError(
@@ -98,7 +98,7 @@ def _strides(qkv: Tensor) -> tuple[int, int, int, int]:
 
 
 def tail(shape: Shape, block: int) -> int:
-    """Keys of the last, masked tile: none where tiles fit, else the next power of two; unknown for packed pictures."""
+    """Keys of the last, masked tile: 0 if whole tiles fit, else the next power of two; BLOCK_N for packed images."""
     if shape.packed:
         return block
     rest = shape.tokens % block

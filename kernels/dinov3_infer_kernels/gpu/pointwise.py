@@ -1,4 +1,4 @@
-"""SwiGLU behind its product, and an image cut into patches before the first: one pass over memory each."""
+"""SwiGLU after its product, and the patches of an image before the first product: one pass over memory each."""
 
 from collections.abc import Sequence
 

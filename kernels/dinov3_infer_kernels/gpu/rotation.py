@@ -1,4 +1,4 @@
-"""Rotation of q and k by itself: for attention that does not rotate, and for the backward pass."""
+"""Rotation of q and k alone: for attention that does not rotate, and for the backward pass."""
 
 import triton
 import triton.language as tl
@@ -14,25 +14,25 @@ __all__ = ["rotate", "rotate_kernel"]
 @triton.jit(do_not_specialize=["tokens"])
 def rotate_kernel(
     QKV, COS, SIN, OUT,
-    tokens, heads, stride_picture, stride_token, stride_part, stride_head,
+    tokens, heads, stride_image, stride_token, stride_part, stride_head,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program turns BLOCK tokens of one head of q or k."""
+    """A program rotates BLOCK tokens of one head of q or k."""
     blocks = tl.cdiv(tokens, BLOCK)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % heads
     part = tl.program_id(0) // blocks // heads % 2
-    picture = (tl.program_id(0) // blocks // heads // 2).to(tl.int64)
+    image = (tl.program_id(0) // blocks // heads // 2).to(tl.int64)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     inside = rows[:, None] < tokens
     channels = tl.arange(0, D)
-    source = QKV + picture * stride_picture + part * stride_part + head.to(tl.int64) * stride_head
+    source = QKV + image * stride_image + part * stride_part + head.to(tl.int64) * stride_head
     x = tl.load(source + rows[:, None].to(tl.int64) * stride_token + channels[None, :], mask=inside, other=0.0)
     table = rows[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
     cos = tl.load(COS + table, mask=inside, other=0.0)
     sin = tl.load(SIN + table, mask=inside, other=0.0)
     turned = turned_rows(x.to(tl.float32), cos, sin, BLOCK, D).to(x.dtype)
-    target = OUT + ((picture * tokens + rows[:, None]) * 2 + part) * heads * D + head * D
+    target = OUT + ((image * tokens + rows[:, None]) * 2 + part) * heads * D + head * D
     tl.store(target + channels[None, :], turned, mask=inside)
 
 
@@ -49,7 +49,7 @@ def rotate(
     out = qkv.new_empty((*shape.lead, 2, shape.heads, shape.width))
     if out.numel():
         launch(
-            rotate_kernel, triton.cdiv(shape.tokens, ROTATION.block_m) * shape.pictures * 2 * shape.heads, ROTATION,
+            rotate_kernel, triton.cdiv(shape.tokens, ROTATION.block_m) * shape.images * 2 * shape.heads, ROTATION,
             qkv, cos, sin, out, shape.tokens, shape.heads, *shape.strides, D=shape.width, BLOCK=ROTATION.block_m,
         )  # fmt: skip
     return out

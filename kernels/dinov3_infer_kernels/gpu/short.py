@@ -1,8 +1,8 @@
-"""Forward for images of a few hundred tokens: one program a head, so that each key is read and turned once.
+"""Forward for images of a few hundred tokens: one program per head, which reads and rotates each key once.
 
 Keys and values of a head stay in shared memory while the program walks over the queries.  All scores of a query are
-there at once, so the softmax needs no running maximum.  It reads a third of what the kernel of `forward` reads, where
-there are at least as many heads as multiprocessors.
+computed before its softmax, which needs no running maximum.  The kernel reads a third of what that of `forward` reads.
+It is used where there are at least as many heads as multiprocessors.
 """
 
 import triton
@@ -18,7 +18,7 @@ def _keys(
     QKV, COS, SIN, first, tokens, stride_token, stride_part,
     COUNT: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Turned keys [D, COUNT] and values [COUNT, D]."""
+    """Rotated keys [D, COUNT] and values [COUNT, D]."""
     key = first + tl.arange(0, COUNT)
     channels = tl.arange(0, D)
     k_at = QKV + stride_part + key[None, :] * stride_token + channels[:, None]
@@ -40,15 +40,15 @@ def _keys(
 
 @triton.jit(do_not_specialize=["tokens"])
 def short_kernel(
-    QKV, COS, SIN, OUT, LSE, tokens, heads, stride_picture, stride_token, stride_part, stride_head, scale,
+    QKV, COS, SIN, OUT, LSE, tokens, heads, stride_image, stride_token, stride_part, stride_head, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr, MIDDLE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Keys come as KEYS, MIDDLE and TAIL, of which the last are masked; `scale` holds log2(e)."""
+    """The keys are split into KEYS, MIDDLE and TAIL, of which the last are masked; `scale` includes log2(e)."""
     head = tl.program_id(0) % heads
-    picture = (tl.program_id(0) // heads).to(tl.int64)
-    QKV += picture * stride_picture + head.to(tl.int64) * stride_head
-    OUT += picture * tokens * heads * D + head * D
-    LSE += (picture * heads + head) * tokens
+    image = (tl.program_id(0) // heads).to(tl.int64)
+    QKV += image * stride_image + head.to(tl.int64) * stride_head
+    OUT += image * tokens * heads * D + head * D
+    LSE += (image * heads + head) * tokens
     k, v = _keys(QKV, COS, SIN, 0, tokens, stride_token, stride_part, KEYS, D, False)
     if MIDDLE > 0:
         k_middle, v_middle = _keys(QKV, COS, SIN, KEYS, tokens, stride_token, stride_part, MIDDLE, D, False)
@@ -91,7 +91,7 @@ def short_kernel(
 
 
 def segments(tokens: int) -> tuple[int, int, int]:
-    """Keys of each part: a power of two, 64 more where they are there, and the power of two that covers the rest."""
+    """Keys of each part: a power of two, 64 more if there are as many, and the power of two that covers the rest."""
     keys = 1 << (tokens.bit_length() - 1)
     middle = 64 if 64 <= tokens - keys < keys and keys > 64 else 0
     rest = tokens - keys - middle

@@ -1,7 +1,7 @@
-"""What the kernels share: where a sequence lies, and how a tile is turned.
+"""Shared by the kernels: the place of a sequence, and the rotation of a tile.
 
-Names inside kernels: upper case for tensors and for constants of a compilation, `row` and `key` for tokens of a tile.
-Offsets of pictures are int64, so that tensors may hold more than 2^31 elements.
+Names inside kernels: upper case for tensors and compile-time constants, `row` and `key` for tokens of a tile.
+Offsets of images are int64, so that tensors may hold more than 2^31 elements.
 """
 
 import triton
@@ -11,20 +11,20 @@ __all__ = ["sequence", "turned_columns", "turned_rows"]
 
 
 @triton.jit
-def sequence(CU_SEQLENS, index, tokens, stride_picture, stride_token, PACKED: tl.constexpr):
-    """Of one picture: its tokens, its first row among all rows, the offset of that row in qkv, its first table row."""
+def sequence(CU_SEQLENS, index, tokens, stride_image, stride_token, PACKED: tl.constexpr):
+    """For one image: its tokens, its first row among all rows, the offset of that row in qkv, its first table row."""
     if PACKED:
         first = tl.load(CU_SEQLENS + index)
         count = tl.load(CU_SEQLENS + index + 1) - first
         return count, first.to(tl.int64), first.to(tl.int64) * stride_token, first
     else:
         first = index.to(tl.int64)
-        return tokens, first * tokens, first * stride_picture, 0
+        return tokens, first * tokens, first * stride_image, 0
 
 
 @triton.jit
 def turned_rows(x, cos, sin, ROWS: tl.constexpr, D: tl.constexpr):
-    """Tokens as rows, [ROWS, D], channel k turned with k + D/2, no data shuffled; cos and sin [ROWS, D/2]."""
+    """Rotates tokens as rows, [ROWS, D], channel k with k + D/2, shuffling no data; cos and sin [ROWS, D/2]."""
     cos, sin = cos.to(tl.float32), sin.to(tl.float32)
     first, second = x.reshape(ROWS, 2, D // 2).permute(0, 2, 1).split()
     turned = tl.join(first * cos - second * sin, second * cos + first * sin)

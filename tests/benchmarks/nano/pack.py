@@ -1,4 +1,4 @@
-"""Make of a run's backbone the files that the wheel holds: Hugging Face's layout, matrices in bfloat16.
+"""Writes the backbone of a run as the files of the wheel: Hugging Face's layout, matrices in bfloat16.
 
 python tests/benchmarks/nano/pack.py RUN/backbone dinov3_infer/data/nano
 """

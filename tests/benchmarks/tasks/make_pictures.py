@@ -1,4 +1,4 @@
-"""Makes the pictures of examples/README.md, all of them of photographs and drawings in the public domain or CC0.
+"""Makes the images of examples/README.md from photographs and drawings in the public domain or CC0.
 
 python tests/benchmarks/tasks/make_pictures.py [NAME ...]
 """
@@ -35,17 +35,17 @@ from tasks import maps
 from dinov3_infer.tasks import nearest, overlay, sheet
 
 OUT = Path(__file__).parents[3] / "examples" / "pictures"
-WIDEST, SIZE = 960, 448  # pixels of a picture, pixels that the model sees
+WIDEST, SIZE = 960, 448  # pixels of an image, pixels that the model sees
 CAT = Image.open(OUT.parent / "cat.jpg").convert("RGB")
 
 
 def drawing(name: str) -> Image.Image:
-    """One of the Open Clip Art Library, RGBA."""
+    """A drawing of the Open Clip Art Library, RGBA."""
     found = next(data for path, data in sets.files(sets.DRAWINGS).items() if path.endswith(f"/{name}.png"))
-    picture = Image.open(io.BytesIO(found)).convert("RGBA")
-    picture = picture.crop(picture.getchannel("A").getbbox())
-    picture.thumbnail((480, 480))
-    return picture
+    image = Image.open(io.BytesIO(found)).convert("RGBA")
+    image = image.crop(image.getchannel("A").getbbox())
+    image.thumbnail((480, 480))
+    return image
 
 
 def retrieved() -> Image.Image:
@@ -77,7 +77,7 @@ def discovered() -> Image.Image:
 
 
 def matched() -> Image.Image:
-    """Points of a cat carried over to a tiger, and what each patch of the tiger is of the cat."""
+    """Points of a cat transferred to a tiger, and the nearest patch of the cat for each patch of the tiger."""
     head = drawing("tiger_graig_ryan_smith_-_01")
     tiger = Image.new("RGB", (head.width + 40, head.height + 40), "white")
     tiger.paste(head, (20, 20), head)
@@ -108,32 +108,32 @@ def tracked() -> list[Image.Image]:
 
 
 def drawn(held_out: bool, number: int) -> list[sets.Scene]:
-    """Always the same drawings, three of a kind; the photographs and where the drawings are on them are held out."""
+    """A fixed set of drawings, three per kind, on held-out photographs at held-out places."""
     pool = [
         thing for kind in range(len(sets.DRAWN)) for thing in [t for t in sets.drawings(False) if t[1] == kind][::9][:3]
     ]
     return sets.scenes(number, 1, held_out, count=(1, 3), sizes=(0.3, 0.6), pool=pool)
 
 
-def four_layers(pictures: list[Image.Image], size: int = 224) -> torch.Tensor:
+def four_layers(images: list[Image.Image], size: int = 224) -> torch.Tensor:
     bb = model_of("real", 0)
-    return maps(bb, pictures, size, layers_of("dpt", bb.config.depth))
+    return maps(bb, images, size, layers_of("dpt", bb.config.depth))
 
 
 def detected() -> Image.Image:
     train, test = drawn(False, 240), drawn(True, 6)
-    known, asked = (four_layers([s.picture for s in part], 168) for part in (train, test))
+    known, asked = (four_layers([s.image for s in part], 168) for part in (train, test))
     torch.manual_seed(0)
     detector = detection.train(known, [(s.boxes, s.classes) for s in train], len(sets.DRAWN))
     shown = []
     for scene, (scores, boxes, classes) in zip(test, detection.detect(detector, asked), strict=True):
-        shown.append(detection.draw(scene.picture, scores, boxes, classes, list(sets.DRAWN)))
+        shown.append(detection.draw(scene.image, scores, boxes, classes, list(sets.DRAWN)))
     return sheet(shown, columns=3)
 
 
 def cut_out() -> Image.Image:
     train, test = drawn(False, 240), drawn(True, 6)
-    known, asked = (four_layers([s.picture for s in part], 168) for part in (train, test))
+    known, asked = (four_layers([s.image for s in part], 168) for part in (train, test))
     torch.manual_seed(0)
     truth = []
     for scene in train:
@@ -144,14 +144,14 @@ def cut_out() -> Image.Image:
     shown = []
     for scene, found in zip(test, masks.instances(head, asked, (sets.SIDE, sets.SIDE)), strict=True):
         labels, names = masks.panoptic(*found)
-        shown.append(told(scene.picture, labels, names))
+        shown.append(told(scene.image, labels, names))
     return sheet(shown, columns=3)
 
 
-def told(picture: Image.Image, labels: torch.Tensor, names: torch.Tensor) -> Image.Image:
-    """Segments in colours, with their kinds, over the picture in grey; class 0, the background, stays clear."""
+def told(image: Image.Image, labels: torch.Tensor, names: torch.Tensor) -> Image.Image:
+    """Coloured segments with their names over the grey image; the background, class 0, stays clear."""
     things = torch.cat((torch.zeros(1, dtype=torch.long), (names > 0).cumsum(0) * (names > 0)))
-    shown = paint(picture.convert("L"), things[labels].numpy(), 0.7)
+    shown = paint(image.convert("L"), things[labels].numpy(), 0.7)
     for number in things.unique()[1:].tolist():
         y, x = (things[labels] == number).nonzero().double().mean(dim=0).tolist()
         kind = list(sets.DRAWN)[int(names[things[1:] == number]) - 1]
@@ -201,7 +201,7 @@ def room(draw: random.Random, side: int = 224, focal: float = 1.0) -> tuple[Imag
 
 
 def surfaces() -> Image.Image:
-    """Depth and normals of a rendered room, what is true above what is found."""
+    """Depth and normals of a rendered room: truth above prediction."""
     draw = random.Random(0)
     rooms = [room(draw) for _ in range(121)]
     known, asked = (four_layers([p for p, _ in part]) for part in (rooms[:120], rooms[120:]))

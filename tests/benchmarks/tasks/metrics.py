@@ -1,4 +1,4 @@
-"""How good it is, by the definitions of the field: IoU, AP, depth errors, PQ, J&F, epipolar inliers."""
+"""Measures of quality with their published definitions: IoU, AP, depth errors, PQ, J&F, epipolar inliers."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -10,9 +10,9 @@ from torch import Tensor
 from dinov3_infer import InputError
 
 IGNORE = 255  # in the truth: nobody says what this pixel is
-Found: TypeAlias = tuple[Tensor, Tensor, Tensor]  # of one picture: scores [n], regions, classes [n]
-Truth: TypeAlias = tuple[Tensor, Tensor]  # of one picture: regions, classes [m]
-Segments: TypeAlias = tuple[Tensor, Tensor]  # of one picture: masks [n, height, width] bool, classes [n]
+Found: TypeAlias = tuple[Tensor, Tensor, Tensor]  # of one image: scores [n], regions, classes [n]
+Truth: TypeAlias = tuple[Tensor, Tensor]  # of one image: regions, classes [m]
+Segments: TypeAlias = tuple[Tensor, Tensor]  # of one image: masks [n, height, width] bool, classes [n]
 
 
 def iou(first: Tensor, second: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def mean_iou(predicted: Sequence[Tensor], truth: Sequence[Tensor], num_classes: int) -> float:
-    """Mean over classes of intersection over union, each summed over all pictures [height, width] of whole numbers.
+    """Mean over classes of intersection over union, each summed over all images [height, width] of whole numbers.
 
     255 in the truth is left out, and classes that are in neither.  The background 0 is a class like others.
 
@@ -47,12 +47,12 @@ def mean_iou(predicted: Sequence[Tensor], truth: Sequence[Tensor], num_classes: 
     counts = torch.zeros(num_classes, num_classes, dtype=torch.long)  # truth, predicted
     for number, (found, right) in enumerate(zip(predicted, truth, strict=True)):
         if found.shape != right.shape:
-            raise InputError(f"picture {number} is {list(found.shape)}, its truth {list(right.shape)}; give one size")
+            raise InputError(f"image {number} is {list(found.shape)}, its truth {list(right.shape)}; give one size")
         known = right != IGNORE
         a, b = right[known].long(), found[known].long()
         if len(a) and not (min(a.min(), b.min()) >= 0 and max(a.max(), b.max()) < num_classes):
             raise InputError(
-                f"labels of picture {number} reach from {min(a.min(), b.min())} to {max(a.max(), b.max())}; "
+                f"labels of image {number} reach from {min(a.min(), b.min())} to {max(a.max(), b.max())}; "
                 f"with {num_classes} classes they are 0 to {num_classes - 1}"
             )
         counts += torch.bincount(a * num_classes + b, minlength=num_classes**2).view(num_classes, -1)
@@ -64,11 +64,11 @@ def mean_iou(predicted: Sequence[Tensor], truth: Sequence[Tensor], num_classes: 
 def average_precision(found: Sequence[Found], truth: Sequence[Truth], threshold: float = 0.5) -> float:
     """COCO's AP at one threshold of intersection over union: precision at 101 recalls, mean over classes of the truth.
 
-    One entry for each picture.  A thing found takes the truth that it overlaps most, best scores first, each once; at
-    most 100 of a class count in a picture.  For AP over 0.50 to 0.95 take the mean of ten calls.
+    One entry for each image.  A thing found takes the truth that it overlaps most, best scores first, each once; at
+    most 100 of a class count in an image.  For AP over 0.50 to 0.95 take the mean of ten calls.
     """
     if len(found) != len(truth):
-        raise InputError(f"there are results for {len(found)} pictures and truth for {len(truth)}; give both for each")
+        raise InputError(f"there are results for {len(found)} images and truth for {len(truth)}; give both for each")
     labels = torch.cat([classes for _, classes in truth]).unique() if truth else torch.empty(0)
     if not len(labels):
         raise InputError("the truth holds nothing to be found; give at least one region")
@@ -76,7 +76,7 @@ def average_precision(found: Sequence[Found], truth: Sequence[Truth], threshold:
 
 
 def _precision(found: Sequence[Found], truth: Sequence[Truth], label: int, threshold: float) -> Tensor:
-    """Of one class, float64."""
+    """The precision of one class, float64."""
     scores, hits, total = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)], 0
     for (given, regions, classes), (right, right_classes) in zip(found, truth, strict=True):
         right = right[right_classes == label]
@@ -156,12 +156,12 @@ def region_and_contour(found: Tensor, truth: Tensor) -> float:
 
 
 def contour(mask: Tensor) -> Tensor:
-    """The pixels of a mask beside one that is not in it, or beside the border of the picture."""
+    """The pixels of a mask next to a pixel outside it, or to the border of the image."""
     return mask & wider(~F.pad(mask, (1, 1, 1, 1)), 1)[1:-1, 1:-1]
 
 
 def wider(mask: Tensor, reach: int) -> Tensor:
-    """All pixels within `reach` of a mask, by a disc."""
+    """All pixels within a distance of `reach` from a mask."""
     rows, columns = torch.meshgrid(*(torch.arange(-reach, reach + 1),) * 2, indexing="ij")
     disc = (rows**2 + columns**2 <= reach**2).float()
     return F.conv2d(mask[None, None].float(), disc[None, None], padding=reach)[0, 0] > 0.5
@@ -188,7 +188,7 @@ def epipolar_inliers(here: Tensor, there: Tensor, within: float, seed: int, roun
 
 
 def normalising(points: Tensor) -> Tensor:
-    """The [3, 3] matrix that brings points to mean 0 and mean distance sqrt 2."""
+    """The [3, 3] matrix that maps points to mean 0 and mean distance sqrt 2."""
     middle = points.mean(dim=0)
     scale = 2**0.5 / (points - middle).norm(dim=1).mean()
     return torch.tensor([[scale, 0, -scale * middle[0]], [0, scale, -scale * middle[1]], [0, 0, 1]]).double()

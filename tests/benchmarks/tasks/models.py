@@ -1,4 +1,4 @@
-"""The real weights, and what they have to beat: the same architecture with random weights, and plain pixels."""
+"""The real weights, and their baselines: the same architecture with random weights, and plain pixels."""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +35,7 @@ def model_of(name: str, seed: int) -> Any:
 
 
 class Pixels:
-    """In the place of a backbone: a patch is its 4 x 4 mean colours, a picture its 16 x 16."""
+    """Replaces a backbone: a patch is its 4 x 4 mean colours, an image its 16 x 16."""
 
     def __init__(self, like: Backbone) -> None:
         self.preprocess, self.patch_size = like.preprocess, like.patch_size

@@ -26,7 +26,7 @@ import dinov3_infer
 
 HERE = Path(__file__).parent
 RECORD, README = HERE.parent / "records" / "tasks.json", HERE.parents[2] / "examples" / "README.md"
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
 SEEDS, MARGIN, ERRORS = range(3), 0.10, 3.0
 
 
@@ -101,9 +101,9 @@ def verdict(task: Task, values: dict[str, list[float]]) -> str:
 
 
 def table(record: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
-    """Markdown; means over the seeds with standard errors."""
+    """The Markdown table: means over the seeds with standard errors."""
     rows = [
-        "| task | by | pictures | measure | real weights | random weights | plain pixels | outcome |",
+        "| task | by | images | measure | real weights | random weights | plain pixels | outcome |",
         "|" + " --- |" * 8,
     ]
     for name, task in TASKS.items():
@@ -127,8 +127,8 @@ def write_table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)}; all where none is named")
-    parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"tasks to measure: {', '.join(TASKS)} (default: all)")
+    parser.add_argument("--table", action="store_true", help="only write the table, from the record")
     args = parser.parse_args()
     if unknown := set(args.tasks) - set(TASKS):
         sys.exit(f"no task is named {', '.join(sorted(unknown))}; there are {', '.join(TASKS)}")

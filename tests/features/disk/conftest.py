@@ -30,7 +30,7 @@ def album(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Ends the next call of `embed` at a pass, with an exception of one's own."""
+    """Ends the next call of `embed` after a given pass, with an exception of its own."""
     launched = Extractor.launched
 
     def arm(at: int, error: type[BaseException] = KeyboardInterrupt) -> None:

@@ -1,4 +1,4 @@
-"""Damaged shards, files, lists and records: made again, or named in one sentence, and never taken."""
+"""Damaged shards, files, lists and records are computed again or reported in one sentence, and never used."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def gone(path: Path) -> None:
 
 
 def another_shard(path: Path) -> None:
-    """The first shard in the place of the second, whole and sealed."""
+    """Puts the first shard, complete and sealed, in the place of the second."""
     for side in path.parent.glob("000000.*"):
         shutil.copy(side, path.with_suffix(side.suffix))
 
@@ -61,7 +61,7 @@ DAMAGE = [cut, emptied, longer, flipped, flipped_at_the_end, zeroed, gone]
 @pytest.mark.parametrize("damage", [*DAMAGE, another_shard], ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("out", ["x/", "x.safetensors/", "x.parquet/"])
 def test_damaged_shards_are_made_again(damage: Callable[[Path], None], out: str, bb: Backbone, album: Path) -> None:
-    """Every file of a shard: its vectors, its list and its record."""
+    """Each file of a shard is damaged: its vectors, its list and its record."""
     out = f"{album.parent}/{out}"
     bb.embed(album, out, **OPTIONS)
     whole = {path.name: path.read_bytes() for path in files(out)}
@@ -76,7 +76,7 @@ def test_damaged_shards_are_made_again(damage: Callable[[Path], None], out: str,
             assert name in str(error) or "000001" in str(error)
             (Path(out) / name).unlink(missing_ok=True)
             bb.embed(album, out, **OPTIONS)
-        if damage is gone and name.endswith(".json"):  # as of a version without checksums
+        if damage is gone and name.endswith(".json"):  # as in an old output without checksums
             (Path(out) / "000001.npy").unlink()
             bb.embed(album, out, **OPTIONS)
         assert {path.name: path.read_bytes() for path in files(out)} == whole
@@ -85,15 +85,15 @@ def test_damaged_shards_are_made_again(damage: Callable[[Path], None], out: str,
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("out", ["x.npy", "x.safetensors", "x.parquet"])
 def test_damaged_files_are_named(damage: Callable[[Path], None], out: str, bb: Backbone, album: Path) -> None:
-    """And nothing is reported as done; overwriting makes them again."""
+    """The damage is reported, no row counts as done, and overwriting computes them again."""
     out = f"{album.parent}/{out}"
     bb.embed(album, out, **OPTIONS)
     whole = {path: path.read_bytes() for path in files(out)}
     for path in whole:
         damage(path)
-        if not (damage is gone and path == Path(out)):  # without it there is nothing, and all is made again
+        if not (damage is gone and path == Path(out)):  # without it there is no output
             if damage is gone and path.suffix == ".json":
-                assert "not from embed" in complaint(InputError, lambda: bb.embed(album, out, **OPTIONS))
+                assert "not written by embed" in complaint(InputError, lambda: bb.embed(album, out, **OPTIONS))
             else:
                 text = complaint(InputError, lambda: bb.embed(album, out, **OPTIONS))
                 assert path.name in text or Path(out).name in text
@@ -103,7 +103,7 @@ def test_damaged_files_are_named(damage: Callable[[Path], None], out: str, bb: B
 
 @pytest.mark.parametrize("out", OUTS)
 def test_every_byte_counts(out: str, bb: Backbone, album: Path) -> None:
-    """A flipped bit anywhere is seen by `Store(verify=True)`, or changes the record, which is compared."""
+    """`Store(verify=True)` notices a flipped bit anywhere, or the bit changes the record, which is compared."""
     out = f"{album.parent}/{out}"
     bb.embed(album, out, **OPTIONS)
     path = next(p for p in files(out) if p.suffix == (Path(out).suffix or ".npy"))
@@ -122,13 +122,13 @@ def test_every_byte_counts(out: str, bb: Backbone, album: Path) -> None:
 
 
 def test_opening_looks_at_sizes_and_counts(bb: Backbone, album: Path) -> None:
-    """A shard that is short, or of which another has its place, would shift every name behind it."""
+    """A shard that is too short or in the wrong place would shift the names of all later rows."""
     out = album.parent / "x"
     bb.embed(album, f"{out}/", **OPTIONS)
     np.save(out / "000001.npy", np.load(out / "000001.npy")[:2])
     assert "000001.npy" in complaint(InputError, lambda: Store(out))
     text = complaint(InputError, lambda: bb.embed(album, f"{out}/", **OPTIONS))
-    assert "holds 2 rows, and 4 belong there" in text
+    assert "holds 2 rows, but embed wrote 4" in text
     for path in out.glob("000001.*"):
         path.rename(path.with_name(path.name.replace("000001", "000007")))
     assert "holds 2 of 3 shards" in complaint(InputError, lambda: Store(out))
@@ -167,7 +167,7 @@ def test_every_field_of_a_record_is_looked_at(field: str, value: Any, bb: Backbo
     "line", ["", "{", "[]", '{"row": 0}', '{"path": 3, "error": "", "grid": null}', "\xff"], ids=ascii
 )
 def test_a_damaged_list_is_one_sentence(line: str, bb: Backbone, album: Path) -> None:
-    """Of an old output, whose list has no checksum."""
+    """The list is part of an old output and has no checksum."""
     out = f"{album.parent}/x.npy"
     bb.embed(album, out, **OPTIONS)
     age(out)
@@ -178,5 +178,5 @@ def test_a_damaged_list_is_one_sentence(line: str, bb: Backbone, album: Path) ->
 
 
 def without_own(record: Path) -> dict[str, Any]:
-    """Without the checksum of the record itself, which would be the first to say it."""
+    """Removes the checksum of the record itself, which would otherwise report the damage first."""
     return {name: value for name, value in json.loads(record.read_text()).items() if name != "own"}

@@ -1,4 +1,4 @@
-"""Lists of pictures lead back to them."""
+"""Lists of images lead back to the images."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from dinov3_infer.features.disk.lists import listed_in, write_list
 from dinov3_infer.train import open_data
 
 
-def test_lists_lead_back_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Absolute paths that the trainer takes, those with line breaks too."""
+def test_lists_lead_back_to_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer reads the absolute paths of a list, also those with line breaks."""
     monkeypatch.chdir(tmp_path)
     for names in (["a.png", "b c.png"], ["a.png", "two\nlines.png"], ["a.png", "a\ttab.png"]):
         for name in names:
@@ -26,5 +26,5 @@ def test_lists_lead_back_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write_list(tmp_path / "l.txt", [store.paths[2], store.paths[5]])
     assert np.flatnonzero(listed_in(store, tmp_path / "l.txt")).tolist() == [2, 5]
     write_list(tmp_path / "l.txt", ["elsewhere.png"])
-    assert "names none of the 6 pictures" in complaint(InputError, lambda: listed_in(store, tmp_path / "l.txt"))
-    assert "no names" in complaint(InputError, lambda: write_list(tmp_path / "l.txt", ["", ""]))
+    assert "names none of the 6 images" in complaint(InputError, lambda: listed_in(store, tmp_path / "l.txt"))
+    assert "no image has a path" in complaint(InputError, lambda: write_list(tmp_path / "l.txt", ["", ""]))

@@ -1,4 +1,4 @@
-"""What a rerun believes: other sources under old names, failures, and outputs of a version without checksums."""
+"""Reruns: changed sources under old names, failed images, and outputs of a version without checksums."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def same_size_other_time(folder: Path) -> tuple[Any, Any, set[int]]:
 
 
 def other_folder(folder: Path) -> tuple[Any, Any, set[int]]:
-    """The same relative names, seen from elsewhere."""
+    """The same relative names in another folder."""
     for name in ("one", "two"):
         (folder.parent / name).mkdir()
     shutil.move(folder, folder.parent / "one" / "album")
@@ -116,7 +116,7 @@ def hugging_face_of_files(folder: Path) -> tuple[Any, Any, set[int]]:
 
 
 def addresses(folder: Path) -> tuple[Any, Any, set[int]]:
-    """Their content is in them, and a list shows none of it."""
+    """Data addresses, which contain their content; a list does not show it."""
     import base64
 
     def address(i: int, seed: int = 0) -> str:
@@ -138,7 +138,7 @@ def test_other_sources_under_old_names_are_computed(
     kind: Callable[[Path], tuple[Any, Any, set[int]]], out: str, bb: Backbone, album: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Those alone, and counted; afterwards nothing is due, and names are trusted where that is asked for."""
+    """Only changed sources are computed and counted, once; trust_names skips the check."""
     monkeypatch.chdir(tmp_path)
     out = f"{tmp_path}/{out}"
     before, again, changed = kind(album)
@@ -170,13 +170,13 @@ def test_a_dataset_without_names_is_refused(out: str, bb: Backbone, tmp_path: Pa
     bb.embed(Pixels(0), out, **OPTIONS)
     old = rows(out)
     text = complaint(InputError, lambda: bb.embed(Pixels(50), out, **OPTIONS))
-    assert "cannot be told from another" in text and "trust_names" in text
+    assert "a rerun cannot check" in text and "trust_names" in text
     assert bb.embed(Pixels(0), out, trust_names=True, **OPTIONS).resumed == 6
     assert np.array_equal(rows(out), old)
 
 
 def test_signed_addresses_are_told_apart_and_not_stored(bb: Backbone, tmp_path: Path) -> None:
-    """Each address here leads nowhere; what is stored of it is its name without the query, and a hash."""
+    """No address is reachable here; the record stores its name without the query, and a hash."""
     given = ["http://127.0.0.1:9/a.png?X-Signature=secret1", "http://user:secret2@127.0.0.1:9/b.png"]
     bb.embed(given, tmp_path / "x.npy", **OPTIONS)
     stored = "".join(path.read_text(errors="replace") for path in tmp_path.iterdir())
@@ -199,7 +199,7 @@ def test_a_source_that_has_gone_keeps_its_vector(bb: Backbone, album: Path, capl
 
 @pytest.mark.parametrize("out", OUTS)
 def test_what_failed_is_tried_again(out: str, bb: Backbone, album: Path) -> None:
-    """And gets its vector; what fails again stays, and nothing is written for it."""
+    """A repaired image gets its vector; an image that fails again keeps its row, and no file is written for it."""
     out, broken = f"{album.parent}/{out}", {i: (album / f"{i}.png").read_bytes() for i in (0, 3, 4)}
     for i, content in broken.items():
         (album / f"{i}.png").write_bytes(content[:60])
@@ -236,7 +236,7 @@ def test_maps_of_unequal_shape_are_patched(bb: Backbone, album: Path) -> None:
 def test_old_outputs_are_read_and_continued(
     out: str, bb: Backbone, album: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a version without checksums and sources: taken as they are, with a line that says so, but for failures."""
+    """Outputs without checksums and sources are used, with one log line, and failed images are tried again."""
     out = f"{album.parent}/{out}"
     content = (album / "5.png").read_bytes()
     (album / "5.png").write_bytes(content[:50])
@@ -248,7 +248,7 @@ def test_old_outputs_are_read_and_continued(
     (album / "5.png").write_bytes(content)
     report = bb.embed(album, out, **OPTIONS)
     assert (report.retried, report.resumed, report.failures) == (1, COUNT - 1, ())
-    said = [r.getMessage() for r in caplog.records if "taken unchecked" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "not checked:" in r.getMessage()]
     assert len(said) == 1 and f"the sources of {COUNT - 1} images" in said[0] and "no checksums" in said[0]
     found = np.concatenate([block for _, block in Store(out).blocks()])
     np.testing.assert_allclose(found, plain(bb, album), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Left-overs, overwriting, runs that are told to stop, and two runs at once."""
+"""Left-over files, overwriting, runs that are stopped, and two runs at once."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ from dinov3_infer.features.disk import write
 from dinov3_infer.features.disk.store import Store
 from dinov3_infer.locks import locked
 
-# --- left-overs -----------------------------------------------------------------------------------------------------
+# --- left-over files-------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("out", ["x.npy", "x.safetensors", "x.parquet"])
@@ -43,7 +43,7 @@ def test_a_shard_of_other_settings_is_no_part_of_a_folder(others: Any, bb: Backb
     bb.embed(album, f"{album.parent}/y/", **OPTIONS | others)
     for path in (album.parent / "y").glob("000001.*"):
         shutil.copy(path, album.parent / "x" / path.name)
-    assert "not of these vectors" in complaint(InputError, lambda: Store(album.parent / "x", verify=True))
+    assert "belongs to other vectors" in complaint(InputError, lambda: Store(album.parent / "x", verify=True))
     bb.embed(album, f"{album.parent}/x/", **OPTIONS)
     np.testing.assert_allclose(rows(album.parent / "x"), plain(bb, album), atol=1e-6)
 
@@ -53,7 +53,7 @@ def test_a_shard_of_other_settings_is_no_part_of_a_folder(others: Any, bb: Backb
 def test_an_overwriting_run_that_was_killed_goes_on(
     out: str, same: bool, bb: Backbone, album: Path, stops: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From where it was, the old file staying until then; other settings begin anew."""
+    """The run continues where it stopped, and the old file stays until the end; other settings start again."""
     out, mine = f"{album.parent}/{out}", OPTIONS | dict(overwrite=True)
     bb.embed(album, out, **OPTIONS | ({} if same else dict(pooling="mean")))
     old = Path(out).read_bytes() if not out.endswith("/") else None
@@ -67,7 +67,7 @@ def test_an_overwriting_run_that_was_killed_goes_on(
         with monkeypatch.context() as killed:
             killed.setattr(write.Writer, "_stopped", lambda *_: None)
             stops(1, Stop)
-            with pytest.raises(Stop):  # without the word, it goes on too and does not take the old file
+            with pytest.raises(Stop):  # without overwrite it also continues, and does not use the old file
                 bb.embed(album, out, **OPTIONS)
     assert bb.embed(album, out, **mine).resumed == 4
     np.testing.assert_allclose(rows(out), plain(bb, album), atol=1e-6)
@@ -77,7 +77,7 @@ def test_an_overwriting_run_that_was_killed_goes_on(
 
 @pytest.mark.parametrize("moment", ["clearing", "joined", "half moved", "after"])
 def test_a_kill_between_two_renames(moment: str, bb: Backbone, album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a folder is cleared, or a joined file takes its place."""
+    """The kill happens while a folder is cleared, or while a joined file is moved into place."""
     from dinov3_infer.features.disk.target import Target
 
     out = album.parent / ("x" if moment == "clearing" else "x.npy")
@@ -117,7 +117,7 @@ def test_a_kill_between_two_renames(moment: str, bb: Backbone, album: Path, monk
 def test_what_has_come_is_kept(
     out: str, at: int, bb: Backbone, album: Path, stops: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By pass, in a shard that is not whole; the message counts images, and the result is that of one run."""
+    """Passes of an incomplete shard are kept; the message counts images, and the result is that of one run."""
     bb.embed(album, f"{album.parent}/alone{out[1:]}", **OPTIONS)
     out = f"{album.parent}/{out}"
     stops(at)
@@ -139,7 +139,7 @@ def test_what_has_come_is_kept(
 def test_it_is_written_every_few_minutes(
     bb: Backbone, album: Path, stops: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So a kill that nobody hears loses no more than that."""
+    """A kill without a signal handler loses only the rows since the last write."""
     monkeypatch.setattr(write, "SECONDS", 0.0)
     monkeypatch.setattr(write.Writer, "_stopped", lambda *_: None)
     options = OPTIONS | dict(shard_size=9)
@@ -180,7 +180,7 @@ def _hold(folder: Path, run: str | None, ready: Any, done: Any) -> None:
     (None, None, True), ("a", None, True), (None, "a", True), ("a", "b", True), ("a", "a", False),
 ])  # fmt: skip
 def test_one_run_is_inside(mine: str | None, theirs: str | None, refused: bool, tmp_path: Path) -> None:
-    """Its processes share a folder; a lock ends with its process, even one that was killed."""
+    """The processes of one run share a folder; a lock ends with its process, even if that was killed."""
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
     process = context.Process(target=_hold, args=(tmp_path / "x", theirs, ready, done))

@@ -1,4 +1,4 @@
-"""A store is read in blocks, and what is none is told."""
+"""A store is read in blocks, and other files raise an error."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,13 @@ from dinov3_infer.features.disk.store import Store
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks for a handful of rows."""
+    """Makes blocks small, so that a few rows fill several of them."""
     monkeypatch.setattr(store_module.Store.blocks, "__defaults__", (7,))
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_store_is_read_in_blocks(suffix: str, tmp_path: Path) -> None:
-    """Rows of length 1 with the number of the first, over all shards; names and failures of each."""
+    """Blocks hold rows of length 1 and the number of the first row, over all shards; names and failures match."""
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     vectors = 3 * directions(23)
@@ -39,9 +39,9 @@ def test_a_store_is_read_in_blocks(suffix: str, tmp_path: Path) -> None:
 def test_what_is_no_store_is_said(tmp_path: Path) -> None:
     made(tmp_path / "a", directions(12))
     assert "no vectors at" in complaint(MissingFileError, lambda: Store(tmp_path / "none.npy"))
-    assert "is not one of embed" in complaint(InputError, lambda: Store(tmp_path))
+    assert "was not written by embed" in complaint(InputError, lambda: Store(tmp_path))
     np.save(tmp_path / "plain.npy", np.zeros((3, 4)))
-    assert "does not say how it was made" in complaint(InputError, lambda: Store(tmp_path / "plain.npy"))
+    assert "has no record of its settings" in complaint(InputError, lambda: Store(tmp_path / "plain.npy"))
     record = tmp_path / "a.npy" / "dinov3_infer.json"
     whole = record.read_text()
     record.write_text(json.dumps(json.loads(whole) | {"kind": "map"}))

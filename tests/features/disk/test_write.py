@@ -1,4 +1,4 @@
-"""`embed` to files: shards that are whole, records that are compared, runs that go on."""
+"""`embed` to files: complete shards, compared records, and runs that continue."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def bb() -> Backbone:
 
 @pytest.fixture
 def album(tmp_path: Path) -> Path:
-    """Seven pictures, the fourth cut short."""
+    """A folder of seven images, the fourth truncated."""
     folder = tmp_path / "album"
     folder.mkdir()
     for i, size in enumerate(SIZES):
@@ -67,7 +67,7 @@ def needs(suffix: str) -> None:
 @pytest.mark.parametrize("kind", ["embedding", "patches", "map"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_every_format_holds_the_same(suffix: str, kind: Any, dtype: Any, bb: Backbone, album: Path) -> None:
-    """As a file and as a folder of shards: the rows of the array, and path, grid and error of each."""
+    """File and folder hold the rows of the array, and path, grid and error of each row."""
     needs(suffix)
     form = FORMATS[suffix]()
     options: dict[str, Any] = dict(size=64, kind=kind, out_dtype=dtype, on_error="skip")
@@ -89,7 +89,7 @@ def test_every_format_holds_the_same(suffix: str, kind: Any, dtype: Any, bb: Bac
 
 
 def test_others_read_it(bb: Backbone, album: Path) -> None:
-    """The files are plain ones of their formats, and say how they were made."""
+    """Other libraries read the files, and the files hold their record."""
     options: dict[str, Any] = dict(size=64, on_error="skip")
     rows = bb.embed(album, **options)
     bb.embed(album, album.parent / "x.safetensors", **options)
@@ -115,7 +115,7 @@ def test_others_read_it(bb: Backbone, album: Path) -> None:
 
 
 def test_maps_of_unequal_shape_go_to_parquet(bb: Backbone, album: Path) -> None:
-    """With the grid that gives each its shape back; other formats are refused before a picture is read."""
+    """Parquet stores the grid that restores the shape; other formats are refused before an image is read."""
     text = complaint(InputError, lambda: bb.embed(album, album.parent / "x.npy", kind="map", fit="native"))
     assert "write .parquet" in text
     pa = pytest.importorskip("pyarrow.parquet")
@@ -130,24 +130,24 @@ def test_maps_of_unequal_shape_go_to_parquet(bb: Backbone, album: Path) -> None:
 
 @pytest.mark.parametrize("out", ["x.npy", "x/"])
 def test_streams_and_nothing(out: str, bb: Backbone, tmp_path: Path) -> None:
-    """A stream goes to shards as it comes and cannot be gone on with; no pictures give no rows."""
+    """A stream is written as it comes and cannot be continued; an empty input gives no rows."""
     pictures = [photo(32, 32, seed=i) for i in range(7)]
     report = bb.embed(iter(pictures), f"{tmp_path}/{out}", size=32, shard_size=3)
     assert report.shape == (7, 64) and report.failures == ()
     found = np.concatenate([block for _, block in Store(tmp_path / out).blocks()])
     np.testing.assert_allclose(found, bb.embed(pictures, size=32, normalize=True), atol=1e-6)
     text = complaint(InputError, lambda: bb.embed(iter(pictures), f"{tmp_path}/{out}", size=32))
-    assert "objects or as a stream" in text
+    assert "in-memory images or a stream" in text
     assert bb.embed([], tmp_path / "none.npy").shape == (0, 64)
     assert np.load(tmp_path / "none.npy").shape == (0, 64)
 
 
-# --- going on -------------------------------------------------------------------------------------------------------
+# --- continuing -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("out", ["x/", "x.npy"])
 def test_a_rerun_adds_what_is_missing(out: str, bb: Backbone, album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an error in the third shard two are whole; the same call makes the third alone, to the same bytes."""
+    """After an error in the third shard two are complete; the same call writes only the third, with the same bytes."""
     target, options = f"{album.parent}/{out}", dict(size=64, shard_size=2, batch_size=2, on_error="skip")
     bb.embed(album, f"{album.parent}/alone{out[1:]}", **options)  # type: ignore[call-overload]
     launched, calls = Extractor.launched, []
@@ -181,14 +181,14 @@ def test_a_rerun_adds_what_is_missing(out: str, bb: Backbone, album: Path, monke
         (dict(normalize=True), "with normalize false, not true"), (dict(decode="fast"), 'decode "exact", not "fast"'),
         (dict(out_dtype="float16"), 'out_dtype "float32", not "float16"'),
         (dict(shard_size=5), "plan.shard_size 3, not 5"),
-        (dict(batch_size=9), "plan.batch_size"), ("model", "with fingerprint "), ("pictures", "from other pictures"),
+        (dict(batch_size=9), "plan.batch_size"), ("model", "with fingerprint "), ("pictures", "from other images"),
         ("more pictures", "with count 7, not 8"), ("rope", "with architecture.rope_periods"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value.split()[0],
 )  # fmt: skip
 @pytest.mark.parametrize("out", ["x/", "x.npy"])
 def test_what_does_not_match_is_refused(change: Any, said: str, out: str, bb: Backbone, album: Path) -> None:
-    """In one sentence that names the difference; nothing is touched, and overwriting is a way out."""
+    """One sentence names the difference; the files do not change, and overwriting is possible."""
     options: dict[str, Any] = dict(size=64, shard_size=3, on_error="skip")
     target = f"{album.parent}/{out}"
     bb.embed(album, target, **options)
@@ -216,7 +216,7 @@ def test_what_does_not_match_is_refused(change: Any, said: str, out: str, bb: Ba
 def test_memory_that_does_not_do_begins_the_shard_again(
     bb: Backbone, album: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With half the batch, which is recorded: what ran together is a function of the list and of that number."""
+    """The shard starts again with half the batch size, which is recorded; results depend on nothing else."""
     forward, sizes = bb.forward, []
 
     def tight(pixels: torch.Tensor, *args: Any, **options: Any) -> Any:
@@ -230,7 +230,7 @@ def test_memory_that_does_not_do_begins_the_shard_again(
     report = bb.embed([*sorted(album.iterdir()), *sorted(album.iterdir())], f"{album.parent}/x.safetensors/",
                       size=64, batch_size=4, shard_size=6)  # fmt: skip
     assert sizes == [4, 2, 4, 2, 2, 2] and report.batch_size == 2
-    assert [r.getMessage() for r in caplog.records] == ["out of memory; going on with 2 pictures in one pass"]
+    assert [r.getMessage() for r in caplog.records] == ["out of memory; continuing with 2 images per pass"]
     recorded = []
     for i in range(2):
         shard = album.parent / "x.safetensors" / f"00000{i}.safetensors"
@@ -241,7 +241,7 @@ def test_memory_that_does_not_do_begins_the_shard_again(
 
 
 def test_the_batch_size_is_found_by_trying() -> None:
-    """The fastest per picture; what does not fit or gains nothing ends the search, and so does the time."""
+    """The fastest size per image wins; the search ends at the memory limit, without gain, or at the time limit."""
     now = [0.0]
 
     def trial(seconds: Callable[[int], float], most: int = 64, limit: float = 1e9) -> int:
@@ -252,8 +252,8 @@ def test_the_batch_size_is_found_by_trying() -> None:
 
         return run.best_batch_size(work, most, limit, lambda: now[0])
 
-    assert trial(lambda n: 1 + 0.01 * n) == 32  # memory ends it
-    assert trial(lambda n: n) == 1  # nothing gained
+    assert trial(lambda n: 1 + 0.01 * n) == 32  # the memory limit ends the search
+    assert trial(lambda n: n) == 1  # larger batches gain nothing
     assert trial(lambda n: 1 + n / 4) == 32 and trial(lambda n: 1 + n / 4, most=8) == 8
     assert trial(lambda n: 10.0, limit=15.0) == 1
 
@@ -262,7 +262,7 @@ def test_the_batch_size_is_found_by_trying() -> None:
 
 
 def test_processes_share_the_shards(bb: Backbone, album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under torchrun, one after the other here: every shard once, the same bytes as of one process."""
+    """As under torchrun, but one after the other: each shard is written once, with the bytes of a single process."""
     options: dict[str, Any] = dict(size=64, shard_size=2, on_error="skip")
     bb.embed(album, f"{album.parent}/alone/", **options)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -271,13 +271,13 @@ def test_processes_share_the_shards(bb: Backbone, album: Path, monkeypatch: pyte
         monkeypatch.setenv("RANK", str(rank))
         counts.append(bb.embed(album, f"{album.parent}/x/", **options).shape[0])
     assert counts == [4, 3] and snapshot(album.parent / "x") == snapshot(album.parent / "alone")
-    assert "give a folder" in complaint(InputError, lambda: bb.embed(album, album.parent / "x.npy", **options))
+    assert "a name without suffix" in complaint(InputError, lambda: bb.embed(album, album.parent / "x.npy", **options))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
 def test_signals_end_a_run_cleanly(number: int, status: int, album: Path, tmp_path: Path) -> None:
-    """Whole shards stay, no half one is left, and the status says what it was."""
+    """Complete shards stay, no partial file is left, and the exit status names the signal."""
     script = f"""
 import os, signal, sys, torch
 from dinov3_infer import Backbone, VisionTransformer
@@ -299,14 +299,14 @@ sys.exit(main(["embed", {str(album)!r}, "-o", {str(tmp_path / "x")!r}, "-m", {st
         [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
     )
     assert ran.returncode == status, ran.stderr
-    assert "4 of 7 images are kept; the same call goes on from there" in ran.stderr and "Traceback" not in ran.stderr
+    assert "4 of 7 images are kept; the same call continues from there" in ran.stderr and "Traceback" not in ran.stderr
     assert sorted(os.listdir(tmp_path / "x")) == [
         "000000.json", "000000.jsonl", "000000.npy", "000001.json", "000001.jsonl", "000001.npy", "dinov3_infer.json",
     ]  # fmt: skip
 
 
 def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
-    """The small version of tests/benchmarks/embed_kill.py."""
+    """A small version of tests/benchmarks/embed_kill.py."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
         import embed_kill

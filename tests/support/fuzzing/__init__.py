@@ -1,1 +1,1 @@
-"""Damaged and hostile pictures and checkpoints, made from whole ones by their structure, and what reads them."""
+"""Damaged and hostile images and checkpoints, derived from whole ones by their structure, and their readers."""

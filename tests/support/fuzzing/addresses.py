@@ -1,4 +1,4 @@
-"""Odd addresses, and odd answers of a server on this machine: nothing leaves it."""
+"""Odd addresses, and odd answers of a local server; no request leaves this machine."""
 
 import random
 import socket
@@ -42,7 +42,7 @@ def whole(content: bytes) -> bytes:
 
 @cache
 def _server() -> tuple[int, dict[str, bytes]]:
-    """Its port, and its answers by path; it lives in the process in which the cases are made."""
+    """The port of the server, and its answers by path; it lives in the process that makes the cases."""
     answers: dict[str, bytes] = {}
     listening = socket.create_server(("127.0.0.1", 0))
 
@@ -66,7 +66,7 @@ def _server() -> tuple[int, dict[str, bytes]]:
 
 @cache
 def _stay_here() -> None:
-    """Only this machine has a name; the hub's client is not offline, since it would not write the address then."""
+    """Only this machine has a name; the hub client is not offline, since it would then not form the address."""
     asked = socket.getaddrinfo
 
     def lookup(host: Any, *rest: Any, **options: Any) -> Any:
@@ -107,7 +107,7 @@ def address(draw: random.Random) -> str:
 
 
 def case(draw: random.Random, folder: Path) -> tuple[Any, bool]:
-    """An odd address, or a plain one that is answered oddly."""
+    """An odd address, or a plain one with an odd answer."""
     _stay_here()
     if draw.random() < 0.6:
         found = address(draw)
@@ -120,7 +120,7 @@ def case(draw: random.Random, folder: Path) -> tuple[Any, bool]:
 
 
 def read(source: str, draw: random.Random) -> None:
-    """As one image; what is said of an http address holds nothing of its user, password and query."""
+    """Reads an address as one image; errors must not contain the user, password or query of an http address."""
     web = address_scheme(source) in ("http", "https")
     assert not web or SECRET not in str(name_of(source)), name_of(source)
     try:

@@ -66,7 +66,7 @@ def joined(header: str | bytes, data: bytes) -> bytes:
 
 
 def packed(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
-    """A whole safetensors file."""
+    """A valid safetensors file."""
     header, data = {}, b""
     for name, (dtype, shape, content) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
@@ -94,7 +94,7 @@ def sharded(files: Files) -> Files:
 
 
 def valid(draw: random.Random, content: bytes) -> bytes:
-    """Another whole file: tensors lost, renamed, reshaped, of another dtype, too many."""
+    """Another valid file: with missing, renamed, reshaped, converted or additional tensors."""
     tensors = unpacked(content)
     for _ in range(draw.choice((1, 1, 2, 3))):
         name = draw.choice(list(tensors))
@@ -131,7 +131,7 @@ def valid(draw: random.Random, content: bytes) -> bytes:
 
 
 def lying(draw: random.Random, content: bytes) -> bytes:
-    """A header that does not go with what follows."""
+    """A file whose header does not match its data."""
     header, data = split(content)
     name = draw.choice(list(header))
     entry = header[name] if isinstance(header[name], dict) and "shape" in header[name] else {}
@@ -209,7 +209,7 @@ def index(draw: random.Random, content: bytes) -> bytes:
 
 
 def magic(content: bytes) -> bool:
-    """By its first bytes a file of weights."""
+    """Whether the first bytes are those of a weights file."""
     if content.startswith((b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")):
         return True
     return content[8:9] == b"{" and 0 < int.from_bytes(content[:8], "little") <= len(content) - 8
@@ -237,7 +237,7 @@ def mutate(draw: random.Random, files: Files) -> Files:
 
 
 def case(draw: random.Random, folder: Path) -> tuple[Any, bool]:
-    """What to give to `from_pretrained`, and whether its weights look like some by their first bytes."""
+    """An argument of `from_pretrained`, and whether its first bytes look like weights."""
     files = draw.choice(list(wholes().values()))
     for _ in range(draw.choice((1, 1, 1, 2))):
         if files:

@@ -1,4 +1,4 @@
-"""Damaged and hostile tars and Parquet tables, and what reads all of their images."""
+"""Damaged and hostile tars and Parquet tables, and a reader of all their images."""
 
 import io
 import random
@@ -21,7 +21,7 @@ MOST = 40  # images of a container that are read
 
 
 def read(source: Path, draw: random.Random) -> None:
-    """Each image, or one of our errors for it; the last of these where none is read."""
+    """Reads each image; returns the last of our errors if none can be read."""
     found, last, count = as_source(source), None, 0
     numbers = list(range(len(found)))
     for number in numbers if len(numbers) <= MOST else draw.sample(numbers, MOST):
@@ -43,7 +43,7 @@ def read(source: Path, draw: random.Random) -> None:
 
 @cache
 def tars() -> list[bytes]:
-    """Of each kind, with classes, folders, long names and links."""
+    """Tars of each kind, with classes, folders, long names and links."""
     made = []
     for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         stream = io.BytesIO()
@@ -125,7 +125,7 @@ def tar(draw: random.Random, folder: Path) -> tuple[Any, bool]:
 
 @cache
 def tables() -> list[bytes]:
-    """Of each packing, with a column of bytes or of a structure, of one group and of several."""
+    """Tables of each encoding, with a column of bytes or of structures, in one group or several."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 

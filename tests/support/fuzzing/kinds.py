@@ -1,4 +1,4 @@
-"""What is read, how, and the cases made by hand."""
+"""The kinds of inputs, their readers, and the cases made by hand."""
 
 import io
 import json
@@ -165,7 +165,7 @@ def _folder(change: Callable[[Files], Files | None], base: str = "v3 hf") -> Mak
 
 
 def _tensors(change: Callable[[dict[str, Any]], Any], base: str = "v3 hf", file: str = HEADER) -> Make:
-    """One safetensors file whose tensors were changed."""
+    """A safetensors file with changed tensors."""
 
     def make(folder: Path) -> Path:
         files = dict(checkpoints.wholes()[base])
@@ -211,7 +211,7 @@ def _stated(name: str = "config.json", **fields: Any) -> Make:
 
 
 def _asked(style: str, name: str = "preprocessor_config.json", **fields: Any) -> Make:
-    """Opened with `preprocessing=style`, which makes an error of what is a warning otherwise."""
+    """Opens with `preprocessing=style`, which turns a warning into an error."""
 
     def make(folder: Path) -> Path:
         (folder / f"as {style}").mkdir()
@@ -221,7 +221,7 @@ def _asked(style: str, name: str = "preprocessor_config.json", **fields: Any) ->
 
 
 def _named_like_v1(files: Files) -> Files:
-    """Names that only a config.json tells apart, and one that says what they are not."""
+    """Names that only a config.json can identify, and one that states a wrong identity."""
     tensors = checkpoints.unpacked(files["v2.safetensors"])
     kept = {name: tensor for name, tensor in tensors.items() if "mask_token" not in name and ".ls" not in name}
     return {HEADER: checkpoints.packed(kept), "config.json": b'{"model_type": "convnext"}'}

@@ -21,14 +21,14 @@ CALLS = (
 
 
 class Trap:
-    """Unpickling it makes a file where the process runs."""
+    """Unpickling it writes a file in the folder of the process."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return os.mkdir, ("trap",)
 
 
 def rough(draw: random.Random, content: bytes) -> bytes:
-    """Without regard to what it is."""
+    """Damage at random, without regard to the structure."""
     kind = draw.randrange(5) if content else 3
     if kind == 0:
         return content[: draw.randrange(len(content))]
@@ -56,7 +56,7 @@ STRANGE: list[Callable[[], Any]] = [
 
 
 def saved(draw: random.Random, content: bytes) -> bytes:
-    """The same state dict with something strange in it, or strangely nested."""
+    """The same state dict with a strange value, or strangely nested."""
     state = torch.load(io.BytesIO(content), weights_only=True)
     inner = state.get("teacher", state)
     name = draw.choice(list(inner))

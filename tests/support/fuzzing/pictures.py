@@ -1,4 +1,4 @@
-"""Damaged and hostile pictures: whole files of each format, taken apart, changed, and put together again."""
+"""Damaged and hostile images: valid files of each format, split, changed and joined again."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ def has_magic(content: bytes) -> bool:
 
 @cache
 def wholes() -> dict[str, list[bytes]]:
-    """Small pictures of every format and mode that is read, and some of formats that are not."""
+    """Small images of every supported format and mode, and some unsupported ones."""
     y, x = np.mgrid[:13, :18]
     rgb = Image.fromarray(np.stack((x * 14, y * 19, (x * y) % 256), -1).astype(np.uint8))
     rgba = rgb.convert("RGBA")
@@ -72,7 +72,7 @@ def integer(draw: random.Random, size: int, order: str) -> bytes:
 
 
 def change(draw: random.Random, content: bytes, order: str = "big") -> bytes:
-    """One change that knows no structure but that of numbers."""
+    """A change that ignores the structure, except for numbers."""
     if not content:
         return draw.randbytes(draw.choice((1, 4, 99)))
     at, size = draw.randrange(len(content)), draw.choice((1, 1, 2, 4))
@@ -89,7 +89,7 @@ def change(draw: random.Random, content: bytes, order: str = "big") -> bytes:
 
 
 def tlv(content: bytes, start: int, form: str, *, little: bool = False, padded: bool = False) -> list[Block]:
-    """Chunks of `length name` or `name length`, as `form` says, from `start` on; what is left over is one more."""
+    """Splits chunks of `length name` or `name length` (see `form`) from `start` on; the rest is the last chunk."""
     blocks: list[Block] = [[b"", content[:start]]]
     while start + 8 <= len(content):
         first, second = content[start : start + 4], content[start + 4 : start + 8]
@@ -171,7 +171,7 @@ def set_size(draw: random.Random, content: bytes, at: int, size: int, order: Any
 
 
 def rearrange(draw: random.Random, form: str, content: bytes) -> bytes:
-    """Chunks changed, lost, doubled, moved, added; lengths and checksums right again, or one length that lies."""
+    """Changes, drops, doubles, moves or adds chunks; lengths and checksums are corrected, or one length lies."""
     split, join = CHUNKED[form]
     blocks = split(content)
     for _ in range(draw.choice((1, 1, 2, 4))):
@@ -198,7 +198,7 @@ def rearrange(draw: random.Random, form: str, content: bytes) -> bytes:
 
 
 def tiff_fields(content: bytes) -> list[tuple[int, int]]:
-    """Offset and size of type, count and value of every entry of the first directory."""
+    """Offset and size of type, count and value of each entry in the first directory."""
     order = "little" if content[:2] == b"II" else "big"
     at = int.from_bytes(content[4:8], order)  # type: ignore[arg-type]
     count = int.from_bytes(content[at : at + 2], order)  # type: ignore[arg-type]
@@ -208,7 +208,7 @@ def tiff_fields(content: bytes) -> list[tuple[int, int]]:
 
 
 def picture(draw: random.Random) -> bytes:
-    """One file, damaged."""
+    """One damaged file."""
     form = draw.choice(list(wholes()))
     content = draw.choice(wholes()[form])
     if draw.random() < 0.06:  # nothing of it is right
@@ -233,7 +233,7 @@ def picture(draw: random.Random) -> bytes:
 
 
 def _closed(the_picture: bool) -> Image.Image:
-    """A picture of which only the header was read, and which was closed, or its stream."""
+    """An image that was closed after only its header was read, or whose stream was closed."""
     stream = io.BytesIO()
     Image.new("RGB", (5, 4)).save(stream, "PNG")
     picture = Image.open(stream)
@@ -242,7 +242,7 @@ def _closed(the_picture: bool) -> Image.Image:
 
 
 def live(draw: random.Random) -> Any:
-    """No file, but an array, tensor, picture or something else."""
+    """An array, tensor, image or another object instead of a file."""
     import torch
 
     shape = [draw.choice((0, 1, 3, 3, 4, 9)) for _ in range(draw.choice((1, 2, 3, 3, 3, 4)))]
@@ -275,7 +275,7 @@ NAMES = (
 
 
 def case(draw: random.Random, folder: Path) -> tuple[Any, bool]:
-    """What to give to `load_image`, and whether it looks like a picture by its first bytes."""
+    """An argument of `load_image`, and whether its first bytes look like an image."""
     kind = draw.random()
     if kind < 0.06:
         return live(draw), False

@@ -1,4 +1,4 @@
-"""Damaged and hostile files of what was fitted to features."""
+"""Damaged and hostile files of fitted probes."""
 
 import json
 import random
@@ -40,7 +40,7 @@ def wholes() -> list[bytes]:
 
 
 def _entries(draw: random.Random, content: bytes) -> bytes:
-    """Other settings, options and kinds."""
+    """Changes settings, options and kinds."""
     header, data = split(content)
     stored = json.loads(header["__metadata__"][KEY])
     strange = draw.choice((None, "x", -1, 0, 10**30, 0.5, 1e300, [], {}, [1, "x"], True, "KNN", "AttentiveProbe"))
@@ -57,7 +57,7 @@ def _entries(draw: random.Random, content: bytes) -> bytes:
 
 
 def _tensors(draw: random.Random, content: bytes) -> bytes:
-    """Other shapes, number formats and numbers, in a whole file."""
+    """Changes shapes, dtypes and values in a valid file."""
     header, data = split(content)
     names = [name for name in header if name != "__metadata__"]
     name = draw.choice(names)
@@ -93,7 +93,7 @@ def case(draw: random.Random, folder: Path) -> tuple[Any, bool]:
 
 
 def read(source: Path, draw: random.Random) -> None:
-    """What is loaded gives classes that there are, and shares of 1."""
+    """Loads a probe, which must predict existing classes and shares that sum to 1."""
     probe: Any = Fitted.load(source, _backbone())
     patches = isinstance(probe, AttentiveProbe)
     width = probe.tensors[probe.names[0]].shape[-1]

@@ -57,7 +57,7 @@ class Kind:
 
 @cache
 def raises(module: str, but: tuple[str, ...] = ()) -> dict[int, str]:
-    """Line -> function and first words of every error that a module makes."""
+    """Line -> function and first words of every error that a module raises."""
     tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
     found = {}
     for function in ast.walk(tree):
@@ -74,7 +74,7 @@ def raises(module: str, but: tuple[str, ...] = ()) -> dict[int, str]:
 
 
 def judge(error: BaseException) -> tuple[str, Any]:
-    """Class of an error and the branches that raised it; for a fault "fault" and what is wrong."""
+    """The class of an error and the branches that raised it; for a fault, "fault" and its description."""
     if not isinstance(error, Dinov3Error):
         return "fault", "".join(traceback.format_exception(error)[-4:])[-1500:]
     text = str(error)
@@ -97,13 +97,13 @@ def _peak() -> int:
 
 
 def _forget_peak() -> None:
-    """Makes the peak begin anew, if it lies far above what is held now."""
+    """Resets the peak memory if it lies far above the present use."""
     if _peak() - int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() > 2**24:
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def one(kind: Kind, seed: int, number: int, place: Path) -> list[Any]:
-    """[number, looks right, class, branches, CPU seconds, MiB] of one case in this process, in an empty folder."""
+    """[number, looks right, class, branches, CPU seconds, MiB] of one case, run in this process in an empty folder."""
     folder, elsewhere = place / "case", place / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()
@@ -149,7 +149,7 @@ def _work(kind: Kind, seed: int, numbers: Sequence[int], place: Path, pipe: int)
 
 
 def run(kind: Kind, count: int, seed: int, workers: int = 1) -> dict[str, Any]:
-    """Counts over the corners, what once failed, and `count` drawn cases."""
+    """Runs the hand-made cases, those that once failed, and `count` drawn ones; returns their counts."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as root:  # here, since a worker may die
         return _run(kind, count, seed, workers, Path(root))

@@ -1,4 +1,4 @@
-"""Pictures to train on: folders, lists, archives, Datasets."""
+"""Images to train on: folders, lists, archives, Datasets."""
 
 import io
 import pickle
@@ -18,7 +18,7 @@ from dinov3_infer.train.batches import open_data
 
 
 def test_folder(tmp_path: Path) -> None:
-    """All formats, to the bottom, in the order of names; hidden files and other files are left out."""
+    """A folder gives all formats, recursively, in the order of names, without hidden files and other files."""
     for i, name in enumerate(("a.png", "b/c.JPG", "b/d/e.ppm", "f.tiff", "g.bmp")):
         write(tmp_path / name, 10 * i)
     for name in (".hidden.png", ".thumbnails/x.png"):
@@ -33,7 +33,7 @@ def test_folder(tmp_path: Path) -> None:
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
-    """A linked folder counts; a link to a folder above does not go round for ever."""
+    """A linked folder is read; a link to a parent folder does not loop."""
     write(tmp_path / "real/a.png", 1)
     (tmp_path / "set").mkdir()
     (tmp_path / "set/there").symlink_to(tmp_path / "real")
@@ -53,7 +53,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     ids=lambda v: "-".join(map(str, v or ["none"])).replace("/", "|"),
 )
 def test_labels_of_folders(tmp_path: Path, names: tuple[str, ...], classes: list[str], labels: Any) -> None:
-    """The first folder in which the paths differ; no labels where a picture lies in none."""
+    """Labels are the first folder names that differ; there are none if an image has no such folder."""
     for name in names:
         write(tmp_path / name, 0)
     data = open_data(tmp_path)
@@ -62,12 +62,12 @@ def test_labels_of_folders(tmp_path: Path, names: tuple[str, ...], classes: list
 
 
 def test_list_file(tmp_path: Path) -> None:
-    """Paths from where the list lies, or absolute ones; labels after a tab."""
-    write(tmp_path / "pictures/a.png", 1)
+    """Paths are absolute or relative to the list; labels follow a tab."""
+    write(tmp_path / "images/a.png", 1)
     absolute = write(tmp_path / "b.png", 2)
     listed = tmp_path / "lists/some.txt"
     listed.parent.mkdir()
-    listed.write_text(f"../pictures/a.png\tfrog\n\n{absolute}\tant\n")
+    listed.write_text(f"../images/a.png\tfrog\n\n{absolute}\tant\n")
     data = open_data(listed)
     assert shades(data) == [1, 2]
     assert data.classes == ["ant", "frog"] and data.labels.tolist() == [1, 0]
@@ -89,7 +89,7 @@ def png(shade: int) -> bytes:
 
 
 def test_tar(tmp_path: Path) -> None:
-    """Any picture by its number, long names too; labels from .cls files or folders."""
+    """Images are read by number, also those with long names; labels come from .cls files or folders."""
     members = {f"{i:03}.png": png(i) for i in (5, 6, 7)} | {"x" * 120 + "/9.png": png(9), "notes.json": b"{}"}
     data = open_data(tar(tmp_path / "a.tar", members))
     assert [int(data[i][0, 0, 0]) for i in (3, 1, 2, 0)] == [9, 6, 7, 5]
@@ -112,7 +112,7 @@ def test_tar(tmp_path: Path) -> None:
     ids=["PIL", "array", "float tensor with label", "mapping"],
 )
 def test_dataset(item: Any) -> None:
-    """Whatever a Dataset gives for a picture."""
+    """Each form of an item of a Dataset gives the same pixels."""
 
     class One(Shades):
         def __getitem__(self, index: int) -> Any:
@@ -122,8 +122,8 @@ def test_dataset(item: Any) -> None:
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 8, 8) and (pixels == 51).all()
 
 
-def test_a_dataset_that_cannot_read_a_picture() -> None:
-    """Is said as for a file; any other error of a Dataset is a mistake in it, and is left as it is."""
+def test_a_dataset_that_cannot_read_an_image() -> None:
+    """The error is that of a file; any other exception of a Dataset passes unchanged."""
 
     class Failing(Shades):
         def __getitem__(self, index: int) -> Any:
@@ -136,7 +136,7 @@ def test_a_dataset_that_cannot_read_a_picture() -> None:
 
 
 def test_labels_and_arrays(tmp_path: Path) -> None:
-    """An array [N, H, W, 3] is a Dataset; `targets` are labels; sources with and without labels have none together."""
+    """An array [N, H, W, 3] is a Dataset; `targets` are labels; a source without labels removes those of all."""
     labelled = Shades(3)
     for targets in ([2, 0, 2], torch.tensor([2, 0, 2])):
         labelled.targets = targets
@@ -148,12 +148,12 @@ def test_labels_and_arrays(tmp_path: Path) -> None:
 
 
 def test_large_jpegs_are_decoded_smaller(tmp_path: Path) -> None:
-    """Not below the size asked for, upright, and showing the same."""
+    """They are at least of the requested size, upright, and show the same."""
     path = tmp_path / "large.jpg"
-    picture = Image.fromarray(photo(900, 1600)).resize((1600, 900), box=(0, 0, 160, 90))
+    photograph = Image.fromarray(photo(900, 1600)).resize((1600, 900), box=(0, 0, 160, 90))
     exif = Image.Exif()
     exif[274] = 6  # lies on its side
-    picture.save(path, quality=95, exif=exif)
+    photograph.save(path, quality=95, exif=exif)
     data = open_data(tmp_path)
     whole, small = data[0], data.read(0, 430)
     assert whole.shape == (3, 1600, 900) and small.shape == (3, 800, 450)
@@ -168,39 +168,39 @@ def test_large_jpegs_are_decoded_smaller(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "make, error, said",
     [
-        (lambda p: p / "nowhere", MissingFileError, "no data at"),
-        (lambda p: p, InputError, "which holds no files; give a folder of pictures"),
+        (lambda p: p / "nowhere", MissingFileError, "does not exist; check the path of the data"),
+        (lambda p: p, InputError, "which holds no files"),
         (lambda p: (p / "a.npy").write_text("") * 0 or p, InputError, "which holds 1 .npy"),
-        (lambda p: write(p / "a.png", 0), InputError, "is one picture; give a folder"),
-        (lambda p: tar(p / "a.tar", {"notes.txt": b"x"}), InputError, "no pictures in"),
-        (lambda p: (p / "a.tar").write_bytes(b"x" * 3000) * 0 or p / "a.tar", InputError, "no whole uncompressed tar"),
+        (lambda p: write(p / "a.png", 0), InputError, "is a single image; give a folder"),
+        (lambda p: tar(p / "a.tar", {"notes.txt": b"x"}), InputError, "no images in"),
+        (lambda p: (p / "a.tar").write_bytes(b"x" * 3000) * 0 or p / "a.tar", InputError, "no uncompressed tar"),
         (lambda p: (p / "a.txt").write_text("\n") * 0 or p / "a.txt", InputError, "is empty; give one path per line"),
         (lambda p: 3, InputTypeError, "got int"),
-        (lambda p: [], InputError, "no data was given"),
+        (lambda p: [], InputError, "data is empty"),
         (lambda p: Shades(0), InputError, "is empty"),
         (lambda p: "a:x:pure", InputError, "no number before ':pure'"),
-        (lambda p: (Shades(2), 1.5), InputError, "got 1.5"),
+        (lambda p: (Shades(2), 1.5), InputError, "pure batches is 1.5"),
         (lambda p: [(Shades(2), 0.7), (Shades(2), 0.4), Shades(2)], InputError, "0.7, 0.4"),
-        (lambda p: [(Shades(2), 1.0), Shades(2)], InputError, "less than 1 beside a source without one"),
-        (lambda p: (Shades(2), 0.5), InputError, "else to 1"),
+        (lambda p: [(Shades(2), 1.0), Shades(2)], InputError, "less than 1 if another source has none"),
+        (lambda p: (Shades(2), 0.5), InputError, "else 1"),
     ],
-    ids=["missing", "empty", "other files", "one picture", "tar without", "no tar", "empty list", "type", "nothing",
+    ids=["missing", "empty", "other files", "one image", "tar without", "no tar", "empty list", "type", "nothing",
          "empty Dataset", "no number", "above 1", "sum above 1", "no share left", "share left"],
 )  # fmt: skip
 def test_wrong_data(tmp_path: Path, make: Any, error: type[Dinov3Error], said: str) -> None:
-    """One sentence, before anything is trained."""
+    """The error is one sentence, before any training."""
     assert said in complaint(error, lambda: open_data(make(tmp_path)))
 
 
 def test_a_tar_that_is_cut_short(tmp_path: Path) -> None:
-    """Is not taken for a smaller one."""
+    """A truncated archive is an error."""
     whole = tar(tmp_path / "a.tar", {f"{i}.png": png(i) + bytes(3000) for i in range(5)}).read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[:9000])
     assert "copy it again" in complaint(InputError, lambda: open_data(tmp_path / "a.tar"))
 
 
 def test_pickles(tmp_path: Path) -> None:
-    """What is handed to workers survives being sent, as systems without fork do."""
+    """The data can be pickled for workers, as systems without fork need it."""
     write(tmp_path / "a.png", 7)
     tar(tmp_path / "b.tar", {"1.png": png(9)})
     data = pickle.loads(pickle.dumps(open_data([tmp_path, tmp_path / "b.tar"])))
@@ -208,6 +208,6 @@ def test_pickles(tmp_path: Path) -> None:
 
 
 def test_bare_tensors_are_no_sources() -> None:
-    """A list of pictures in memory would be taken for a list of datasets, and each row for a picture."""
+    """A list of images in memory would be read as a list of datasets, each row as an image."""
     with pytest.raises(InputTypeError, match="Tensor of 3 dimensions is no source; stack"):
         open_data([torch.zeros(3, 8, 8, dtype=torch.uint8)])  # type: ignore[list-item]
