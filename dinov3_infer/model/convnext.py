@@ -55,6 +55,8 @@ class ConvNeXtConfig:
         """Stride of the last stage in pixels."""
         return int(_STEM * 2 ** (len(self.widths) - 1))
 
+    hidden_sizes = property(lambda self: list(self.widths))  # transformers' name
+
 
 class Depthwise(nn.Conv2d):
     """A 7 x 7 convolution of each channel of a map [B, h, w, C], in the dtype of its weights."""

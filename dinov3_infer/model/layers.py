@@ -80,6 +80,12 @@ class ViTConfig:
         """Tokens before the patches: 1 + R."""
         return 1 + self.num_registers
 
+    # transformers' names, which code for its models reads
+    hidden_size = property(lambda self: self.embed_dim)
+    num_hidden_layers = property(lambda self: self.depth)
+    num_attention_heads = property(lambda self: self.num_heads)
+    num_register_tokens = property(lambda self: self.num_registers)
+
 
 def entering(x: Tensor, module: nn.Module) -> Tensor:
     """Cast the input x of a linear layer or convolution, of any shape, see `_cast`."""

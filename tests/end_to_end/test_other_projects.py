@@ -251,6 +251,12 @@ def test_transformers(pair: Pair) -> None:
     pair.pixels = pair.model.preprocess.batch([photo(50, 70)]).pixels
     assert relative(outputs.last_hidden_state, pair.tokens()) < close
     assert relative(outputs.pooler_output, pair.tokens()[:, 0]) < close
+    outputs = pair.model(pair.pixels)
+    assert relative(outputs.last_hidden_state, pair.tokens()) < close
+    assert relative(outputs.pooler_output, pair.tokens()[:, 0]) < close
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_register_tokens")
+    for name in names:
+        assert getattr(pair.model.config, name) == getattr(pair.theirs.config, name, 0), name
 
 
 def test_the_count_is_right() -> None:
@@ -267,3 +273,19 @@ def test_sentence_transformers_encodes_to_our_vector() -> None:
     pytest.importorskip("sentence_transformers")
     for name, row in other_projects.sentence_transformers(("nano", "dinov2_vits14_reg"))["models"].items():
         assert row["least_cosine"] > 0.99999 and row["least_cosine_without_the_files"] < 0.9, name
+
+
+@pytest.mark.peers
+def test_anomalib_scores_as_on_a_model_of_timm() -> None:
+    """AnomalyDINO, Dinomaly and PatchCore."""
+    pytest.importorskip("anomalib")
+    for name, row in other_projects.anomalib(("vit_small_patch16_dinov3_qkvb",))["methods"].items():
+        assert row["difference_of_scores"] < 1e-3 and row["difference_of_maps"] < 1e-2, name
+
+
+@pytest.mark.peers
+def test_dinotool_gives_the_tokens_of_transformers() -> None:
+    pytest.importorskip("dinotool")
+    for name, row in other_projects.dinotool()["models"].items():
+        assert row["difference_of_class_tokens"] < 1e-4 and row["difference_of_patches"] < 1e-4, name
+        assert row["pca"] == [6, row["grid"], row["grid"], 3]
