@@ -128,7 +128,7 @@ def narrowed(
     weight: Tensor,  # has the dtype of the tokens, without autocast
     attend: Any,
 ) -> RopeTable:
-    """The table, [N, D/2] each, in float16 if a kernel reads it beside 16-bit tokens, whose rounding is coarser."""
+    """The table, [N, D/2] each, in float16 if a kernel reads it beside bfloat16 tokens, whose rounding is coarser."""
     return _narrowed(table, weight, attend in (rope_attention, triton_attention))
 
 
