@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention import launch
+from .attention import launch, why_not_triton
 
-__all__ = ["count_flops", "layer_norm", "residual_norm", "swiglu", "unfold"]
+__all__ = ["count_flops", "kernel_dtype", "layer_norm", "residual_norm", "swiglu", "unfold"]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -203,6 +203,15 @@ def _differentiable(*tensors: Tensor | None) -> bool:
 
 
 # --- the functions to call -------------------------------------------------------------------------------------------
+
+
+def kernel_dtype(x: Tensor, norm: Any) -> torch.dtype | None:
+    """The dtype of the products after a norm module, where one kernel can norm x and round it; None elsewhere."""
+    kind = x.device.type
+    if kind not in ("cuda", "xpu") or x.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return None
+    dtype, plain = torch.get_autocast_dtype(kind), type(norm.weight) in (Tensor, torch.nn.Parameter)
+    return dtype if plain and why_not_triton(x.device, dtype, 64) is None else None
 
 
 def layer_norm(

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..backbone import Backbone
-from ..model.attention import rope_attention, why_not_triton
+from ..model.attention import rope_attention
 from ..model.cpu.linear import why_not_packed
-from ..model.fused import layer_norm, residual_norm
+from ..model.fused import kernel_dtype, layer_norm, residual_norm
 from ..model.layers import Block, LayerNorm, MaskedKeyLinear, Residual
 from ..model.rope import RopeTable
 from .cpu_attention import attend
@@ -80,9 +80,12 @@ class FastBlock(TrainedBlock):
     """A block that computes with `linear` and `attend`, and on a GPU with the norms of `model.fused`."""
 
     def forward(self, x: Tensor, *where: Any) -> Tensor:
-        if self.recompute == "none" and _kernel_dtype(x, self.norm2) is not None:
-            return self._fused(x, *where)
-        return super().forward(x, *where)
+        """As in `Block`; the kernel that norms the sum adds the first branch, unless norms are to be recomputed."""
+        if self.recompute != "none" or (dtype := kernel_dtype(x, self.norm2)) is None:
+            return super().forward(x, *where)
+        branch, norm = _apply(self.attn.proj, self._attended(x, *where)), self.norm2
+        x, h = residual_norm(x, branch, self.ls1.gamma, norm.weight, norm.bias, norm.eps, dtype)
+        return x + self._contracted(_apply(cast(nn.Linear, next(self.mlp.children())), h)).to(x.dtype)
 
     def attention_branch(
         self,
@@ -100,14 +103,6 @@ class FastBlock(TrainedBlock):
         hidden = self._cheaply(lambda x: _apply(cast(nn.Linear, expand), _normed(self.norm2, x)), x)
         return self._contracted(hidden).to(x.dtype)
 
-    def _fused(self, x: Tensor, *where: Any) -> Tensor:
-        """As `Block.forward`; the first branch is added by the kernel that norms the sum."""
-        dtype = _kernel_dtype(x, self.norm2)
-        assert dtype is not None
-        branch, norm = _apply(self.attn.proj, self._attended(x, *where)), self.norm2
-        x, h = residual_norm(x, branch, self.ls1.gamma, norm.weight, norm.bias, norm.eps, dtype)
-        return x + self._contracted(_apply(cast(nn.Linear, next(self.mlp.children())), h)).to(x.dtype)
-
     def _attended(
         self, x: Tensor, rope: RopeTable | None, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
     ) -> Tensor:
@@ -120,29 +115,16 @@ class FastBlock(TrainedBlock):
 
     def _contracted(self, hidden: Tensor) -> Tensor:
         *_, contract = self.mlp.children()
-        return self._cheaply(
-            lambda hidden: _apply(cast(nn.Linear, contract), self.mlp.activate(hidden), self.ls2), hidden
-        )
+        return self._cheaply(lambda h: _apply(cast(nn.Linear, contract), self.mlp.activate(h), self.ls2), hidden)
 
     def _cheaply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x); keeps only x for the backward pass if recompute is "cheap"."""
         return _recomputed(function, x, contexts=_without_values) if self.recompute == "cheap" else function(x)
 
 
-def _kernel_dtype(x: Tensor, norm: nn.Module) -> torch.dtype | None:
-    """The dtype of the products after a norm, where one kernel can norm x and round it; None elsewhere."""
-    kind = x.device.type
-    if kind not in ("cuda", "xpu") or x.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
-        return None
-    dtype, plain = torch.get_autocast_dtype(kind), type(norm.weight) in (Tensor, nn.Parameter)
-    return dtype if plain and why_not_triton(x.device, dtype, 64) is None else None
-
-
 def _normed(norm: LayerNorm, x: Tensor) -> Tensor:
-    dtype = _kernel_dtype(x, norm)
-    if dtype is None:
-        return norm(x)  # type: ignore[no-any-return]
-    return layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
+    dtype = kernel_dtype(x, norm)
+    return norm(x) if dtype is None else layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
 
 
 def _apply(layer: nn.Linear, x: Tensor, residual: Residual | None = None) -> Tensor:

@@ -45,7 +45,7 @@ def step(config: ViTConfig, batch: int, size: int, fused: bool, recompute: block
         put = lambda name, value: stack.enter_context(mock.patch.object(blocks, name, value))  # noqa: E731
         put("linear", _linear)
         put("attend", _attend)
-        put("_kernel_dtype", lambda x, norm: BF16 if fused else None)
+        put("kernel_dtype", lambda x, norm: BF16 if fused else None)
         faked(model, device="cpu", trained=True)
         blocks.wrap_blocks(model, False, recompute)  # type: ignore[arg-type]
         x = torch.empty(batch, tokens, config.embed_dim, requires_grad=True)

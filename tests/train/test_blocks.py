@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3_infer import Backbone, ViTConfig
+from dinov3_infer.model import fused
 from dinov3_infer.model.attention import eager_attention, sdpa_attention
 from dinov3_infer.model.packing import Packing
 from dinov3_infer.train import blocks, cpu_attention
@@ -194,7 +195,7 @@ def test_norms_of_one_kernel_give_what_a_plain_backbone_gives(
     for name in ("layer_norm", "residual_norm"):
         function = getattr(blocks, name)
         monkeypatch.setattr(blocks, name, lambda *a, n=name, f=function: called.append(n) or f(*a))
-    monkeypatch.setattr(blocks, "_kernel_dtype", lambda x, norm: torch.float32)
+    monkeypatch.setattr(blocks, "kernel_dtype", lambda x, norm: torch.float32)
     (a, found), (b, meant) = taught(wrapped), taught(plain.double())
     assert set(called) == ({"layer_norm", "residual_norm"} if recompute == "none" else {"layer_norm"})
     assert (a - b).abs().max() < 1e-5 * b.abs().max()
@@ -209,7 +210,7 @@ def test_norms_of_one_kernel_with_stochastic_depth(monkeypatch: pytest.MonkeyPat
     plain.init_weights(layerscale=0.5)
     wrapped, pixels = copy.deepcopy(plain), torch.randn(5, 3, 48, 32)
     wrap_blocks(wrapped, False, "none")
-    monkeypatch.setattr(blocks, "_kernel_dtype", lambda x, norm: torch.float32)
+    monkeypatch.setattr(blocks, "kernel_dtype", lambda x, norm: torch.float32)
     found, meant = (
         model.train().forward_packed([pixels], drop_path=0.4, generator=torch.Generator().manual_seed(1))[0]
         for model in (wrapped, plain)
@@ -225,11 +226,11 @@ def test_the_error_of_norms_of_one_kernel(monkeypatch: pytest.MonkeyPatch) -> No
         plain.init_weights(layerscale=0.5)
         exact = [g for g in taught(copy.deepcopy(plain).double())[1] if g is not None]
         errors = []
-        for fused in (True, False):
+        for one in (True, False):
             model = copy.deepcopy(plain)
             wrap_blocks(model, False, "none")
-            dtype = torch.bfloat16 if fused else None
-            monkeypatch.setattr(blocks, "_kernel_dtype", lambda x, norm, dtype=dtype: dtype)
+            dtype = torch.bfloat16 if one else None
+            monkeypatch.setattr(blocks, "kernel_dtype", lambda x, norm, dtype=dtype: dtype)
             with torch.autocast("cpu", torch.bfloat16):
                 found = [g for g in taught(model)[1] if g is not None]
             pairs = [(a, b) for a, b in zip(found, exact, strict=True) if b.any()]
@@ -244,7 +245,7 @@ def test_where_norms_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = Backbone.from_config(ViTConfig(48, 1, 2, 96), seed=0).norm
     x = torch.randn(2, 48)
     with torch.autocast("cpu", torch.bfloat16):
-        assert blocks._kernel_dtype(x, norm) is None
+        assert blocks.kernel_dtype(x, norm) is None
 
     class There:
         """A tensor on a GPU, as far as it is looked at."""
@@ -252,14 +253,14 @@ def test_where_norms_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         device, dtype = torch.device("cuda", 0), torch.float32
 
     reasons: list[str | None] = [None]
-    monkeypatch.setattr(blocks, "why_not_triton", lambda *_: reasons[0])
+    monkeypatch.setattr(fused, "why_not_triton", lambda *_: reasons[0])
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
-    assert blocks._kernel_dtype(There(), norm) == torch.float16  # type: ignore[arg-type]
+    assert blocks.kernel_dtype(There(), norm) == torch.float16  # type: ignore[arg-type]
     reasons[0] = "Triton is not installed"
-    assert blocks._kernel_dtype(There(), norm) is None  # type: ignore[arg-type]
+    assert blocks.kernel_dtype(There(), norm) is None  # type: ignore[arg-type]
     reasons[0], There.dtype = None, torch.float64
-    assert blocks._kernel_dtype(There(), norm) is None  # type: ignore[arg-type]
+    assert blocks.kernel_dtype(There(), norm) is None  # type: ignore[arg-type]
 
 
 def test_names_and_parameters_stay() -> None:
