@@ -80,6 +80,7 @@ class FastBlock(TrainedBlock):
     """A block that computes with `linear` and `attend`, and on a GPU with the norms of `model.fused`."""
 
     def forward(self, x: Tensor, *where: Any) -> Tensor:
+        """As `TrainedBlock.forward`."""
         if self.recompute == "none" and _kernel_dtype(x, self.norm2) is not None:
             return self._fused(x, *where)
         return super().forward(x, *where)
@@ -101,7 +102,7 @@ class FastBlock(TrainedBlock):
         return self._contracted(hidden).to(x.dtype)
 
     def _fused(self, x: Tensor, *where: Any) -> Tensor:
-        """As `Block.forward`; the first branch is added by the kernel that norms the sum."""
+        """`Block.forward`, with one kernel for the first residual sum and the norm after it."""
         dtype = _kernel_dtype(x, self.norm2)
         assert dtype is not None
         branch, norm = _apply(self.attn.proj, self._attended(x, *where)), self.norm2
@@ -130,7 +131,7 @@ class FastBlock(TrainedBlock):
 
 
 def _kernel_dtype(x: Tensor, norm: nn.Module) -> torch.dtype | None:
-    """The dtype of the products after a norm, where one kernel can norm x and round it; None elsewhere."""
+    """The dtype in which a GPU kernel can write the norm of x; None if torch has to compute the norm."""
     kind = x.device.type
     if kind not in ("cuda", "xpu") or x.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
         return None

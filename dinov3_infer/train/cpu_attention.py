@@ -1,7 +1,7 @@
 """Attention for training on a CPU that keeps only its input.
 
-The backward pass rotates q and k and computes the attention matrices again, a few images at a time, so that memory never
-holds the matrices of all images.
+The backward pass rotates q and k and computes the attention matrices again, a few images at a time, so that memory
+never holds the matrices of all images.
 """
 
 from collections.abc import Iterator
