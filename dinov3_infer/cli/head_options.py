@@ -1,4 +1,4 @@
-"""Options of the commands for released heads.  Nothing here imports torch."""
+"""Options of the commands for released heads.  This module does not import torch."""
 
 import argparse
 
@@ -17,6 +17,7 @@ USUAL = {  # kind of a head -> the default head
 
 
 def classify(found: argparse.ArgumentParser) -> None:
+    """Adds the options of `classify`."""
     _head(found, "classifier")
     _labels(found, "the classes of ImageNet")
     found.add_argument(
@@ -59,11 +60,12 @@ def _head(found: argparse.ArgumentParser, kind: str) -> None:
 def _labels(found: argparse.ArgumentParser, usual: str) -> None:
     text = f"labels to choose from, or @FILE with one per line; uses a text head (default: {usual})"
     found.add_argument("--labels", metavar="A,B,...", help=text)
-    text = "sentence with {} in the place of the label; may be repeated (default: the 80 of CLIP)"
+    text = "sentence with {} for the label; can be repeated (default: the 80 sentences of CLIP)"
     found.add_argument("--template", action="append", metavar="TEXT", help=text)
 
 
 def levels(found: argparse.ArgumentParser) -> None:
+    """Adds --levels."""
     found.add_argument("--levels", metavar="LOW,HIGH",
                        help="for images of more than 8 bits: the values that become black and white; or 'full' for the "
                        "range of the data type, or 'percentile' for percentiles of each image (default: such images "

@@ -74,7 +74,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _dedup(command("embed dedup", "remove near-duplicates: list the images that are kept"))
     _curate(command("embed curate", "choose a balanced subset, or images similar to seed images"))
     _features(command("features", "write dense feature maps, one file per image", (_sources(), _model(), _batches(32))))
-    _classify(command("classify", "name the most likely ImageNet classes, or labels of yours, of each image",
+    _classify(command("classify", "name the most likely ImageNet classes of each image, or your own labels",
                       (_sources(),)))
     _show(command("show", "draw the features of images, their depth or their classes"))
     _explore(command("explore", "write a web page that shows which patches of images are similar",
