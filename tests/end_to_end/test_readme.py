@@ -86,6 +86,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, link
 
 
+def test_every_guide_is_in_the_index() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in GUIDES if f"guides/{page.name})" not in text] == []
+
+
 def test_the_table_of_the_contest() -> None:
     cells = [
         {"cell": {"model": cpu.MODELS[letter], "pixels": pixels, "batch": 1},

@@ -9,6 +9,7 @@ Training and benchmarks run with fewer steps.
 
 import contextlib
 import glob
+import importlib.util
 import io
 import json
 import logging
@@ -274,4 +275,9 @@ def serve() -> None:
 
 if __name__ == "__main__":
     logging.captureWarnings(True)
+    if importlib.util.find_spec("torchvision") is not None and not torch.cuda.is_available():
+        # As in conftest.py: a torchvision built for CUDA beside a CPU build of torch misses two schemas.
+        schemas = torch.library.Library("torchvision", "FRAGMENT")
+        schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     serve()
