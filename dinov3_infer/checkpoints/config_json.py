@@ -118,10 +118,11 @@ def hf_processor_config(config: Config, preprocess: Preprocess, info: ModelInfo 
 
 
 def sentence_transformers_files(width: int, preprocess: Preprocess, info: ModelInfo | None) -> dict[str, Any]:
-    """With these beside the files of transformers, sentence-transformers gives the class token of our transform.
+    """Files with which sentence-transformers gives the class token of our transform.
 
-    Without them it takes the mean of all tokens, class token and registers among them.  The transform goes with the
-    call of the processor, because preprocessor_config.json states that of transformers; see `hf_processor_config`.
+    Without them it returns the mean of all tokens, including the class token and the registers.  The transform is
+    stored as arguments of the processor, because preprocessor_config.json states that of transformers; see
+    `hf_processor_config`.
 
     Source: sentence_transformers, release 6.2.0: base/model.py, base/modules/transformer.py and
     sentence_transformer/modules/pooling.py.

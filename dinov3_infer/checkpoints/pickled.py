@@ -15,9 +15,10 @@ from typing import Any, BinaryIO, ClassVar
 
 import torch
 
-__all__ = ["NotPlainError", "check_calls"]
+__all__ = ["NUMPY", "NotPlainError", "check_calls"]
 
 MAX_BYTES = 2**23  # size limit of a pickle, which names tensors but does not hold them
+NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")  # where NumPy 1 and 2 have their numbers
 _LARGE = f"more than {MAX_BYTES >> 20} MiB of them"
 _SAVED_BEFORE = 5  # pickles in a file of before 2020: magic number, version, system, object, keys
 _KEY_DEPTH = 3  # nesting of tuples in keys, which Python hashes recursively
@@ -105,6 +106,10 @@ class _Namespace:
         return super().__new__(cls)
 
 
+class _Dtype:
+    """A dtype of NumPy."""
+
+
 def _want(right: bool, what: str) -> None:
     if not right:
         raise NotPlainError(what)
@@ -169,6 +174,15 @@ def _named(*arguments: object) -> _Name:
     return _Name()
 
 
+def _dtype(*arguments: object) -> _Dtype:
+    _want(all(type(one) in (str, int, bool) for one in arguments), "a dtype of something else")
+    return _Dtype()
+
+
+def _scalar(*arguments: object) -> None:
+    _want([type(one) for one in arguments] == [_Dtype, bytes], "a number of something else")
+
+
 def _empty(*arguments: object) -> _Dict:
     _want(not arguments, "an OrderedDict of something else")
     return _Dict()
@@ -188,6 +202,8 @@ _CALLS: dict[str, Callable[..., object]] = {
     "torch.device": _named,
     "collections.OrderedDict": _empty,
     "argparse.Namespace": _Namespace,
+    "numpy.dtype": _dtype,
+    **{f"{module}.scalar": _scalar for module in NUMPY},
 }
 
 
@@ -271,6 +287,8 @@ class _Reader(pickle._Unpickler):
 
     def _build(self) -> None:
         state, made = self.stack.pop(), self.stack[-1]
+        if type(made) is _Dtype:
+            return _want(type(state) is tuple, "attributes of a dtype")
         right = type(state) is dict and all(type(key) is str and not key.startswith("__") for key in state)
         _want(right and type(made) in (_Dict, _Namespace), f"attributes of a {type(made).__name__.lstrip('_')}")
         self._copied(len(state))

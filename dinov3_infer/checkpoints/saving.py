@@ -201,9 +201,15 @@ def save_checkpoint(
 def write_folder(
     target: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], files: Mapping[str, Any]
 ) -> None:
-    """Weights and JSON files of one model, and nothing left of another one that lay there.
+    """Write the weights and JSON files of one model to a folder, and remove the shards of an earlier model.
 
-    `facts`: what the tensors do not show, for the header of the weights file.
+    Args:
+        target: The folder, which is created if it is missing.
+        tensors: The layout's names and tensors, of any shape.
+        facts: Settings that the tensors do not show, for the header of the weights file.
+        files: File name -> JSON content.
+
+    Raises: DiskError if the disk refuses a file.
     """
     target.mkdir(parents=True, exist_ok=True)
     _write_tensors(target / WEIGHTS, tensors, facts)

@@ -118,12 +118,8 @@ def _filled(x: Tensor) -> Tensor:
     return F.pad(x.flatten(0, -2), (0, 0, 0, _FEW_ROWS - rows))
 
 
-def narrowed(
-    table: RopeTable,  # float32
-    weight: Tensor,  # has the dtype of the tokens, without autocast
-    attend: Any,
-) -> RopeTable:
-    """The table, [N, D/2] each, in float16 if a kernel reads it beside 16-bit tokens, whose rounding is coarser."""
+def narrowed(table: RopeTable, weight: Tensor, attend: Any) -> RopeTable:
+    """The table, [N, D/2] each, in float16 if a kernel reads it beside bfloat16 tokens, whose rounding is coarser."""
     return _narrowed(table, weight, attend in (rope_attention, triton_attention))
 
 
@@ -177,13 +173,10 @@ def with_gradient(prefix: Tensor, token: Tensor) -> Tensor:
 
 @one_node
 def _silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), without torch's CPU kernel, whose rounding depends on the share of a thread.
-
-    This form has no gradient below -88.
-    """
+    """x * sigmoid(x), without torch's CPU kernel, whose rounding depends on the share of a thread."""
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.silu(x)
-    return x / (1.0 + torch.exp(-x))
+    return x / (1.0 + torch.exp(-x))  # which has no gradient below -88
 
 
 class LayerNorm(nn.LayerNorm):

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import re
 import struct
 import zipfile
 from collections import Counter, OrderedDict
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pictures import complaint
@@ -16,6 +18,7 @@ from pictures import complaint
 from dinov3_infer import Backbone, CheckpointError
 from dinov3_infer.checkpoints import pickled
 from dinov3_infer.checkpoints.pickled import NotPlainError, check_calls
+from dinov3_infer.checkpoints.reading import open_checkpoint
 
 STATE = {"cls_token": torch.ones(1, 1, 4), "half": torch.ones(3, dtype=torch.float16)}
 
@@ -72,6 +75,22 @@ def test_what_torch_saves_is_read(kind: str, zipped: bool, tmp_path: Path) -> No
     except Exception as error:
         pytest.skip(f"torch does not: {error!r}"[:80])
     check_calls(path, zipped)
+
+
+@pytest.mark.parametrize("zipped, core", [(True, ""), (False, "numpy.core"), (False, "numpy._core")])
+def test_numbers_of_numpy_beside_weights(zipped: bool, core: str, tmp_path: Path) -> None:
+    """As runs of OpenMMLab keep their best score, written by NumPy 1 or 2: read, and nothing of NumPy is called."""
+    numbers = {"best": np.float64(0.5), "seed": np.int64(3), "flag": np.bool_(True), "half": np.float16(2)}
+    path = tmp_path / "x.pth"
+    torch.save({"meta": numbers, "state_dict": STATE}, path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    if not zipped:  # of a zip the checksums would not fit
+        content = re.sub(rb"numpy\._?core\.", f"{core}.".encode(), content)
+    path.write_bytes(content)
+    check_calls(path, zipped)
+    found = open_checkpoint(path).tensors
+    assert found.shapes == {f"state_dict.{name}": tuple(tensor.shape) for name, tensor in STATE.items()}
+    assert torch.equal(found.read("state_dict.half"), STATE["half"])
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "as it once was"])
@@ -181,6 +200,13 @@ ASKED: dict[str, bytes] = {
     "a class replaced": named("argparse.Namespace") + b")\x81}" + text("__class__") + b"Nsb",
     "slots replaced": named("argparse.Namespace") + b")\x81N}" + text("a") + b"Ns\x86b",
     "a method of a dictionary": called("collections.OrderedDict") + b"}" + text("__setitem__") + b"Nsb",
+    "a number of NumPy from an object": called(
+        "numpy.core.multiarray.scalar", called("numpy.dtype", text("O8")), b"]"
+    ),
+    "a dtype of a tensor": called("numpy.dtype", WIDE),
+    "a dtype with attributes": called("numpy._core.multiarray.scalar", called("numpy.dtype", text("f8")) + b"}"
+    + text("names") + b"Nsb"),
+    "an array of NumPy": called("numpy.core.multiarray._reconstruct", named("numpy.ndarray"), tup(number(1 << 36))),
     "a deep key": b"}" + b")" + b"\x85" * 100_000 + b"Ns",
     "a deep key in a dictionary of old": b"()" + b"\x85" * 100_000 + b"Nd",
     "a deep item of a set": b"\x8f(" + b")" + b"\x85" * 100_000 + b"\x90",

@@ -242,7 +242,7 @@ def test_quiet_says_nothing_but_errors_and_verbose_says_what_is_done(tmp_path: P
     for flag in ("-q", "--quiet"):
         ran = run("embed", tmp_path / "in", "-o", tmp_path / "q.npy", "--overwrite", *rest, flag)
         assert (ran.status, ran.err) == (3, "")
-    refused(1, "folder or pattern at", "embed", tmp_path / "none.png", "-o", tmp_path / "x.npy", *rest, "-q")
+    refused(1, "no image, folder or pattern at", "embed", tmp_path / "none.png", "-o", tmp_path / "x.npy", *rest, "-q")
 
 
 # --- models --------------------------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ def test_files_are_readable_by_whom_the_umask_lets(mask: int, tmp_path: Path) ->
     before = os.umask(mask)
     try:
         model = Backbone.from_config(SOURCES["dinov3"], seed=0)
-        written = [*model.save_pretrained(tmp_path / "m").iterdir()]
+        written = [path for path in model.save_pretrained(tmp_path / "m").rglob("*") if path.is_file()]
         written += [model.save_pretrained(tmp_path / f"m.{s}", layout="meta") for s in ("pth", "safetensors")]
     finally:
         os.umask(before)

@@ -176,6 +176,27 @@ def test_every_launch_asks_for_fused_multiplications(config: Config) -> None:
     assert config.options()["enable_fp_fusion"] is True
 
 
+@pytest.mark.parametrize(
+    ("version", "without"),
+    [("3.6.0", True), ("3.8.1", True), ("3.9.0", False), ("3.10.0", False), ("4.0.0+git", False)],
+)
+def test_who_leaves_out_a_fence(version: str, without: bool) -> None:
+    assert configs.unfenced(version) is without
+
+
+def test_nothing_is_in_flight_where_a_fence_is_missing() -> None:
+    """In the passes of the gradient over 16-bit numbers, on chips whose products read shared memory by themselves."""
+    found = configs.fenced(TABLE)
+    for key, chips in TABLE.items():
+        for chip, rows in chips.items():
+            changed = key[0] in ("key_value", "query") and key[2] == 2 and chip in ("sm90", "sm100")
+            stages = [1] * len(rows) if changed else [c.stages for _, c in rows]
+            assert [c.stages for _, c in found[key][chip]] == stages
+            assert [(limit, c.block_m, c.block_n) for limit, c in found[key][chip]] == [
+                (limit, c.block_m, c.block_n) for limit, c in rows
+            ]
+
+
 # --- measured configurations ---------------------------------------------------------------------------------------
 
 

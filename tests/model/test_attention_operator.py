@@ -278,7 +278,8 @@ def test_who_computes_on_a_gpu(
     ("device", "dtype", "attend", "expected"),
     [
         ("cuda", torch.bfloat16, rope_attention, torch.float16),
-        ("cuda", torch.float16, triton_attention, torch.float16),
+        ("cuda", torch.bfloat16, triton_attention, torch.float16),
+        ("cuda", torch.float16, triton_attention, torch.float32),  # whose rounding is that of the table
         ("cuda", torch.float32, rope_attention, torch.float32),
         ("cuda", torch.bfloat16, sdpa_attention, torch.float32),
         ("cpu", torch.bfloat16, rope_attention, torch.float32),
@@ -287,7 +288,7 @@ def test_who_computes_on_a_gpu(
 def test_tables_have_16_bits_where_a_kernel_reads_them(
     device: str, dtype: torch.dtype, attend: Any, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only beside 16-bit tokens, by weights or autocast; a custom function gets float32 tables."""
+    """Only beside bfloat16 tokens, by weights or autocast; a custom function gets float32 tables."""
     monkeypatch.setattr(attention, "_not_installed", lambda: None)
     autocasts = {(kind, d) for kind in [device] for d in (torch.bfloat16, torch.float16) if d == dtype}
     with FakeTensorMode():

@@ -44,7 +44,13 @@ def random_state(width: int, classes: int) -> dict[str, Tensor]:
 def put(path: Path, width: int, classes: int = 150) -> dict[str, Tensor]:
     """A file as mmsegmentation leaves it: the head, and what the training run had beside it."""
     state = random_state(width, classes)
-    meta = {"mmseg_version": "0.27.0", "iter": 40_000, "CLASSES": ("wall", "building"), "PALETTE": [[120, 120, 120]]}
+    meta: dict[str, Any] = {
+        "mmseg_version": "0.27.0",
+        "iter": 40_000,
+        "CLASSES": ("wall", "building"),
+        "PALETTE": [[120, 120, 120]],
+    }
+    meta["hook_msgs"] = {"best_score": np.float64(0.47)}
     optimizer = {"state": {0: {"step": 40_000, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]}
     named = {f"decode_head.{name}": tensor for name, tensor in state.items()}
     torch.save({"meta": meta, "state_dict": named, "optimizer": optimizer}, path)

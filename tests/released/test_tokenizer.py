@@ -26,7 +26,7 @@ def peer(name: str) -> ModuleType:
     """A module of open_clip by itself: the package imports much that is not needed here."""
     spec = importlib.util.find_spec("open_clip")
     if spec is None or spec.origin is None:
-        pytest.skip("needs open_clip_torch (see the README's section on tests)")
+        pytest.skip("needs open_clip_torch (see CONTRIBUTING)")
     path = Path(spec.origin).with_name(f"{name}.py")
     found = importlib.util.spec_from_file_location(f"open_clip_{name}", path)
     assert found is not None and found.loader is not None

@@ -159,6 +159,13 @@ class Run(Warps):
         return self.get(operand, unsigned).view(SIGNED.get(kind, unsigned))
 
     def _binary(self, parts: list[str], o: tuple[Any, ...], mask: Any, function: Callable[..., np.ndarray]) -> None:
+        if parts[-1].startswith("bf16"):
+            raise NotImplementedError(".".join(parts))
+        if parts[-1] in ("f16", "f16x2"):
+            bits = np.uint16 if parts[-1] == "f16" else U32
+            a, b = (np.ascontiguousarray(self.get(x, bits)).view(np.float16) for x in o[1:])
+            self.set(o[0], function(a, b).view(bits), mask)
+            return
         a, b = self._typed(parts, o[1]), self._typed(parts, o[2])
         out = function(a, b)
         self.set(o[0], out if out.dtype == F32 else out.view(UNSIGNED[out.dtype.itemsize]), mask)

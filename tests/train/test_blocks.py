@@ -10,9 +10,10 @@ from torch import Tensor
 from dinov3_infer import Backbone, ViTConfig
 from dinov3_infer.model.attention import eager_attention, sdpa_attention
 from dinov3_infer.model.packing import Packing
-from dinov3_infer.train import blocks
+from dinov3_infer.train import blocks, cpu_attention
 from dinov3_infer.train.adapters import add_adapters
-from dinov3_infer.train.blocks import attend, linear, wrap_blocks
+from dinov3_infer.train.blocks import linear, wrap_blocks
+from dinov3_infer.train.cpu_attention import attend
 
 # --- linear layers -----------------------------------------------------------------------------------------------
 
@@ -98,7 +99,7 @@ def case(mix: str, turned: bool, dtype: torch.dtype) -> tuple[Tensor, dict[str, 
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("mix", MIXES)
 def test_attention_is_the_definition(mix: str, turned: bool, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_ENTRIES", entries)
+    monkeypatch.setattr(cpu_attention, "_ENTRIES", entries)
     qkv, rest = case(mix, turned, torch.float64)
     for scale in (None, 0.3):
         found, meant = attend(qkv, **rest, scale=scale), sdpa_attention(qkv, **rest, scale=scale)

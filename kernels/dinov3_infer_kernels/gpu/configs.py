@@ -7,11 +7,12 @@ DINOV3_INFER_AUTOTUNE=1 times the candidates of a call once and takes the fastes
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+import triton
 from torch import Tensor
 
 __all__ = [
@@ -51,12 +52,14 @@ class Config:
 
 ROTATION = Config(64, 64, 4, 1)  # of kernels without a product: bound by memory
 ANY = 2**31  # tokens
+Rows: TypeAlias = tuple[tuple[int, Config], ...]
+Table: TypeAlias = dict[tuple[str, int, int], dict[str, Rows]]
 
 # (pass, width, bytes of an element) -> chip -> rows of a length in tokens (of the mean image, if they differ) and the
 # configuration.
 # "small" is every chip with 64 to 100 KiB of shared memory: sm_86, sm_89, sm_120, AMD, Intel.
 # fmt: off
-TABLE: dict[tuple[str, int, int], dict[str, tuple[tuple[int, Config], ...]]] = {
+TABLE: Table = {
     ("forward", 64, 2): {
         "sm80": ((ANY, Config(64, 32, 4, 1)),),
         "sm90": ((128, Config(64, 64, 4, 2)), (230, Config(128, 64, 8, 2)), (ANY, Config(128, 128, 8, 2))),
@@ -114,10 +117,37 @@ TABLE: dict[tuple[str, int, int], dict[str, tuple[tuple[int, Config], ...]]] = {
 }
 # fmt: on
 
+
+def unfenced(version: str) -> bool:
+    """Whether this Triton leaves out a fence: between copies in flight and the products that read them, on Hopper.
+
+    The passes of the gradient have no other fence in their loops.  3.6 leaves it out and 3.9 has it, as the executor of
+    PTX shows (tests/support/run_ptx.py); versions between were not looked at.
+    """
+    return tuple(int(part) for part in version.split(".")[:2]) < (3, 9)
+
+
+def fenced(table: Table) -> Table:
+    """The table with one stage, so that nothing is in flight, for these passes over 16-bit numbers."""
+    found = dict(table)
+    for key in found:
+        if key[0] in ("key_value", "query") and key[2] == 2:
+            columns = {chip: _one_stage(found[key][chip]) for chip in ("sm90", "sm100")}
+            found[key] = found[key] | columns
+    return found
+
+
+def _one_stage(rows: Rows) -> Rows:
+    return tuple((limit, replace(config, stages=1)) for limit, config in rows)
+
+
+if unfenced(triton.__version__):
+    TABLE = fenced(TABLE)
+
 # Chip -> rows of tokens and configuration of one program a head, forward: 16-bit tokens, heads of 64 channels.
 # "small" stands for sm_86 and sm_89 here: other small chips have less shared memory, or were never compiled for.
 # fmt: off
-SHORT: dict[str, tuple[tuple[int, Config], ...]] = {
+SHORT: dict[str, Rows] = {
     "sm80": ((224, Config(64, 224, 4, 1, whole=True)), (288, Config(32, 288, 4, 1, whole=True))),
     "sm90": ((272, Config(64, 272, 4, 1, whole=True)),),  # above it Triton 3.6 spills
     "sm100": ((288, Config(64, 288, 4, 1, whole=True)),),
