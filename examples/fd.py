@@ -28,14 +28,12 @@ def moments(vectors: Tensor) -> tuple[Tensor, Tensor]:  # [N, C] float64
 
 
 def frechet(real: Tensor, fake: Tensor) -> float:  # [N, C], [M, C] float64
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), []; S1 S2 has the eigenvalues of a symmetric matrix.
-    Raises: InputError for embeddings of different length.
-    """
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), [].  Raises: InputError for embeddings of different length."""
     if real.shape[1] != fake.shape[1]:
         raise InputError(f"embeddings of length {real.shape[1]} and {fake.shape[1]} cannot be compared; use one model")
     (m1, s1), (m2, s2) = moments(real), moments(fake)
     values, vectors = torch.linalg.eigh(s1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # S1 S2 has the eigenvalues of root S2 root
     crossed = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
     return float((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * crossed)
 

@@ -18,7 +18,6 @@ from .convnext import ConvNeXt
 from .cpu.convnext_plan import ConvNeXtPlan
 from .cpu.linear import why_not_int8, why_not_packed
 from .cpu.plan import CpuPlan, spans_of
-from .cuda.cuda_plan import TABLES, CudaPlan
 from .network import BackboneOutput, Network, Scale, normalised
 from .trial import Precision, Undecided, compare, twin, why_not_trusted
 from .vit import VisionTransformer
@@ -144,6 +143,8 @@ def _made_for_cuda(model: VisionTransformer, mode: Mode, request: Request) -> Pl
     if mode == "int8":
         log.warning("mode='int8' is not available here: products in 8 bits are made for CPUs; using mode='fast'")
     assert request.half is not None
+    from .cuda.cuda_plan import CudaPlan  # not above: a CPU needs neither this nor its operators
+
     return CudaPlan(model, request.half, tanh=mode != "exact")
 
 
@@ -230,6 +231,8 @@ def warm(model: VisionTransformer, request: Request) -> None:
         return
     if model.blocks[0].attn.attend not in (rope_attention, triton_attention):  # type: ignore[operator, union-attr]
         return
+    from .cuda.cuda_plan import TABLES
+
     tables = None if model.rope_periods is None else TABLES.get(dtype, torch.float32)
     prefix = model.config.num_prefix
     counts: list[int | None] = [prefix + _patches(model, size) for size in request.sizes]

@@ -50,6 +50,8 @@ class ViTConfig:
     local_cls_norm: bool = False  # and another final norm for local crops in training
     norm_eps: float = 1e-5
     in_chans: int = 3  # channels of an image
+    hidden_size, num_hidden_layers = property(lambda c: c.embed_dim), property(lambda c: c.depth)  # transformers' names
+    num_attention_heads, num_register_tokens = property(lambda c: c.num_heads), property(lambda c: c.num_registers)
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "depth", "num_heads", "ffn_dim", "patch_size", "in_chans"):
@@ -58,8 +60,7 @@ class ViTConfig:
         if self.num_registers < 0:
             raise InputError(f"num_registers is {self.num_registers}; give 0 or more")
         check_choice("position_resize", self.position_resize, PositionResize)
-        width = self.embed_dim // self.num_heads
-        if width * self.num_heads != self.embed_dim or (self.position_grid is None and width % 4):
+        if self.head_dim * self.num_heads != self.embed_dim or (self.position_grid is None and self.head_dim % 4):
             raise InputError(
                 f"embed_dim {self.embed_dim} does not split into {self.num_heads} heads of a whole width"
                 f"{'' if self.position_grid else ' divisible by 4'}; change num_heads"
@@ -79,12 +80,6 @@ class ViTConfig:
     def num_prefix(self) -> int:
         """Tokens before the patches: 1 + R."""
         return 1 + self.num_registers
-
-    # transformers' names, which code for its models reads
-    hidden_size = property(lambda self: self.embed_dim)
-    num_hidden_layers = property(lambda self: self.depth)
-    num_attention_heads = property(lambda self: self.num_heads)
-    num_register_tokens = property(lambda self: self.num_registers)
 
 
 def entering(x: Tensor, module: nn.Module) -> Tensor:
@@ -227,11 +222,10 @@ class Attention(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        width = config.embed_dim
         linear = nn.Linear if config.key_bias or not config.qkv_bias else MaskedKeyLinear
         self.num_heads = config.num_heads
-        self.qkv = linear(width, 3 * width, bias=config.qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.qkv = linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
         self.attend = resolve_attention("auto")
 
     def forward(

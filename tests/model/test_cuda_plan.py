@@ -17,12 +17,14 @@ from torch import Tensor
 
 import dinov3_infer.model.cuda.cuda_plan as module
 from dinov3_infer import Backbone
+from dinov3_infer.model.attention import sdpa_attention
 from dinov3_infer.model.cuda.cuda_plan import CudaPlan
 from dinov3_infer.model.cuda.graphs import Graphs
 from dinov3_infer.model.dispatch import compare
 from dinov3_infer.model.fused import unfold
 from dinov3_infer.model.layers import ViTConfig
 from dinov3_infer.model.network import BackboneOutput, LayerOutput, Outputs, normalised
+from dinov3_infer.model.rope import rope_periods, rope_table
 from dinov3_infer.model.trial import LEAST
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -120,6 +122,19 @@ def test_its_error_is_at_most_that_of_autocast(name: str, dtype: torch.dtype) ->
     for part, pairs in errors.items():
         assert ratio(pairs) <= 1.0, part
         assert min(ours for ours, _ in pairs) > 1e-5  # it did round
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.bfloat16, 0.97, 1.02), (torch.float16, 1.1, 1.4)])
+def test_why_tables_are_float16_beside_bfloat16_alone(dtype: torch.dtype, least: float, most: float) -> None:
+    """The error of attention with float16 tables divided by that with float32 tables."""
+    errors = []
+    for seed in range(SEEDS):
+        qkv = torch.randn(1, 133, 3, 2, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        table = rope_table((8, 16), rope_periods(64), 5)
+        exact = sdpa_attention(qkv.double(), *(t.double() for t in table))
+        errors.append(tuple(error(sdpa_attention(qkv, *t), exact) for t in ([t.half() for t in table], table)))
+    assert least <= ratio(errors) <= most  # type: ignore[arg-type]
+    assert (module.TABLES[dtype] == torch.float16) is (most < 1.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
