@@ -19,10 +19,10 @@ from .errors import Dinov3Error
 from .images.preprocess import Preprocess
 from .zoo import MODELS
 
-__all__ = ["PICTURES", "SIDE", "Known", "compute", "difference", "known", "why_not"]
+__all__ = ["IMAGES", "SIDE", "Known", "compute", "difference", "known", "why_not"]
 
 _DATA = Path(__file__).parent / "data" / "samples"
-PICTURES = [_DATA / f"{name}.png" for name in ("cat", "coffee", "rocket")]
+IMAGES = [_DATA / f"{name}.png" for name in ("cat", "coffee", "rocket")]
 SIDE = 112  # pixels
 
 
@@ -54,7 +54,7 @@ def compute(bb: Any) -> Tensor:
     same.preprocess = Preprocess(first.mean, first.std, bb.patch_size, SIDE)
     if bb.config.position_grid is not None:
         same.config = replace(bb.config, position_resize="antialias")
-    found: Tensor = same.extract_features(PICTURES, pooling="cls_mean").embedding.cpu()
+    found: Tensor = same.extract_features(IMAGES, pooling="cls_mean").embedding.cpu()
     return found
 
 

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     for number in range(len(images)):
         name = images.key(number) or images.label(number)
         try:
-            (guesses,) = predict(images.picture(number))
+            (guesses,) = predict(images.image(number))
         except Dinov3Error as error:  # of one image among many
             skipped += 1
             tell(f"left out {name}: {error}")

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     if len(images) > MOST:
         raise InputError(f"{len(images)} images do not fit on one page; give at most {MOST}")
     out = check_file(args.out, args.overwrite, (".html", ".htm"))
-    given = [images.picture(i) for i in range(len(images))]
+    given = [images.image(i) for i in range(len(images))]
     keys = [str(images.key(i) or images.label(i)) for i in range(len(images))]
     short = [os.path.basename(key) for key in keys]
     names = short if len(set(short)) == len(keys) else keys

@@ -55,7 +55,7 @@ def _images(sources: list[str]) -> list[ImageLike]:
     images = find_images(sources)
     if len(images) > MOST:
         raise InputError(f"{len(images)} images do not fit on one sheet; give {MOST} at most")
-    return [images.picture(i) for i in range(len(images))]
+    return [images.image(i) for i in range(len(images))]
 
 
 def _frames(source: str) -> list[Image.Image]:

@@ -100,7 +100,7 @@ def items_of(images: Source | Iterable[ImageLike], numbers: Iterable[int] | None
             yield from (Item(n, images.key(n), partial(images.load, n)) for n in numbers)
             return
         listed, kept = list(numbers), images.kept
-        chosen: Iterable[tuple[int, ImageLike]] = zip(listed, map(images.picture, listed), strict=True)
+        chosen: Iterable[tuple[int, ImageLike]] = zip(listed, map(images.image, listed), strict=True)
     else:
         chosen, kept = enumerate(images), isinstance(images, (list, tuple))
     for n, image in chosen:

@@ -68,7 +68,7 @@ class Tar(Source):
                         if sparse := cast("list[tuple[int, int]] | None", member.sparse):
                             self._pieces[len(names)] = [(int(start), int(length)) for start, length in sparse]
                         names.append(member.name)
-                        spans.append((member.offset_data, min(member.size, 2**62)))  # `picture` refuses such sizes
+                        spans.append((member.offset_data, min(member.size, 2**62)))  # `image` refuses such sizes
                     elif suffix == ".cls" and (text := archive.extractfile(member)):
                         classes[stem] = text.read(1 << 10).decode("utf-8-sig", "replace").strip()
                     else:
@@ -98,7 +98,7 @@ class Tar(Source):
         """The identity of the archive, since rewriting an archive may keep the times of its members."""
         return self._identity
 
-    def picture(self, index: int) -> bytes:
+    def image(self, index: int) -> bytes:
         """The bytes of an image, not decoded.
 
         Raises: ImageError if the member is damaged or larger than an image file may be.
@@ -192,7 +192,7 @@ class Table(Source):
         """The identity of the file."""
         return self._identity
 
-    def picture(self, index: int) -> ImageLike:
+    def image(self, index: int) -> ImageLike:
         """The image in a row, not decoded.
 
         Raises: ImageError if the row is damaged or holds no bytes.
@@ -272,7 +272,7 @@ class Dataset(Source):
         first = self._dataset[0].get(self._column) if len(self._dataset) else None
         return isinstance(first, Mapping) and first.get("bytes", b"") is None and isinstance(first.get("path"), str)
 
-    def picture(self, index: int) -> ImageLike:
+    def image(self, index: int) -> ImageLike:
         """The image of an item, copied if it is an array, not decoded if the dataset allows it.
 
         Raises: ImageError if the dataset cannot read the item or the item holds no image.

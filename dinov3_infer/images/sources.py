@@ -36,7 +36,7 @@ class Source(ABC):
         """The name of an image in a list: its path, "ARCHIVE.tar#MEMBER" or "TABLE.parquet#ROW"; None for an object."""
 
     @abstractmethod
-    def picture(self, index: int) -> ImageLike:
+    def image(self, index: int) -> ImageLike:
         """One image; not decoded if it is in a file.  Raises: ImageError, MissingFileError."""
 
     def identity(self, index: int) -> str | None:
@@ -60,7 +60,7 @@ class Source(ABC):
         self, index: int, target: TargetSize | None = None, levels: Levels | None = None, channels: int = 3
     ) -> Decoded:
         """Decode one image to [channels, H_px, W_px]; see `decode`.  Raises: ImageError, MissingFileError."""
-        return decode(self.picture(index), self.label(index), target, levels, channels)
+        return decode(self.image(index), self.label(index), target, levels, channels)
 
 
 class Names(Sequence[str]):
@@ -94,7 +94,7 @@ class Items(Source):
         """Path or address of an image; None for an object."""
         return name_of(self._images[index])
 
-    def picture(self, index: int) -> ImageLike:
+    def image(self, index: int) -> ImageLike:
         """One image, as it was given."""
         return self._images[index]
 
@@ -146,10 +146,10 @@ class Picked(Source):
         source, place = self._place(index)
         return source.key(place)
 
-    def picture(self, index: int) -> ImageLike:
+    def image(self, index: int) -> ImageLike:
         """One image of its source.  Raises: ImageError, MissingFileError."""
         source, place = self._place(index)
-        return source.picture(place)
+        return source.image(place)
 
     def identity(self, index: int) -> str | None:
         """Identity of an image in its source."""

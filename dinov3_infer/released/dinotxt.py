@@ -210,10 +210,10 @@ class DinoTxt(Released):
         found = self._labels(labels, templates)
         results = []
         for image in each_image(images):
-            picture = load_image(image, levels=self.preprocess.levels)
-            height, width = picture.shape[1:]
+            loaded = load_image(image, levels=self.preprocess.levels)
+            height, width = loaded.shape[1:]
             own = replace(self.preprocess, size=_sides(height, width, size), fit="squash", resize_to=None, patch_size=1)
-            pixels = own.batch([picture]).pixels.to(self.backbone.device)
+            pixels = own.batch([loaded]).pixels.to(self.backbone.device)
             scores = over_windows(pixels, WINDOW, STRIDE, lambda window: self._window(window, found.dense))
             results.append(SegmentMap(largest(scores[0], (height, width)).cpu(), found.names))
         return results

@@ -77,10 +77,10 @@ class Segments(Released):
             )
         results = []
         for image in each_image(images):
-            picture = load_image(image, levels=self.preprocess.levels)
-            sides = picture.shape[1:]
+            loaded = load_image(image, levels=self.preprocess.levels)
+            sides = loaded.shape[1:]
             factor = min(size / min(sides), LONGEST / max(sides))
-            batch = self.pixels([picture], max(1, round(max(sides) * factor)))
+            batch = self.pixels([loaded], max(1, round(max(sides) * factor)))
             logits = self._in_windows(batch.pixels, stretched=False)[0]
             labels = largest(logits, (sides[0], sides[1])).cpu()
             results.append(SegmentMap(labels, self.names, self.colours))

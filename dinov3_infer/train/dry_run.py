@@ -58,7 +58,7 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
     weights = sum(p.nbytes for p in parameters) + 3 * sum(p.nbytes for p in learning)
     at_once = len(batch.indices) / config.accumulate
     return dataclasses.asdict(config) | {
-        "pictures": len(run.data),
+        "images": len(run.data),
         "left_out": list(stream.broken.values()),  # reasons, for images of the first batch
         "learning_rate": config.lr,
         "trained_parameters": sum(p.numel() for p in learning),

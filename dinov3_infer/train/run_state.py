@@ -52,7 +52,7 @@ class LeftOut:
         self._path, self._told = path, set[int]()
         if path.is_file():  # of a resumed run
             lines = path.read_text(encoding="utf-8").splitlines()
-            self._told = {json.loads(line)["picture"] for line in lines if line.endswith("}")}
+            self._told = {json.loads(line)["image"] for line in lines if line.endswith("}")}
 
     def tell(self, broken: Mapping[int, str]) -> None:
         """Reports the broken images that it has not reported yet.  `broken`: number -> reason, for all of them."""
@@ -61,7 +61,7 @@ class LeftOut:
             return
         for reason in list(new.values())[: max(0, 3 - len(self._told))]:
             log.warning("skipped an image and used another one instead: %s", reason)
-        lines = (json.dumps({"picture": number, "error": reason}) + "\n" for number, reason in sorted(new.items()))
+        lines = (json.dumps({"image": number, "error": reason}) + "\n" for number, reason in sorted(new.items()))
         try:
             append(self._path, "".join(lines))
         except DiskError:

