@@ -10,15 +10,16 @@ from typing import Any
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # The workers share the cores; torch reads this when it is imported.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell starts jobs in the background with SIGINT ignored, and the children of this process would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+for _number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
+    # Jobs in the background and under nohup ignore these, and the processes that tests start would inherit that.
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton

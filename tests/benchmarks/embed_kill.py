@@ -118,6 +118,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of images and kills (default: 0)")
     parser.add_argument("--out", type=Path, default=HERE / "records" / "embed_kill.json", help="record to write")
     args = parser.parse_args()
+    for number in OTHERS:  # a job in the background or under nohup ignores some, and the runs would inherit that
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     small, images = None, [Image.open(ROOT / "examples" / "cat.jpg").convert("RGB")]
     if not args.made_up:
         from evaluate import cifar10

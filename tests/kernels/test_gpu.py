@@ -69,7 +69,7 @@ def random_case(packed: bool, dtype: torch.dtype = BF16) -> Any:
 
 @pytest.mark.parametrize(("count", "dtype", "width"), CASES, ids=lambda value: str(value).removeprefix("torch."))
 def test_pictures_of_one_size(count: int, dtype: torch.dtype, width: int) -> None:
-    """Forward and backward, at all lengths that common picture sizes give."""
+    """Forward and backward, at all lengths that common image sizes give."""
     qkv, cos, sin = on_device(torch.randn(2, count, 3, 3, width), *grid_table([LONG[count]], width))
     check(qkv.to(dtype), cos, sin)
 
@@ -113,7 +113,7 @@ def needs_memory(gibibytes: int) -> None:
 
 @FORMS
 def test_offsets_beyond_2_to_the_31(packed: bool) -> None:
-    """The last picture of a batch of 2.2 billion elements gives what it gives alone, bit for bit, backwards too."""
+    """The last image of a batch of 2.2 billion elements gives what it gives alone, bit for bit, backwards too."""
     needs_memory(32)
     count, pictures, heads = 261, 2700, 16
     qkv = torch.randn(pictures, count, 3, heads, 64, device=DEVICE, dtype=BF16)

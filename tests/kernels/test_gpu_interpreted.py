@@ -259,7 +259,7 @@ BREAKAGES = {
     "sequence ends early": ("tiles.py", LAST, f"{LAST} - 1"),
     "running maximum": ("forward.py", "shrink = tl.exp2(top - higher)", "shrink = tl.exp2(top - top)"),
     "sum not shrunk": ("forward.py", "total * shrink + tl.sum", "total + tl.sum"),
-    "sums of another head": ("forward.py", "(picture * heads + head)", "(picture * heads + heads - 1 - head)"),
+    "sums of another head": ("forward.py", "(image * heads + head)", "(image * heads + heads - 1 - head)"),
     "gradient turned forwards": ("backward.py", "x, cos, -sin, BLOCK, D", "x, cos, sin, BLOCK, D"),
     "delta left out": ("backward.py", "dweights - delta[None, :]", "dweights"),
     "scale left out": ("backward.py", "1, dk * scale, keys", "1, dk, keys"),
@@ -319,12 +319,12 @@ def interpreted(qkv: Tensor, cos: Any, sin: Any, *, cu_seqlens: Any = None, max_
 
 @pytest.mark.parametrize("name", ["dinov3", "dinov2_reg", "dino"])
 def test_packed_pictures_through_a_whole_model(name: str) -> None:
-    """Tokens and gradients of crops of three sizes in one pass of the kernels equal those of each picture alone."""
+    """Tokens and gradients of crops of three sizes in one pass of the kernels equal those of each image alone."""
     config = replace(SMALL[name], num_heads=SMALL[name].embed_dim // 64, depth=2)
     model = randomise(VisionTransformer(config))
     side = model.patch_size
     crops = [torch.randn(count, 3, h * side, w * side) for count, h, w in ((2, 4, 4), (1, 3, 7), (2, 1, 2))]
-    expected = [torch.cat([tokens(model(picture[None])) for picture in crop]) for crop in crops]
+    expected = [torch.cat([tokens(model(image[None])) for image in crop]) for crop in crops]
     weights = [torch.randn_like(e) for e in expected]
     sum((e * w).sum() for e, w in zip(expected, weights, strict=True)).backward()
     alone = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
