@@ -274,7 +274,8 @@ def alone(project: str, *arguments: object) -> dict[str, Any]:
     """The result of a project in a new process, because Anomalib changes timm for the whole process."""
     if importlib.util.find_spec(project) is None:
         pytest.skip(f"needs {project}")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=other_projects.mend_torchvision) as pool:
         return pool.submit(getattr(other_projects, project), *arguments).result()
 
 
