@@ -388,7 +388,7 @@ def test_what_a_graph_reads_is_kept() -> None:
 
 @pytest.mark.data
 def test_tanh_is_inside_the_promise_of_the_fast_mode(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the real ViT-S/14 and photographs: no further from float32 than "exact" is, whose rounding is larger."""
+    """On the real ViT-S/14 its worst patches are at most 1.3 times as far from float32 as with "exact"."""
     pytest.importorskip("onnx", reason="the real weights lie in an ONNX file: pip install onnx")
     bb = Backbone.from_pretrained(fetch.write_dinov2_vits14(tmp_path)[0], device="cpu", mode="plain")
     pixels = bb.preprocess.with_options(224, "squash").batch(list(fetch.photographs().values())).pixels
@@ -400,4 +400,4 @@ def test_tanh_is_inside_the_promise_of_the_fast_mode(tmp_path: Any, monkeypatch:
     print(near)
     least = LEAST["fast"]
     assert near["fast"].cls_mean >= least[0] and near["fast"].patch_percentile >= least[1]
-    assert 1 - near["fast"].patch_percentile <= 1.2 * (1 - near["exact"].patch_percentile)
+    assert 1 - near["fast"].patch_percentile <= 1.3 * (1 - near["exact"].patch_percentile)

@@ -272,7 +272,7 @@ def test_the_example_of_a_fine_tune(world: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*script, *argv], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "16 pictures, 2 steps of 16" in done.stdout and "20-NN" in done.stdout and "width 24" in done.stdout
+    assert "16 images, 2 steps of 16" in done.stdout and "20-NN" in done.stdout and "width 24" in done.stdout
 
 
 def test_new_heads_soon_tell_images_apart(tmp_path: Path) -> None:
