@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError, InputTypeError, check_choice
 from ..images.preprocess import PixelBatch, Placement
-from ..model.network import BackboneOutput, as_map, shapes
+from ..model.network import BackboneOutput, all_tokens, as_map, shapes
 from .components import colours, project
 
 __all__ = ["Features", "LayerFeatures", "Pooling", "features_of", "pool", "pooled_width"]
@@ -116,7 +116,7 @@ class Features:
     @property
     def last_hidden_state(self) -> Tensor:
         """All tokens under transformers' name: class token, registers, patches, [B, N, C]."""
-        return torch.cat((self.cls_token[:, None], self.register_tokens, self.patch_tokens), dim=1)
+        return all_tokens(self.cls_token, self.register_tokens, self.patch_tokens)
 
     @property
     def pooler_output(self) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = [
     "Network",
     "Outputs",
     "Scale",
+    "all_tokens",
     "as_map",
     "normalised",
     "resolve_layers",
@@ -58,7 +59,7 @@ class BackboneOutput(NamedTuple):
     @property
     def last_hidden_state(self) -> Tensor:
         """transformers' name for all tokens: class token, registers, patches, [B, N, C]."""
-        return torch.cat((self.cls_token[:, None], self.register_tokens, self.patch_tokens), dim=1)
+        return all_tokens(self.cls_token, self.register_tokens, self.patch_tokens)
 
     @property
     def pooler_output(self) -> Tensor:
@@ -67,6 +68,11 @@ class BackboneOutput(NamedTuple):
 
     def __repr__(self) -> str:
         return f"BackboneOutput({shapes(self, self._fields[:3])}, {len(self.layers)} layers)"
+
+
+def all_tokens(cls_token: Tensor, register_tokens: Tensor, patch_tokens: Tensor) -> Tensor:
+    """[B, C], [B, R, C] and [B, P, C] in the order of the network, [B, N, C]."""
+    return torch.cat((cls_token[:, None], register_tokens, patch_tokens), dim=1)
 
 
 def shapes(holder: object, names: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ from .head import Released
 from .imagenet import Guess
 from .tokenizer import Tokenizer
 from .towers import TextTower, VisualTower
-from .windows import LONGEST, SegmentMap, largest, over_windows
+from .windows import LONGEST, SegmentMap, check_short_side, largest, over_windows
 
 __all__ = ["DinoTxt", "Labels", "clip_templates"]
 
@@ -203,10 +203,7 @@ class DinoTxt(Released):
 
         Raises: as `extract_features` and `encode_labels`; InputError for a size that is none.
         """
-        if not isinstance(size, int) or not self.backbone.patch_size <= size <= LONGEST:
-            raise InputError(
-                f"size is the short side in pixels, from {self.backbone.patch_size} to {LONGEST}, got {size!r}"
-            )
+        check_short_side(size, self.backbone.patch_size)
         found = self._labels(labels, templates)
         results = []
         for image in each_image(images):
@@ -267,14 +264,6 @@ def _joined(cls_token: Tensor, patches: Tensor) -> Tensor:
 def _mean(vectors: Tensor) -> Tensor:
     """[K, T, C] -> [K, C] of length 1: the mean of vectors that each had length 1."""
     return F.normalize(F.normalize(vectors, dim=-1).mean(dim=1), dim=-1)
-
-
-def _size(height: int, width: int) -> tuple[int, int]:
-    """(height, width) that an image is segmented at, rounded down as Meta's notebook does."""
-    short, long = SHORT, int(SHORT * max(height, width) / min(height, width))
-    if long > LONGEST:
-        short, long = max(1, int(LONGEST * min(height, width) / max(height, width))), LONGEST
-    return (short, long) if height <= width else (long, short)
 
 
 def _sides(height: int, width: int, size: int) -> tuple[int, int]:

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Images
-from ..errors import InputError
 from ..images.decode import load_image
 from ..images.opening import each_image
 from .catalogue import HeadInfo
 from .head import Released, to_whole_patches
-from .windows import LONGEST, Colour, SegmentMap, largest, over_windows
+from .windows import LONGEST, Colour, SegmentMap, check_short_side, largest, over_windows
 
 __all__ = ["Segments", "classes_of"]
 
@@ -71,10 +70,7 @@ class Segments(Released):
 
         Raises: as `extract_features`; InputError for a size that is none.
         """
-        if not isinstance(size, int) or not self.backbone.patch_size <= size <= LONGEST:
-            raise InputError(
-                f"size is the short side in pixels, from {self.backbone.patch_size} to {LONGEST}, got {size!r}"
-            )
+        check_short_side(size, self.backbone.patch_size)
         results = []
         for image in each_image(images):
             loaded = load_image(image, levels=self.preprocess.levels)

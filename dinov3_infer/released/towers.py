@@ -61,8 +61,7 @@ class VisualTower(nn.Module):
 
     def tokens(self, output: Any) -> tuple[Tensor, Tensor]:
         """What a backbone gives -> class token [B, C] and patches [B, P, C] in the space of texts."""
-        parts = (output.cls_token[:, None], output.register_tokens, output.patch_tokens)
-        found: Tensor = self.head(torch.cat(parts, dim=1))
+        found: Tensor = self.head(output.last_hidden_state)
         return found[:, 0], found[:, found.shape[1] - output.patch_tokens.shape[1] :]
 
     def get_class_and_patch_tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Colour", "SegmentMap", "largest", "over_windows", "palette"]
+from ..errors import InputError
+
+__all__ = ["Colour", "SegmentMap", "check_short_side", "largest", "over_windows", "palette"]
 
 Colour: TypeAlias = tuple[int, int, int]  # red, green, blue in 0 to 255
 
@@ -22,6 +24,12 @@ class SegmentMap(NamedTuple):
     labels: Tensor  # [H_px, W_px] int64 on the CPU: the class of every pixel
     names: tuple[str, ...]  # of the classes
     colours: tuple[Colour, ...] | None = None  # of the classes, where their data set has some
+
+
+def check_short_side(size: int, least: int) -> None:
+    """Raises: InputError unless `size` is a whole number of pixels from `least`, a patch, to LONGEST."""
+    if not isinstance(size, int) or not least <= size <= LONGEST:
+        raise InputError(f"size is the short side in pixels, from {least} to {LONGEST}, got {size!r}")
 
 
 def over_windows(pixels: Tensor, window: int, stride: int, score: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,6 +1,5 @@
 """examples/CHOOSING.md shows its record, and its half-patch shift is right."""
 
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 import torch
 from oracles import SMALL, randomise
 from pictures import photo
-from repository import BENCHMARKS
+from repository import benchmarks_importable
 
 from dinov3_infer import Backbone
 from dinov3_infer.tasks import at_pixels
@@ -17,10 +16,8 @@ from dinov3_infer.tasks import at_pixels
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[Any]:
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    yield import_module("choosing")
-    sys.path[:] = before
+    with benchmarks_importable():
+        yield import_module("choosing")
 
 
 def test_the_page_shows_the_record(script: Any) -> None:

@@ -4,14 +4,13 @@ python tests/benchmarks/figures.py     # writes the figures
 """
 
 import re
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from repository import BENCHMARKS, ROOT
+from repository import ROOT, benchmarks_importable
 
 from benchmarks import cpu
 
@@ -30,10 +29,8 @@ PUBLISHED = {"heads.md", "convnext.md", "text.md"}  # their figures are those of
 
 @pytest.fixture(scope="module")
 def figures() -> Iterator[Any]:
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    yield import_module("figures")
-    sys.path[:] = before
+    with benchmarks_importable():
+        yield import_module("figures")
 
 
 def name(page: Path) -> str:

@@ -15,7 +15,7 @@ import torch
 from oracles import SMALL, randomise
 from pictures import complaint, photo
 from PIL import Image
-from repository import BENCHMARKS, ROOT
+from repository import ROOT, benchmarks_importable
 from safetensors import safe_open
 
 from dinov3_infer import Backbone, InputError
@@ -307,12 +307,9 @@ sys.exit(main(["embed", {str(album)!r}, "-o", {str(tmp_path / "x")!r}, "-m", {st
 
 def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
     """A small version of tests/benchmarks/embed_kill.py."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
+    with benchmarks_importable():
         import embed_kill
         from albums import write_album
-    finally:
-        sys.path.pop(0)
     weights = Backbone.from_config("nano", seed=0).save_pretrained(tmp_path / "nano")
     paths = write_album(tmp_path / "album", 150, share_broken=1 / 3)
     record = embed_kill.experiment(
