@@ -261,7 +261,7 @@ def _reads_all(model: Network, kept: _Kept, request: Request) -> bool:
     if not kept.sums or not isinstance(model, VisionTransformer):
         return False
     few = _FEW_TOKENS[kept.plan.mode] * torch.get_num_threads()
-    small = sum(t.nbytes for t in model.parameters()) <= _IN_CACHE
+    small = kept.snapshot.nbytes <= _IN_CACHE
     return request.pixels // model.config.patch_size**2 >= (few // 4 if small else few)
 
 

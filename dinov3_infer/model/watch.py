@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from operator import is_
-from typing import Any
 
 import numpy as np
 import torch
@@ -79,22 +78,32 @@ class Snapshot:
     """
 
     def __init__(self, model: Network) -> None:
-        self.root, self.config = list(_held(model.__dict__)), model.config
-        modules = [module.__dict__ for module in modules_of(model) if module is not model]
-        self.modules = [(own, list(own.values()), list(_held(own))) for own in modules]
-        tensors = [tensor for module in modules_of(model) for tensor in tensors_of(module)]
-        self.tensors = [(t, t.detach(), t._version) for t in tensors]
+        self.config = model.config
+        # of the model itself the attributes are left out, and its hooks are looked at in `_root_is_changed`
+        self.dicts = [model.__dict__[kind] for kind in _HELD]
+        for module in modules_of(model):
+            if module is not model:
+                own = module.__dict__
+                self.dicts += (own, *(own[kind] for kind in (*_HELD, *_HOOKS)))
+        self.values = [value for held in self.dicts for value in held.values()]
+        self.tensors = [tensor for module in modules_of(model) for tensor in tensors_of(module)]
+        self.aliases = [tensor.detach() for tensor in self.tensors]
+        self.versions, self.pointers = self._now()
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
 
     def holds(self, model: Network) -> bool:
         """Whether the model is unchanged, as far as this shows without reading its tensors."""
-        if _root_is_changed(model) or not _same(_held(model.__dict__), self.root) or model.config != self.config:
+        if _root_is_changed(model) or model.config != self.config:
             return False
-        for own, values, held in self.modules:
-            if not (_same(own.values(), values) and _same(_held(own), held)):
-                return False
-            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-                return False
-        return all(t._version == version and t.data_ptr() == alias.data_ptr() for t, alias, version in self.tensors)
+        if any(model.__dict__[kind] is not held for kind, held in zip(_HELD, self.dicts, strict=False)):
+            return False
+        found = [value for held in self.dicts for value in held.values()]
+        if len(found) != len(self.values) or not all(map(is_, found, self.values)):
+            return False
+        return self._now() == (self.versions, self.pointers)
+
+    def _now(self) -> tuple[list[int], list[int]]:
+        return [t._version for t in self.tensors], [t.data_ptr() for t in self.tensors]
 
 
 def checksums(model: nn.Module) -> list[bytes]:
@@ -130,12 +139,3 @@ def _root_is_changed(model: Network) -> bool:
     if not own.isdisjoint(model.__dict__) or model._forward_hooks or model._forward_pre_hooks:
         return True
     return any(getattr(type(model), name).__module__.split(".")[0] != _PACKAGE for name in own)
-
-
-def _held(own: dict[str, Any]) -> Iterator[Any]:
-    return (value for kind in _HELD for value in own[kind].values())
-
-
-def _same(found: Any, kept: list[Any]) -> bool:
-    found = list(found)
-    return len(found) == len(kept) and all(map(is_, found, kept))
