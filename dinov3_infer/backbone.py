@@ -22,15 +22,12 @@ from .checkpoints.identity import row_of_fingerprint
 from .checkpoints.layouts import LayoutName
 from .checkpoints.loading import Periods, load_model
 from .checkpoints.reading import open_checkpoint
-from .checkpoints.saving import save_checkpoint
 from .checkpoints.transforms import transform_of
 from .devices import find_device, find_dtype
 from .errors import Dinov3Error, InputError, InputTypeError, check_choice
-from .features.embed import embed
 from .features.extractor import Extractor
 from .features.result import Features, Pooling
 from .features.stream import Decode, OnError, in_order, items_of
-from .features.vectors import EmbedOptions, EmbedReport, Kind, OutDtype
 from .hub.locate import HubOptions, locate
 from .images.decode import ImageLike
 from .images.levels import Levels
@@ -45,7 +42,6 @@ from .model.dispatch import Mode, Precision, drop_plan
 from .model.introspection import Facet
 from .model.network import BackboneOutput, Network, resolve_layers
 from .model.vit import VisionTransformer, ViTConfig
-from .recorded import why_not
 from .system import survive_forks
 from .zoo import Config, ModelInfo, Style, find
 
@@ -53,6 +49,7 @@ __all__ = ["Backbone", "ConvNeXtBackbone", "ViTBackbone"]
 
 if TYPE_CHECKING:
     from .checkpoints.export_graph import Dynamic
+    from .features.vectors import EmbedReport
 
 log = logging.getLogger("dinov3_infer")
 
@@ -438,16 +435,16 @@ class Backbone(Network):
     @overload
     def embed(self, images: Collection, out: None = None, **options: Any) -> np.ndarray[Any, Any]: ...
     @overload
-    def embed(self, images: Collection, out: str | os.PathLike[str], **options: Any) -> EmbedReport: ...
+    def embed(self, images: Collection, out: str | os.PathLike[str], **options: Any) -> "EmbedReport": ...
     def embed(  # type: ignore[misc]
         self,
         images: Collection,
         out: str | os.PathLike[str] | None = None,
         *,
-        kind: Kind = "embedding",
+        kind: Literal["embedding", "patches", "map"] = "embedding",
         pooling: Pooling = "cls",
         normalize: bool = False,
-        out_dtype: OutDtype = "float32",
+        out_dtype: Literal["float32", "float16"] = "float32",
         size: int | tuple[int, int] | None = None,
         fit: Fit | None = None,
         levels: Levels | None = None,
@@ -459,7 +456,7 @@ class Backbone(Network):
         overwrite: bool = False,
         trust_names: bool = False,
         progress: bool | None = None,
-    ) -> np.ndarray[Any, Any] | EmbedReport:
+    ) -> "np.ndarray[Any, Any] | EmbedReport":
         """Computes one row per image, in input order, and returns an array or writes files.
 
         A call with `out` that was interrupted continues where it stopped, and a rerun adds what is missing.  Under
@@ -504,6 +501,9 @@ class Backbone(Network):
         """
         options: dict[str, Any] = dict(locals())  # the keyword arguments are the fields of EmbedOptions
         del options["self"], options["images"], options["out"]
+        from .features.embed import embed  # few processes need these
+        from .features.vectors import EmbedOptions
+
         return embed(self.extractor, images, out, EmbedOptions(**options))
 
     def attention_maps(
@@ -598,6 +598,8 @@ class Backbone(Network):
             >>> bb.save_pretrained("my-dinov3")
             >>> bb.save_pretrained("my-dinov3.pth", layout="meta")
         """
+        from .checkpoints.saving import save_checkpoint  # few processes need this
+
         return save_checkpoint(self, directory, layout, self._named(), self.preprocess)
 
     def export(
@@ -780,6 +782,8 @@ def _point(query: Any) -> tuple[float, float]:
 @cache
 def why_not_mps() -> str | None:
     """Why the Apple GPU is not used, or None.  The first call compares features of nano with recorded ones."""
+    from .recorded import why_not  # few processes need this
+
     return why_not(Backbone.from_pretrained("nano", device="cpu"), torch.device("mps"))
 
 

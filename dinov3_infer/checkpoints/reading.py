@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..errors import CheckpointError, Dinov3Error, MissingFileError
 from .layouts import LayoutName
-from .pickled import NUMPY, NotPlainError, check_calls
 
 __all__ = ["Checkpoint", "TensorSource", "TensorsInMemory", "holds_weights", "kind_of", "open_checkpoint", "read_index"]
 
@@ -292,18 +291,16 @@ class _Inert:
     def __setstate__(self, state: object) -> None: ...
 
 
-# torch looks a global of a file up by the module and the name of what it may call
-_NUMBERS = [
-    type(name, (_Inert,), {"__module__": module})
-    for module, name in [("numpy", "dtype"), *((module, "scalar") for module in NUMPY)]
-]
-
-
 def _read_torch(file: Path, zipped: bool) -> TensorsInMemory:
     """Read a file of torch.save; each tensor gets its dotted name, so that nested checkpoints look like flat ones."""
+    from .pickled import NUMPY, NotPlainError, check_calls  # here, because most checkpoints are safetensors
+
+    # torch looks a global of a file up by the module and the name of what it may call
+    places = [("numpy", "dtype"), *((module, "scalar") for module in NUMPY)]
+    numbers = [type(name, (_Inert,), {"__module__": module}) for module, name in places]
     try:
         check_calls(file, zipped)
-        with torch.serialization.safe_globals([argparse.Namespace, *_NUMBERS]):  # main_dino.py stores its arguments
+        with torch.serialization.safe_globals([argparse.Namespace, *numbers]):  # main_dino.py stores its arguments
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
     except pickle.UnpicklingError as error:
         named = f" ({error})" if isinstance(error, NotPlainError) else ""

@@ -30,7 +30,6 @@ from ..system import sha256
 from ..web import client_error, is_link, queries_cut, reach, without_query
 from ..zoo import MODELS, ModelInfo, find, row_of_repository
 from .answers import HubOptions, explain, not_cached
-from .download import download
 
 __all__ = ["HubOptions", "locate", "locate_file"]
 
@@ -145,6 +144,8 @@ def locate_file(weights: str | os.PathLike[str], options: HubOptions) -> Path:
     link = os.fspath(weights)
     page = _of_hub(link)
     if page is None:
+        from .download import download  # few weights come by a link
+
         path, is_new = download(
             link, cache_dir=options.cache_dir, not_asked=options.not_asked, check=partial(_check_file, link)
         )

@@ -9,8 +9,8 @@ __all__ = ["plugged", "unreadable", "what_it_is"]
 
 # Plugin formats: signature, module, and the function that registers the plugin (None: importing registers it).
 _PLUGINS = {
-    "HEIF": (re.compile(rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL), "pillow_heif", "register_heif_opener"),
-    "JXL": (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"), "pillow_jxl", None),
+    "HEIF": (rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", "pillow_heif", "register_heif_opener"),
+    "JXL": (rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", "pillow_jxl", None),
 }
 _PACKAGES = {"pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}
 
@@ -31,10 +31,9 @@ _OTHERS = (
     (rb"version https://git-lfs", "is a Git LFS pointer", "run git lfs pull to get the file"),
     (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "is a video", "give its frames"),
 )
-_UNREADABLE = re.compile(
+_UNREADABLE = (
     r"unsupported|not (supported|configured|implemented|available)|unknown|unrecogni[sz]ed|cannot handle|"
-    r"samples per pixel",
-    re.IGNORECASE,
+    r"samples per pixel"
 )
 
 
@@ -45,7 +44,7 @@ def plugged(prefix: bytes) -> str | None:
         UnidentifiedImageError: The plugin is not installed; the message names it.
     """
     for name, (begins, module, register) in _PLUGINS.items():
-        if not begins.match(prefix):
+        if not re.match(begins, prefix, re.DOTALL):
             continue
         if name not in Image.OPEN:
             try:
@@ -72,4 +71,4 @@ def what_it_is(prefix: bytes) -> str:
 
 def unreadable(error: Exception) -> bool:
     """Whether Pillow reports an unsupported format, so that the file need not be damaged."""
-    return isinstance(error, NotImplementedError) or bool(_UNREADABLE.search(str(error)))
+    return isinstance(error, NotImplementedError) or bool(re.search(_UNREADABLE, str(error), re.IGNORECASE))

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import check_unmasked
+from ..arrays import PLAIN, check_unmasked
 from ..errors import ImageError
 from .levels import Levels, ask_for_levels, scaled
 
-__all__ = ["RGB", "from_array", "from_hwc", "from_pixels", "from_tensor", "no_rgb", "own"]
+__all__ = ["RGB", "as_floats", "from_array", "from_hwc", "from_pixels", "from_tensor", "no_rgb", "own"]
 
 T = TypeVar("T")
 
@@ -29,6 +29,11 @@ def own(image: T) -> T:
     elif isinstance(image, Tensor):
         copied = image.detach().clone()
     return copied  # type: ignore[no-any-return]
+
+
+def as_floats(image: Tensor) -> Tensor:
+    """Scale uint8 to float32 in 0..1.  Dividing by a Python number would give torch's default dtype."""
+    return image / torch.tensor(255.0, **PLAIN)
 
 
 def from_hwc(array: np.ndarray) -> Tensor:

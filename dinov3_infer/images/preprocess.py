@@ -21,7 +21,7 @@ from ..arrays import PLAIN
 from ..errors import InputError, check_choice
 from .decode import ImageLike, load_image
 from .levels import Levels, as_levels
-from .pixels import from_hwc
+from .pixels import as_floats, from_hwc
 
 __all__ = ["Fit", "PixelBatch", "Placement", "Preprocess"]
 
@@ -31,7 +31,6 @@ Filter = Literal["bilinear", "bicubic"]
 Rounding = Literal["down", "even"]  # crop offsets of half a pixel: transformers rounds down, torchvision to even
 
 MAX_PIXELS = 2**26  # largest image after resizing: 768 MiB in float32
-_FULL = torch.tensor(255.0, **PLAIN)  # dividing uint8 by a Python number would give torch's default dtype
 MAX_SIDE = 4096  # longest side in pixels without an explicit size: 65,536 patches of 16
 
 
@@ -272,7 +271,7 @@ class Preprocess:
     def _normalised(self, image: Tensor) -> Tensor:
         """Normalise [3, H_px, W_px] uint8, or floats in 0..1, to float32."""
         mean, std = (torch.tensor(v, **PLAIN).view(-1, 1, 1) for v in (self.mean, self.std))
-        pixels = (image / _FULL).sub_(mean) if image.dtype == torch.uint8 else image - mean
+        pixels = as_floats(image).sub_(mean) if image.dtype == torch.uint8 else image - mean
         return pixels.div_(std)
 
     def plan(self, height: int, width: int, label: str = "the image") -> Placement:
@@ -324,7 +323,7 @@ class Preprocess:
     def _resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Resize [3, H_px, W_px]; uint8 stays uint8 unless the engine is "float", and torch resizes float images."""
         if self.engine == "float" and image.dtype == torch.uint8:  # by channel, since a large image would take 1 GiB
-            return torch.cat([self._resize(channel[None] / _FULL, size) for channel in image])
+            return torch.cat([self._resize(as_floats(channel[None]), size) for channel in image])
         if tuple(image.shape[1:]) == size:
             return image
         if self.engine == "pil" and image.dtype == torch.uint8:

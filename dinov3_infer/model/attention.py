@@ -161,7 +161,7 @@ def _joined(parts: list[Tensor], cu_seqlens: Tensor | None) -> Tensor:
     return parts[0].contiguous() if cu_seqlens is None else torch.cat([part.flatten(0, 1) for part in parts])
 
 
-@torch.library.register_fake("dinov3_infer::rope_attention")
+@torch.library.impl("dinov3_infer::rope_attention", "meta")
 def _forward_shapes(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ def _forward_shapes(
     return qkv.new_empty((*lead, heads * width)), qkv.new_empty((*lead[:-1], heads, lead[-1]), dtype=wide)
 
 
-@torch.library.register_fake("dinov3_infer::rope_attention_backward")
+@torch.library.impl("dinov3_infer::rope_attention_backward", "meta")
 def _backward_shapes(grad: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
@@ -213,7 +213,7 @@ def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack(_rotated(qkv, cos, sin)[:2], dim=-3)
 
 
-@torch.library.register_fake("dinov3_infer::rope_rotate")
+@torch.library.impl("dinov3_infer::rope_rotate", "meta")
 def _rotate_shapes(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     *lead, _, heads, width = qkv.shape
     return qkv.new_empty((*lead, 2, heads, width))

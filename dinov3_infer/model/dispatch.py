@@ -15,7 +15,6 @@ from torch import Tensor
 from .attention import launch, rope_attention, triton_attention, why_not_triton
 from .chips import distrust, lacks_bfloat16
 from .convnext import ConvNeXt
-from .cpu.convnext_plan import ConvNeXtPlan
 from .cpu.linear import why_not_int8, why_not_packed
 from .cpu.plan import CpuPlan, spans_of
 from .network import BackboneOutput, Network, Scale, normalised
@@ -88,7 +87,12 @@ def _made_for_cpu(model: Any, mode: Mode, request: Request) -> Plan:
     lacking = None if mode == "exact" else why_not_packed(torch.bfloat16)
     half = torch.float32 if mode == "exact" or lacking else torch.bfloat16
     if isinstance(model, ConvNeXt):
-        lacking = lacking or ("8 bits are for vision transformers" if mode == "int8" else None)
+        from .cpu.convnext_plan import ConvNeXtPlan  # few models need this
+
+        if mode == "int8":
+            lacking = lacking or "8 bits are for vision transformers"
+        if lacking is None:
+            return ConvNeXtPlan(model, half)
     elif mode == "int8" and (lacking := why_not_int8()) is None:
         seen, unseen = _trial_images(request, model.config.patch_size)
         plan, plain = CpuPlan(model, half, spans_of(model, seen)), CpuPlan(model, torch.float32)
@@ -97,8 +101,8 @@ def _made_for_cpu(model: Any, mode: Mode, request: Request) -> Plan:
         if cls >= _LEAST[0] and patches >= _LEAST[1]:
             return plan
         lacking = f"class tokens have a cosine of {cls:.3f} with float32, patches {patches:.3f}"
-    if lacking is None:
-        return ConvNeXtPlan(model, half) if isinstance(model, ConvNeXt) else CpuPlan(model, half)
+    elif lacking is None:
+        return CpuPlan(model, half)
     other: Mode = "fast" if mode == "int8" else "exact"
     log.warning("mode='%s' is not available here: %s; using mode='%s'", mode, lacking, other)
     return _made_for_cpu(model, other, request)

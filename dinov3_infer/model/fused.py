@@ -159,7 +159,7 @@ for _name, (_signature, _definition, _shapes) in OPERATORS.items():
     torch.library.define(f"dinov3_infer::{_name}", _signature)
     torch.library.impl(f"dinov3_infer::{_name}", "cpu")(_definition)
     torch.library.impl(f"dinov3_infer::{_name}", ("cuda", "xpu"), partial(_launch, _name))
-    torch.library.register_fake(f"dinov3_infer::{_name}", _shapes)
+    torch.library.impl(f"dinov3_infer::{_name}", "meta")(_shapes)
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from made_from import commit  # noqa: E402
+
 ROOT = HERE.parent.parent
 CAT = ROOT / "examples" / "cat.jpg"
 ROUNDS = 11
@@ -206,6 +210,7 @@ def main() -> None:
     libraries = ("torch", "transformers", "timm", "torchvision", "numpy", "pillow", "safetensors")
     record = {
         "what": "whole process: import, load a local directory, one class token at 256 x 256",
+        "commit": commit(),
         "machine": {
             "cpu": cpu(), "cores": os.cpu_count(), "platform": platform.platform(),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "load_average": [begun, os.getloadavg()[0]],

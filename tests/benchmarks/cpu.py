@@ -9,8 +9,8 @@ Contestants and method are those of `dinov3-infer bench`.  Of the modes of a lib
 call, or nearly so, take part.  Their tokens are checked, then they are timed in interleaved rounds in one process on
 the same pixels; a ratio is the median of the ratios of the rounds.  The weights are random, in the shapes of DINOv3's
 ViT-S/16 and ViT-B/16.  A cell whose ratio misses its goal also records our time per operator.  The record is written to
-records/NAME.json; cells that it holds from the same machine, versions and number of rounds are kept, so that the table
-can be measured in parts.
+records/NAME.json; cells that it holds from the same commit, machine, versions and number of rounds are kept, so that
+the table can be measured in parts.
 """
 
 import argparse
@@ -37,6 +37,10 @@ from dinov3_infer.cli.bench.setup import Contestant, Setup
 from dinov3_infer.cli.doctor import cpu_name
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from made_from import commit  # noqa: E402
+
 MODELS = {"S": "dinov3_vits16", "B": "dinov3_vitb16"}
 # (precision, start of a contestant's label): goal for the time of the best of these divided by ours
 GOALS = {
@@ -185,7 +189,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings = Settings(torch.device("cpu"), rounds=args.rounds, tell=lambda what: print("  ", what, file=sys.stderr))
-    record: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": args.rounds}
+    record: dict[str, Any] = {"commit": commit(), "machine": machine(), "versions": versions(), "rounds": args.rounds}
     target = HERE / "records" / f"{args.name}.json"
     before = recorded(args.name)
     record["cells"] = before["cells"] if record == {name: before.get(name) for name in record} else []

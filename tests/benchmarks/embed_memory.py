@@ -18,6 +18,7 @@ sys.path[:0] = [str(HERE)]
 
 from albums import write_album  # noqa: E402
 from embed_kill import command  # noqa: E402
+from made_from import commit  # noqa: E402
 
 RUN = """
 import resource, sys
@@ -52,7 +53,9 @@ def main() -> None:
             call = command(args.weights, Path(folder) / "album", f"{folder}/x.npy", 1000, "--size", "64")
             peaks.append(peak(call))
     limit = peaks[0] + 50e6 + names
-    record = dict(counts=list(args.counts), peak_bytes=peaks, bytes_of_names=names, within=peaks[1] <= limit)
+    record = dict(
+        commit=commit(), counts=list(args.counts), peak_bytes=peaks, bytes_of_names=names, within=peaks[1] <= limit
+    )
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
     sys.exit(not record["within"])

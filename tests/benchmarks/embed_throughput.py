@@ -29,7 +29,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(HERE.parent / "support"), str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "support"), str(ROOT), str(ROOT / "kernels")]
+
+from made_from import commit  # noqa: E402
 
 SIZE, BATCH = 224, 16
 SETS = {"500 px": (500, 375), "12 MP": (4000, 3000)}
@@ -226,7 +228,7 @@ def main() -> None:
             cells[name] = dict(
                 model=args.model, size=SIZE, batch=BATCH, count=counts[name], rounds=args.rounds,
                 cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads(), machine=cpu_name(),
-                torch=torch.__version__,
+                torch=torch.__version__, commit=commit(),
             ) | contest(weights, album, args.rounds, args.workers, max(1, counts[name] // 10))  # fmt: skip
             shutil.rmtree(album)
     record = dict(cells=cells)

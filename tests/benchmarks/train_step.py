@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent.parent), str(HERE.parent)]
 
 import conftest  # noqa: E402, F401  (lets a CUDA build of torchvision be imported beside a CPU build of torch)
 import lightly  # noqa: E402
@@ -34,6 +34,7 @@ import transformers  # noqa: E402
 from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss  # noqa: E402
 from lightly.models.modules.heads import DINOProjectionHead  # noqa: E402
 from lightly.models.utils import update_momentum  # noqa: E402
+from made_from import commit  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import DINOv3ViTConfig, DINOv3ViTModel  # noqa: E402
 
@@ -249,6 +250,7 @@ def main() -> None:
         "peak_mib": memory,
         "memory_ratio": memory["ours"] / memory["peers"],
         "rounds": rounds,
+        "commit": commit(),
         "machine": {"platform": platform.platform(), "load_average": os.getloadavg()[0], "device": str(device)},
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, lightly)},
     }  # fmt: skip
