@@ -33,8 +33,7 @@ if TYPE_CHECKING:
         UnsupportedError as UnsupportedError,
     )
     from .features.disk.store import Store as Store
-    from .features.result import Features as Features, LayerFeatures as LayerFeatures
-    from .features.vectors import EmbedReport as EmbedReport
+    from .features.result import EmbedReport as EmbedReport, Features as Features, LayerFeatures as LayerFeatures
     from .images.decode import ImageLike as ImageLike, load_image as load_image
     from .images.paths import list_images as list_images
     from .images.preprocess import Fit as Fit, Preprocess as Preprocess
@@ -53,8 +52,7 @@ _HOMES = {
         "MissingFileError ModelNotFoundError OfflineError PrecisionError UnsupportedError"
     ),
     "features.disk.store": "Store",
-    "features.result": "Features LayerFeatures",
-    "features.vectors": "EmbedReport",
+    "features.result": "EmbedReport Features LayerFeatures",
     "images.decode": "ImageLike load_image",
     "images.paths": "list_images",
     "images.preprocess": "Fit Preprocess",

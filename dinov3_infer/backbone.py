@@ -26,7 +26,7 @@ from .checkpoints.transforms import transform_of
 from .devices import find_device, find_dtype
 from .errors import Dinov3Error, InputError, InputTypeError, check_choice
 from .features.extractor import Extractor
-from .features.result import Features, Pooling
+from .features.result import EmbedReport, Features, Pooling
 from .features.stream import Decode, OnError, in_order, items_of
 from .hub.locate import HubOptions, locate
 from .images.decode import ImageLike
@@ -49,7 +49,6 @@ __all__ = ["Backbone", "ConvNeXtBackbone", "ViTBackbone"]
 
 if TYPE_CHECKING:
     from .checkpoints.export_graph import Dynamic
-    from .features.vectors import EmbedReport
 
 log = logging.getLogger("dinov3_infer")
 
@@ -435,7 +434,7 @@ class Backbone(Network):
     @overload
     def embed(self, images: Collection, out: None = None, **options: Any) -> np.ndarray[Any, Any]: ...
     @overload
-    def embed(self, images: Collection, out: str | os.PathLike[str], **options: Any) -> "EmbedReport": ...
+    def embed(self, images: Collection, out: str | os.PathLike[str], **options: Any) -> EmbedReport: ...
     def embed(  # type: ignore[misc]
         self,
         images: Collection,
@@ -456,7 +455,7 @@ class Backbone(Network):
         overwrite: bool = False,
         trust_names: bool = False,
         progress: bool | None = None,
-    ) -> "np.ndarray[Any, Any] | EmbedReport":
+    ) -> np.ndarray[Any, Any] | EmbedReport:
         """Computes one row per image, in input order, and returns an array or writes files.
 
         A call with `out` that was interrupted continues where it stopped, and a rerun adds what is missing.  Under

@@ -103,7 +103,7 @@ def test_the_cpu_is_taken_where_the_trial_fails(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(devices, "mps_available", lambda: True)
     monkeypatch.setattr("dinov3_infer.cli.doctor.mps_available", lambda: True)
-    monkeypatch.setattr(backbone_module, "why_not", trial)
+    monkeypatch.setattr(recorded, "why_not", trial)
     backbone_module.why_not_mps.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "dinov3_infer"):
@@ -113,7 +113,7 @@ def test_the_cpu_is_taken_where_the_trial_fails(
         ]
         assert Backbone.from_pretrained("nano", device="mps").device.type == "cpu" and trials == [torch.device("mps")]
         assert "mps is not used: its features are 3.0e-01 away" in run("doctor").out
-        monkeypatch.setattr(backbone_module, "why_not", lambda *_: None)
+        monkeypatch.setattr(recorded, "why_not", lambda *_: None)
         backbone_module.why_not_mps.cache_clear()
         assert "mps: Apple GPU, features equal the recorded ones" in run("doctor").out
     finally:

@@ -10,9 +10,9 @@ from ..images.decode import ImageLike
 from ..images.opening import open_images
 from ..images.sources import Numbered, Source
 from .extractor import Extractor
-from .result import pooled_width
+from .result import EmbedReport, pooled_width
 from .stream import items_of
-from .vectors import EmbedOptions, EmbedReport, collect, vectors_of
+from .vectors import EmbedOptions, collect, vectors_of
 
 __all__ = ["embed"]
 

@@ -1,10 +1,11 @@
-"""The result of `extract_features`: named tokens, their grid, and the positions in the original image."""
+"""The results of `extract_features` (named tokens, their grid, positions in the original image) and of `embed`."""
 
 import base64
 import io
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from ..images.preprocess import PixelBatch, Placement
 from ..model.network import BackboneOutput, all_tokens, as_map, shapes
 from .components import colours, project
 
-__all__ = ["Features", "LayerFeatures", "Pooling", "features_of", "pool", "pooled_width"]
+__all__ = ["EmbedReport", "Failure", "Features", "LayerFeatures", "Pooling", "features_of", "pool", "pooled_width"]
 
 Pooling = Literal["cls", "mean", "cls_mean"]
 _TOKENS = ("cls_token", "register_tokens", "patch_tokens")
@@ -266,3 +267,25 @@ def features_of(
             for (cls, registers, patches), grid in zip(output.layers, grids[1:], strict=True)
         ),
     )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be read."""
+
+    row: int
+    path: str | None  # None for an image that is an object in memory
+    error: str
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """What `embed` wrote."""
+
+    path: Path  # the file, with one row per image, or the folder of shards
+    shape: tuple[int, ...]  # of all rows; (N,) if the rows differ in shape
+    failures: tuple[Failure, ...]  # their rows are NaN
+    batch_size: int  # at the end; smaller than asked for if memory ran out
+    resumed: int  # rows that an earlier run wrote
+    changed: int = 0  # rows computed again because their source changed
+    retried: int = 0  # rows that had failed and were tried again

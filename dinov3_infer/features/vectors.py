@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,10 +14,10 @@ from ..images.levels import Levels, as_levels
 from ..images.preprocess import Fit, PixelBatch
 from ..model.network import as_map
 from .extractor import Extractor
-from .result import Features, Pooling
+from .result import Failure, Features, Pooling
 from .stream import Decode, Result, count_of
 
-__all__ = ["Array", "EmbedOptions", "EmbedReport", "Failure", "Kind", "OutDtype", "Vector", "collect", "vectors_of"]
+__all__ = ["Array", "EmbedOptions", "Kind", "OutDtype", "Vector", "collect", "vectors_of"]
 
 log = logging.getLogger("dinov3_infer")
 
@@ -60,28 +59,6 @@ class EmbedOptions:
         for name, least in (("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
             if (value := getattr(self, name)) is not None:
                 count_of(name, value, least)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An image that could not be read."""
-
-    row: int
-    path: str | None  # None for an image that is an object in memory
-    error: str
-
-
-@dataclass(frozen=True)
-class EmbedReport:
-    """What `embed` wrote."""
-
-    path: Path  # the file, with one row per image, or the folder of shards
-    shape: tuple[int, ...]  # of all rows; (N,) if the rows differ in shape
-    failures: tuple[Failure, ...]  # their rows are NaN
-    batch_size: int  # at the end; smaller than asked for if memory ran out
-    resumed: int  # rows that an earlier run wrote
-    changed: int = 0  # rows computed again because their source changed
-    retried: int = 0  # rows that had failed and were tried again
 
 
 class Vector(NamedTuple):

@@ -19,8 +19,9 @@ from ...images.preprocess import PixelBatch, Placement
 from ...images.sources import Source
 from ...system import told_to_stop
 from ..extractor import Extractor
+from ..result import EmbedReport, Failure
 from ..stream import Batcher, Item, Result, items_of
-from ..vectors import EmbedOptions, EmbedReport, Failure, Vector, say_failures, vectors_of
+from ..vectors import EmbedOptions, Vector, say_failures, vectors_of
 from .filling import Filling
 from .recipe import BatchPlan, recipe_of
 from .rows import Line, Piece
