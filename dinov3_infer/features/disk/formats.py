@@ -297,7 +297,8 @@ class Parquet(Format):
             dict(
                 path=arrow.array([_spelled(line.path) for line in lines], arrow.string()),
                 embedding=column,
-                grid=arrow.array([line.grid and list(line.grid) for line in lines], arrow.list_(arrow.int32(), 2)),
+                # not of a fixed length, in which pyarrow before 24 cannot read a null
+                grid=arrow.array([line.grid and list(line.grid) for line in lines], arrow.list_(arrow.int32())),
                 error=arrow.array(errors, arrow.string()),
                 source=arrow.array([line.source for line in lines], arrow.string()),
             )
