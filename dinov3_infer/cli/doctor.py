@@ -61,6 +61,7 @@ def _versions() -> Iterator[str]:
     yield f"dinov3_infer {__version__} in {Path(package_file).parent}"
     yield f"python {platform.python_version()} on {platform.platform()}"
     found = {name: version_of(name) for name in (*_REQUIRED, *_OPTIONAL)}
+    found["torch"] = torch.__version__  # ends in "+cpu" or "+cu130"
     yield ", ".join(f"{name} {number or 'MISSING'}" for name, number in found.items() if number or name in _REQUIRED)
 
 

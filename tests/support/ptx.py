@@ -310,6 +310,10 @@ class Run(Warps):
         elif to[-1] == "f32" and to[-2] == "f16x2":
             high, low = (self.f32(x).astype(np.float16).view(np.uint16).astype(U32) for x in o[1:])
             self.set(o[0], high << U32(16) | low, mask)
+        elif to[-1] == "f32" and to[-2] == "bf16":
+            self.set(o[0], to_bf16(self.f32(o[1])).astype(np.uint16), mask)
+        elif to[-1] == "f32" and to[-2] == "f16":
+            self.set(o[0], self.f32(o[1]).astype(np.float16).view(np.uint16), mask)
         elif to[-1] == "bf16" and to[-2] == "f32":
             self.set(o[0], bf16(self.get(o[1], np.uint16)), mask)
         elif to[-1] == "f16" and to[-2] == "f32":
