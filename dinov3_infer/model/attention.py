@@ -192,9 +192,6 @@ def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("dinov3_infer::rope_attention", _differentiate, setup_context=_save)
 
 
-# The kernels
-
-
 @cache
 def _kernels() -> ModuleType:
     """The Triton launchers, imported for the first tokens on a GPU, since importing Triton takes seconds."""
@@ -251,10 +248,9 @@ def count_flops() -> None:
 @cache
 def _import_error() -> str | None:
     try:
-        _kernels()
+        return _kernels().why_too_old()  # type: ignore[no-any-return]
     except ImportError as error:
         return f"'{error.name}' is not installed; on Linux, pip install 'dinov3-infer[triton]'"
-    return None
 
 
 @constant_for_compilers

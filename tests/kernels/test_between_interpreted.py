@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinov3_infer.model.fused import OPERATORS
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 from dinov3_infer_kernels import gpu as shipped  # after the check
 from dinov3_infer_kernels.gpu import norms
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from repository import ROOT
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 
 FUSION = """

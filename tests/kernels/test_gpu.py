@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from dinov3_infer import Backbone, ViTConfig
 from dinov3_infer.model.attention import rope_attention, sdpa_attention
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 from dinov3_infer_kernels import gpu as shipped  # after the check
 
 pytestmark = pytest.mark.gpu

@@ -24,7 +24,7 @@ from torch import Tensor
 from dinov3_infer import VisionTransformer
 from dinov3_infer.model.attention import sdpa_attention
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 from dinov3_infer_kernels import gpu as shipped  # after the check
 from dinov3_infer_kernels.gpu.short import segments
 

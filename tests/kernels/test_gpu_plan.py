@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 from dinov3_infer import Backbone, ViTConfig
 from dinov3_infer.model.dispatch import _PLANS
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 pytestmark = pytest.mark.gpu
 
 CONFIGS = {

@@ -9,7 +9,7 @@ import torch
 from qkv import grid_table, offsets
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 from dinov3_infer_kernels.gpu import configs, launch, rotation  # after the check
 from dinov3_infer_kernels.gpu.configs import SHORT, TABLE, Config
 from dinov3_infer_kernels.gpu.forward import forward

@@ -9,7 +9,7 @@ import pytest
 from ptx_memory import Fault, Memory, Shared
 from repository import ROOT
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 
 def executed(what: str, seconds: int) -> None:

@@ -14,7 +14,7 @@ from dinov3_infer import Backbone
 from dinov3_infer.model.layers import ViTConfig
 from dinov3_infer.zoo import ARCHITECTURES
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 SCRIPTS = ROOT / "kernels" / "benchmarks"
 CONFIGS = {name: ARCHITECTURES[f"dinov3_{name}"] for name in ("vits16", "vits16plus", "vitl16", "vit7b16")}
 

@@ -223,9 +223,22 @@ def test_a_missing_triton_is_named_with_the_way_to_get_it(monkeypatch: pytest.Mo
         attention._import_error.cache_clear()
 
 
+def test_an_old_triton_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiler may leave out what makes a kernel right."""
+    triton = pytest.importorskip("triton", minversion="3.6")
+    for version, right in (("3.5.1", False), ("3.6.0", True), ("3.10.0", True), ("4.0.0+git1", True)):
+        monkeypatch.setattr(triton, "__version__", version)
+        attention._import_error.cache_clear()
+        reason = why_not_triton(torch.device("cuda"), torch.bfloat16, 64)
+        assert (reason is None) == right, version
+        if not right:
+            assert reason == "Triton 3.5.1 is older than 3.6, the oldest that its kernels were tested with"
+    attention._import_error.cache_clear()
+
+
 def test_the_dispatch_compiles_without_a_break() -> None:
     """Questions about installation and tables are evaluated while tracing, and not traced."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     torch._dynamo.reset()
 
     def chosen(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ tiles, forward, short, rotation, backward, norms, pointwise, configs, launch, wa
 """
 
 from .backward import backward
-from .configs import crossover, large_batch
+from .configs import crossover, large_batch, why_too_old
 from .forward import forward
 from .norms import layer_norm, norm_backward, residual_norm
 from .pointwise import swiglu, unfold
@@ -25,4 +25,5 @@ __all__ = [
     "swiglu",
     "unfold",
     "warm",
+    "why_too_old",
 ]

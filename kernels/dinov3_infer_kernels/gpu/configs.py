@@ -28,6 +28,7 @@ __all__ = [
     "precision",
     "select",
     "whole_head",
+    "why_too_old",
     "whole_heads",
 ]
 
@@ -116,6 +117,14 @@ TABLE: Table = {
     },
 }
 # fmt: on
+
+
+def why_too_old() -> str | None:
+    """Why this Triton is not used, or None.  An older compiler may leave out what makes a kernel right."""
+    old = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6)
+    return (
+        f"Triton {triton.__version__} is older than 3.6, the oldest that its kernels were tested with" if old else None
+    )
 
 
 def unfenced(version: str) -> bool:
