@@ -28,8 +28,8 @@ __all__ = [
     "precision",
     "select",
     "whole_head",
-    "why_too_old",
     "whole_heads",
+    "why_too_old",
 ]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
