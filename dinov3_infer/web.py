@@ -74,7 +74,7 @@ def get(
         start: First byte to request.
         version: ETag of the file that `start` refers to; if the file has changed, the whole file is sent.
         seconds: Limit for the whole request.  Without it the response must begin within 30 s, and each 64 KiB of the
-            body must arrive within 30 s.  With huggingface_hub 0.x the limit holds for each wait.
+            body must arrive within 30 s.
 
     Raises:
         InputError: A link or redirect is not valid or not allowed.
@@ -84,21 +84,13 @@ def get(
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     if start and version and not version.startswith("W/"):
         headers["If-Range"] = version
-    modern = callable(session.stream)  # httpx; in requests (huggingface_hub 0.x) `stream` is a setting
+    limits = (clock, clock, _TIMEOUT_S, _TIMEOUT_S)  # connect, read, write, pool
     place = _written(link)
     for _ in range(_REDIRECTS + 1):
-        if modern:
-            limits = (clock, clock, _TIMEOUT_S, _TIMEOUT_S)  # connect, read, write, pool
-            opened = session.stream("GET", place, headers=headers, timeout=limits, follow_redirects=False)
-        else:
-            opened = session.get(
-                place, headers=headers, timeout=seconds or _TIMEOUT_S, stream=True, allow_redirects=False
-            )
-        with opened as response:
+        with session.stream("GET", place, headers=headers, timeout=limits, follow_redirects=False) as response:
             target = response.headers.get("Location") if response.status_code in _MOVED else None
             if target is None:
-                body = response.iter_bytes() if modern else response.iter_content(_CHUNK)
-                yield response, _in_time(body, clock, restarts=seconds is None)
+                yield response, _in_time(response.iter_bytes(), clock, restarts=seconds is None)
                 return
             place = _next(place, target, link)
     raise InputError(f"'{without_query(link)}' redirects more than {_REDIRECTS} times; give the final address")
@@ -163,13 +155,11 @@ def reach(link: str) -> None:
 
     Raises: Exception, one of `client_errors`.
     """
-    session = client_tools().get_session()
-    here = {"follow_redirects": False} if callable(session.stream) else {"allow_redirects": False}
-    session.head(link, timeout=_PATIENCE_S, **here)
+    client_tools().get_session().head(link, timeout=_PATIENCE_S, follow_redirects=False)
 
 
 def client_error() -> type[Exception]:
-    """Base class of the errors of the HTTP client: requests, httpx or httpx2, by version of huggingface_hub."""
+    """Base class of the errors of the HTTP client: httpx or httpx2, by version of huggingface_hub."""
     from huggingface_hub.errors import HfHubHTTPError
 
     order = HfHubHTTPError.__mro__

@@ -190,7 +190,8 @@ def descend(
         value = loss()
         solver.zero_grad()
         value.backward()
-        solver.step()
+        with torch.device(value.device):  # torch 2.8 counts the steps on the default device
+            solver.step()
 
 
 def _is_like(value: object, default: object) -> bool:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import torch
 from cli_runs import small_model
 from repository import ROOT
 
@@ -30,5 +31,7 @@ def test_loading_from_a_directory_imports_little() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     seconds, new = json.loads(done.stdout)
-    assert not EXPENSIVE & set(new), EXPENSIVE & set(new)
+    by_torch = {"sympy"} if torch.__version__ < "2.9" else set()  # torch._check imports it there
+    expensive = EXPENSIVE & set(new) - by_torch
+    assert not expensive, expensive
     assert seconds < 0.4, f"{seconds:.2f} s of CPU time to import Backbone, 0.07 s when this was written"

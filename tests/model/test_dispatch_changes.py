@@ -192,6 +192,10 @@ def _every_hook(bb: Backbone) -> Iterator[None]:
 def _sparse(bb: Backbone) -> Iterator[None]:
     layer = bb.blocks[0].mlp.fc1
     layer.weight = nn.Parameter(2 * layer.weight.detach().to_sparse_coo(), requires_grad=False)
+    try:
+        layer(torch.zeros(1, 2, layer.in_features))
+    except RuntimeError as error:  # as torch 2.8
+        pytest.skip(f"this torch has no product with it: {error}")
     yield
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 NEWEST = [f"{ROOT}[test]", "torch==2.14.*"]
 OLDEST = [  # the package's oldest, and the newest tools of the tests that work with them
-    str(ROOT), "torch==2.6.*", "numpy==1.26.*", "pillow==10.3.*", "safetensors==0.4.3", "huggingface-hub==0.34.*",
-    "tqdm==4.66.*", "transformers==4.57.*", "peft==0.17.*", "pyarrow==15.*", "ftfy", "regex", "pytest",
-    "pytest-xdist", "ruff", "mypy", "build",
+    str(ROOT), "torch==2.8.*", "numpy==1.26.*", "pillow==10.3.*", "safetensors==0.8.*", "tqdm==4.66.*",
+    "transformers>=5", "peft==0.18.*", "pyarrow==15.*", "ftfy", "regex", "pytest", "pytest-xdist", "ruff", "mypy",
+    "build",
 ]  # fmt: skip
 VERSIONS = {  # name -> the interpreter, what is installed
     "python 3.11, oldest": ("python3.11", OLDEST),

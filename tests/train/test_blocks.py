@@ -123,8 +123,8 @@ def test_bfloat16_attention_rounds_as_the_eager_form_does() -> None:
     upstream = torch.randn_like(meant)
     (a,), (b,) = (torch.autograd.grad(out, qkv, upstream) for out in (found, meant))
     assert found.dtype == a.dtype == torch.bfloat16
-    for x, y in ((found, meant), (a, b)):  # a rounding of 2^-8 or two
-        assert (x - y).abs().max() <= 2**-7 * y.abs().max()
+    for x, y in ((found, meant), (a, b)):  # two roundings of 2^-8, three in torch 2.8
+        assert (x - y).abs().max() <= 3 * 2**-8 * y.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

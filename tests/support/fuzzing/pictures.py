@@ -247,7 +247,9 @@ def live(draw: random.Random) -> Any:
 
     shape = [draw.choice((0, 1, 3, 3, 4, 9)) for _ in range(draw.choice((1, 2, 3, 3, 3, 4)))]
     dtype = draw.choice((np.uint8, np.uint8, np.float32, np.float64, np.int32, bool, np.uint16, object))
-    array = (np.ones(shape) * draw.choice((0.5, 1, 0, -1, 200, np.nan, np.inf))).clip(0 if dtype == np.uint8 else None)
+    array = (np.ones(shape) * draw.choice((0.5, 1, 0, -1, 200, np.nan, np.inf))).clip(
+        0 if dtype == np.uint8 else -np.inf
+    )
     with np.errstate(all="ignore"):
         array = array.astype(dtype)
     kind = draw.randrange(5)
