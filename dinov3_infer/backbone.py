@@ -26,7 +26,7 @@ from .checkpoints.transforms import transform_of
 from .devices import find_device, find_dtype
 from .errors import Dinov3Error, InputError, InputTypeError, check_choice
 from .features.extractor import Extractor
-from .features.result import EmbedReport, Features, Pooling
+from .features.result import EmbedReport, Features, Kind, OutDtype, Pooling
 from .features.stream import Decode, OnError, in_order, items_of
 from .hub.locate import HubOptions, locate
 from .images.decode import ImageLike
@@ -440,10 +440,10 @@ class Backbone(Network):
         images: Collection,
         out: str | os.PathLike[str] | None = None,
         *,
-        kind: Literal["embedding", "patches", "map"] = "embedding",
+        kind: Kind = "embedding",
         pooling: Pooling = "cls",
         normalize: bool = False,
-        out_dtype: Literal["float32", "float16"] = "float32",
+        out_dtype: OutDtype = "float32",
         size: int | tuple[int, int] | None = None,
         fit: Fit | None = None,
         levels: Levels | None = None,

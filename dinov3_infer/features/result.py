@@ -18,9 +18,22 @@ from ..images.preprocess import PixelBatch, Placement
 from ..model.network import BackboneOutput, all_tokens, as_map, shapes
 from .components import colours, project
 
-__all__ = ["EmbedReport", "Failure", "Features", "LayerFeatures", "Pooling", "features_of", "pool", "pooled_width"]
+__all__ = [
+    "EmbedReport",
+    "Failure",
+    "Features",
+    "Kind",
+    "LayerFeatures",
+    "OutDtype",
+    "Pooling",
+    "features_of",
+    "pool",
+    "pooled_width",
+]
 
 Pooling = Literal["cls", "mean", "cls_mean"]
+Kind = Literal["embedding", "patches", "map"]  # of the rows that `embed` writes
+OutDtype = Literal["float32", "float16"]
 _TOKENS = ("cls_token", "register_tokens", "patch_tokens")
 _NAMES = ("embedding", *_TOKENS, "feature_map")
 _SHOWN = 8  # number of images that a notebook shows

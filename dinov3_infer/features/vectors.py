@@ -14,16 +14,14 @@ from ..images.levels import Levels, as_levels
 from ..images.preprocess import Fit, PixelBatch
 from ..model.network import as_map
 from .extractor import Extractor
-from .result import Failure, Features, Pooling
+from .result import Failure, Features, Kind, OutDtype, Pooling
 from .stream import Decode, Result, count_of
 
-__all__ = ["Array", "EmbedOptions", "Kind", "OutDtype", "Vector", "collect", "vectors_of"]
+__all__ = ["Array", "EmbedOptions", "Vector", "collect", "vectors_of"]
 
 log = logging.getLogger("dinov3_infer")
 
 Array: TypeAlias = np.ndarray[Any, Any]
-Kind = Literal["embedding", "patches", "map"]
-OutDtype = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,10 +121,13 @@ TABLE: Table = {
 
 def why_too_old() -> str | None:
     """Why this Triton is not used, or None.  An older compiler may leave out what makes a kernel right."""
-    old = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6)
-    return (
-        f"Triton {triton.__version__} is older than 3.6, the oldest that its kernels were tested with" if old else None
-    )
+    if _release(triton.__version__) >= (3, 6):
+        return None
+    return f"Triton {triton.__version__} is older than 3.6, the oldest that its kernels were tested with"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def unfenced(version: str) -> bool:
@@ -133,7 +136,7 @@ def unfenced(version: str) -> bool:
     The passes of the gradient have no other fence in their loops.  3.6 leaves it out and 3.9 has it, as the executor of
     PTX shows (tests/support/run_ptx.py); versions between were not looked at.
     """
-    return tuple(int(part) for part in version.split(".")[:2]) < (3, 9)
+    return _release(version) < (3, 9)
 
 
 def fenced(table: Table) -> Table:
