@@ -47,9 +47,6 @@ from .zoo import Config, ModelInfo, Style, find
 
 __all__ = ["Backbone", "ConvNeXtBackbone", "ViTBackbone"]
 
-if TYPE_CHECKING:
-    from .checkpoints.export_graph import Dynamic
-
 log = logging.getLogger("dinov3_infer")
 
 Images: TypeAlias = ImageLike | Iterable[ImageLike]
@@ -606,7 +603,7 @@ class Backbone(Network):
         path: str | os.PathLike[str],
         *,
         size: int | tuple[int, int] | None = None,
-        dynamic: "Dynamic" = "batch",
+        dynamic: Literal["batch"] | bool = "batch",
         opset: int = 18,
     ) -> Path:
         """Writes a file for other engines: .onnx, or .pt2, which torch runs without this package.

@@ -17,7 +17,7 @@ _PACKAGES = {"pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}
 # Signature, what the file is, and what to do.
 _OTHERS = (
     (rb"PK\x03\x04|PK\x05\x06", "is a zip archive", "unpack it, and give the folder"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "is compressed", "decompress it; a .tar can be given directly"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "is a compressed file", "decompress it; a .tar can be given directly"),
     (rb"Rar!|7z\xbc\xaf", "is an archive", "unpack it, and give the folder"),
     (rb".{257}ustar", "is a tar archive", "give it a name that ends in .tar"),
     (rb"PAR1", "is a Parquet table", "give it a name that ends in .parquet"),
@@ -60,12 +60,12 @@ def plugged(prefix: bytes) -> str | None:
 
 
 def what_it_is(prefix: bytes) -> str:
-    """Say what a file is that is no image, as the rest of a sentence that begins with its name."""
+    """What a file is instead of an image, as the rest of a sentence that begins with its name."""
     for begins, what, remedy in _OTHERS:
         if re.match(begins, prefix, re.DOTALL | re.IGNORECASE):
-            return f"{what} and no image; {remedy}"
+            return f"{what}, not an image; {remedy}"
     if prefix and not re.search(rb"[^\t\n\r\x20-\x7e\x80-\xff]", prefix) and re.search(rb"[\n ,;/]", prefix):
-        return "is a text and no image; give a list of paths a name that ends in .txt"
+        return "is a text file, not an image; iter_features and embed read a list of paths from a file named .txt"
     return "is not an image that Pillow can read safely; convert it to PNG or JPEG"
 
 

@@ -75,7 +75,7 @@ def test_examples_stand_on_the_public_surface(path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("README.md",), "is a text and no image"), (("none.jpg",), "none.jpg"), ((CAT, "vitz"), "vitz"),
+        (("README.md",), "is a text file, not an image"), (("none.jpg",), "none.jpg"), ((CAT, "vitz"), "vitz"),
         ((CAT, "", "x.nothing"), ".nothing"),
     ],
 )  # fmt: skip

@@ -164,7 +164,7 @@ def test_half_broken_folder(images: Path, caplog: Any) -> None:
     go(settings(images))
     assert rows(images)[-1]["broken_pictures"] == 3
     told = [line for line in caplog.messages if line.startswith("skipped an image")]
-    assert len(told) == 3 and all("is a text and no image" in line for line in told)
+    assert len(told) == 3 and all("is a text file, not an image" in line for line in told)
     go(settings(images, steps=settings(images).steps + 2), resume=True)
     lines = (images.parent / "run" / "left_out.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
@@ -176,7 +176,7 @@ def test_broken_and_empty_folders(images: Path) -> None:
     for path in images.iterdir():
         path.write_bytes(b"no picture")
     text = complaint(InputError, lambda: go(settings(images)))
-    assert "0 of 4 images tried can be read" in text and "is a text and no image" in text
+    assert "0 of 4 images tried can be read" in text and "is a text file, not an image" in text
     shutil.rmtree(images)
     images.mkdir()
     assert "holds no files" in complaint(InputError, lambda: go(settings(images)))
