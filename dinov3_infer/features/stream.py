@@ -154,12 +154,14 @@ class Batcher(Generic[T]):
         tokens = 0
         for read in self._read(items):
             more = read.tokens(self.transform.patch_size)
-            full = len(waiting) >= self.batch_size or tokens + more > self.max_tokens
-            if waiting and (full or self._shard(read) != self._shard(waiting[0])):
+            if waiting and (tokens + more > self.max_tokens or self._shard(read) != self._shard(waiting[0])):
                 yield waiting
                 waiting, tokens = [], 0
             waiting.append(read)
             tokens += more
+            if len(waiting) >= self.batch_size:  # at once: a camera may take long to give the next image
+                yield waiting
+                waiting, tokens = [], 0
         yield waiting
 
     def _shard(self, read: _Read) -> int:
@@ -191,9 +193,12 @@ class Batcher(Generic[T]):
             yield pending.popleft().result()
 
     def _in_rounds(self, pool: ThreadPoolExecutor, items: Iterator[Item]) -> Iterator[_Read]:
-        """Reads, then computes: a model on the CPU uses every core, and decoding beside it slows it down."""
+        """Reads, then computes: a model on the CPU uses every core, and decoding beside it slows it down.
+
+        A pass may start at the first image of a round, so all of the round are read before it.
+        """
         while batch := [self._submit(pool, item) for item in itertools.islice(items, self.batch_size)]:
-            yield from (future.result() for future in batch)
+            yield from [future.result() for future in batch]
 
     def _submit(self, pool: ThreadPoolExecutor, item: Item) -> Future[_Read]:
         if not item.alone:

@@ -179,7 +179,7 @@ def embed_kill() -> str:
 def embed_memory() -> str:
     found = record("embed_memory")
     (few, many), (low, high) = found["counts"], found["peak_bytes"]
-    return f"{low / 1e6:.0f} MB for {few:,} images and {high / 1e6:.0f} MB for {many:,}"
+    return f"{low / 1e6:.0f} MB for {few:,} images and {high / 1e6:.0f} MB for {many:,} with `{found['model']}`"
 
 
 def train_kill() -> str:

@@ -14,6 +14,8 @@ from repository import ROOT, benchmarks_importable
 
 from benchmarks import cpu
 
+from dinov3_infer import tasks
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").rglob("*.md")), *sorted((ROOT / ".github").glob("*.md"))]
 GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
 FENCE = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
@@ -86,6 +88,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_guide_is_in_the_index() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in GUIDES if f"guides/{page.name})" not in text] == []
+
+
+def test_every_probe_is_in_the_guide_and_every_common_option_in_the_readme() -> None:
+    guide = (ROOT / "examples" / "guides" / "tasks.md").read_text(encoding="utf-8")
+    probes = [name for name in tasks.__all__ if name.endswith("Probe") and name != "Probe"]
+    assert [name for name in (*probes, "KNN") if f"| `{name}` |" not in guide] == [] != probes
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [flag for flag in ("-v", "-q", "--debug") if f"`{flag}`" not in readme] == []
 
 
 def test_the_table_of_the_contest() -> None:

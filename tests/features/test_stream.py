@@ -4,6 +4,7 @@ import io
 import itertools
 import random
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 
 from dinov3_infer import Backbone, Features, ImageError, InputError, InputTypeError, ViTConfig
 from dinov3_infer.features.extractor import Extractor
-from dinov3_infer.features.stream import MAX_TOKENS, Reading
+from dinov3_infer.features.stream import MAX_TOKENS, Batcher, Reading
 
 SIZES = [(64, 64), (64, 96), (50, 70), (64, 64), (96, 64), (33, 120), (64, 96)]
 PICTURES = [photo(*size, seed=i) for i, size in enumerate(SIZES)]
@@ -157,6 +158,39 @@ def test_a_pass_is_bounded_by_its_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
     seen.clear()
     list(bb.iter_features(PICTURES[:2], size=160))
     assert seen == [[1], [1]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_full_batch_does_not_wait_for_the_next_image(num_workers: int, bb: Backbone) -> None:
+    """A camera gets the features of each frame before it is asked for the next one."""
+    taken = itertools.count()
+    camera = (PICTURES[next(taken) * 0] for _ in itertools.count())
+    stream = bb.iter_features(camera, size=32, batch_size=1, num_workers=num_workers)
+    for number in range(1, 4):
+        next(stream)
+        assert next(taken) == 2 * number - 1
+
+
+def test_a_model_on_the_cpu_has_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No image is read during a pass."""
+    bb, read, during = backbone(), itertools.count(), []
+    load, forward = Batcher._load, bb.forward
+
+    def loaded(batcher: Any, item: Any) -> Any:
+        time.sleep(0.02)
+        next(read)
+        return load(batcher, item)
+
+    def run(*args: Any, **options: Any) -> Any:
+        before = next(read)
+        time.sleep(0.1)
+        during.append(next(read) - before - 1)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(Batcher, "_load", loaded)
+    monkeypatch.setattr(bb, "forward", run)
+    list(bb.iter_features([PICTURES[0]] * 10, size=32, batch_size=4, num_workers=2))
+    assert during == [0, 0, 0]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
