@@ -13,7 +13,6 @@ import pytest
 from repository import ROOT, benchmarks_importable
 
 from benchmarks import cpu
-
 from dinov3_infer import tasks
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").rglob("*.md")), *sorted((ROOT / ".github").glob("*.md"))]
