@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import web
 from .checkpoints.describe import Description, describe, open_module
+from .checkpoints.export_graph import Dynamic
 from .checkpoints.fingerprint import fingerprint
 from .checkpoints.identity import row_of_fingerprint
 from .checkpoints.layouts import LayoutName
@@ -603,7 +604,7 @@ class Backbone(Network):
         path: str | os.PathLike[str],
         *,
         size: int | tuple[int, int] | None = None,
-        dynamic: Literal["batch"] | bool = "batch",
+        dynamic: Dynamic = "batch",
         opset: int = 18,
     ) -> Path:
         """Writes a file for other engines: .onnx, or .pt2, which torch runs without this package.

@@ -195,7 +195,7 @@ class Batcher(Generic[T]):
     def _in_rounds(self, pool: ThreadPoolExecutor, items: Iterator[Item]) -> Iterator[_Read]:
         """Reads, then computes: a model on the CPU uses every core, and decoding beside it slows it down.
 
-        A pass may start at the first image of a round, so all of the round are read before it.
+        A pass may start before the last image of a round, so the whole round is read first.
         """
         while batch := [self._submit(pool, item) for item in itertools.islice(items, self.batch_size)]:
             yield from [future.result() for future in batch]

@@ -94,7 +94,7 @@ def test_every_probe_is_in_the_guide_and_every_common_option_in_the_readme() -> 
     probes = [name for name in tasks.__all__ if name.endswith("Probe") and name != "Probe"]
     assert [name for name in (*probes, "KNN") if f"| `{name}` |" not in guide] == [] != probes
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [flag for flag in ("-v", "-q", "--debug") if f"`{flag}`" not in readme] == []
+    assert [flag for flag in ("-v", "--verbose", "-q", "--quiet", "--debug") if f"`{flag}`" not in readme] == []
 
 
 def test_the_table_of_the_contest() -> None:
